@@ -1,0 +1,34 @@
+"""State hooks, and how errors are shown."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+from training.errors import UnbrokenError
+
+
+def cancel_jobs_of(flow: Any, flow_run: Any, state: Any) -> None:
+    """On cancellation: leave no rank of the flow run alive, even if its own process could not see to it."""
+    from infra.launcher import cancel_owned_by, make_launcher
+    from infra.settings import load_settings
+
+    keys = cancel_owned_by(make_launcher(load_settings()), str(flow_run.id))
+    logging.getLogger("prefect.flow_runs").info("cancelled %d jobs of the engine", len(keys))
+
+
+class _OneLine(logging.Filter):
+    """Shows an error that was raised on purpose as its message, without a traceback."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        if record.exc_info and isinstance(record.exc_info[1], UnbrokenError):
+            record.exc_info = record.exc_text = None
+        return True
+
+
+def log_user_errors_in_one_line() -> None:
+    """Call at the start of a flow; also lets the stages' own lines through to Prefect's log."""
+    for name in ("prefect.flow_runs", "prefect.task_runs"):
+        logging.getLogger(name).addFilter(_OneLine())
+    for name in ("tasks", "training"):
+        logging.getLogger(name).setLevel(logging.INFO)

@@ -1,0 +1,36 @@
+"""The pipeline: shard → train → evaluate → register."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from prefect import flow
+
+from flows import publish
+from flows.hooks import cancel_jobs_of, log_user_errors_in_one_line
+from tasks.evaluate import evaluate
+from tasks.register import register
+from tasks.results import Registration
+from tasks.shard import shard
+from tasks.train import key_of, train
+from training.config import load_preset
+
+
+@flow(name="pipeline", on_cancellation=[cancel_jobs_of], persist_result=True, result_serializer="json")
+def pipeline(preset: str, overrides: dict[str, Any] | None = None, fresh: bool = False) -> Registration:
+    """From raw data to a registered model.
+
+    Args:
+        preset: a built-in preset's name, or the path of a TOML file.
+        overrides: values by dotted key, such as {"train.steps": 20}.
+        fresh: train again from step 0, although this run is finished or begun.
+    """
+    log_user_errors_in_one_line()
+    config = load_preset(preset, overrides)
+    dataset = shard(config)
+    publish.run_key(key_of(config, dataset))
+    model = train(config, dataset, owner=publish.flow_run_id(), fresh=publish.flow_run_id() if fresh else None)
+    evaluation = evaluate(config, dataset, model)
+    version = register(config, dataset, model, evaluation)
+    publish.results(dataset, evaluation, version)
+    return version

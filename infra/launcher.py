@@ -1,0 +1,71 @@
+"""The launcher: places a run's node agents on an engine. The engine owns nodes; the launcher only asks it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from enum import Enum
+from pathlib import Path
+from typing import Protocol
+
+from infra.settings import Settings
+
+
+@dataclass(frozen=True, kw_only=True)
+class JobSpec:
+    """One job: an agent on each of `num_nodes` nodes."""
+
+    key: str
+    num_nodes: int
+    command: tuple[str, ...]
+    """`{node}` stands for the node's number."""
+    environment: Mapping[str, str]
+    owner: str | None = None
+    """Who asked for it. Cancelling an owner cancels its jobs."""
+
+
+class JobState(Enum):
+    RUNNING = "running"
+    ENDED = "ended"
+
+
+@dataclass(frozen=True, kw_only=True)
+class JobStatus:
+    """What the engine says of a job, node by node. Whether the run succeeded, its record says."""
+
+    state: JobState
+    nodes: Mapping[str, str]
+
+
+class Launcher(Protocol):
+    """An engine, as far as this project needs one."""
+
+    def submit(self, spec: JobSpec) -> None:
+        """Have the job run. If it is there already, that is the same job; the owner is added to it."""
+
+    def find(self, key: str) -> JobStatus | None:
+        """The job's status; None if the engine has no such job."""
+
+    def jobs(self) -> Mapping[str, Sequence[str]]:
+        """Every job's key, and its owners."""
+
+    def logs(self, key: str) -> Sequence[Path]:
+        """The log of each of the job's nodes."""
+
+    def cancel(self, key: str) -> None:
+        """Have no process of the job left when this returns. No such job: nothing to do."""
+
+
+def cancel_owned_by(launcher: Launcher, owner: str) -> list[str]:
+    """Cancel every job of an owner; returns their keys."""
+    keys = [key for key, owners in launcher.jobs().items() if owner in owners]
+    for key in keys:
+        launcher.cancel(key)
+    return keys
+
+
+def make_launcher(settings: Settings) -> Launcher:
+    """The engine that the settings name: so far the local one."""
+    from infra.local.launcher import LocalLauncher
+
+    return LocalLauncher(settings.home)

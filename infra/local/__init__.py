@@ -1,0 +1,1 @@
+"""The local stack: every service, and the local engine, under one process supervisor."""

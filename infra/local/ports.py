@@ -1,0 +1,85 @@
+"""Which ports the services listen on: those of last time, else the usual ones, else any that are free."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Mapping
+from typing import Any
+
+import psutil
+
+from training.errors import UserError
+
+LOOPBACK = "127.0.0.1"
+USUAL = {"s3": 8333, "mlflow": 5000, "prefect": 4200}
+INTERNAL = (
+    "s3_grpc",
+    "master",
+    "master_grpc",
+    "volume",
+    "volume_grpc",
+    "filer",
+    "filer_grpc",
+)
+"""SeaweedFS's own parts, which talk to one another only."""
+
+
+def choose_ports(last: Mapping[str, int], configured: Mapping[str, Any]) -> dict[str, int]:
+    """A free port for each name. Raises `UserError` if one that the user asked for is taken."""
+    chosen: dict[str, int] = {}
+    for name, usual in USUAL.items():
+        wanted = os.environ.get(f"UNBROKEN_{name.upper()}_PORT") or configured.get(name)
+        if wanted is not None:
+            chosen[name] = _wanted(name, wanted)
+        else:
+            chosen[name] = _first_free([last.get(name, usual), usual], taken=chosen)
+    for name in INTERNAL:
+        chosen[name] = _first_free([last[name]] if name in last else [], taken=chosen)
+    return chosen
+
+
+def _wanted(name: str, wanted: Any) -> int:
+    try:
+        port = int(wanted)
+    except ValueError as error:
+        raise UserError(f"port of {name}: {wanted!r} is not a number") from error
+    if not is_free(port):
+        raise UserError(
+            f"port {port}, configured for {name}, is in use{_by_whom(port)}: free it, or configure another in"
+            f" unbroken.toml, [ports] {name}, or in UNBROKEN_{name.upper()}_PORT"
+        )
+    return port
+
+
+def _first_free(candidates: list[int], *, taken: Mapping[str, int]) -> int:
+    for port in candidates:
+        if port not in taken.values() and is_free(port):
+            return port
+    while True:
+        with socket.socket() as probe:
+            probe.bind((LOOPBACK, 0))
+            port = int(probe.getsockname()[1])
+        if port not in taken.values():
+            return port
+
+
+def is_free(port: int) -> bool:
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((LOOPBACK, port))
+        except OSError:
+            return False
+    return True
+
+
+def _by_whom(port: int) -> str:
+    try:
+        holders = [
+            c.pid for c in psutil.net_connections("tcp") if c.laddr and c.laddr[1] == port and c.status == "LISTEN"
+        ]
+        names = [f"{psutil.Process(pid).name()} (process {pid})" for pid in holders if pid]
+    except psutil.Error:  # only root may look at everybody's sockets
+        return ""
+    return f" by {names[0]}" if names else ""

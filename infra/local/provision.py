@@ -1,0 +1,69 @@
+"""What the servers must hold before the first run: the bucket, Prefect's work pool, result storage and deployments."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable
+
+from infra.local.services import WORK_POOL
+from infra.settings import PROJECT_ROOT, RESULTS_BLOCK, Settings
+from training.documents import digest_of
+from training.errors import InfrastructureError
+from training.objectstore import Store, StoreLocation
+
+DEPLOYMENTS = PROJECT_ROOT / "infra" / "prefect.yaml"
+
+
+def create_bucket(settings: Settings) -> None:
+    location = StoreLocation(
+        endpoint=settings.s3_endpoint, bucket=settings.s3_bucket, prefix=settings.s3_prefix, region=settings.s3_region
+    )
+    Store(location).create_bucket_if_missing()
+
+
+def provision(settings: Settings, report: Callable[[str], None]) -> None:
+    """Make Prefect's objects, unless they are as they were made last. Safe to repeat."""
+    mark = settings.home / "provisioned"
+    wanted = digest_of(
+        {
+            "deployments": DEPLOYMENTS.read_text(),
+            "flow": (PROJECT_ROOT / "flows" / "pipeline.py").read_text(),
+            "prefect": settings.prefect_api_url,
+            "s3": [settings.s3_endpoint, settings.s3_bucket, settings.s3_prefix],
+        }
+    )
+    if mark.exists() and mark.read_text() == wanted:
+        return
+    report("registering the work pool, the result storage and the deployments")
+    _register_pool_and_storage(settings)
+    _deploy()
+    mark.write_text(wanted)
+
+
+def _register_pool_and_storage(settings: Settings) -> None:
+    """The block names the bucket and holds no key: those come from the credential chain."""
+    from prefect.client.orchestration import get_client
+    from prefect.client.schemas.actions import WorkPoolCreate
+    from prefect_aws import AwsCredentials, S3Bucket
+    from prefect_aws.client_parameters import AwsClientParameters
+
+    S3Bucket.register_type_and_schema()
+    block = S3Bucket(
+        bucket_name=settings.s3_bucket,
+        bucket_folder=f"{settings.s3_prefix}prefect",
+        credentials=AwsCredentials(
+            region_name=settings.s3_region,
+            aws_client_parameters=AwsClientParameters(endpoint_url=settings.s3_endpoint),
+        ),
+    )
+    block.save(RESULTS_BLOCK, overwrite=True)
+    with get_client(sync_client=True) as client:
+        client.create_work_pool(WorkPoolCreate(name=WORK_POOL, type="process"), overwrite=True)
+
+
+def _deploy() -> None:
+    command = [sys.executable, "-m", "prefect", "--no-prompt", "deploy", "--prefect-file", str(DEPLOYMENTS), "--all"]
+    done = subprocess.run(command, cwd=PROJECT_ROOT, capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        raise InfrastructureError(f"`prefect deploy` failed:\n{(done.stdout + done.stderr)[-2000:]}")

@@ -1,0 +1,165 @@
+"""The services of the local stack, as a table: what each one runs, and how to see that it is well."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import shutil
+import sys
+import sysconfig
+import tomllib
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from infra.local.ports import LOOPBACK
+from infra.settings import PROJECT_ROOT, Settings, credentials_path, environment
+from training.errors import InfrastructureError
+
+WORK_POOL = "local"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Service:
+    """One service. `is_healthy` may be asked at any time."""
+
+    name: str
+    command: tuple[str, ...]
+    environment: Mapping[str, str] = field(default_factory=dict)
+    is_healthy: Callable[[], bool]
+    url: str
+
+
+def local_services(settings: Settings, ports: Mapping[str, int], external: frozenset[str]) -> list[Service]:
+    """Every service that no existing server replaces (`external` names those parts)."""
+    services = [
+        s3_service(settings.home, ports),
+        mlflow_service(settings, ports["mlflow"]),
+        prefect_service(settings, ports["prefect"]),
+        worker_service(settings),
+    ]
+    return [service for service in services if service.name not in external]
+
+
+def s3_service(home: Path, ports: Mapping[str, int]) -> Service:
+    """SeaweedFS in one process. Its inner ports have no passwords, so all are bound to loopback."""
+    flags = {
+        "dir": str(home / "s3"),
+        "ip": LOOPBACK,
+        "ip.bind": LOOPBACK,
+        "master.port": ports["master"],
+        "master.port.grpc": ports["master_grpc"],
+        "master.telemetry": "false",
+        "volume.port": ports["volume"],
+        "volume.port.grpc": ports["volume_grpc"],
+        "filer.port": ports["filer"],
+        "filer.port.grpc": ports["filer_grpc"],
+        "s3.port": ports["s3"],
+        "s3.port.grpc": ports["s3_grpc"],
+        "s3.port.iceberg": 0,
+        "s3.port.lance": 0,
+        "s3.config": str(_s3_identities(home)),
+        "webdav": "false",
+        "admin.ui": "false",
+    }
+    (home / "s3").mkdir(parents=True, exist_ok=True)
+    url = f"http://{LOOPBACK}:{ports['s3']}"
+    return Service(
+        name="s3",
+        command=(_script("weed"), f"-logdir={home / 'logs'}", "mini", *(f"-{k}={v}" for k, v in flags.items())),
+        is_healthy=lambda: _answers(f"{url}/healthz"),
+        url=url,
+    )
+
+
+def _s3_identities(home: Path) -> Path:
+    """Generated once: the only user of the local store, in SeaweedFS's form and in AWS's. Nobody else may read them."""
+    import json
+
+    path = home / "s3-identities.json"
+    if path.exists() and credentials_path(home).exists():
+        return path
+    access, secret = secrets.token_hex(10), secrets.token_urlsafe(30)
+    identity = {
+        "name": "unbroken",
+        "credentials": [{"accessKey": access, "secretKey": secret}],
+        "actions": ["Admin", "Read", "Write", "List", "Tagging"],
+    }
+    _write_private(path, json.dumps({"identities": [identity]}))
+    lines = f"[default]\naws_access_key_id = {access}\naws_secret_access_key = {secret}\n"
+    _write_private(credentials_path(home), lines)
+    return path
+
+
+def _write_private(path: Path, text: str) -> None:
+    with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
+        file.write(text)
+
+
+def mlflow_service(settings: Settings, port: int) -> Service:
+    """MLflow on SQLite, artifacts proxied to S3; the other flags are in mlflow/server.toml."""
+    policy = tomllib.loads((PROJECT_ROOT / "mlflow" / "server.toml").read_text())
+    url = f"http://{LOOPBACK}:{port}"
+    store = f"s3://{settings.s3_bucket}/{settings.s3_prefix}mlflow"
+    return Service(
+        name="mlflow",
+        command=(
+            *(sys.executable, "-m", "mlflow", "server", "--host", LOOPBACK, "--port", str(port)),
+            *("--backend-store-uri", f"sqlite:///{settings.home / 'mlflow.sqlite'}"),
+            *("--artifacts-destination", store),
+            *policy["flags"],
+        ),
+        environment={
+            **policy["environment"],
+            **environment(settings),
+            **({"MLFLOW_S3_ENDPOINT_URL": settings.s3_endpoint} if settings.s3_endpoint else {}),
+        },
+        is_healthy=lambda: _answers(f"{url}/health"),
+        url=url,
+    )
+
+
+def prefect_service(settings: Settings, port: int) -> Service:
+    """Prefect's server on SQLite: for one machine; docs/architecture.md names Postgres beyond."""
+    url = f"http://{LOOPBACK}:{port}"
+    return Service(
+        name="prefect",
+        command=(_script("prefect"), "server", "start", "--host", LOOPBACK, "--port", str(port)),
+        environment={**environment(settings), "PREFECT_UI_API_URL": f"{url}/api"},
+        is_healthy=lambda: _answers(f"{url}/api/health"),
+        url=url,
+    )
+
+
+def worker_service(settings: Settings) -> Service:
+    """Prefect's process worker, which starts flow runs as processes of its own."""
+
+    def has_worker() -> bool:
+        return _answers(f"{settings.prefect_api_url}/work_pools/{WORK_POOL}", containing=b'"READY"')
+
+    return Service(
+        name="worker",
+        command=(_script("prefect"), "worker", "start", "--pool", WORK_POOL, "--type", "process", "--name", "local"),
+        environment=environment(settings),
+        is_healthy=has_worker,
+        url=settings.prefect_ui_url + "/work-pools",
+    )
+
+
+def _script(name: str) -> str:
+    """A command of this environment, which need not be on the PATH."""
+    beside = Path(sysconfig.get_path("scripts")) / name
+    found = str(beside) if beside.exists() else shutil.which(name)
+    if found is None:
+        raise InfrastructureError(f"the command {name!r} is not installed: install the project again (`make install`)")
+    return found
+
+
+def _answers(url: str, *, containing: bytes = b"") -> bool:
+    try:
+        with urllib.request.urlopen(url, timeout=3) as reply:
+            return reply.status == 200 and containing in reply.read()
+    except (OSError, urllib.error.URLError):
+        return False

@@ -1,0 +1,183 @@
+"""Where the stack's parts are: environment variables, then `unbroken.toml`, then the running local stack."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import os
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from training.errors import InfrastructureError, UserError
+
+PROJECT_ROOT = Path(__file__).resolve().parents[1]
+DEFAULT_BUCKET = "unbroken"
+RESULTS_BLOCK = "unbroken-results"
+KNOWN: dict[str, tuple[str, ...]] = {
+    "s3": ("endpoint", "bucket", "prefix", "region"),
+    "mlflow": ("uri",),
+    "prefect": ("api_url",),
+    "ports": ("s3", "mlflow", "prefect"),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """One place for every address. Credentials are not among them: those come from the standard AWS chain."""
+
+    home: Path
+    s3_endpoint: str | None
+    s3_bucket: str
+    s3_prefix: str
+    s3_region: str
+    maybe_mlflow_uri: str | None
+    maybe_prefect_api_url: str | None
+    s3_is_local: bool
+
+    @property
+    def mlflow_uri(self) -> str:
+        return _required(self.maybe_mlflow_uri, "MLflow server", "[mlflow] uri", "UNBROKEN_MLFLOW_URI")
+
+    @property
+    def prefect_api_url(self) -> str:
+        return _required(self.maybe_prefect_api_url, "Prefect server", "[prefect] api_url", "UNBROKEN_PREFECT_API_URL")
+
+    @property
+    def prefect_ui_url(self) -> str:
+        return self.prefect_api_url.removesuffix("/api")
+
+
+def home() -> Path:
+    """The folder of the local stack: $UNBROKEN_HOME, the nearest `.unbroken` upward, else the project's own."""
+    if os.environ.get("UNBROKEN_HOME"):
+        return Path(os.environ["UNBROKEN_HOME"]).resolve()
+    for folder in (Path.cwd(), *Path.cwd().parents):
+        if (folder / ".unbroken").is_dir():
+            return folder / ".unbroken"
+    root = PROJECT_ROOT if (PROJECT_ROOT / "pyproject.toml").is_file() else Path.cwd()
+    return root / ".unbroken"
+
+
+def load_settings() -> Settings:
+    """Raises `UserError` for a settings file that is wrong, `InfrastructureError` if no S3 storage is known."""
+    folder = home()
+    file = read_settings_file()
+    local = read_state(folder)
+
+    def find(part: str, key: str) -> str | None:
+        variable = os.environ.get(f"UNBROKEN_{part}_{key}".upper())
+        return variable or file.get(part, {}).get(key) or local.get(part, {}).get(key)
+
+    external_s3 = bool(os.environ.get("UNBROKEN_S3_ENDPOINT") or file.get("s3", {}))
+    if not external_s3 and "s3" not in local:
+        raise InfrastructureError(
+            "the local stack is not running: start it with `unbroken up` (or `make up`), or name existing servers"
+            " in unbroken.toml"
+        )
+    prefix = (find("s3", "prefix") or "").strip("/")
+    return Settings(
+        home=folder,
+        s3_endpoint=find("s3", "endpoint"),
+        s3_bucket=find("s3", "bucket") or DEFAULT_BUCKET,
+        s3_prefix=f"{prefix}/" if prefix else "",
+        s3_region=find("s3", "region") or "us-east-1",
+        maybe_mlflow_uri=find("mlflow", "uri"),
+        maybe_prefect_api_url=find("prefect", "api_url"),
+        s3_is_local=not external_s3,
+    )
+
+
+def environment(settings: Settings) -> dict[str, str]:
+    """What a process, or a person's shell, needs so that every library finds the stack."""
+    found = {
+        "UNBROKEN_HOME": str(settings.home),
+        "AWS_DEFAULT_REGION": settings.s3_region,
+        "AWS_EC2_METADATA_DISABLED": "true",
+        "DO_NOT_TRACK": "1",
+        "DVC_NO_ANALYTICS": "1",
+        "MLFLOW_DISABLE_TELEMETRY": "true",
+        "MLFLOW_ALLOW_PICKLE_DESERIALIZATION": "false",
+        "PREFECT_HOME": str(settings.home / "prefect"),
+        "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+        "PREFECT_DEFAULT_RESULT_STORAGE_BLOCK": f"s3-bucket/{RESULTS_BLOCK}",
+        "PREFECT_RESULTS_DEFAULT_SERIALIZER": "json",
+        "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": "30",
+        "PREFECT_LOGGING_EXTRA_LOGGERS": "tasks,training",
+        "PREFECT_WORKER_QUERY_SECONDS": "1",
+    }
+    if settings.s3_is_local:
+        found["AWS_SHARED_CREDENTIALS_FILE"] = str(credentials_path(settings.home))
+    if settings.maybe_mlflow_uri:
+        found["MLFLOW_TRACKING_URI"] = settings.maybe_mlflow_uri
+    if settings.maybe_prefect_api_url:
+        found["PREFECT_API_URL"] = settings.maybe_prefect_api_url
+    return found
+
+
+def activate(settings: Settings) -> None:
+    """Put `environment` into this process. Keys of another store, if set, would shadow the local stack's own."""
+    os.environ.update(environment(settings))
+    if settings.s3_is_local:
+        for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "AWS_PROFILE"):
+            os.environ.pop(name, None)
+
+
+def credentials_path(folder: Path) -> Path:
+    return folder / "credentials"
+
+
+def state_path(folder: Path) -> Path:
+    return folder / "stack.json"
+
+
+def read_state(folder: Path) -> dict[str, Any]:
+    """What `up` noted of the local stack; empty if it was never up."""
+    path = state_path(folder)
+    return json.loads(path.read_text()) if path.is_file() else {}
+
+
+def read_settings_file() -> dict[str, dict[str, Any]]:
+    """The settings file: $UNBROKEN_SETTINGS, or the nearest `unbroken.toml` upward. Empty if there is none."""
+    path = _settings_path()
+    if path is None:
+        return {}
+    try:
+        document = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: {error}") from error
+    for part, table in document.items():
+        _check_known(path, part, KNOWN)
+        if not isinstance(table, Mapping):
+            raise UserError(f"{path}: {part!r} must be a table, as in [{part}]")
+        for key, value in table.items():
+            _check_known(path, key, KNOWN[part], table=part)
+            if not isinstance(value, int if part == "ports" else str):
+                raise UserError(f"{path}: {part}.{key} = {value!r} must be {'a number' if part == 'ports' else 'text'}")
+    return document
+
+
+def _settings_path() -> Path | None:
+    if os.environ.get("UNBROKEN_SETTINGS"):
+        return Path(os.environ["UNBROKEN_SETTINGS"])
+    candidates = (folder / "unbroken.toml" for folder in (Path.cwd(), *Path.cwd().parents))
+    return next((path for path in candidates if path.is_file()), None)
+
+
+def _check_known(path: Path, name: str, known: Any, *, table: str = "") -> None:
+    if name in known:
+        return
+    near = difflib.get_close_matches(name, list(known), n=1)
+    hint = f" (did you mean {near[0]!r}?)" if near else f" (known: {', '.join(known)})"
+    raise UserError(f"{path}: unknown key {f'{table}.{name}' if table else name!r}{hint}")
+
+
+def _required(value: str | None, part: str, key: str, variable: str) -> str:
+    if value is None:
+        raise InfrastructureError(
+            f"no {part} is known: start the local stack with `unbroken up` (or `make up`), or name an existing one"
+            f" in unbroken.toml, {key}, or in {variable}"
+        )
+    return value

@@ -1,0 +1,64 @@
+"""What a run is doing right now, read from its record and events: for the train stage and for the command line."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from training.events import Event, EventReader
+from training.record import Record, RunRecord
+
+
+@dataclass(frozen=True, kw_only=True)
+class Progress:
+    """One look at a run."""
+
+    step: int = 0
+    num_steps: int
+    loss: float | None = None
+    samples_per_second: float | None = None
+    num_ranks: int = 0
+    checkpoint_step: int = 0
+
+    def line(self) -> str:
+        """All of it on one line."""
+        loss = f"loss {self.loss:.4f}" if self.loss is not None else "starting"
+        speed = f"{self.samples_per_second:,.0f} samples/s" if self.samples_per_second else "- samples/s"
+        return (
+            f"step {self.step}/{self.num_steps}  {loss}  {speed}  {self.num_ranks} ranks"
+            f"  checkpoint {self.checkpoint_step}"
+        )
+
+
+class Follower:
+    """Reads a run's new events at each `look`."""
+
+    def __init__(self, run: RunRecord, *, generation: int, num_steps: int) -> None:
+        self._run = run
+        self._generation = generation
+        self._reader = EventReader(run.store, f"runs/{run.run_key}/{generation}/")
+        self.progress = Progress(num_steps=num_steps)
+
+    def look(self) -> tuple[Record, list[Event]]:
+        """The record as it is, and the events that are new since the last look."""
+        record = self._run.read()
+        events = list(self._reader.read_new(newest_token=record.token))
+        for event in events:
+            self.progress = _after(self.progress, event)
+        return record, events
+
+
+def _after(progress: Progress, event: Event) -> Progress:
+    changes: dict[str, object] = {}
+    if event.kind == "step":
+        changes = {key: event.values[key] for key in ("loss", "samples_per_second")} | {"step": event.step}
+    elif event.kind == "checkpoint":
+        changes = {"checkpoint_step": event.step}
+    elif event.kind == "attempt":
+        changes = {"num_ranks": event.values["world_size"], "step": event.step}
+    return Progress(**{**vars(progress), **changes})
+
+
+def all_events(run: RunRecord, record: Record) -> list[Event]:
+    """Every event of the record's generation."""
+    reader = EventReader(run.store, run.prefix(record))
+    return list(reader.read_new(newest_token=record.token))

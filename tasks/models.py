@@ -1,0 +1,31 @@
+"""A finished run's model, read back and checked."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from training.errors import DamagedError, UserError
+from training.objectstore import Store
+from training.recipe import Recipe
+from training.record import RunRecord
+
+if TYPE_CHECKING:
+    from torch import nn
+
+
+def load_model(store: Store, recipe: Recipe, run_key: str) -> nn.Module:
+    """The finished run's model, in evaluation mode. Raises `DamagedError` if its bytes are not as recorded."""
+    from training.checkpoint import load_checkpoint
+    from training.state import tensors_sha256
+
+    run = RunRecord(store, run_key)
+    record = run.read()
+    if record.result is None:
+        raise UserError(f"run {run_key[:12]} is not finished: run the train stage first")
+    tensors = load_checkpoint(store, run.prefix(record), record.result.checkpoint)
+    weights = {name: tensor for name, tensor in tensors.items() if name.startswith("model.")}
+    if tensors_sha256(weights) != record.result.weights_sha256:
+        raise DamagedError(f"run {run_key[:12]}: the checkpoint's weights are not those of the result")
+    model = recipe.model()
+    model.load_state_dict({name.removeprefix("model."): tensor for name, tensor in weights.items()})
+    return model.eval()

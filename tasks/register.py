@@ -1,0 +1,142 @@
+"""Stage 4: the model in the registry, without code that a loader could run, and with proof of where it came from."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from prefect import task
+
+from tasks import tracking
+from tasks.models import load_model
+from tasks.policy import open_stack, stage_options
+from tasks.provenance import commit_of
+from tasks.results import Dataset, Evaluation, Registration, TrainedModel
+from training.config import Preset
+from training.data.manifest import load_manifest
+from training.data.reader import Reader
+from training.documents import digest_of
+from training.objectstore import Store
+from training.recipe import load_recipe
+from training.record import RunRecord
+
+if TYPE_CHECKING:
+    import numpy as np
+    from torch import nn
+
+log = logging.getLogger(__name__)
+
+CHALLENGER = "challenger"
+CHAMPION = "champion"
+
+
+def register_cache_key(context: Any, arguments: dict[str, Any]) -> str:
+    settings, _ = open_stack()
+    preset: Preset = arguments["preset"]
+    model: TrainedModel = arguments["model"]
+    return digest_of(
+        {
+            "stage": "register",
+            "registry": settings.mlflow_uri,
+            "name": preset.name,
+            "run": model.run_key,
+            "weights": model.weights_sha256,
+        }
+    )
+
+
+@task(name="register", cache_key_fn=register_cache_key, **stage_options(timeout_seconds=3600))
+def register(preset: Preset, dataset: Dataset, model: TrainedModel, evaluation: Evaluation) -> Registration:
+    """Make the registry's version of this run, once. It is the challenger; the very first is the champion too."""
+    settings, store = open_stack()
+    record = RunRecord(store, model.run_key).read()
+    assert record.tracking_run_id is not None
+    tracker = tracking.Tracker(tracking.connect(settings.mlflow_uri), settings.mlflow_uri, record.tracking_run_id)
+    recipe = load_recipe(preset)
+    tags = {
+        "unbroken.dataset_digest": dataset.digest,
+        "unbroken.weights_sha256": model.weights_sha256,
+        "unbroken.commit": commit_of(preset),
+        "unbroken.preset": preset.name,
+        **{f"unbroken.test.{name}": f"{value.value:.6f}" for name, value in evaluation.metrics.items()},
+    }
+    version = tracking.ensure_model_version(
+        settings.mlflow_uri,
+        preset.name,
+        tracker,
+        run_key=model.run_key,
+        tags=tags,
+        save=lambda path, mlflow_model: save_model(
+            load_model(store, recipe, model.run_key), example_inputs(store, preset, dataset), path, mlflow_model
+        ),
+    )
+    aliases = set_aliases(store, tracker, preset.name, str(version.version), model.run_key)
+    log.info("model %s version %s: %s", preset.name, version.version, ", ".join(aliases))
+    return Registration(
+        name=preset.name,
+        version=str(version.version),
+        run_key=model.run_key,
+        weights_sha256=model.weights_sha256,
+        aliases=aliases,
+        url=tracking.version_url(settings.mlflow_uri, preset.name, str(version.version)),
+    )
+
+
+def set_aliases(store: Store, tracker: tracking.Tracker, name: str, version: str, run_key: str) -> tuple[str, ...]:
+    """`challenger` always; `champion` for the model's first version: who that is, one create-only write decides."""
+    client = tracker.client
+    client.set_registered_model_alias(name, CHALLENGER, version)
+    champion_key = f"models/{name}/champion.json"
+    store.create_versioned(
+        champion_key, {"format": 1, "model": name, "version_of_registry": version, "run_key": run_key}
+    )
+    if store.read_versioned(champion_key).document["run_key"] != run_key:
+        return (CHALLENGER,)
+    client.set_registered_model_alias(name, CHAMPION, version)
+    return (CHALLENGER, CHAMPION)
+
+
+def example_inputs(store: Store, preset: Preset, dataset: Dataset) -> np.ndarray[Any, Any]:
+    """The model's input for two held-out samples (with one, the exported batch would be fixed to it)."""
+    import torch
+
+    manifest = load_manifest(store, dataset.name, dataset.digest)
+    reader = Reader(store, dataset.name, manifest, "test")
+    _, batch = reader.read([0, len(reader) - 1])
+    recipe = load_recipe(preset)
+    return recipe.inputs({name: torch.from_numpy(array) for name, array in batch.items()}).numpy()
+
+
+def save_model(module: nn.Module, inputs: np.ndarray[Any, Any], path: Path, mlflow_model: Any) -> None:
+    """An MLflow model folder holding a torch.export program of any batch size: it needs no recipe to be loaded.
+
+    MLflow's own export keeps the example as a pickle inside; the program is written again without it.
+    """
+    import mlflow
+    import mlflow.pytorch
+    import numpy as np
+    import torch
+    from mlflow.models import ModelSignature
+    from mlflow.types import Schema, TensorSpec
+
+    example = torch.from_numpy(inputs)
+    with torch.inference_mode():
+        outputs = module(example).numpy()
+    signature = ModelSignature(
+        Schema([TensorSpec(np.dtype(inputs.dtype), (-1, *inputs.shape[1:]))]),
+        Schema([TensorSpec(np.dtype(outputs.dtype), (-1, *outputs.shape[1:]))]),
+    )
+    mlflow.pytorch.save_model(
+        module,
+        str(path),
+        serialization_format="pt2",
+        signature=signature,
+        input_example=inputs,
+        mlflow_model=mlflow_model,
+        pip_requirements=[f"mlflow=={mlflow.__version__}", f"torch=={torch.__version__.split('+')[0]}", "numpy"],
+    )
+    batch = torch.export.Dim("batch", min=1)
+    program = torch.export.export(module, (example,), dynamic_shapes=({0: batch},))
+    program._example_inputs = ((None,), {})
+    torch.export.save(program, path / "data" / "model.pt2")

@@ -1,0 +1,237 @@
+"""The one module that speaks to MLflow: one run per run key, one point per (metric, step), versions made once."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import tempfile
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from training.config import Preset
+from training.errors import InfrastructureError
+from training.events import Event
+from training.record import Record, RunRecord
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+    from mlflow import MlflowClient
+    from mlflow.entities.model_registry import ModelVersion
+
+log = logging.getLogger(__name__)
+T = TypeVar("T")
+
+METRICS = ("loss", "grad_norm", "learning_rate", "samples_per_second")
+RUN_KEY_TAG = "unbroken.run_key"
+BATCH_METRICS = 1000
+DATASET_DIGEST_CHARACTERS = 36  # MLflow takes no more; the whole digest is in a tag
+
+
+def connect(uri: str) -> MlflowClient:
+    """A client that gives up soon: whoever calls it has something better to do than to wait."""
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
+    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+    from mlflow import MlflowClient
+
+    return MlflowClient(tracking_uri=uri)
+
+
+class Tracker:
+    """The MLflow run of one run key."""
+
+    def __init__(self, client: MlflowClient, uri: str, run_id: str) -> None:
+        self.client = client
+        self.run_id = run_id
+        self.experiment_id = str(client.get_run(run_id).info.experiment_id)
+        self.url = run_url(uri, self.experiment_id, run_id)
+        self._last_step = self._last_logged_step()
+
+    def _last_logged_step(self) -> int:
+        """How far an earlier follower came: MLflow itself is the cursor, so the two cannot disagree."""
+        return max((point.step for point in self.client.get_metric_history(self.run_id, "loss")), default=0)
+
+    def forward(self, events: Iterable[Event]) -> None:
+        """Log the steps' metrics under the events' own times; what is there already is not sent again.
+
+        Raises `InfrastructureError` if MLflow is away; the same events may then be given again.
+        """
+        from mlflow.entities import Metric
+
+        new = {event.step: event for event in reversed(list(events)) if event.kind == "step"}
+        points = [
+            Metric(name, float(event.values[name]), int(event.time * 1000), step)
+            for step, event in sorted(new.items())
+            if step > self._last_step
+            for name in METRICS
+        ]
+        for start in range(0, len(points), BATCH_METRICS):
+            batch = points[start : start + BATCH_METRICS]
+            _ask(lambda: self.client.log_batch(self.run_id, metrics=batch))  # noqa: B023
+            self._last_step = batch[-1].step
+
+    def note_attempts(self, record: Record) -> None:
+        """How often the group was formed, and why nodes left: visible beside the run."""
+        _ask(lambda: self.client.set_tag(self.run_id, "unbroken.attempts", str(len(record.resume_steps))))
+        if record.departures:
+            rows = [{"token": d.token, "node": d.node, "step": d.step, "cause": d.cause} for d in record.departures]
+            _ask(lambda: self.client.log_text(self.run_id, json.dumps(rows, indent=1), "departures.json"))
+
+    def finish(self, status: str) -> None:
+        """Set the run's status ("FINISHED", "FAILED", "KILLED") unless it has it."""
+        if _ask(lambda: self.client.get_run(self.run_id)).info.status != status:
+            _ask(lambda: self.client.set_terminated(self.run_id, status))
+
+    def reopen(self) -> None:
+        _ask(lambda: self.client.update_run(self.run_id, status="RUNNING"))
+
+    def log_evaluation(
+        self, metrics: Mapping[str, float], figures: Mapping[str, Figure], report: dict[str, Any]
+    ) -> None:
+        """Held-out metrics, the figures that a person looks at, and the whole report."""
+        from mlflow.entities import Metric
+
+        step = self._last_step
+        time_ms = int(_ask(lambda: self.client.get_run(self.run_id)).info.start_time)  # fixed: a rerun adds no point
+        points = [Metric(name, value, time_ms, step) for name, value in metrics.items()]
+        _ask(lambda: self.client.log_batch(self.run_id, metrics=points))
+        for name, figure in figures.items():
+            self.client.log_figure(self.run_id, figure, f"figures/{name}.png")
+        self.client.log_dict(self.run_id, report, "evaluation.json")
+
+
+def ensure_run(
+    uri: str, run: RunRecord, preset: Preset, *, dataset: Mapping[str, Any], tags: Mapping[str, str]
+) -> Tracker:
+    """The MLflow run that the run record names, made if none is. Racing makers: the record decides, losers delete.
+
+    Raises `InfrastructureError` if MLflow is away.
+    """
+    client = connect(uri)
+    record = run.read()
+    if record.tracking_run_id is None:
+        made = _ask(lambda: _create_run(client, run, preset, dataset=dataset, tags=tags))
+        record = run.update(lambda r: r if r.tracking_run_id else replace(r, tracking_run_id=made))
+        if record.tracking_run_id != made:
+            client.delete_run(made)
+    run_id = record.tracking_run_id
+    assert run_id is not None
+    return _ask(lambda: Tracker(client, uri, run_id))
+
+
+def _create_run(
+    client: MlflowClient, run: RunRecord, preset: Preset, *, dataset: Mapping[str, Any], tags: Mapping[str, str]
+) -> str:
+    from mlflow.entities import Dataset, DatasetInput, InputTag, Param, RunTag
+
+    made = client.create_run(
+        _experiment_id(client, preset.name),
+        run_name=f"{preset.name}-{run.run_key[:8]}",
+        tags={RUN_KEY_TAG: run.run_key, **tags},
+    )
+    params = [Param(key, str(value)) for key, value in _flat(preset.to_json())]
+    client.log_batch(made.info.run_id, params=params, tags=[RunTag("unbroken.dataset_digest", dataset["digest"])])
+    source = json.dumps(
+        {"uri": run.store.location.uri(f"datasets/{dataset['name']}/manifests/{dataset['digest']}.json")}
+    )
+    used = Dataset(
+        name=dataset["name"],
+        digest=dataset["digest"][:DATASET_DIGEST_CHARACTERS],
+        source_type="s3",
+        source=source,
+        profile=json.dumps({"num_train_samples": dataset["num_train_samples"]}),
+    )
+    context = InputTag("mlflow.data.context", "training")
+    client.log_inputs(made.info.run_id, datasets=[DatasetInput(dataset=used, tags=[context])])
+    return str(made.info.run_id)
+
+
+def _experiment_id(client: MlflowClient, name: str) -> str:
+    from mlflow.exceptions import MlflowException
+
+    found = client.get_experiment_by_name(name)
+    if found is not None:
+        return str(found.experiment_id)
+    try:
+        return str(client.create_experiment(name))
+    except MlflowException:  # another starter was first
+        found = client.get_experiment_by_name(name)
+        if found is None:
+            raise
+        return str(found.experiment_id)
+
+
+def _flat(document: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, Any]]:
+    for key, value in document.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{prefix}{key}.")
+        elif key != "folder":
+            yield prefix + key, value
+
+
+def ensure_model_version(
+    uri: str,
+    name: str,
+    tracker: Tracker,
+    *,
+    run_key: str,
+    tags: Mapping[str, str],
+    save: Callable[[Path, Any], None],
+) -> ModelVersion:
+    """The registry's version of this run key, made if there is none. `save(folder, mlflow_model)` writes the model."""
+    from mlflow.entities import LoggedModelOutput
+    from mlflow.exceptions import MlflowException
+    from mlflow.models import Model
+
+    client = tracker.client
+    try:
+        client.create_registered_model(name)
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_ALREADY_EXISTS":
+            raise InfrastructureError(f"MLflow refused to make model {name!r}: {error}") from error
+    by_key = f"tags.`{RUN_KEY_TAG}` = '{run_key}'"
+    versions = client.search_model_versions(f"name = '{name}' and {by_key}", max_results=1)
+    if versions:
+        return versions[0]
+    found = client.search_logged_models([tracker.experiment_id], filter_string=by_key)
+    ready = [model for model in found if model.status == "READY" and model.name == name]
+    if ready:
+        model = ready[0]
+    else:
+        model = client.create_logged_model(
+            tracker.experiment_id, name=name, source_run_id=tracker.run_id, tags={RUN_KEY_TAG: run_key}
+        )
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "model"
+            save(path, Model(model_id=model.model_id, run_id=tracker.run_id))
+            client.log_model_artifacts(model.model_id, str(path))
+        client.finalize_logged_model(model.model_id, "READY")
+        client.log_outputs(tracker.run_id, [LoggedModelOutput(model.model_id, step=0)])
+    return client.create_model_version(
+        name,
+        source=f"models:/{model.model_id}",
+        run_id=tracker.run_id,
+        model_id=model.model_id,
+        tags={RUN_KEY_TAG: run_key, **tags},
+    )
+
+
+def run_url(uri: str, experiment_id: str, run_id: str) -> str:
+    return f"{uri}/#/experiments/{experiment_id}/runs/{run_id}"
+
+
+def version_url(uri: str, name: str, version: str) -> str:
+    return f"{uri}/#/models/{name}/versions/{version}"
+
+
+def _ask(call: Callable[[], T]) -> T:
+    """MLflow's answer, its being away told by one of our own errors."""
+    from mlflow.exceptions import MlflowException
+
+    try:
+        return call()
+    except MlflowException as error:
+        raise InfrastructureError(f"MLflow does not answer as it should: {error}") from error

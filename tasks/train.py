@@ -1,0 +1,180 @@
+"""Stage 2: hand the run to the engine and follow it to its end. The engine trains on if this process dies."""
+
+from __future__ import annotations
+
+import logging
+import time
+from dataclasses import asdict, replace
+from typing import Any
+
+from prefect import task
+
+from infra.launcher import JobSpec, JobState, Launcher, make_launcher
+from infra.settings import Settings
+from tasks import tracking
+from tasks.follow import Follower
+from tasks.policy import open_stack, stage_options, store_location
+from tasks.provenance import commit_of
+from tasks.results import Dataset, TrainedModel
+from training import errors
+from training.config import Preset
+from training.documents import canonical_json, digest_of
+from training.errors import CancelledError, InfrastructureError
+from training.job import Job, agent_command, agent_environment, job_key
+from training.objectstore import Store
+from training.recipe import load_recipe
+from training.record import Record, RunRecord, run_key, start_fresh
+
+log = logging.getLogger(__name__)
+
+LOOK_SECONDS = 0.5
+LINE_SECONDS = 5.0
+CATCH_UP_SECONDS = 600.0
+
+
+def train_cache_key(context: Any, arguments: dict[str, Any]) -> str:
+    preset: Preset = arguments["preset"]
+    return digest_of({"stage": "train", "run": key_of(preset, arguments["dataset"]), "fresh": arguments.get("fresh")})
+
+
+def key_of(preset: Preset, dataset: Dataset) -> str:
+    """The run key of a preset on a dataset version."""
+    return run_key(recipe=load_recipe(preset), preset=preset, dataset_digest=dataset.digest)
+
+
+@task(name="train", cache_key_fn=train_cache_key, **stage_options(timeout_seconds=7 * 24 * 3600))
+def train(preset: Preset, dataset: Dataset, *, owner: str | None = None, fresh: str | None = None) -> TrainedModel:
+    """Train on the engine's nodes, or find that it is done.
+
+    `owner` names who started it (a flow run's id), so that cancelling that cancels this. `fresh`, any text, begins a
+    new generation once per text, so that a retry does not begin anew.
+
+    Raises the error class that the run failed with; `InfrastructureError` if the engine lost the job.
+    """
+    settings, store = open_stack()
+    run, record = _open_run(store, key_of(preset, dataset), fresh)
+    tags = {"unbroken.commit": commit_of(preset), "unbroken.recipe": preset.recipe, "unbroken.preset": preset.name}
+    tracker = tracking.ensure_run(settings.mlflow_uri, run, preset, dataset=asdict(dataset), tags=tags)
+    log.info("run key %s", run.run_key)
+    log.info("MLflow run %s", tracker.url)
+    launcher = make_launcher(settings)
+    follower = Follower(run, generation=record.generation, num_steps=preset.train.steps)
+    try:
+        if record.result is None:
+            tracker.reopen()
+            _submit(launcher, settings, store, preset, dataset, record, owner)
+        record = _follow(follower, tracker, launcher, run.run_key)
+    except errors.UnbrokenError as error:
+        tracker.finish("KILLED" if isinstance(error, CancelledError) else "FAILED")
+        raise
+    except BaseException:  # Ctrl-C or a cancelled flow run; kill -9 does not come by here, and the engine trains on
+        launcher.cancel(run.run_key)
+        tracker.finish("KILLED")
+        raise
+    tracker.note_attempts(record)
+    tracker.finish("FINISHED")
+    assert record.result is not None
+    launcher.cancel(run.run_key)  # its agents are done; this clears the engine's table
+    result = record.result
+    return TrainedModel(
+        run_key=run.run_key,
+        step=result.step,
+        weights_sha256=result.weights_sha256,
+        state_sha256=result.state_sha256,
+    )
+
+
+def _open_run(store: Store, key: str, fresh: str | None) -> tuple[RunRecord, Record]:
+    """The run's record, made if missing. A failure of before is struck: to start again is to try again."""
+    run = RunRecord(store, key)
+    run.create_if_missing()
+
+    def change(record: Record) -> Record:
+        if fresh is not None and record.fresh_mark != fresh:
+            return replace(start_fresh(record), fresh_mark=fresh)
+        return replace(record, failure=None)
+
+    return run, run.update(change)
+
+
+def _submit(
+    launcher: Launcher,
+    settings: Settings,
+    store: Store,
+    preset: Preset,
+    dataset: Dataset,
+    record: Record,
+    owner: str | None,
+) -> None:
+    location = store_location(settings)
+    job = Job(
+        key=record.key,
+        generation=record.generation,
+        preset=preset,
+        dataset_digest=dataset.digest,
+        location=location,
+    )
+    store.put(job_key(record.key), canonical_json(job.to_json()))
+    launcher.submit(
+        JobSpec(
+            key=record.key,
+            num_nodes=preset.launch.nodes,
+            command=agent_command(record.key),
+            environment=agent_environment(location),
+            owner=owner,
+        )
+    )
+
+
+def _follow(follower: Follower, tracker: tracking.Tracker, launcher: Launcher, key: str) -> Record:
+    """Forward events until the run is done. MLflow being away stops nothing: what it missed is sent when it is back."""
+    waiting: list[Any] = []
+    next_line = 0.0
+    maybe_deadline: float | None = None
+    while True:
+        status = launcher.find(key)  # before the record: a job that ended by now has left its result there
+        record, events = follower.look()
+        waiting += events
+        waiting = _forward(tracker, waiting)
+        if time.monotonic() > next_line:
+            log.info(follower.progress.line())
+            next_line = time.monotonic() + LINE_SECONDS
+        if record.failure is not None:
+            raise getattr(errors, record.failure.kind)(record.failure.message)
+        if record.result is not None:
+            maybe_deadline = maybe_deadline or time.monotonic() + CATCH_UP_SECONDS
+            if not waiting:
+                log.info(follower.progress.line())
+                return record
+            if time.monotonic() > maybe_deadline:
+                raise InfrastructureError("the run is finished, but MLflow does not answer: its metrics wait on S3")
+        elif status is None:
+            raise CancelledError(f"run {key[:12]} was cancelled: its job is gone from the engine")
+        elif status.state is not JobState.RUNNING:
+            raise InfrastructureError(
+                f"the engine's job ended without a result: see {', '.join(str(path) for path in launcher.logs(key))}"
+            )
+        time.sleep(LOOK_SECONDS)
+
+
+def _forward(tracker: tracking.Tracker, events: list[Any]) -> list[Any]:
+    """Send events; returns those still to be sent."""
+    if not events:
+        return []
+    try:
+        tracker.forward(events)
+    except InfrastructureError as error:
+        log.warning("%s", error)
+        return events
+    return []
+
+
+def links(settings: Settings, run: RunRecord) -> dict[str, str]:
+    """Where a person looks: the MLflow run and the run's objects."""
+    record = run.read()
+    found = {"s3": run.store.location.uri(f"runs/{run.run_key}/")}
+    if record.tracking_run_id is not None:
+        client = tracking.connect(settings.mlflow_uri)
+        experiment = str(client.get_run(record.tracking_run_id).info.experiment_id)
+        found["mlflow"] = tracking.run_url(settings.mlflow_uri, experiment, record.tracking_run_id)
+    return found

@@ -1,0 +1,1 @@
+"""The library that runs on every rank. It knows no orchestrator and no tracker."""

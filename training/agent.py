@@ -1,0 +1,217 @@
+"""The node agent: joins the group, starts this node's workers, and begins again with whatever is left when one dies.
+
+Placed by an engine, one per node. It imports no torch. Exit codes: 0 the run is finished, 2 or 4 it failed for good,
+any other: start me again.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import uuid
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+from training import errors, membership
+from training.documents import parse
+from training.errors import FencedError, InfrastructureError
+from training.job import Job, job_key
+from training.objectstore import Store, StoreLocation
+from training.record import Departure, Member, Record, RunRecord
+from training.worker import WorkerOrder, WorkerReport, die_with
+
+JOIN_POLL_SECONDS = 0.2
+WATCH_SECONDS = 0.1
+RECORD_POLL_SECONDS = 2.0
+RESTART_PAUSE_SECONDS = 1.0  # the engine restarts at once: spare a store that is away
+log = logging.getLogger("training.agent")
+
+
+@dataclass(kw_only=True)
+class Agent:
+    """One node of one run."""
+
+    job: Job
+    node: int
+    address: str
+
+    def run(self) -> int:
+        """Until the run is finished or has failed for good. Returns the exit code."""
+        run = self.job.open_run()
+        maybe_departure: Departure | None = None
+        while True:
+            with _bound_socket(self.address) as listener:
+                me = Member(
+                    node=self.node,
+                    incarnation=uuid.uuid4().hex,
+                    address=self.address,
+                    port=listener.getsockname()[1],
+                )
+                record = self.form_group(run, me, maybe_departure)
+                if record.result or record.failure or record.generation != self.job.generation:
+                    return self.exit_code(record)
+                log.info("node %d: token %d, %d nodes", self.node, record.token, record.num_nodes)
+                maybe_departure = self.work(run, record, listener)
+            if maybe_departure is not None:
+                self.maybe_give_up(run, maybe_departure)
+
+    def form_group(self, run: RunRecord, me: Member, maybe_departure: Departure | None) -> Record:
+        """Join, and wait until the group is complete; join again whenever it changed without me."""
+        num_nodes = self.job.preset.launch.nodes
+
+        def change(record: Record) -> Record:
+            if record.result or record.failure or record.generation != self.job.generation:
+                return record
+            return membership.join(record, me, num_nodes=num_nodes, maybe_departure=maybe_departure)
+
+        while True:
+            record = run.update(change)
+            if me not in record.members or membership.is_complete(record):
+                return record
+            time.sleep(JOIN_POLL_SECONDS)
+
+    def exit_code(self, record: Record) -> int:
+        if record.failure is not None:
+            log.error("the run failed: %s", record.failure.message)
+            return int(getattr(errors, record.failure.kind).exit_code)
+        return 0
+
+    def work(self, run: RunRecord, record: Record, listener: socket.socket) -> Departure | None:
+        """Run this node's workers until they end. Returns why they failed; None if they finished or were fenced."""
+        with tempfile.TemporaryDirectory(prefix="unbroken-") as folder:
+            orders = self.orders(record, listener, Path(folder))
+            workers = [_start_worker(order, listener) for order in orders]
+            try:
+                maybe_code = self.watch(run, record, workers)
+            finally:
+                for worker in workers:
+                    worker.kill()
+                    worker.wait()
+            if maybe_code is None or maybe_code == 0:
+                return None
+            return self.departure(record, orders, [worker.returncode for worker in workers], maybe_code)
+
+    def watch(self, run: RunRecord, record: Record, workers: Sequence[subprocess.Popen[bytes]]) -> int | None:
+        """The first failing worker's exit code, 0 if all finished, None if another token took over."""
+        next_look = time.monotonic() + RECORD_POLL_SECONDS
+        while True:
+            codes = [worker.poll() for worker in workers]
+            failed = [code for code in codes if code]
+            if failed:
+                return failed[0]
+            if all(code == 0 for code in codes):
+                return 0
+            if time.monotonic() > next_look:
+                with suppress(InfrastructureError):  # S3 being away never stops a healthy job
+                    if run.read().token != record.token:
+                        return None
+                next_look = time.monotonic() + RECORD_POLL_SECONDS
+            time.sleep(WATCH_SECONDS)
+
+    def orders(self, record: Record, listener: socket.socket, folder: Path) -> list[WorkerOrder]:
+        """What each of this node's workers is told. Ranks follow the order of nodes."""
+        per_node = self.job.preset.launch.processes_per_node
+        position = [member.node for member in record.members].index(self.node)
+        first = record.members[0]
+        return [
+            WorkerOrder(
+                job=self.job.to_json(),
+                token=record.token,
+                rank=position * per_node + local_rank,
+                local_rank=local_rank,
+                world_size=len(record.members) * per_node,
+                store_address=first.address,
+                store_port=first.port,
+                maybe_listen_fd=listener.fileno() if position == local_rank == 0 else None,
+                report_path=str(folder / f"report-{local_rank}.json"),
+                agent_pid=os.getpid(),
+            )
+            for local_rank in range(per_node)
+        ]
+
+    def departure(
+        self, record: Record, orders: Sequence[WorkerOrder], codes: Sequence[int | None], code: int
+    ) -> Departure:
+        """Why this node leaves the group: the report of the worker that failed by itself, else its signal."""
+        killed = Departure(token=record.token, node=self.node, cause=_describe(code), step=0, class_name="Killed")
+        for order, worker_code in zip(orders, codes, strict=True):
+            path = Path(order.report_path)
+            if worker_code == code and path.exists():
+                report = parse(WorkerReport, json.loads(path.read_bytes()))
+                killed = replace(killed, cause=report.message, step=report.step, class_name=report.class_name)
+        log.warning("node %d left token %d: %s", self.node, record.token, killed.cause)
+        return killed
+
+    def maybe_give_up(self, run: RunRecord, departure: Departure) -> None:
+        """Note a failure for good in the record, if this is one."""
+
+        def change(record: Record) -> Record:
+            if record.result or record.failure or departure.class_name == FencedError.__name__:
+                return record
+            noted = (*record.departures, departure) if departure not in record.departures else record.departures
+            record = replace(record, departures=noted)
+            failure = membership.failure_to_report(record, departure, max_restarts=self.job.preset.launch.max_restarts)
+            return replace(record, failure=failure)
+
+        run.update(change)
+
+
+def _bound_socket(address: str) -> socket.socket:
+    listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
+    listener.bind((address, 0))
+    listener.listen(128)
+    return listener
+
+
+def _start_worker(order: WorkerOrder, listener: socket.socket) -> subprocess.Popen[bytes]:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
+    worker = subprocess.Popen(
+        [sys.executable, "-m", "training.worker"],
+        stdin=subprocess.PIPE,
+        env=environment,
+        pass_fds=(listener.fileno(),) if order.maybe_listen_fd is not None else (),
+    )
+    assert worker.stdin is not None
+    with suppress(BrokenPipeError):  # it died already; watch() finds out
+        worker.stdin.write(json.dumps(asdict(order)).encode() + b"\n")
+        worker.stdin.close()
+    return worker
+
+
+def _describe(code: int) -> str:
+    return f"worker killed by signal {-code}" if code < 0 else f"worker exited with {code}"
+
+
+def main() -> None:
+    """`python -m training.agent NODE KEY`; the store's location is in the environment, as for the settings."""
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(levelname)s %(message)s")
+    logging.getLogger("botocore").setLevel(logging.WARNING)
+    node, key = int(sys.argv[1]), sys.argv[2]
+    die_with(os.getppid())
+    location = StoreLocation(
+        endpoint=os.environ.get("UNBROKEN_S3_ENDPOINT") or None,
+        bucket=os.environ["UNBROKEN_S3_BUCKET"],
+        prefix=os.environ.get("UNBROKEN_S3_PREFIX", ""),
+        region=os.environ.get("UNBROKEN_S3_REGION", "us-east-1"),
+    )
+    address = os.environ.get("UNBROKEN_NODE_ADDRESS", "127.0.0.1")
+    try:
+        job = Job.from_json(json.loads(Store(location).get(job_key(key))))
+        code = Agent(job=job, node=node, address=address).run()
+    except errors.UnbrokenError as error:
+        log.error("%s", error)
+        time.sleep(RESTART_PAUSE_SECONDS)
+        code = error.exit_code
+    sys.exit(code)
+
+
+if __name__ == "__main__":
+    main()

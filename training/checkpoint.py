@@ -1,0 +1,218 @@
+"""Checkpoints: written by all ranks in parallel off the training thread, read back, and only then named by the record.
+
+runs/KEY/GENERATION/checkpoints/STEP-TOKEN/: part-R.safetensors for each rank, and manifest.json. Nothing there exists,
+as far as any reader is concerned, until the run record names the manifest's digest (docs/protocols.md).
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from datetime import timedelta
+from typing import TYPE_CHECKING
+
+import safetensors
+import safetensors.torch
+from torch import Tensor
+
+from training.documents import canonical_json, parse, sha256_hex
+from training.errors import DamagedError, InfrastructureError
+from training.objectstore import MissingError, Store
+from training.record import CheckpointRef, Record, RunRecord, with_checkpoint, with_quarantined, with_retention
+
+if TYPE_CHECKING:
+    from torch.distributed import Store as Rendezvous  # type: ignore[attr-defined]  # public, but not listed
+
+FORMAT = 1
+PARTS_TIMEOUT = timedelta(seconds=300)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Slice:
+    """The piece of a tensor that one part holds: from `start`, of `shape`."""
+
+    part: int
+    start: tuple[int, ...]
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TensorInfo:
+    """A tensor's global dtype and shape, and where its pieces are: so any layout can load it."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    slices: tuple[Slice, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class PartInfo:
+    """One object of the checkpoint."""
+
+    name: str
+    sha256: str
+    num_bytes: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointManifest:
+    """What a checkpoint holds. `signature` is reserved."""
+
+    step: int
+    tensors: Mapping[str, TensorInfo]
+    parts: tuple[PartInfo, ...]
+    format: int = FORMAT
+    signature: str | None = None
+
+
+def folder(prefix: str, checkpoint_step: int, token: int) -> str:
+    return f"{prefix}checkpoints/{checkpoint_step:08d}-{token:06d}/"
+
+
+def assign_parts(sizes: Mapping[str, int], num_parts: int) -> dict[str, int]:
+    """Which part each tensor goes to: the largest first, each to the emptiest part. A pure function."""
+    filled = [0] * num_parts
+    owner: dict[str, int] = {}
+    for name in sorted(sizes, key=lambda name: (-sizes[name], name)):
+        part = filled.index(min(filled))
+        owner[name] = part
+        filled[part] += sizes[name]
+    return owner
+
+
+class CheckpointSaver:
+    """Saves a rank's share of the state in the background; rank 0 commits when all shares are proven.
+
+    Ranks meet through the group's rendezvous store, never through collectives: those belong to the training thread.
+    """
+
+    def __init__(
+        self,
+        *,
+        run: RunRecord,
+        rendezvous: Rendezvous,
+        rank: int,
+        world_size: int,
+        token: int,
+        keep: int,
+        before_commit: Callable[[], None],
+    ) -> None:
+        self._run = run
+        self._rendezvous = rendezvous
+        self._rank = rank
+        self._world_size = world_size
+        self._token = token
+        self._keep = keep
+        self._before_commit = before_commit
+        self._prefix = run.prefix(run.read())
+        self._thread: threading.Thread | None = None
+        self._error: Exception | None = None
+
+    def save(self, step: int, tensors: Mapping[str, Tensor], *, on_commit: Callable[[CheckpointRef], None]) -> None:
+        """Copy this rank's share now, and write it in the background. Waits for the one before."""
+        self.wait()
+        owner = assign_parts({name: t.nbytes for name, t in tensors.items()}, self._world_size)
+        share = {name: t.cpu().clone() for name, t in tensors.items() if owner[name] == self._rank}
+        infos = {
+            name: TensorInfo(
+                dtype=str(t.dtype),
+                shape=tuple(t.shape),
+                slices=(Slice(part=owner[name], start=(0,) * t.dim(), shape=tuple(t.shape)),),
+            )
+            for name, t in tensors.items()
+        }
+        self._thread = threading.Thread(
+            target=self._write, args=(step, share, infos, on_commit), name="checkpoint", daemon=True
+        )
+        self._thread.start()
+
+    def wait(self) -> None:
+        """Until the save under way is committed (on rank 0) or sent (elsewhere). Raises what made it fail."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        error, self._error = self._error, None
+        if error is not None:
+            raise error
+
+    def _write(
+        self,
+        step: int,
+        share: Mapping[str, Tensor],
+        infos: Mapping[str, TensorInfo],
+        on_commit: Callable[[CheckpointRef], None],
+    ) -> None:
+        try:
+            part = self._write_proven(step, f"part-{self._rank}.safetensors", safetensors.torch.save(dict(share)))
+            self._rendezvous.set(_part_receipt(step, self._rank), canonical_json(asdict(part)).decode())
+            if self._rank == 0:
+                on_commit(self._commit(step, infos))
+        except Exception as error:  # handed to the training thread, which decides
+            self._error = error
+
+    def _write_proven(self, step: int, name: str, data: bytes) -> PartInfo:
+        key = folder(self._prefix, step, self._token) + name
+        self._run.store.put(key, data)
+        self._run.store.get_proven(key, sha256=sha256_hex(data))
+        return PartInfo(name=name, sha256=sha256_hex(data), num_bytes=len(data))
+
+    def _commit(self, step: int, infos: Mapping[str, TensorInfo]) -> CheckpointRef:
+        receipts = [_part_receipt(step, rank) for rank in range(self._world_size)]
+        try:
+            self._rendezvous.wait(receipts, PARTS_TIMEOUT)
+        except RuntimeError as error:
+            raise InfrastructureError(f"checkpoint {step}: not all ranks wrote their part: {error}") from error
+        parts = tuple(parse(PartInfo, json.loads(self._rendezvous.get(receipt))) for receipt in receipts)
+        manifest = CheckpointManifest(step=step, tensors=dict(infos), parts=parts)
+        proven = self._write_proven(step, "manifest.json", canonical_json(asdict(manifest)))
+        self._before_commit()
+        reference = CheckpointRef(step=step, token=self._token, sha256=proven.sha256)
+        self._run.update(lambda record: with_checkpoint(record, reference))
+        self._drop_old()
+        return reference
+
+    def _drop_old(self) -> None:
+        """First from the record, then from the store: what the record names is always there."""
+        before = self._run.read()
+        after = self._run.update(lambda record: with_retention(record, token=self._token, keep=self._keep))
+        for dropped in set(before.checkpoints) - set(after.checkpoints):
+            for key, _ in list(self._run.store.list_keys(folder(self._prefix, dropped.step, dropped.token))):
+                self._run.store.delete(key)
+
+
+def _part_receipt(step: int, rank: int) -> str:
+    return f"checkpoint/{step}/part/{rank}"
+
+
+def load_checkpoint(store: Store, prefix: str, reference: CheckpointRef) -> dict[str, Tensor]:
+    """Every tensor of a proven checkpoint, each object checked. Raises `DamagedError` naming the object."""
+    base = folder(prefix, reference.step, reference.token)
+    try:
+        data = store.get_proven(base + "manifest.json", sha256=reference.sha256)
+        manifest = parse(CheckpointManifest, json.loads(data))
+        tensors: dict[str, Tensor] = {}
+        for part in manifest.parts:
+            tensors.update(safetensors.torch.load(store.get_proven(base + part.name, sha256=part.sha256)))
+    except MissingError as error:
+        raise DamagedError(f"checkpoint {reference.step} is not whole: {error}") from error
+    except safetensors.SafetensorError as error:
+        raise DamagedError(f"checkpoint {reference.step} is damaged: {error}") from error
+    if set(tensors) != set(manifest.tensors):
+        raise DamagedError(f"checkpoint {reference.step} is damaged: its parts do not hold what its manifest names")
+    return tensors
+
+
+def newest_proven(run: RunRecord, *, token: int) -> tuple[CheckpointRef, dict[str, Tensor]] | None:
+    """The newest checkpoint that is whole; damaged ones are quarantined on the way. None: begin at step 0."""
+    while True:
+        record: Record = run.read()
+        if not record.checkpoints:
+            return None
+        reference = record.checkpoints[-1]
+        try:
+            return reference, load_checkpoint(run.store, run.prefix(record), reference)
+        except DamagedError as error:
+            reason = str(error)
+            run.update(lambda newest: with_quarantined(newest, reference, reason, token=token))  # noqa: B023

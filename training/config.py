@@ -1,0 +1,246 @@
+"""The preset: one TOML file, read into frozen dataclasses, checked before anything expensive starts."""
+
+from __future__ import annotations
+
+import difflib
+import tomllib
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
+from pathlib import Path
+from typing import Any, Literal, TypeVar, get_type_hints
+
+from training.errors import UserError
+
+PRESETS = Path(__file__).parent / "presets"
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """What to read and how to shard it."""
+
+    name: str
+    """Name of the dataset: its folder in the bucket."""
+    source: str
+    """A file or folder: a path, `s3://bucket/prefix`, `package://PACKAGE/path` or `stdlib://`."""
+    format: Literal["files", "jsonl", "csv"]
+    """`files`: one record per file. `jsonl`, `csv`: one record per line (`.gz` is unpacked)."""
+    glob: str = "*"
+    """Which files of a folder count."""
+    exclude: tuple[str, ...] = ()
+    """Folders, by name, that do not count."""
+    test_percent: int = 10
+    """Share of the records held out, chosen by a hash of each record's bytes: equal records never part."""
+    shard_bytes: int = 8 * 2**20
+    partition_bytes: int = 32 * 2**20
+
+    def __post_init__(self) -> None:
+        _require_name("data.name", self.name)
+        _require(0 < self.test_percent < 100, "data.test_percent", "must lie between 1 and 99")
+        _require(self.shard_bytes >= 1024, "data.shard_bytes", "must be at least 1024")
+        _require(self.partition_bytes >= 1024, "data.partition_bytes", "must be at least 1024")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """What is computed. Everything here decides the result but for `checkpoint_every_steps` and `keep_checkpoints`."""
+
+    steps: int
+    batch_size: int
+    """Samples per step, over all virtual workers."""
+    virtual_workers: int = 8
+    """The batch is always split over these, whoever computes them: so the ranks cannot change the result."""
+    clip_norm: float | None = None
+    checkpoint_every_steps: int = 50
+    keep_checkpoints: int = 3
+
+    def __post_init__(self) -> None:
+        _require(self.steps >= 1, "train.steps", "must be at least 1")
+        _require(self.virtual_workers >= 1, "train.virtual_workers", "must be at least 1")
+        _require(self.checkpoint_every_steps >= 1, "train.checkpoint_every_steps", "must be at least 1")
+        _require(self.keep_checkpoints >= 1, "train.keep_checkpoints", "must be at least 1")
+        _require(self.clip_norm is None or self.clip_norm > 0, "train.clip_norm", "must be positive")
+        if self.batch_size < 1 or self.batch_size % self.virtual_workers:
+            near = max(1, round(self.batch_size / self.virtual_workers)) * self.virtual_workers
+            raise UserError(
+                f"train.batch_size = {self.batch_size} is not divisible by train.virtual_workers ="
+                f" {self.virtual_workers}: set train.batch_size to {near}, or change train.virtual_workers"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateConfig:
+    """How the held-out samples are judged."""
+
+    batch_size: int = 256
+    max_samples: int | None = None
+    """Judge only the first so many of the held-out samples."""
+    bootstrap_samples: int = 1000
+    confidence: float = 0.95
+
+    def __post_init__(self) -> None:
+        _require(self.batch_size >= 1, "evaluate.batch_size", "must be at least 1")
+        _require(self.bootstrap_samples >= 100, "evaluate.bootstrap_samples", "must be at least 100")
+        _require(0.5 <= self.confidence < 1, "evaluate.confidence", "must lie between 0.5 and 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LaunchConfig:
+    """On what it runs. Nothing here changes the result."""
+
+    nodes: int = 2
+    processes_per_node: int = 1
+    collective_timeout_seconds: int = 60
+    max_restarts: int = 20
+
+    def __post_init__(self) -> None:
+        _require(self.nodes >= 1, "launch.nodes", "must be at least 1")
+        _require(self.processes_per_node >= 1, "launch.processes_per_node", "must be at least 1")
+        _require(self.collective_timeout_seconds >= 5, "launch.collective_timeout_seconds", "must be at least 5")
+        _require(self.max_restarts >= 0, "launch.max_restarts", "must not be negative")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Preset:
+    """One TOML file: everything that a run is a function of, and on what it runs."""
+
+    name: str
+    """Name of the model in the registry and of the experiment."""
+    recipe: str
+    """`module:Class`, found beside the preset or among the installed packages."""
+    data: DataConfig
+    train: TrainConfig
+    evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+    launch: LaunchConfig = field(default_factory=LaunchConfig)
+    seed: int = 0
+    hyperparameters: dict[str, Any] = field(default_factory=dict)
+    """The recipe's own fields."""
+    folder: str = ""
+    """Where the preset's file lies: relative sources and recipe modules are looked for there. Not a key."""
+
+    def __post_init__(self) -> None:
+        _require_name("name", self.name)
+        _require(0 <= self.seed < 2**63, "seed", "must lie between 0 and 2^63")
+        _require(self.recipe.count(":") == 1, "recipe", 'must read "module:Class"')
+        world_size = self.launch.nodes * self.launch.processes_per_node
+        _require(
+            world_size <= self.train.virtual_workers,
+            "launch.nodes",
+            f"gives {world_size} ranks, more than train.virtual_workers = {self.train.virtual_workers}",
+        )
+
+    def determining(self) -> dict[str, Any]:
+        """The part that decides the trained weights: what the run key is made of (beside data and code)."""
+        train = asdict(self.train)
+        del train["checkpoint_every_steps"], train["keep_checkpoints"]
+        return {"train": train, "hyperparameters": self.hyperparameters, "seed": self.seed}
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def preset_from_json(document: Mapping[str, Any]) -> Preset:
+    """The inverse of `Preset.to_json`."""
+    return build(Preset, document, where="")
+
+
+def load_preset(name_or_path: str, overrides: Mapping[str, Any] | None = None) -> Preset:
+    """Read a preset by its name among the built-in ones or by the path of its file.
+
+    `overrides` maps dotted keys to values (`{"train.steps": 20}`). Raises `UserError` naming the file and the field.
+    """
+    path = _find(name_or_path)
+    try:
+        document = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not valid TOML: {error}") from error
+    for key, value in (overrides or {}).items():
+        _override(document, key, value)
+    if "folder" in document:
+        raise UserError(f"{path}: unknown key 'folder'")
+    try:
+        preset = build(Preset, document, where="")
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error
+    return replace(preset, folder=str(path.parent.resolve()))
+
+
+def _find(name_or_path: str) -> Path:
+    built_in = {path.stem: path for path in PRESETS.glob("*.toml")}
+    if name_or_path in built_in:
+        return built_in[name_or_path]
+    path = Path(name_or_path)
+    if path.is_file():
+        return path
+    raise UserError(
+        f"no preset {name_or_path!r}: it is neither a file nor one of {', '.join(sorted(built_in))}"
+        + _nearest(name_or_path, built_in)
+    )
+
+
+def _override(document: dict[str, Any], dotted: str, value: Any) -> None:
+    *tables, key = dotted.split(".")
+    for table in tables:
+        document = document.setdefault(table, {})
+        if not isinstance(document, dict):
+            raise UserError(f"cannot set {dotted!r}: {table!r} is not a table")
+    document[key] = value
+
+
+def parse_override(text: str) -> tuple[str, Any]:
+    """`train.steps=20` → ("train.steps", 20): the value is read as TOML, else as a plain string."""
+    key, sign, value = text.partition("=")
+    if not sign or not key:
+        raise UserError(f"--set {text!r}: must read key=value, as in train.steps=20")
+    try:
+        return key, tomllib.loads(f"value = {value}")["value"]
+    except tomllib.TOMLDecodeError:
+        return key, value
+
+
+def build(kind: type[T], document: Any, *, where: str) -> T:
+    """Make the dataclass `kind` from a parsed document; every complaint names its field.
+
+    Raises `UserError` for an unknown key (with the nearest name), a missing key or a wrong type.
+    """
+    from pydantic import ConfigDict, TypeAdapter, ValidationError
+
+    if not isinstance(document, Mapping):
+        raise UserError(f"{where or 'the document'} must be a table")
+    hints = get_type_hints(kind)
+    names = [item.name for item in fields(kind)]  # type: ignore[arg-type]  # T is a dataclass
+    prefix = f"{where}." if where else ""
+    values: dict[str, Any] = {}
+    for key, value in document.items():
+        if key not in names:
+            raise UserError(f"unknown key {prefix + key!r}{_nearest(key, names)}")
+        if is_dataclass(hints[key]):
+            values[key] = build(hints[key], value, where=prefix + key)
+            continue
+        if isinstance(value, list):
+            value = tuple(value)
+        try:
+            values[key] = TypeAdapter(hints[key], config=ConfigDict(strict=True)).validate_python(value)
+        except ValidationError as error:
+            reason = error.errors()[0]["msg"]
+            raise UserError(f"{prefix + key} = {value!r}: {reason[0].lower()}{reason[1:]}") from error
+    try:
+        return kind(**values)
+    except TypeError as error:
+        missing = [name for name in names if f"'{name}'" in str(error)]
+        raise UserError(f"missing key{'s' * (len(missing) > 1)}: {', '.join(prefix + m for m in missing)}") from error
+
+
+def _nearest(name: str, known: Any) -> str:
+    near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+    return f" (did you mean {near[0]!r}?)" if near else f" (known: {', '.join(sorted(known))})"
+
+
+def _require(condition: bool, name: str, complaint: str) -> None:
+    if not condition:
+        raise UserError(f"{name} {complaint}")
+
+
+def _require_name(name: str, value: str) -> None:
+    good = value and len(value) <= 64 and all(c.isascii() and (c.isalnum() or c in "-_") for c in value)
+    _require(bool(good), name, f"= {value!r} must be 1 to 64 letters, digits, '-' or '_'")

@@ -1,0 +1,83 @@
+"""A dataset version: one immutable manifest that lists content-addressed shards. Its sha256 names the version."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Literal
+
+from training.documents import canonical_json, parse, sha256_hex
+from training.errors import DamagedError, UserError
+from training.objectstore import MissingError, Store
+
+FORMAT = 1
+Split = Literal["train", "test"]
+SPLITS: tuple[Split, ...] = ("train", "test")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShardInfo:
+    """One shard: its name (sha256), the reader's fast digest, and its size."""
+
+    sha256: str
+    xxh3: str
+    num_samples: int
+    num_bytes: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class FieldInfo:
+    """dtype and shape of one field of a sample."""
+
+    dtype: str
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Manifest:
+    """Everything a reader needs to know of a dataset version."""
+
+    fields: Mapping[str, FieldInfo]
+    splits: Mapping[Split, tuple[ShardInfo, ...]]
+
+    def num_samples(self, split: Split) -> int:
+        return sum(shard.num_samples for shard in self.splits[split])
+
+    def num_bytes(self) -> int:
+        return sum(shard.num_bytes for shards in self.splits.values() for shard in shards)
+
+    def to_bytes(self) -> bytes:
+        return canonical_json({"format": FORMAT, **asdict(self)})
+
+    @property
+    def digest(self) -> str:
+        return sha256_hex(self.to_bytes())
+
+    @staticmethod
+    def from_bytes(data: bytes) -> Manifest:
+        document = json.loads(data)
+        if document.pop("format", None) != FORMAT:
+            raise DamagedError(f"a dataset manifest has another format than {FORMAT}: it needs another release")
+        return parse(Manifest, document)
+
+
+def shard_key(dataset: str, sha256: str) -> str:
+    return f"datasets/{dataset}/shards/{sha256}"
+
+
+def receipt_key(dataset: str, fingerprint: str) -> str:
+    return f"datasets/{dataset}/parts/{fingerprint}.json"
+
+
+def manifest_key(dataset: str, digest: str) -> str:
+    return f"datasets/{dataset}/manifests/{digest}.json"
+
+
+def load_manifest(store: Store, dataset: str, digest: str) -> Manifest:
+    """Raises `UserError` if there is no such version, `DamagedError` if its bytes are not what its name says."""
+    try:
+        data = store.get_proven(manifest_key(dataset, digest), sha256=digest)
+    except MissingError as error:
+        raise UserError(f"dataset {dataset!r} has no version {digest[:12]}: run the shard stage again") from error
+    return Manifest.from_bytes(data)

@@ -1,0 +1,197 @@
+"""Where raw records come from: files on disk or in S3, listed in a fixed order and read as streams."""
+
+from __future__ import annotations
+
+import fnmatch
+import gzip
+import hashlib
+import importlib.util
+import io
+import sysconfig
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO, Protocol
+
+from training.config import DataConfig
+from training.documents import digest_of
+from training.errors import UserError
+from training.objectstore import Store, StoreLocation
+from training.recipe import Record
+
+BLOCK_BYTES = 1 << 20
+
+
+@dataclass(frozen=True, kw_only=True)
+class SourceFile:
+    """One file of the source: its name below the source's root, and what a listing tells of its bytes."""
+
+    name: str
+    num_bytes: int
+    changed: str
+    """When it last changed, as the source tells (nanoseconds, or an ETag)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Partition:
+    """A run of files that one writer task shards."""
+
+    files: tuple[SourceFile, ...]
+
+
+class Source(Protocol):
+    """A place that lists files and opens them."""
+
+    def list_files(self) -> Iterator[SourceFile]: ...
+
+    def open(self, file: SourceFile) -> BinaryIO: ...
+
+    def content_digest(self, file: SourceFile) -> str: ...
+
+
+class Folder:
+    """A file, or every matching file below a folder, on this machine."""
+
+    def __init__(self, root: Path, config: DataConfig) -> None:
+        self._root = root
+        self._config = config
+
+    def list_files(self) -> Iterator[SourceFile]:
+        if self._root.is_file():
+            yield _source_file(self._root, self._root.name)
+            return
+        for path in sorted(self._root.rglob("*"), key=lambda path: path.relative_to(self._root).as_posix()):
+            name = path.relative_to(self._root).as_posix()
+            if path.is_file() and _counts(name, self._config):
+                yield _source_file(path, name)
+
+    def open(self, file: SourceFile) -> BinaryIO:
+        path = self._root if self._root.is_file() else self._root / file.name
+        try:
+            return path.open("rb")
+        except OSError as error:
+            raise UserError(f"cannot read {path}: {error.strerror}") from error
+
+    def content_digest(self, file: SourceFile) -> str:
+        with self.open(file) as stream:
+            return _sha256_of(stream)
+
+
+def _sha256_of(stream: BinaryIO) -> str:
+    digest = hashlib.sha256()
+    while block := stream.read(BLOCK_BYTES):
+        digest.update(block)
+    return digest.hexdigest()
+
+
+def _source_file(path: Path, name: str) -> SourceFile:
+    stat = path.stat()
+    return SourceFile(name=name, num_bytes=stat.st_size, changed=str(stat.st_mtime_ns))
+
+
+class Bucket:
+    """An object, or every matching object below a prefix, in S3."""
+
+    def __init__(self, store: Store, config: DataConfig) -> None:
+        self._store = store
+        self._config = config
+        self._prefix = store.location.prefix
+        self._slash = "/" if self._prefix and not self._prefix.endswith("/") else ""
+
+    def list_files(self) -> Iterator[SourceFile]:
+        for key, num_bytes, etag in self._store.list_entries(""):
+            if not key:
+                yield SourceFile(name=self._prefix.rpartition("/")[2], num_bytes=num_bytes, changed=etag)
+            elif key.startswith(self._slash) and not key.endswith("/"):  # a listing also finds longer neighbours
+                name = key.removeprefix(self._slash)
+                if _counts(name, self._config):
+                    yield SourceFile(name=name, num_bytes=num_bytes, changed=etag)
+
+    def open(self, file: SourceFile) -> BinaryIO:
+        single = file.name == self._prefix.rpartition("/")[2]
+        return io.BytesIO(self._store.get("" if single else self._slash + file.name))
+
+    def content_digest(self, file: SourceFile) -> str:
+        with self.open(file) as stream:
+            return _sha256_of(stream)
+
+
+def open_source(config: DataConfig, *, folder: str, location: StoreLocation) -> Source:
+    """The source that `config.source` names. Raises `UserError` naming it if nothing is there."""
+    text = config.source
+    if text.startswith("s3://"):
+        bucket, _, prefix = text.removeprefix("s3://").partition("/")
+        where = StoreLocation(endpoint=location.endpoint, bucket=bucket, prefix=prefix, region=location.region)
+        return Bucket(Store(where), config)
+    path = _local_path(text, folder)
+    if not path.exists():
+        raise UserError(f"data.source = {text!r}: {path} does not exist")
+    return Folder(path, config)
+
+
+def _local_path(text: str, folder: str) -> Path:
+    if text.startswith("stdlib://"):
+        return Path(sysconfig.get_path("stdlib")) / text.removeprefix("stdlib://")
+    if text.startswith("package://"):
+        package, _, inside = text.removeprefix("package://").partition("/")
+        spec = importlib.util.find_spec(package)
+        if spec is None or not spec.submodule_search_locations:
+            raise UserError(f"data.source = {text!r}: no installed package {package!r}")
+        return Path(spec.submodule_search_locations[0]) / inside
+    return Path(folder) / Path(text).expanduser()
+
+
+def _counts(name: str, config: DataConfig) -> bool:
+    parts = name.split("/")
+    if any(part.startswith(".") for part in parts) or set(parts[:-1]) & set(config.exclude):
+        return False
+    return fnmatch.fnmatchcase(parts[-1], config.glob)
+
+
+def partitions(source: Source, config: DataConfig) -> list[Partition]:
+    """The source's files, in order, cut into runs of about `partition_bytes`.
+
+    Raises `UserError` if there is nothing to read.
+    """
+    runs: list[list[SourceFile]] = []
+    room = 0
+    for file in source.list_files():
+        if not runs or file.num_bytes > room:
+            runs.append([])
+            room = config.partition_bytes
+        runs[-1].append(file)
+        room -= file.num_bytes
+    if not runs:
+        raise UserError(f"data.source = {config.source!r} holds no file that matches data.glob = {config.glob!r}")
+    return [Partition(files=tuple(run)) for run in runs]
+
+
+def partition_fingerprint(source: Source, partition: Partition, *, encoding: str) -> str:
+    """Names a partition's input bytes and the code and settings that encode them (`encoding`)."""
+    files = [[file.name, source.content_digest(file)] for file in partition.files]
+    return digest_of({"files": files, "encoding": encoding})
+
+
+def read_records(source: Source, partition: Partition, config: DataConfig) -> Iterator[Record]:
+    """Every record of a partition, in order, one at a time."""
+    split: Callable[[SourceFile, BinaryIO], Iterator[Record]] = _whole_file if config.format == "files" else _lines
+    for file in partition.files:
+        with source.open(file) as stream:
+            yield from split(file, stream)
+
+
+def _whole_file(file: SourceFile, stream: BinaryIO) -> Iterator[Record]:
+    yield Record(id=file.name, data=stream.read())
+
+
+def _lines(file: SourceFile, stream: BinaryIO) -> Iterator[Record]:
+    if file.name.endswith(".gz"):
+        stream = gzip.GzipFile(fileobj=stream)  # type: ignore[assignment]  # it is an BinaryIO in all that is used
+    number = 0
+    try:
+        for number, line in enumerate(stream, start=1):
+            text = line.rstrip(b"\r\n")
+            if text:
+                yield Record(id=f"{file.name}:{number}", data=text)
+    except (gzip.BadGzipFile, EOFError) as error:
+        raise UserError(f"{file.name}: damaged gzip data after line {number}: {error}") from error

@@ -1,0 +1,133 @@
+"""What happened in a run: create-only chunks of JSON lines on the object store, with their own timestamps.
+
+runs/KEY/GENERATION/events/TOKEN/N.jsonl: one writer per token (rank 0), chunks numbered from 0 without a gap.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from training.documents import canonical_json
+from training.errors import UnbrokenError
+from training.objectstore import MissingError, Store
+
+FLUSH_SECONDS = 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Event:
+    """One thing that happened. `step` counts finished steps, from 1; metrics are numbers by name."""
+
+    kind: str
+    time: float
+    token: int
+    step: int
+    values: dict[str, Any] = field(default_factory=dict)
+
+    def to_line(self) -> bytes:
+        fields = {"kind": self.kind, "time": self.time, "step": self.step, "values": self.values}
+        return canonical_json(fields) + b"\n"
+
+
+def chunk_key(prefix: str, token: int, number: int) -> str:
+    return f"{prefix}events/{token:06d}/{number:06d}.jsonl"
+
+
+class EventWriter:
+    """Collects events and sends them in chunks, off the training thread.
+
+    A store that is away only delays them; `flush` waits and raises.
+    """
+
+    def __init__(self, store: Store, prefix: str, token: int) -> None:
+        self._store = store
+        self._prefix = prefix
+        self._token = token
+        self._pending: list[Event] = []
+        self._next_chunk = 0
+        self._lock = threading.Lock()
+        self._sending = threading.Lock()
+        self._stopped = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="events", daemon=True)
+        self._thread.start()
+
+    def add(self, kind: str, *, step: int, **values: Any) -> None:
+        event = Event(kind=kind, time=time.time(), token=self._token, step=step, values=values)
+        with self._lock:
+            self._pending.append(event)
+
+    def flush(self) -> None:
+        """Return when everything added so far is on the store. Raises `InfrastructureError`."""
+        with self._sending:
+            with self._lock:
+                events = list(self._pending)
+            if not events:
+                return
+            body = b"".join(event.to_line() for event in events)
+            self._store.put(chunk_key(self._prefix, self._token, self._next_chunk), body)
+            self._next_chunk += 1
+            with self._lock:
+                del self._pending[: len(events)]
+
+    def close(self) -> None:
+        self._stopped.set()
+        self._thread.join()
+        self.flush()
+
+    def _run(self) -> None:
+        while not self._stopped.wait(FLUSH_SECONDS):
+            try:
+                self.flush()
+            except UnbrokenError:  # kept, and sent with the next chunk
+                continue
+
+
+class EventReader:
+    """Reads a run's chunks as they appear, token by token. `position` is (token, chunk) of the next one."""
+
+    def __init__(self, store: Store, prefix: str) -> None:
+        self._store = store
+        self._prefix = prefix
+        self._token = 1
+        self._chunk = 0
+
+    def read_new(self, *, newest_token: int) -> Iterator[Event]:
+        """Every event of the chunks that appeared since. A token is left once a newer one exists."""
+        while True:
+            try:
+                data = self._store.get(chunk_key(self._prefix, self._token, self._chunk))
+            except MissingError:
+                if self._token >= newest_token:
+                    return
+                self._token, self._chunk = self._token + 1, 0
+                continue
+            self._chunk += 1
+            yield from _parse(data, self._token)
+
+
+def _parse(data: bytes, token: int) -> Iterator[Event]:
+    for line in data.splitlines():
+        yield Event(token=token, **json.loads(line))
+
+
+def committed(events: Iterable[Event], resume_steps: Sequence[int]) -> list[Event]:
+    """The step events that count: those of token T up to the step from which any later token resumed.
+
+    `resume_steps[t - 1]` is where token t began. The result has each step once, in order.
+    """
+    limits: dict[int, float] = {}
+    limit = float("inf")
+    for token in range(len(resume_steps), 0, -1):
+        limits[token] = limit
+        limit = min(limit, resume_steps[token - 1])
+    steps = {
+        event.step: event
+        for event in events
+        if event.kind == "step" and event.step <= limits.get(event.token, float("inf"))
+    }
+    return [steps[step] for step in sorted(steps)]

@@ -1,0 +1,236 @@
+"""The training loop of one rank."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from training.checkpoint import CheckpointSaver, newest_proven
+from training.config import Preset
+from training.data.order import samples_at, virtual_worker_range
+from training.data.reader import Reader
+from training.errors import DeterministicError, InfrastructureError, UserError
+from training.events import EventWriter
+from training.recipe import Recipe
+from training.record import CheckpointRef, Result, RunRecord, with_result, with_resume_step
+from training.reduce import OrderedReducer
+from training.state import TrainState
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rank:
+    """Which part of the group this process is."""
+
+    rank: int
+    world_size: int
+    token: int
+    device: torch.device
+
+
+class Trainer:
+    """Trains one run to its end, from wherever it stands. `train` is collective."""
+
+    def __init__(
+        self,
+        *,
+        preset: Preset,
+        recipe: Recipe,
+        reader: Reader,
+        run: RunRecord,
+        saver: CheckpointSaver,
+        events: EventWriter | None,
+        rank: Rank,
+    ) -> None:
+        self.preset = preset
+        self.recipe = recipe
+        self.reader = reader
+        self.run = run
+        self.saver = saver
+        self.maybe_events = events
+        self.rank = rank
+        self.state = TrainState(recipe, seed=preset.seed, device=rank.device)
+        self.reducer = OrderedReducer(
+            virtual_workers=preset.train.virtual_workers, rank=rank.rank, world_size=rank.world_size
+        )
+        self.layout = _VectorLayout(self.state.model)
+
+    def train(self) -> None:
+        """Resume, step to the end, checkpoint on the way, and commit the result."""
+        self.resume()
+        config = self.preset.train
+        while self.state.step < config.steps:
+            started = time.monotonic()
+            loss, grad_norm = self.train_step()
+            self.report_step(loss, grad_norm, seconds=time.monotonic() - started)
+            if self.state.step % config.checkpoint_every_steps == 0 and self.state.step < config.steps:
+                self.save_checkpoint()
+        self.finish()
+
+    def resume(self) -> None:
+        """Take up the newest proven checkpoint, or begin at step 0; rank 0 notes which in the record."""
+        found = newest_proven(self.run, token=self.rank.token)
+        if found is not None:
+            reference, tensors = found
+            self.state.load(tensors, step=reference.step)
+        step, token = self.state.step, self.rank.token
+        if self.rank.rank == 0:
+            self.run.update(lambda record: with_resume_step(record, step, token=token))
+        self.emit("attempt", world_size=self.rank.world_size, resumed_from=step)
+
+    def train_step(self) -> tuple[float, float]:
+        """One synchronous step: every owned virtual worker's gradient, the ordered sum, one optimizer step."""
+        step = self.state.step
+        before = self.layout.copy_buffers()
+        for worker in self.reducer.owned:
+            self.layout.restore_buffers(before)
+            self.reducer.add(worker, self.virtual_worker_step(worker))
+        mean = self.reducer.ordered_sum() / self.preset.train.virtual_workers
+        loss = self.layout.scatter(mean)
+        grad_norm = self.clip(mean[: self.layout.num_gradients])
+        if not (math.isfinite(loss) and math.isfinite(grad_norm)):
+            raise DeterministicError(f"step {step + 1}: the loss is {loss}, the gradient norm {grad_norm}")
+        self.state.set_learning_rate_scale(self.recipe.learning_rate_scale(step, self.preset.train.steps))
+        self.state.optimizer.step()
+        self.state.step = step + 1
+        return loss, grad_norm
+
+    def virtual_worker_step(self, worker: int) -> Tensor:
+        """Forward and backward of one virtual worker's microbatch: its vector of gradients, buffers and loss."""
+        torch.manual_seed(stream_seed(self.preset.seed, self.state.step, worker))
+        ids, batch = self.microbatch(worker)
+        self.state.optimizer.zero_grad(set_to_none=True)
+        with _recipe_errors(self.state.step + 1, worker, ids):
+            loss = self.recipe.loss(self.state.model, batch)
+            loss.backward()  # type: ignore[no-untyped-call]  # torch has no annotation here
+        if not torch.isfinite(loss):
+            raise DeterministicError(
+                f"step {self.state.step + 1}, virtual worker {worker}: the loss is {loss.item()};"
+                f" samples {', '.join(ids[:8])}{', …' if len(ids) > 8 else ''}"
+            )
+        return self.layout.gather(loss.detach())
+
+    def microbatch(self, worker: int) -> tuple[list[str], Mapping[str, Tensor]]:
+        config = self.preset.train
+        start, count = virtual_worker_range(
+            worker, step=self.state.step, batch_size=config.batch_size, virtual_workers=config.virtual_workers
+        )
+        indices = samples_at(start, count, num_samples=len(self.reader), seed=self.preset.seed)
+        ids, fields = self.reader.read(indices)
+        return ids, {name: torch.from_numpy(array).to(self.rank.device) for name, array in fields.items()}
+
+    def clip(self, gradients: Tensor) -> float:
+        """Scale the gradients in place of their parameters; returns the norm before."""
+        norm = float(torch.linalg.vector_norm(gradients))
+        limit = self.preset.train.clip_norm
+        if limit is not None and norm > limit:
+            for parameter in self.state.model.parameters():
+                if parameter.grad is not None:
+                    parameter.grad.mul_(limit / norm)
+        return norm
+
+    def report_step(self, loss: float, grad_norm: float, *, seconds: float) -> None:
+        self.emit(
+            "step",
+            loss=loss,
+            grad_norm=grad_norm,
+            learning_rate=self.state.optimizer.param_groups[0]["lr"],
+            samples_per_second=self.preset.train.batch_size / seconds,
+        )
+
+    def save_checkpoint(self) -> None:
+        """Start saving. A store that is away makes the checkpoint late, never the training stop."""
+        try:
+            self.saver.wait()
+        except InfrastructureError as error:
+            self.emit("checkpoint_failed", reason=str(error))
+        self.saver.save(self.state.step, self.state.tensors(), on_commit=self._note_commit)
+
+    def finish(self) -> None:
+        """Prove the last state, then commit the result. Only rank 0 speaks to the record."""
+        final: list[CheckpointRef] = []
+        self.saver.save(self.state.step, self.state.tensors(), on_commit=final.append)
+        self.saver.wait()
+        if self.rank.rank == 0:
+            result = Result(
+                step=self.state.step,
+                weights_sha256=self.state.weights_sha256(),
+                state_sha256=self.state.state_sha256(),
+                checkpoint=final[0],
+            )
+            self._note_commit(final[0])
+            self.emit("finished")
+            assert self.maybe_events is not None
+            self.maybe_events.close()
+            self.run.update(lambda record: with_result(record, result, token=self.rank.token))
+
+    def emit(self, kind: str, **values: object) -> None:
+        if self.maybe_events is not None:
+            self.maybe_events.add(kind, step=self.state.step, **values)
+
+    def _note_commit(self, checkpoint: CheckpointRef) -> None:
+        if self.maybe_events is not None:
+            self.maybe_events.add("checkpoint", step=checkpoint.step, sha256=checkpoint.sha256)
+
+
+def stream_seed(seed: int, step: int, worker: int) -> int:
+    """The seed of the random stream of one virtual worker in one step."""
+    digest = hashlib.sha256(f"{seed}/{step}/{worker}".encode()).digest()
+    return int.from_bytes(digest[:8], "big") >> 1
+
+
+@contextmanager
+def _recipe_errors(step: int, worker: int, ids: list[str]) -> Iterator[None]:
+    """Name the step and samples when the recipe's own code fails."""
+    try:
+        yield
+    except (ValueError, TypeError, KeyError, IndexError, AttributeError, AssertionError) as error:
+        raise DeterministicError(
+            f"step {step}, virtual worker {worker}: the recipe failed: {type(error).__name__}: {error};"
+            f" samples {', '.join(ids[:8])}"
+        ) from error
+
+
+class _VectorLayout:
+    """One flat float32 vector per virtual worker: gradients, float buffers and the loss, end to end."""
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        self._parameters = [p for p in model.parameters() if p.requires_grad]
+        self._buffers = [b for b in model.buffers() if b.is_floating_point()]
+        self._counters = [b for b in model.buffers() if not b.is_floating_point()]
+        wrong = [p.dtype for p in self._parameters if p.dtype != torch.float32]
+        if wrong:
+            raise UserError(f"the recipe's model has parameters of {wrong[0]}; exact mode needs float32")
+        self.num_gradients = sum(p.numel() for p in self._parameters)
+
+    def copy_buffers(self) -> list[Tensor]:
+        return [b.clone() for b in (*self._buffers, *self._counters)]
+
+    def restore_buffers(self, copies: list[Tensor]) -> None:
+        """Each virtual worker starts from the step's own buffers; counters so advance once per step."""
+        for buffer, copy in zip((*self._buffers, *self._counters), copies, strict=True):
+            buffer.copy_(copy)
+
+    def gather(self, loss: Tensor) -> Tensor:
+        """A parameter that the loss does not reach counts as zeros."""
+        pieces = [p.grad.flatten() if p.grad is not None else p.new_zeros(p.numel()) for p in self._parameters]
+        pieces += [b.flatten().to(torch.float32) for b in self._buffers]
+        return torch.cat([*pieces, loss.reshape(1)])
+
+    def scatter(self, mean: Tensor) -> float:
+        """Put the mean gradients and buffers where they belong; returns the mean loss."""
+        offset = 0
+        for parameter in self._parameters:
+            size = parameter.numel()
+            parameter.grad = mean[offset : offset + size].view_as(parameter).clone()
+            offset += size
+        for buffer in self._buffers:
+            buffer.copy_(mean[offset : offset + buffer.numel()].view_as(buffer))
+            offset += buffer.numel()
+        return float(mean[-1])

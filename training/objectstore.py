@@ -1,0 +1,307 @@
+"""The one module that speaks S3: typed errors, digests checked, conditional writes that know their own.
+
+Conditional writes carry a nonce in their body, and the client's own retries are off for them: a lost reply would
+otherwise come back as a false refusal of one's own write (docs/protocols.md, "Conditional writes").
+"""
+
+from __future__ import annotations
+
+import json
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+from training.documents import canonical_json, sha256_hex
+from training.errors import DamagedError, InfrastructureError, UserError
+
+if TYPE_CHECKING:
+    from mypy_boto3_s3 import S3Client
+
+NUM_TRIES = 6
+FIRST_PAUSE_SECONDS = 0.2
+
+
+class MissingError(InfrastructureError):
+    """No object has this key."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StoreLocation:
+    """Where objects live. Credentials come from the standard chain, never from here."""
+
+    endpoint: str | None
+    bucket: str
+    prefix: str = ""
+    region: str = "us-east-1"
+
+    def uri(self, key: str = "") -> str:
+        return f"s3://{self.bucket}/{self.prefix}{key}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Versioned:
+    """A JSON document and the ETag it was read with."""
+
+    document: dict[str, Any]
+    etag: str
+
+
+class Store:
+    """Objects under one bucket and prefix.
+
+    Raises `MissingError` (no such key), `UserError` (no such bucket, no permission) and `InfrastructureError`
+    (the server is away), each naming the object.
+    """
+
+    def __init__(self, location: StoreLocation) -> None:
+        self.location = location
+
+    @cached_property
+    def _client(self) -> S3Client:
+        return self._make_client(num_attempts=5)
+
+    @cached_property
+    def _client_without_retries(self) -> S3Client:
+        return self._make_client(num_attempts=1)
+
+    def _make_client(self, *, num_attempts: int) -> S3Client:
+        import boto3
+        from botocore.config import Config
+
+        config = Config(
+            retries={"mode": "standard", "total_max_attempts": num_attempts},
+            connect_timeout=5,
+            read_timeout=30,
+            s3={"addressing_style": "path"} if self.location.endpoint else {},
+        )
+        session = boto3.session.Session(region_name=self.location.region)
+        return session.client("s3", endpoint_url=self.location.endpoint, config=config)
+
+    def _key(self, key: str) -> str:
+        return self.location.prefix + key
+
+    # ---- plain objects -------------------------------------------------------------------------------------------
+
+    def get(self, key: str) -> bytes:
+        """The whole object. A body cut short is fetched again: boto3 itself would not."""
+        for attempt in range(NUM_TRIES):
+            with self._typed_errors(key):
+                try:
+                    return self._client.get_object(Bucket=self.location.bucket, Key=self._key(key))["Body"].read()
+                except _cut_short():
+                    if attempt == NUM_TRIES - 1:
+                        raise
+            time.sleep(FIRST_PAUSE_SECONDS * 2**attempt)
+        raise AssertionError("unreachable")
+
+    def get_proven(self, key: str, *, sha256: str) -> bytes:
+        """The whole object, whose digest must match. Raises `DamagedError`."""
+        data = self.get(key)
+        if sha256_hex(data) != sha256:
+            raise DamagedError(f"{self.location.uri(key)} is damaged: its sha256 is not {sha256}")
+        return data
+
+    def put(self, key: str, data: bytes) -> None:
+        """One PUT, overwriting."""
+        with self._typed_errors(key):
+            self._client.put_object(Bucket=self.location.bucket, Key=self._key(key), Body=data)
+
+    def put_immutable(self, key: str, data: bytes) -> bool:
+        """Create an object whose name decides its bytes; False if it is there already.
+
+        What is there already is read back, and overwritten if its bytes are wrong: to keep it would keep damage
+        for ever, since an exact rerun makes the same name.
+        """
+        if not self.exists(key):
+            self.put(key, data)
+            return True
+        if self.get(key) == data:
+            return False
+        self.put(key, data)
+        return True
+
+    def exists(self, key: str) -> bool:
+        """Exactly this key (a listing by prefix would also find its longer neighbours)."""
+        try:
+            with self._typed_errors(key):
+                self._client.head_object(Bucket=self.location.bucket, Key=self._key(key))
+        except MissingError:
+            return False
+        return True
+
+    def list_keys(self, prefix: str) -> Iterator[tuple[str, int]]:
+        """Every (key, bytes) under `prefix`, in the order of keys."""
+        for key, num_bytes, _ in self.list_entries(prefix):
+            yield key, num_bytes
+
+    def list_entries(self, prefix: str) -> Iterator[tuple[str, int, str]]:
+        """Every (key, bytes, ETag) under `prefix`, in the order of keys."""
+        with self._typed_errors(prefix):
+            pages = self._client.get_paginator("list_objects_v2").paginate(
+                Bucket=self.location.bucket, Prefix=self._key(prefix)
+            )
+            for page in pages:
+                for item in page.get("Contents", []):
+                    yield item["Key"][len(self.location.prefix) :], item["Size"], item["ETag"]
+
+    def list_folders(self, prefix: str) -> list[str]:
+        """The names directly under `prefix` (which ends in a slash), without looking inside them."""
+        with self._typed_errors(prefix):
+            pages = self._client.get_paginator("list_objects_v2").paginate(
+                Bucket=self.location.bucket, Prefix=self._key(prefix), Delimiter="/"
+            )
+            start = len(self._key(prefix))
+            return [item["Prefix"][start:-1] for page in pages for item in page.get("CommonPrefixes", [])]
+
+    def delete(self, key: str) -> None:
+        with self._typed_errors(key):
+            self._client.delete_object(Bucket=self.location.bucket, Key=self._key(key))
+
+    # ---- conditional writes --------------------------------------------------------------------------------------
+
+    def read_versioned(self, key: str) -> Versioned:
+        """A JSON document with the ETag that its replacement must name."""
+        with self._typed_errors(key):
+            reply = self._client.get_object(Bucket=self.location.bucket, Key=self._key(key))
+            return Versioned(document=_parse(self.location.uri(key), reply["Body"].read()), etag=reply["ETag"])
+
+    def create_versioned(self, key: str, document: dict[str, Any]) -> bool:
+        """Create a JSON document; False if another writer's is there."""
+        return self._write_once(key, {**document, "version": 1}, IfNoneMatch="*")
+
+    def replace_versioned(self, key: str, document: dict[str, Any], *, read: Versioned) -> bool:
+        """Replace the document that was `read`; False if another writer was first.
+
+        The growing version and the nonce make every body different, so that an ETag never comes back (A-B-A).
+        """
+        version = int(read.document.get("version", 0)) + 1
+        return self._write_once(key, {**document, "version": version}, IfMatch=read.etag)
+
+    def _write_once(self, key: str, document: dict[str, Any], **condition: str) -> bool:
+        nonce = uuid.uuid4().hex
+        body = canonical_json({**document, "nonce": nonce})
+        for attempt in range(NUM_TRIES):
+            outcome = self._try_write(key, body, condition)
+            if outcome == "written" or (outcome != "again" and self._holds_nonce(key, nonce)):
+                return True
+            if outcome == "refused":
+                return False
+            time.sleep(FIRST_PAUSE_SECONDS * 2**attempt)
+        raise InfrastructureError(f"{self.location.uri(key)} could not be written: the store does not answer")
+
+    def _try_write(self, key: str, body: bytes, condition: dict[str, str]) -> str:
+        """ "written", "refused" (the condition failed), "unknown" (no clear reply) or "again" (409)."""
+        from botocore.exceptions import BotoCoreError, ClientError, NoCredentialsError
+
+        client: Any = self._client_without_retries
+        try:
+            client.put_object(Bucket=self.location.bucket, Key=self._key(key), Body=body, **condition)
+        except ClientError as error:
+            status = error.response["ResponseMetadata"]["HTTPStatusCode"]
+            if status == 412:
+                return "refused"
+            if status == 409:
+                return "again"
+            if status >= 500:
+                return "unknown"
+            raise self._translated(error, key) from error
+        except NoCredentialsError as error:
+            raise self._translated(error, key) from error
+        except BotoCoreError:
+            return "unknown"
+        return "written"
+
+    def _holds_nonce(self, key: str, nonce: str) -> bool:
+        try:
+            return self.read_versioned(key).document.get("nonce") == nonce
+        except MissingError:
+            return False
+
+    # ---- the store itself ----------------------------------------------------------------------------------------
+
+    def create_bucket_if_missing(self) -> None:
+        from botocore.exceptions import ClientError
+
+        try:
+            self._client.head_bucket(Bucket=self.location.bucket)
+        except ClientError:
+            with self._typed_errors(""):
+                self._client.create_bucket(Bucket=self.location.bucket)
+
+    def probe(self) -> None:
+        """Prove that this store honours create-only and If-Match. Raises `UserError` naming the store if not.
+
+        Some stores ignore conditions (every racer wins), and no protocol can be built on those.
+        """
+        key = f"probe/{uuid.uuid4().hex}.json"
+        try:
+            self.create_versioned(key, {"probe": 1})
+            first = self.read_versioned(key)
+            self._expect(not self.create_versioned(key, {"probe": 2}), "create-only writes (If-None-Match)")
+            self._expect(self.replace_versioned(key, {"probe": 3}, read=first), "conditional writes (If-Match)")
+            self._expect(not self.replace_versioned(key, {"probe": 4}, read=first), "conditional writes (If-Match)")
+        finally:
+            self.delete(key)
+
+    def _expect(self, honoured: bool, feature: str) -> None:
+        if not honoured:
+            raise UserError(
+                f"the store at {self.location.endpoint or 'AWS'} ignores {feature}: two runs could overwrite one"
+                " another there. Use one that honours them (AWS S3, SeaweedFS >= 4, MinIO)"
+            )
+
+    def _typed_errors(self, key: str) -> _TypedErrors:
+        return _TypedErrors(lambda error: self._translated(error, key))
+
+    def _translated(self, error: Exception, key: str) -> Exception:
+        uri = self.location.uri(key)
+        response: dict[str, Any] = getattr(error, "response", {})
+        code = str(response.get("Error", {}).get("Code", type(error).__name__))
+        status = response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
+        if code == "NoSuchBucket":
+            return UserError(f"bucket {self.location.bucket!r} does not exist at {self.location.endpoint or 'AWS'}")
+        if code in ("NoSuchKey", "404", "NotFound"):
+            return MissingError(f"{uri} does not exist")
+        if status in (401, 403) or code in ("NoCredentialsError", "PartialCredentialsError"):
+            return UserError(
+                f"no permission for {uri} ({code}): check the credentials (AWS_ACCESS_KEY_ID and"
+                " AWS_SECRET_ACCESS_KEY, or AWS_SHARED_CREDENTIALS_FILE) and the bucket's policy"
+            )
+        return InfrastructureError(f"{uri}: the store at {self.location.endpoint or 'AWS'} failed ({code}): {error}")
+
+
+class _TypedErrors:
+    """Turns botocore's errors inside a `with` into ours."""
+
+    def __init__(self, translate: Callable[[Exception], Exception]) -> None:
+        self._translate = translate
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
+        if error is None:
+            return
+        from botocore.exceptions import BotoCoreError, ClientError
+
+        if isinstance(error, (BotoCoreError, ClientError)):
+            raise self._translate(error) from error
+
+
+def _cut_short() -> tuple[type[Exception], ...]:
+    from botocore.exceptions import IncompleteReadError, ReadTimeoutError, ResponseStreamingError
+
+    return (IncompleteReadError, ResponseStreamingError, ReadTimeoutError)
+
+
+def _parse(uri: str, data: bytes) -> dict[str, Any]:
+    try:
+        document = json.loads(data)
+    except ValueError:
+        document = None
+    if not isinstance(document, dict):
+        raise DamagedError(f"{uri} is damaged: it holds no JSON document")
+    return document

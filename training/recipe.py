@@ -1,0 +1,144 @@
+"""What a user brings: a recipe. Model, loss, scores, and how a record becomes samples."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import importlib.util
+import sys
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, is_dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from training.config import Preset, build
+from training.documents import digest_of, sha256_hex
+from training.errors import UnbrokenError, UserError
+
+if TYPE_CHECKING:
+    import numpy as np
+    from torch import Tensor, nn
+    from torch.optim import Optimizer
+
+Sample = Mapping[str, "np.ndarray[Any, Any]"]
+"""One training example: a few arrays by name, with the same dtypes and shapes in every sample."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Record:
+    """One record of the source, as it was found."""
+
+    id: str
+    """Where it lies: `folder/file` or `file:line`."""
+    data: bytes
+    """A file's bytes, or a line's without its end."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe(ABC):
+    """Subclass as a frozen keyword-only dataclass: its fields are filled from `[hyperparameters]`."""
+
+    metrics: ClassVar[Mapping[str, str]] = {"loss": "min"}
+    """The scores to report, and whether a greater ("max") or a smaller ("min") one is better."""
+
+    @abstractmethod
+    def encode(self, record: Record) -> Iterable[Sample]:
+        """The samples of one record (none, one or many). A pure function; `ValueError` says what is wrong."""
+
+    @abstractmethod
+    def model(self) -> nn.Module:
+        """A new model. Its random initial weights come from torch's global generator, seeded by the caller."""
+
+    @abstractmethod
+    def loss(self, model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
+        """The mean loss (a scalar) over a batch: the samples' arrays, stacked."""
+
+    @abstractmethod
+    def scores(self, model: nn.Module, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """One number per sample (shape [batch]) for each metric; `label` and `predicted` give a confusion matrix."""
+
+    @abstractmethod
+    def inputs(self, batch: Mapping[str, Tensor]) -> Tensor:
+        """What the model itself takes, from a batch: the input of the registered model."""
+
+    @abstractmethod
+    def optimizer(self, model: nn.Module) -> Optimizer:
+        """An elementwise optimizer (SGD, Adam, AdamW, …), its `lr` being the peak."""
+
+    def learning_rate_scale(self, step: int, num_steps: int) -> float:
+        """What the peak learning rate is multiplied with at a step (from 0)."""
+        return 1.0
+
+
+def load_recipe(preset: Preset) -> Recipe:
+    """Import and build the preset's recipe. Raises `UserError` naming the field, the module or the class."""
+    kind = _find_class(preset)
+    if not (isinstance(kind, type) and issubclass(kind, Recipe)):
+        raise UserError(f"recipe = {preset.recipe!r}: {kind!r} is not a subclass of training.recipe.Recipe")
+    if not is_dataclass(kind) or getattr(kind, "__abstractmethods__", None):
+        missing = ", ".join(sorted(kind.__abstractmethods__)) or "the @dataclass decorator"
+        raise UserError(f"recipe = {preset.recipe!r}: {kind.__name__} lacks {missing}")
+    return build(kind, preset.hyperparameters, where="hyperparameters")
+
+
+def _find_class(preset: Preset) -> Any:
+    module_name, class_name = preset.recipe.split(":")
+    if preset.folder and preset.folder not in sys.path:
+        sys.path.append(preset.folder)
+    try:
+        module = importlib.import_module(module_name)
+    except UnbrokenError:
+        raise
+    except ModuleNotFoundError as error:
+        where = f" beside {preset.folder}" if preset.folder else ""
+        raise UserError(
+            f"recipe = {preset.recipe!r}: no module {error.name!r}{where} or among the installed packages"
+        ) from error
+    except Exception as error:
+        raise UserError(f"recipe = {preset.recipe!r}: importing it failed: {type(error).__name__}: {error}") from error
+    if not hasattr(module, class_name):
+        raise UserError(f"recipe = {preset.recipe!r}: module {module_name!r} has no class {class_name!r}")
+    return getattr(module, class_name)
+
+
+def source_closure_digest(recipe: Recipe) -> str:
+    """A digest over the recipe's source and every module of its own package that it imports, transitively.
+
+    Code outside the recipe's top-level package (or folder) is not part of it: libraries are named by the
+    environment fingerprint, and this library's arithmetic by the numerics version.
+    """
+    module = sys.modules[type(recipe).__module__]
+    assert module.__file__ is not None
+    name, path = module.__name__, Path(module.__file__)
+    root = path.parent if name.startswith("training.") else path.parents[max(0, name.count(".") - 1)]
+    found: dict[str, str] = {}
+    _collect(name, root, found)
+    return digest_of(found)
+
+
+def _collect(name: str, root: Path, found: dict[str, str]) -> None:
+    spec = importlib.util.find_spec(name)
+    if spec is None or spec.origin is None or name in found:
+        return
+    path = Path(spec.origin)
+    if root not in path.parents or path.suffix != ".py":
+        return
+    source = path.read_bytes()
+    found[name] = sha256_hex(source)
+    for imported in _imports(ast.parse(source), package=spec.parent or ""):
+        try:
+            _collect(imported, root, found)
+        except (ImportError, ValueError):  # an attribute of a module, not a module
+            continue
+
+
+def _imports(tree: ast.AST, *, package: str) -> Iterator[str]:
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = "." * node.level + (node.module or "")
+            base = importlib.util.resolve_name(base, package) if node.level else base
+            yield base
+            yield from (f"{base}.{alias.name}" for alias in node.names)

@@ -1,0 +1,1 @@
+"""The built-in workloads. Each file is a complete example of a recipe."""

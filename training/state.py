@@ -1,0 +1,73 @@
+"""The one object that holds all that a step changes. Whatever is not here is a pure function of the step number.
+
+The learning rate, the random streams (keyed by seed, step and virtual worker) and the position in the data are such
+functions, and so need not be saved.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from training.errors import DamagedError
+from training.recipe import Recipe
+
+
+class TrainState:
+    """Model, optimizer and the number of finished steps."""
+
+    def __init__(self, recipe: Recipe, *, seed: int, device: torch.device) -> None:
+        torch.manual_seed(seed)
+        self.model: nn.Module = recipe.model().to(device)
+        self.optimizer: Optimizer = recipe.optimizer(self.model)
+        self.step = 0
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Every tensor by name: `model.NAME` (parameters and buffers) and `optimizer.KEY.NAME`. Not copies."""
+        found = {f"model.{name}": tensor for name, tensor in self.model.state_dict().items()}
+        for name, parameter in self.model.named_parameters():
+            for key, value in self.optimizer.state.get(parameter, {}).items():
+                if isinstance(value, Tensor):
+                    found[f"optimizer.{key}.{name}"] = value
+        return {name: found[name].detach() for name in sorted(found)}
+
+    def load(self, tensors: Mapping[str, Tensor], *, step: int) -> None:
+        """Become the state that `tensors()` was taken from. Raises `DamagedError` if the names or shapes differ."""
+        weights = {name.removeprefix("model."): t for name, t in tensors.items() if name.startswith("model.")}
+        try:
+            self.model.load_state_dict(weights, strict=True)
+        except RuntimeError as error:
+            raise DamagedError(f"the checkpoint does not fit this recipe's model: {error}") from error
+        parameters = dict(self.model.named_parameters())
+        for full_name, tensor in tensors.items():
+            if full_name.startswith("optimizer."):
+                _, key, name = full_name.split(".", 2)
+                parameter = parameters[name]
+                device = "cpu" if key == "step" else parameter.device
+                self.optimizer.state[parameter][key] = tensor.to(device)
+        self.step = step
+
+    def set_learning_rate_scale(self, scale: float) -> None:
+        for group in self.optimizer.param_groups:
+            group.setdefault("peak_lr", group["lr"])
+            group["lr"] = group["peak_lr"] * scale
+
+    def weights_sha256(self) -> str:
+        return tensors_sha256({k: v for k, v in self.tensors().items() if k.startswith("model.")})
+
+    def state_sha256(self) -> str:
+        return tensors_sha256(self.tensors())
+
+
+def tensors_sha256(tensors: Mapping[str, Tensor]) -> str:
+    """Over each tensor's name, dtype, shape and bytes, in the order of names."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        tensor = tensors[name].detach().cpu().contiguous()
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
