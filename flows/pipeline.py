@@ -10,14 +10,14 @@ from flows import publish
 from flows.hooks import cancel_jobs_of, log_user_errors_in_one_line
 from tasks.evaluate import evaluate
 from tasks.register import register
-from tasks.results import Registration
+from tasks.results import PipelineResult
 from tasks.shard import shard
 from tasks.train import key_of, train
 from training.config import load_preset
 
 
 @flow(name="pipeline", on_cancellation=[cancel_jobs_of], persist_result=True, result_serializer="json")
-def pipeline(preset: str, overrides: dict[str, Any] | None = None, fresh: bool = False) -> Registration:
+def pipeline(preset: str, overrides: dict[str, Any] | None = None, fresh: bool = False) -> PipelineResult:
     """From raw data to a registered model.
 
     Args:
@@ -32,5 +32,5 @@ def pipeline(preset: str, overrides: dict[str, Any] | None = None, fresh: bool =
     model = train(config, dataset, owner=publish.flow_run_id(), fresh=publish.flow_run_id() if fresh else None)
     evaluation = evaluate(config, dataset, model)
     version = register(config, dataset, model, evaluation)
-    publish.results(dataset, evaluation, version)
-    return version
+    links = publish.results(dataset, evaluation, version)
+    return PipelineResult(dataset=dataset, model=model, evaluation=evaluation, registration=version, links=links)

@@ -31,8 +31,8 @@ def run_key(key: str) -> None:
         client.update_flow_run_labels(UUID(flow_run_id()), {RUN_KEY_LABEL: key})
 
 
-def results(dataset: Dataset, evaluation: Evaluation, version: Registration) -> None:
-    """Artifacts: a table of the results, and links to where everything is."""
+def results(dataset: Dataset, evaluation: Evaluation, version: Registration) -> dict[str, str]:
+    """Make artifacts, a table of the results and the links to where everything is; returns the links."""
     from prefect.artifacts import create_markdown_artifact, create_table_artifact
 
     percent = f"{evaluation.confidence:.0%}"
@@ -46,6 +46,9 @@ def results(dataset: Dataset, evaluation: Evaluation, version: Registration) -> 
     )
     settings = load_settings()
     found = links(settings, RunRecord(Store(store_location(settings)), version.run_key))
-    lines = [f"- {name}: {url}" for name, url in {**found, "registry": version.url}.items()]
+    found["registry"] = version.url
+    found["prefect"] = f"{settings.prefect_ui_url}/runs/flow-run/{flow_run_id()}"
+    lines = [f"- {name}: {url}" for name, url in found.items()]
     lines += [f"- run key: `{version.run_key}`", f"- dataset: `{dataset.name}` `{dataset.digest}`"]
     create_markdown_artifact(key=LINKS_ARTIFACT, markdown="\n".join(lines), description="Where everything is")
+    return found

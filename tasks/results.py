@@ -58,3 +58,14 @@ class Registration:
     weights_sha256: str
     aliases: tuple[str, ...]
     url: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class PipelineResult:
+    """What the whole chain gave."""
+
+    dataset: Dataset
+    model: TrainedModel
+    evaluation: Evaluation
+    registration: Registration
+    links: dict[str, str]

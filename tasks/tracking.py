@@ -235,3 +235,18 @@ def _ask(call: Callable[[], T]) -> T:
         return call()
     except MlflowException as error:
         raise InfrastructureError(f"MLflow does not answer as it should: {error}") from error
+
+
+def list_versions(uri: str) -> list[dict[str, Any]]:
+    """Every model version of this project, with its aliases."""
+    client = connect(uri)
+    rows: list[dict[str, Any]] = []
+    for model in _ask(lambda: client.search_registered_models()):
+        aliases: dict[str, list[str]] = {}
+        for alias, version in model.aliases.items():
+            aliases.setdefault(str(version), []).append(alias)
+        for version in client.search_model_versions(f"name = '{model.name}'"):
+            number = str(version.version)
+            run_key = version.tags.get(RUN_KEY_TAG, "")
+            rows.append({"name": model.name, "version": number, "aliases": aliases.get(number, []), "run_key": run_key})
+    return rows

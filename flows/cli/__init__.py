@@ -1,0 +1,37 @@
+"""The command line: `unbroken VERB` (docs/cli.md). Heavy modules are imported only where they are used."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+from cyclopts import App
+
+from flows.cli import browse, run, scaffold, stack
+from training.errors import UnbrokenError
+
+app = App(
+    name="unbroken",
+    help="From raw data in a bucket to a registered model, with the same bits whatever dies on the way.",
+    version_flags=["--version"],
+    help_on_error=False,
+)
+stack.add_to(app)
+scaffold.add_to(app)
+run.add_to(app)
+browse.add_to(app)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Exit codes: 0 done, 1 a bug, 2 your input, 3 a server is away, 4 it would fail again, 6 damage, 130 cancelled."""
+    try:
+        app(arguments)
+    except UnbrokenError as error:
+        print(f"unbroken: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

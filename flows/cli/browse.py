@@ -1,0 +1,184 @@
+"""`runs`, `data`, `ckpt`, `models`: look at what is stored."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Annotated, Any
+
+from cyclopts import App, Parameter
+
+from flows.cli.output import print_json, print_table
+from flows.cli.stack import Json
+from training.errors import UserError
+
+if TYPE_CHECKING:
+    from training.objectstore import Store
+    from training.record import Record, RunRecord
+
+Key = Annotated[str, Parameter(help="A run key, or the beginning of one.")]
+
+runs = App(name="runs", help="Look at runs, their logs, and cancel or remove them.")
+data = App(name="data", help="Look at datasets.")
+ckpt = App(name="ckpt", help="Look at a run's checkpoints.")
+models = App(name="models", help="Look at registered models.")
+
+
+def add_to(app: App) -> None:
+    for group in (runs, data, ckpt, models):
+        app.command(group)
+
+
+@runs.command(name="ls")
+def runs_ls(*, json: Json = False) -> None:
+    """Every run: its key, state, steps and restarts."""
+    rows = [_summary(run.read()) for run in _all_runs(_store())]
+    if json:
+        print_json(rows)
+        return
+    columns = ["key", "state", "checkpoint_step", "attempts", "tracking_run_id"]
+    print_table(columns, [[row["key"][:12], *(row[name] for name in columns[1:])] for row in rows])
+
+
+@runs.command(name="logs")
+def runs_logs(key: Key) -> None:
+    """Print the logs of a run's nodes on this machine."""
+    from infra.launcher import make_launcher
+    from infra.settings import load_settings
+
+    run = _find_run(_store(), key)
+    logs = make_launcher(load_settings()).logs(run.run_key)
+    if not logs:
+        raise UserError(f"run {run.run_key[:12]} left no log on this machine")
+    for path in logs:
+        print(f"==> {path} <==\n{path.read_text(errors='replace')}")
+
+
+@runs.command(name="cancel")
+def runs_cancel(key: Key) -> None:
+    """Stop a run. Its checkpoints stay, and starting it again goes on from them."""
+    from infra.launcher import make_launcher
+    from infra.settings import load_settings
+
+    run = _find_run(_store(), key)
+    make_launcher(load_settings()).cancel(run.run_key)
+    print(f"run {run.run_key[:12]} has no process left")
+
+
+@runs.command(name="rm")
+def runs_rm(key: Key) -> None:
+    """Delete a run's checkpoints, events and record. Refused while the engine has it."""
+    from infra.launcher import make_launcher
+    from infra.settings import load_settings
+
+    store = _store()
+    run = _find_run(store, key)
+    if make_launcher(load_settings()).find(run.run_key) is not None:
+        raise UserError(f"run {run.run_key[:12]} is at work: cancel it first with `unbroken runs cancel {key}`")
+    keys = [name for name, _ in store.list_keys(f"runs/{run.run_key}/")]
+    for name in sorted(keys, key=lambda name: name == run.object_key):  # the record last: the rest hangs on it
+        store.delete(name)
+    print(f"deleted {len(keys)} objects of run {run.run_key[:12]}")
+
+
+@data.command(name="ls")
+def data_ls(*, json: Json = False) -> None:
+    """Every dataset version."""
+    from training.data.manifest import load_manifest
+
+    store = _store()
+    rows: list[dict[str, Any]] = []
+    for name in store.list_folders("datasets/"):
+        for key, _ in store.list_keys(f"datasets/{name}/manifests/"):
+            digest = key.rpartition("/")[2].removesuffix(".json")
+            manifest = load_manifest(store, name, digest)
+            train, test = manifest.num_samples("train"), manifest.num_samples("test")
+            rows.append({"name": name, "digest": digest, "train": train, "test": test, "bytes": manifest.num_bytes()})
+    if json:
+        print_json(rows)
+        return
+    print_table(
+        ["name", "digest", "train", "test", "bytes"],
+        [[row["name"], row["digest"][:12], row["train"], row["test"], row["bytes"]] for row in rows],
+    )
+
+
+@data.command(name="show")
+def data_show(name: str, digest: str) -> None:
+    """Print a dataset version's manifest: fields, splits and shards. DIGEST may be the beginning of one."""
+    import json
+
+    store = _store()
+    found = [
+        key for key, _ in store.list_keys(f"datasets/{name}/manifests/") if key.rpartition("/")[2].startswith(digest)
+    ]
+    if len(found) != 1:
+        raise UserError(f"dataset {name!r} has {len(found) or 'no'} versions that begin with {digest!r}")
+    print_json(json.loads(store.get(found[0])))
+
+
+@ckpt.command(name="ls")
+def ckpt_ls(key: Key, *, json: Json = False) -> None:
+    """A run's proven checkpoints, and those found damaged."""
+    record = _find_run(_store(), key).read()
+    if json:
+        print_json(
+            {
+                "checkpoints": [asdict(c) for c in record.checkpoints],
+                "quarantined": [asdict(q) for q in record.quarantined],
+            }
+        )
+        return
+    rows = [[c.step, c.token, c.sha256[:12], "proven"] for c in record.checkpoints]
+    rows += [[q.checkpoint.step, q.checkpoint.token, q.checkpoint.sha256[:12], q.reason] for q in record.quarantined]
+    print_table(["step", "token", "sha256", "state"], rows)
+
+
+@models.command(name="ls")
+def models_ls(*, json: Json = False) -> None:
+    """Every version in the registry, with its aliases and run key."""
+    from tasks.policy import open_stack
+    from tasks.tracking import list_versions
+
+    settings, _ = open_stack()
+    rows = list_versions(settings.mlflow_uri)
+    if json:
+        print_json(rows)
+        return
+    print_table(
+        ["model", "version", "aliases", "run key"],
+        [[row["name"], row["version"], ",".join(row["aliases"]), row["run_key"][:12]] for row in rows],
+    )
+
+
+def _store() -> Store:
+    from tasks.policy import open_stack
+
+    return open_stack()[1]
+
+
+def _all_runs(store: Store) -> list[RunRecord]:
+    from training.record import RunRecord
+
+    found = [RunRecord(store, key) for key in store.list_folders("runs/")]
+    return [run for run in found if run.find() is not None]
+
+
+def _find_run(store: Store, beginning: str) -> RunRecord:
+    matches = [run for run in _all_runs(store) if run.run_key.startswith(beginning)]
+    if len(matches) != 1:
+        some = "no run" if not matches else f"{len(matches)} runs"
+        raise UserError(f"{some} with a key that begins with {beginning!r}: see `unbroken runs ls`")
+    return matches[0]
+
+
+def _summary(record: Record) -> dict[str, Any]:
+    state = "finished" if record.result else "failed" if record.failure else "open"
+    return {
+        "key": record.key,
+        "state": state,
+        "checkpoint_step": record.checkpoints[-1].step if record.checkpoints else 0,
+        "attempts": len(record.resume_steps),
+        "tracking_run_id": record.tracking_run_id,
+        "weights_sha256": record.result.weights_sha256 if record.result else None,
+        "failure": record.failure.message if record.failure else None,
+    }

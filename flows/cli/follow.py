@@ -1,0 +1,155 @@
+"""Follows a flow run of the pipeline from outside: its stages, the training's live line, and the end."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+from flows.cli.output import LiveLine
+from flows.publish import RUN_KEY_LABEL
+from tasks.follow import Follower
+from tasks.policy import open_stack
+from tasks.results import PipelineResult
+from training.config import PRESETS, Preset
+from training.errors import CancelledError, InfrastructureError, UnbrokenError
+from training.objectstore import MissingError, Store
+from training.record import RunRecord
+
+if TYPE_CHECKING:
+    from prefect.client.orchestration import SyncPrefectClient
+    from prefect.client.schemas.objects import FlowRun
+
+POLL_SECONDS = 0.5
+
+
+def follow_deployment(
+    config: Preset, *, preset: str, overrides: Mapping[str, Any], fresh: bool, quiet: bool
+) -> dict[str, Any]:
+    """Start a flow run and follow it to its end; Ctrl-C cancels it. Returns the pipeline's result as JSON.
+
+    Raises the error that the flow ended with, or `CancelledError`.
+    """
+    settings, store = open_stack()
+    from httpx import ConnectError
+    from prefect.client.orchestration import get_client
+
+    try:
+        with get_client(sync_client=True) as client:
+            run = _start(client, preset, overrides, fresh)
+            if not quiet:
+                print(f"flow run {run.name}  {settings.prefect_ui_url}/runs/flow-run/{run.id}", flush=True)
+            watcher = _Watcher(client, store, config, quiet=quiet)
+            try:
+                final = watcher.until_over(run.id)
+            except KeyboardInterrupt:
+                final = _cancel(client, watcher, run.id)
+            return _conclude(final, quiet=quiet)
+    except ConnectError as error:
+        raise InfrastructureError(
+            f"Prefect does not answer at {settings.prefect_api_url}: see `unbroken status`"
+        ) from error
+
+
+def _start(client: SyncPrefectClient, preset: str, overrides: Mapping[str, Any], fresh: bool) -> FlowRun:
+    from prefect.exceptions import ObjectNotFound
+
+    built_in = (PRESETS / f"{preset}.toml").exists()
+    name = f"pipeline/{preset if built_in else 'custom'}"
+    try:
+        deployment = client.read_deployment_by_name(name)
+    except ObjectNotFound as error:
+        raise InfrastructureError(f"Prefect has no deployment {name!r}: `unbroken up` registers it") from error
+    parameters = {"preset": preset, "overrides": dict(overrides), "fresh": fresh}
+    return client.create_flow_run_from_deployment(deployment.id, parameters=parameters)
+
+
+def _cancel(client: SyncPrefectClient, watcher: _Watcher, run_id: Any) -> FlowRun:
+    from prefect.states import Cancelling
+
+    print("\ncancelling …", file=sys.stderr, flush=True)
+    client.set_flow_run_state(run_id, Cancelling())
+    return watcher.until_over(run_id)
+
+
+def _conclude(final: FlowRun, *, quiet: bool) -> dict[str, Any]:
+    state = final.state
+    assert state is not None
+    if state.is_cancelled():
+        raise CancelledError("the run was cancelled; no rank is left. The same command goes on where it stopped")
+    outcome = state.result(raise_on_failure=False)
+    if isinstance(outcome, UnbrokenError):
+        raise outcome
+    if not isinstance(outcome, PipelineResult):
+        raise InfrastructureError(f"the flow run ended {state.name}: {state.message}")
+    if not quiet:
+        _print_result(outcome)
+    return asdict(outcome)
+
+
+def _print_result(result: PipelineResult) -> None:
+    for name, estimate in result.evaluation.metrics.items():
+        percent = f"{result.evaluation.confidence:.0%}"
+        print(f"{name:14} {estimate.value:.4f}   {percent} interval {estimate.low:.4f} to {estimate.high:.4f}")
+    version = result.registration
+    print(f"model          {version.name} version {version.version} ({', '.join(version.aliases)})")
+    print(f"run key        {version.run_key}")
+    for name, url in result.links.items():
+        print(f"{name:14} {url}")
+
+
+class _Watcher:
+    """Shows a flow run's stages as they end, and the training's progress between."""
+
+    def __init__(self, client: SyncPrefectClient, store: Store, config: Preset, *, quiet: bool) -> None:
+        self._client = client
+        self._store = store
+        self._config = config
+        self._quiet = quiet
+        self._live = LiveLine()
+        self._shown: set[str] = set()
+        self._maybe_follower: Follower | None = None
+
+    def until_over(self, run_id: Any) -> FlowRun:
+        while True:
+            run = self._client.read_flow_run(run_id)
+            if not self._quiet:
+                self._show_stages(run_id)
+                self._show_training(run)
+            if run.state is not None and run.state.is_final():
+                self._live.end()
+                return run
+            time.sleep(POLL_SECONDS)
+
+    def _show_stages(self, run_id: Any) -> None:
+        from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterId
+
+        ours = FlowRunFilter(id=FlowRunFilterId(any_=[run_id]))
+        tasks = self._client.read_task_runs(flow_run_filter=ours)
+        for task in sorted(tasks, key=lambda task: str(task.end_time)):
+            if task.state is not None and task.state.is_final() and task.name not in self._shown:
+                self._shown.add(task.name)
+                seconds = task.total_run_time.total_seconds()
+                self._live.end(f"{task.name.rpartition('-')[0]:10} {task.state.name:10} {seconds:6.1f} s")
+
+    def _show_training(self, run: FlowRun) -> None:
+        key = (run.labels or {}).get(RUN_KEY_LABEL)
+        if key is None or run.state is None or run.state.is_final():
+            state = run.state.name if run.state is not None else "Waiting"
+            self._live.show(f"{state} …")
+            return
+        try:
+            if self._maybe_follower is None:
+                record = RunRecord(self._store, str(key)).read()
+                self._live.end(f"run key    {key}")
+                self._maybe_follower = Follower(
+                    RunRecord(self._store, str(key)),
+                    generation=record.generation,
+                    num_steps=self._config.train.steps,
+                )
+            self._maybe_follower.look()
+        except MissingError:  # the train stage has not begun
+            return
+        self._live.show(self._maybe_follower.progress.line())

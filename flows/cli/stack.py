@@ -1,0 +1,68 @@
+"""`up`, `down`, `status`, `doctor`: the machine and the servers."""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated
+
+from cyclopts import App, Parameter
+
+from flows.cli.output import print_json, print_table
+from training.errors import InfrastructureError
+
+Json = Annotated[bool, Parameter(name="--json", negative="", help="Print JSON, for scripts.")]
+
+
+def add_to(app: App) -> None:
+    for verb in (up, down, status, doctor):
+        app.command(verb)
+
+
+def up(*, json: Json = False) -> None:
+    """Start the local stack, or see that it is well."""
+    from infra.local import stack
+
+    settings = stack.up(lambda line: print(line, file=sys.stderr, flush=True))
+    if json:
+        print_json(stack.status_json())
+        return
+    print(f"Prefect  {settings.prefect_ui_url}")
+    print(f"MLflow   {settings.mlflow_uri}/#/experiments")
+    print(f"S3       {settings.s3_endpoint or 'AWS'}  bucket {settings.s3_bucket}")
+    print(f"For your own shell: source {settings.home / 'env'}")
+
+
+def down() -> None:
+    """Stop the local stack and every rank. The data stays."""
+    from infra.local import stack
+
+    print("stopped" if stack.down() else "nothing was running")
+
+
+def status(*, json: Json = False) -> None:
+    """Say which services run. Exit code 3 if one is not well."""
+    from infra.local import stack
+
+    found = stack.status()
+    if json:
+        print_json(stack.status_json())
+    else:
+        print_table(
+            ["service", "state", "healthy", "url", "log"],
+            [[s.name, s.state, "yes" if s.healthy else "no", s.url, s.log] for s in found],
+        )
+    if not all(service.healthy for service in found):
+        raise InfrastructureError("the stack is not well: start it with `unbroken up` (or `make up`)")
+
+
+def doctor(*, json: Json = False) -> None:
+    """Check the machine, the stack and the stores. Exit code 3 if something is wrong."""
+    from flows.cli.doctor import run_checks
+
+    checks = run_checks()
+    if json:
+        print_json([vars(check) for check in checks])
+    else:
+        print_table(["check", "", "found"], [[c.name, "ok" if c.is_good else "WRONG", c.found] for c in checks])
+    if not all(check.is_good for check in checks):
+        raise InfrastructureError("something is wrong: see above")
