@@ -5,8 +5,8 @@ from __future__ import annotations
 from uuid import UUID
 
 from infra.settings import load_settings
-from tasks.policy import store_location
 from tasks.results import Dataset, Evaluation, Registration
+from tasks.stack import store_location
 from tasks.train import links
 from training.objectstore import Store
 from training.record import RunRecord

@@ -12,16 +12,16 @@ from prefect import task
 
 from tasks import tracking
 from tasks.figures import confusion_figure, loss_figure
-from tasks.follow import all_events
+from tasks.follow import training_history
 from tasks.models import load_model
-from tasks.policy import open_stack, stage_options
+from tasks.policy import stage_options
 from tasks.results import Dataset, Estimate, Evaluation, TrainedModel
+from tasks.stack import open_stack
 from training.config import EvaluateConfig, Preset
 from training.data.manifest import load_manifest
 from training.data.reader import Reader
 from training.documents import digest_of
 from training.errors import UserError
-from training.events import committed
 from training.objectstore import Store
 from training.recipe import Recipe, load_recipe
 from training.record import RunRecord
@@ -47,8 +47,7 @@ def evaluate(preset: Preset, dataset: Dataset, model: TrainedModel) -> Evaluatio
     run = RunRecord(store, model.run_key)
     record = run.read()
     assert record.tracking_run_id is not None
-    history = committed(all_events(run, record), record.resume_steps)
-    figures = {"loss": loss_figure(history)}
+    figures = {"loss": loss_figure(training_history(store, model.run_key))}
     if result.confusion is not None:
         figures["confusion"] = confusion_figure(result.confusion)
     tracker = tracking.Tracker(tracking.connect(settings.mlflow_uri), settings.mlflow_uri, record.tracking_run_id)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from training.events import Event, EventReader
+from training.events import Event, EventReader, committed
+from training.objectstore import Store
 from training.record import Record, RunRecord
 
 
@@ -58,7 +59,9 @@ def _after(progress: Progress, event: Event) -> Progress:
     return Progress(**{**vars(progress), **changes})
 
 
-def all_events(run: RunRecord, record: Record) -> list[Event]:
-    """Every event of the record's generation."""
-    reader = EventReader(run.store, run.prefix(record))
-    return list(reader.read_new(newest_token=record.token))
+def training_history(store: Store, run_key: str) -> list[Event]:
+    """The run's step events that count, one per step, in order."""
+    run = RunRecord(store, run_key)
+    record = run.read()
+    events = EventReader(store, run.prefix(record)).read_new(newest_token=record.token)
+    return committed(events, record.resume_steps)

@@ -1,4 +1,4 @@
-"""What all stages share: when they are tried again, how long they may take, and where they find the stack."""
+"""What all stages share: when they are tried again, and how long they may take."""
 
 from __future__ import annotations
 
@@ -6,9 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from prefect.tasks import exponential_backoff
 
-from infra.settings import Settings, activate, load_settings
 from training.errors import CancelledError, DamagedError, DeterministicError, FencedError, UserError
-from training.objectstore import Store, StoreLocation
 
 if TYPE_CHECKING:
     from prefect import Task
@@ -34,19 +32,3 @@ def stage_options(*, timeout_seconds: float) -> dict[str, Any]:
         "persist_result": True,
         "result_serializer": "json",
     }
-
-
-def open_stack() -> tuple[Settings, Store]:
-    """The stack's settings (put into the environment, where every library finds them) and its object store."""
-    settings = load_settings()
-    activate(settings)
-    return settings, Store(store_location(settings))
-
-
-def store_location(settings: Settings) -> StoreLocation:
-    return StoreLocation(
-        endpoint=settings.s3_endpoint,
-        bucket=settings.s3_bucket,
-        prefix=settings.s3_prefix,
-        region=settings.s3_region,
-    )

@@ -10,9 +10,10 @@ from prefect import task
 
 from tasks import tracking
 from tasks.models import load_model
-from tasks.policy import open_stack, stage_options
+from tasks.policy import stage_options
 from tasks.provenance import commit_of
 from tasks.results import Dataset, Evaluation, Registration, TrainedModel
+from tasks.stack import open_stack
 from training.config import Preset
 from training.data.manifest import load_manifest
 from training.data.reader import Reader
@@ -56,7 +57,6 @@ def register(preset: Preset, dataset: Dataset, model: TrainedModel, evaluation: 
     recipe = load_recipe(preset)
     tags = {
         "unbroken.dataset_digest": dataset.digest,
-        "unbroken.weights_sha256": model.weights_sha256,
         "unbroken.commit": commit_of(preset),
         "unbroken.preset": preset.name,
         **{f"unbroken.test.{name}": f"{value.value:.6f}" for name, value in evaluation.metrics.items()},
@@ -66,6 +66,7 @@ def register(preset: Preset, dataset: Dataset, model: TrainedModel, evaluation: 
         preset.name,
         tracker,
         run_key=model.run_key,
+        weights_sha256=model.weights_sha256,
         tags=tags,
         save=lambda path, mlflow_model: save_model(
             load_model(store, recipe, model.run_key), example_inputs(store, preset, dataset), path, mlflow_model

@@ -8,8 +8,9 @@ from typing import Any
 
 from prefect import task
 
-from tasks.policy import open_stack, stage_options, store_location
+from tasks.policy import stage_options
 from tasks.results import Dataset
+from tasks.stack import open_stack, store_location
 from training.config import Preset
 from training.data.source import open_source, partitions
 from training.data.writer import write_dataset

@@ -26,6 +26,7 @@ T = TypeVar("T")
 
 METRICS = ("loss", "grad_norm", "learning_rate", "samples_per_second")
 RUN_KEY_TAG = "unbroken.run_key"
+WEIGHTS_TAG = "unbroken.weights_sha256"
 BATCH_METRICS = 1000
 DATASET_DIGEST_CHARACTERS = 36  # MLflow takes no more; the whole digest is in a tag
 
@@ -178,21 +179,26 @@ def ensure_model_version(
     tracker: Tracker,
     *,
     run_key: str,
+    weights_sha256: str,
     tags: Mapping[str, str],
     save: Callable[[Path, Any], None],
 ) -> ModelVersion:
-    """The registry's version of this run key, made if there is none. `save(folder, mlflow_model)` writes the model."""
+    """The registry's version of these weights of this run key, made if there is none.
+
+    `save(folder, mlflow_model)` writes the model.
+    """
     from mlflow.entities import LoggedModelOutput
     from mlflow.exceptions import MlflowException
     from mlflow.models import Model
 
     client = tracker.client
+    identity = {RUN_KEY_TAG: run_key, WEIGHTS_TAG: weights_sha256}
     try:
         client.create_registered_model(name)
     except MlflowException as error:
         if error.error_code != "RESOURCE_ALREADY_EXISTS":
             raise InfrastructureError(f"MLflow refused to make model {name!r}: {error}") from error
-    by_key = f"tags.`{RUN_KEY_TAG}` = '{run_key}'"
+    by_key = f"tags.`{RUN_KEY_TAG}` = '{run_key}' and tags.`{WEIGHTS_TAG}` = '{weights_sha256}'"
     versions = client.search_model_versions(f"name = '{name}' and {by_key}", max_results=1)
     if versions:
         return versions[0]
@@ -202,7 +208,10 @@ def ensure_model_version(
         model = ready[0]
     else:
         model = client.create_logged_model(
-            tracker.experiment_id, name=name, source_run_id=tracker.run_id, tags={RUN_KEY_TAG: run_key}
+            tracker.experiment_id,
+            name=name,
+            source_run_id=tracker.run_id,
+            tags=identity,
         )
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "model"
@@ -215,7 +224,7 @@ def ensure_model_version(
         source=f"models:/{model.model_id}",
         run_id=tracker.run_id,
         model_id=model.model_id,
-        tags={RUN_KEY_TAG: run_key, **tags},
+        tags={**identity, **tags},
     )
 
 

@@ -13,9 +13,10 @@ from infra.launcher import JobSpec, JobState, Launcher, make_launcher
 from infra.settings import Settings
 from tasks import tracking
 from tasks.follow import Follower
-from tasks.policy import open_stack, stage_options, store_location
+from tasks.policy import stage_options
 from tasks.provenance import commit_of
 from tasks.results import Dataset, TrainedModel
+from tasks.stack import open_stack, store_location
 from training import errors
 from training.config import Preset
 from training.documents import canonical_json, digest_of

@@ -136,7 +136,7 @@ def ckpt_ls(key: Key, *, json: Json = False) -> None:
 @models.command(name="ls")
 def models_ls(*, json: Json = False) -> None:
     """Every version in the registry, with its aliases and run key."""
-    from tasks.policy import open_stack
+    from tasks.stack import open_stack
     from tasks.tracking import list_versions
 
     settings, _ = open_stack()
@@ -151,7 +151,7 @@ def models_ls(*, json: Json = False) -> None:
 
 
 def _store() -> Store:
-    from tasks.policy import open_stack
+    from tasks.stack import open_stack
 
     return open_stack()[1]
 

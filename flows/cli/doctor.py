@@ -95,7 +95,7 @@ def _torch() -> str:
 
 def _storage(settings: Settings) -> str:
     """Also proves the conditional writes that every protocol here rests on."""
-    from tasks.policy import store_location
+    from tasks.stack import store_location
     from training.objectstore import Store
 
     store = Store(store_location(settings))

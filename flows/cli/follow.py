@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, Any
 from flows.cli.output import LiveLine
 from flows.publish import RUN_KEY_LABEL
 from tasks.follow import Follower
-from tasks.policy import open_stack
 from tasks.results import PipelineResult
+from tasks.stack import open_stack
 from training.config import PRESETS, Preset
+from training.documents import parse
 from training.errors import CancelledError, InfrastructureError, UnbrokenError
 from training.objectstore import MissingError, Store
 from training.record import RunRecord
@@ -82,11 +83,12 @@ def _conclude(final: FlowRun, *, quiet: bool) -> dict[str, Any]:
     outcome = state.result(raise_on_failure=False)
     if isinstance(outcome, UnbrokenError):
         raise outcome
-    if not isinstance(outcome, PipelineResult):
+    if not state.is_completed():
         raise InfrastructureError(f"the flow run ended {state.name}: {state.message}")
+    result = parse(PipelineResult, outcome)  # Prefect gives a flow's result back as a plain document
     if not quiet:
-        _print_result(outcome)
-    return asdict(outcome)
+        _print_result(result)
+    return asdict(result)
 
 
 def _print_result(result: PipelineResult) -> None:
@@ -136,6 +138,8 @@ class _Watcher:
 
     def _show_training(self, run: FlowRun) -> None:
         key = (run.labels or {}).get(RUN_KEY_LABEL)
+        if any(name.startswith("train") for name in self._shown):
+            return
         if key is None or run.state is None or run.state.is_final():
             state = run.state.name if run.state is not None else "Waiting"
             self._live.show(f"{state} …")

@@ -66,7 +66,7 @@ def train(preset: str, *, set_: Set = None, fresh: Fresh = False, json: Json = F
 
 def check_input(preset: Preset) -> None:
     """Everything that can be known to be wrong before anything is launched. Raises `UserError`."""
-    from tasks.policy import open_stack, store_location
+    from tasks.stack import open_stack, store_location
     from training.data.source import open_source, partitions
     from training.recipe import load_recipe
 

@@ -1,0 +1,59 @@
+# Everything starts here. A fresh clone needs only Python 3.11-3.13 and make.
+SHELL := /bin/bash
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PRESET ?= digits
+
+.DEFAULT_GOAL := help
+.PHONY: help install run up down status check test soak bench screenshots constraints clean
+
+help: ## Show this list
+	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+
+install: $(VENV)/.installed ## Make the environment in .venv
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' || \
+		{ echo "Python 3.11, 3.12 or 3.13 is needed: make PYTHON=python3.12"; exit 2; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade 'pip>=25.1'
+	$(BIN)/python -m pip install --quiet --editable . --group dev --constraint constraints.txt
+	touch $@
+
+run: install ## From a fresh machine to a registered model, with links (PRESET=digits)
+	$(BIN)/unbroken up
+	$(BIN)/unbroken run $(PRESET)
+
+up: install ## Start the local stack
+	$(BIN)/unbroken up
+
+down: install ## Stop the local stack; the data stays
+	$(BIN)/unbroken down
+
+status: install ## Which services run
+	$(BIN)/unbroken status
+
+check: install ## Lint, types, dependency direction
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+test: check ## All checks and tests that this machine can run
+	$(BIN)/python -m pytest
+
+soak: install ## The full counts; writes evidence under docs/evidence
+	$(BIN)/python -m pytest -m soak
+
+bench: install ## The benchmarks
+	$(BIN)/python -m benchmarks
+
+screenshots: install ## Take the README's screenshots with a headless Chromium
+	$(BIN)/python docs/images/take.py
+
+constraints: install ## Resolve constraints.txt anew for Python 3.11-3.13
+	$(BIN)/python infra/constraints.py
+
+clean: ## Remove the environment (the stack's data stays in .unbroken)
+	rm -rf $(VENV)

@@ -1,0 +1,124 @@
+"""`python -m tasks STAGE --preset P`: one stage without Prefect, as dvc.yaml calls it.
+
+Each stage reads what the stages before it wrote into the output folder, and writes its own result there: documents
+that hold no time, run id, version or attempt, so that a rerun locks the same bytes.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import logging
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from cyclopts import App
+
+from tasks.results import Dataset, Evaluation, TrainedModel
+from tasks.stack import open_stack
+from training.config import Preset, load_preset
+from training.documents import parse
+from training.errors import UnbrokenError, UserError
+
+app = App(name="python -m tasks", help="Run one stage of the pipeline.", version_flags=[])
+
+
+@app.default
+def run_stage(stage: str, *, preset: str, out: Path = Path("data")) -> None:
+    """Run STAGE: shard, train, evaluate or register."""
+    if stage not in STAGES:
+        raise UserError(f"no stage {stage!r}: the stages are {', '.join(STAGES)}")
+    config = load_preset(preset)
+    open_stack()  # before anything imports Prefect, which reads its settings then
+    folder = out / config.name
+    folder.mkdir(parents=True, exist_ok=True)
+    STAGES[stage](config, folder)
+
+
+def _shard(preset: Preset, folder: Path) -> None:
+    from tasks.shard import shard
+
+    _write_json(folder / "dataset.json", asdict(shard.fn(preset)))
+
+
+def _train(preset: Preset, folder: Path) -> None:
+    from tasks.follow import training_history
+    from tasks.train import train
+
+    model = train.fn(preset, _dataset(folder))
+    _write_json(folder / "model.json", asdict(model))
+    rows = [(event.step, event.values["loss"]) for event in training_history(open_stack()[1], model.run_key)]
+    _write_csv(folder / "loss.csv", ("step", "loss"), rows)
+
+
+def _evaluate(preset: Preset, folder: Path) -> None:
+    from tasks.evaluate import evaluate
+
+    result = evaluate.fn(preset, _dataset(folder), _model(folder))
+    _write_json(folder / "evaluation.json", asdict(result))
+    _write_json(folder / "metrics.json", {name: estimate.value for name, estimate in result.metrics.items()})
+    counts = result.confusion or ()
+    rows = [(label, guess) for label, row in enumerate(counts) for guess, n in enumerate(row) for _ in range(n)]
+    _write_csv(folder / "confusion.csv", ("label", "predicted"), rows)
+
+
+def _register(preset: Preset, folder: Path) -> None:
+    from tasks.register import register
+
+    evaluation = parse(Evaluation, _read_json(folder / "evaluation.json"))
+    version = register.fn(preset, _dataset(folder), _model(folder), evaluation)
+    fixed = {"name": version.name, "run_key": version.run_key, "weights_sha256": version.weights_sha256}
+    _write_json(folder / "registration.json", fixed)
+
+
+STAGES: dict[str, Callable[[Preset, Path], None]] = {
+    "shard": _shard,
+    "train": _train,
+    "evaluate": _evaluate,
+    "register": _register,
+}
+
+
+def _dataset(folder: Path) -> Dataset:
+    return parse(Dataset, _read_json(folder / "dataset.json"))
+
+
+def _model(folder: Path) -> TrainedModel:
+    return parse(TrainedModel, _read_json(folder / "model.json"))
+
+
+def _read_json(path: Path) -> Any:
+    if not path.is_file():
+        raise UserError(f"{path} does not exist: run the stage before this one first")
+    return json.loads(path.read_text())
+
+
+def _write_json(path: Path, document: Any) -> None:
+    path.write_text(json.dumps(document, indent=1, sort_keys=True) + "\n")
+
+
+def _write_csv(path: Path, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
+    with path.open("w", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(columns)
+        writer.writerows(rows)
+
+
+def main() -> None:
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    for name in ("tasks", "training"):
+        logging.getLogger(name).setLevel(logging.INFO)
+    try:
+        app()
+    except UnbrokenError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,22 @@
+"""Where the stages find the stack. Imports no Prefect: its settings are read at import, so they must be set before."""
+
+from __future__ import annotations
+
+from infra.settings import Settings, activate, load_settings
+from training.objectstore import Store, StoreLocation
+
+
+def open_stack() -> tuple[Settings, Store]:
+    """The stack's settings (put into the environment, where every library finds them) and its object store."""
+    settings = load_settings()
+    activate(settings)
+    return settings, Store(store_location(settings))
+
+
+def store_location(settings: Settings) -> StoreLocation:
+    return StoreLocation(
+        endpoint=settings.s3_endpoint,
+        bucket=settings.s3_bucket,
+        prefix=settings.s3_prefix,
+        region=settings.s3_region,
+    )

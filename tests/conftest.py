@@ -1,0 +1,89 @@
+"""Fixtures that all tests share: one real local stack for the whole session, with ports and data of its own."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import sysconfig
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from infra.local import supervisor
+from infra.settings import Settings, activate, load_settings
+from tests.waiting import wait_until
+from training.objectstore import Store, StoreLocation
+
+UNBROKEN = str(Path(sysconfig.get_path("scripts")) / "unbroken")
+NO_PARTS = ("UNBROKEN_S3_ENDPOINT", "UNBROKEN_MLFLOW_URI", "UNBROKEN_PREFECT_API_URL", "UNBROKEN_SETTINGS")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stack:
+    """A running local stack, and how to use it from a test."""
+
+    home: Path
+    settings: Settings
+
+    @property
+    def location(self) -> StoreLocation:
+        return StoreLocation(endpoint=self.settings.s3_endpoint, bucket=self.settings.s3_bucket)
+
+    @property
+    def store(self) -> Store:
+        return Store(self.location)
+
+    def environment(self) -> dict[str, str]:
+        return {**os.environ, "UNBROKEN_HOME": str(self.home)}
+
+    def command(self, *arguments: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+        """Run the `unbroken` command to its end."""
+        return self.execute([UNBROKEN, *arguments], cwd=cwd)
+
+    def execute(self, command: Sequence[str], *, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            command, cwd=cwd, env=self.environment(), capture_output=True, text=True, timeout=200, check=False
+        )
+
+    def start(self, *arguments: str, cwd: Path | None = None) -> subprocess.Popen[str]:
+        """Start the `unbroken` command and go on."""
+        return subprocess.Popen(
+            [UNBROKEN, *arguments],
+            cwd=cwd,
+            env=self.environment(),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+
+
+@pytest.fixture(scope="session")
+def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
+    """S3, MLflow, Prefect, a worker and the local engine, for real; stopped, and no process left, at the end."""
+    home = tmp_path_factory.mktemp("stack") / "home"
+    for name in NO_PARTS:
+        os.environ.pop(name, None)
+    os.environ["UNBROKEN_HOME"] = str(home)
+    started = subprocess.run([UNBROKEN, "up"], capture_output=True, text=True, timeout=240, check=False)
+    assert started.returncode == 0, started.stdout + started.stderr
+    settings = load_settings()
+    activate(settings)
+    yield Stack(home=home, settings=settings)
+    subprocess.run([UNBROKEN, "down"], check=True, timeout=120, env={**os.environ, "UNBROKEN_HOME": str(home)})
+    wait_until(lambda: not supervisor.stack_processes(home), what="every process of the stack to be gone")
+
+
+@pytest.fixture
+def store(stack: Stack, request: pytest.FixtureRequest) -> Store:
+    """An empty corner of the stack's real object store, for one test."""
+    name = f"tests/{request.node.name}-{os.urandom(4).hex()}/"
+    where = stack.location
+    return Store(StoreLocation(endpoint=where.endpoint, bucket=where.bucket, prefix=name))
+
+
+@pytest.fixture(scope="session")
+def python() -> str:
+    return sys.executable
