@@ -65,6 +65,7 @@ def train(preset: Preset, dataset: Dataset, *, owner: str | None = None, fresh: 
             tracker.reopen()
             _submit(launcher, settings, store, preset, dataset, record, owner)
         record = _follow(follower, tracker, launcher, run.run_key)
+        assert record.result is not None
     except errors.UnbrokenError as error:
         tracker.finish("KILLED" if isinstance(error, CancelledError) else "FAILED")
         raise
@@ -72,9 +73,9 @@ def train(preset: Preset, dataset: Dataset, *, owner: str | None = None, fresh: 
         launcher.cancel(run.run_key)
         tracker.finish("KILLED")
         raise
+    log.info("step %d/%d  weights %s", preset.train.steps, preset.train.steps, record.result.weights_sha256[:12])
     tracker.note_attempts(record)
     tracker.finish("FINISHED")
-    assert record.result is not None
     launcher.cancel(run.run_key)  # its agents are done; this clears the engine's table
     result = record.result
     return TrainedModel(
@@ -145,7 +146,6 @@ def _follow(follower: Follower, tracker: tracking.Tracker, launcher: Launcher, k
         if record.result is not None:
             maybe_deadline = maybe_deadline or time.monotonic() + CATCH_UP_SECONDS
             if not waiting:
-                log.info(follower.progress.line())
                 return record
             if time.monotonic() > maybe_deadline:
                 raise InfrastructureError("the run is finished, but MLflow does not answer: its metrics wait on S3")

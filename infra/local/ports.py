@@ -56,12 +56,16 @@ def _first_free(candidates: list[int], *, taken: Mapping[str, int]) -> int:
     for port in candidates:
         if port not in taken.values() and is_free(port):
             return port
-    while True:
-        with socket.socket() as probe:
-            probe.bind((LOOPBACK, 0))
-            port = int(probe.getsockname()[1])
-        if port not in taken.values():
-            return port
+    while (port := free_port()) in taken.values():
+        pass
+    return port
+
+
+def free_port() -> int:
+    """Any port that is free on loopback right now."""
+    with socket.socket() as probe:
+        probe.bind((LOOPBACK, 0))
+        return int(probe.getsockname()[1])
 
 
 def is_free(port: int) -> bool:

@@ -1,0 +1,150 @@
+"""The chain as its users start it: `unbroken run`, from raw data to a model that answers."""
+
+from __future__ import annotations
+
+import io
+import os
+import signal
+import subprocess
+import sysconfig
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import requests
+
+from infra.local.ports import LOOPBACK, free_port
+from tasks.tracking import connect
+from tests.conftest import Stack
+from tests.flows.runs import last_json, loss_history, mlflow_runs, run_keys
+from tests.waiting import wait_until
+from training.data.manifest import load_manifest
+from training.data.reader import Reader
+
+
+@pytest.fixture(scope="module")
+def digits(stack: Stack) -> dict[str, Any]:
+    """The result of one whole run of the built-in digits preset."""
+    done = stack.command("run", "digits", "--json")
+    assert done.returncode == 0, done.stdout + done.stderr
+    return last_json(done.stdout)
+
+
+def test_digits_are_learned(digits: dict[str, Any]) -> None:
+    accuracy = digits["evaluation"]["metrics"]["accuracy"]
+    assert accuracy["value"] >= 0.97
+    assert accuracy["low"] <= accuracy["value"] <= accuracy["high"]
+    assert sum(map(sum, digits["evaluation"]["confusion"])) == digits["evaluation"]["num_samples"]
+    assert set(digits["links"]) == {"s3", "mlflow", "prefect", "registry"}
+
+
+def test_mlflow_has_one_run_and_one_point_per_step(stack: Stack, digits: dict[str, Any]) -> None:
+    (run,) = mlflow_runs(stack, digits["model"]["run_key"])
+    assert run.info.status == "FINISHED"
+    assert [step for step, _ in loss_history(stack, run.info.run_id)] == list(range(1, 301))
+    assert run.data.params["train.batch_size"] == "64"
+    assert run.data.tags["unbroken.dataset_digest"] == digits["dataset"]["digest"]
+    assert run.data.tags["unbroken.commit"]
+    assert run.inputs.dataset_inputs[0].dataset.digest == digits["dataset"]["digest"][:36]
+    files = {item.path for item in connect(stack.settings.mlflow_uri).list_artifacts(run.info.run_id, "figures")}
+    assert files == {"figures/loss.png", "figures/confusion.png"}
+
+
+def test_version_says_where_it_came_from(stack: Stack, digits: dict[str, Any]) -> None:
+    client = connect(stack.settings.mlflow_uri)
+    version = client.get_model_version("digits", digits["registration"]["version"])
+    assert version.tags["unbroken.run_key"] == digits["model"]["run_key"]
+    assert version.tags["unbroken.dataset_digest"] == digits["dataset"]["digest"]
+    assert {"unbroken.commit", "unbroken.preset", "unbroken.weights_sha256"} <= set(version.tags)
+
+
+def test_first_version_is_champion_and_newest_challenger(stack: Stack, digits: dict[str, Any]) -> None:
+    client = connect(stack.settings.mlflow_uri)
+    versions = [int(version.version) for version in client.search_model_versions("name = 'digits'")]
+    assert int(client.get_model_version_by_alias("digits", "champion").version) == min(versions)
+    assert int(client.get_model_version_by_alias("digits", "challenger").version) == max(versions)
+    document = stack.store.read_versioned("models/digits/champion.json").document
+    assert document["run_key"] == client.get_model_version_by_alias("digits", "champion").tags["unbroken.run_key"]
+
+
+def test_second_run_reuses_every_stage(stack: Stack, digits: dict[str, Any]) -> None:
+    client = connect(stack.settings.mlflow_uri)
+    versions = len(client.search_model_versions("name = 'digits'"))
+    keys = run_keys(stack)
+    again = stack.command("run", "digits")
+    assert again.returncode == 0, again.stdout + again.stderr
+    stages = [line.split()[:2] for line in again.stdout.splitlines() if " s" in line and "Cached" in line]
+    assert sorted(stages) == [[name, "Cached"] for name in ("evaluate", "register", "shard", "train")]
+    assert len(client.search_model_versions("name = 'digits'")) == versions
+    assert run_keys(stack) == keys
+    assert len(mlflow_runs(stack, digits["model"]["run_key"])) == 1
+
+
+def test_model_holds_no_pickle_that_can_name_code(stack: Stack, digits: dict[str, Any], tmp_path: Path) -> None:
+    import mlflow
+
+    folder = Path(
+        mlflow.artifacts.download_artifacts(
+            f"models:/digits/{digits['registration']['version']}", dst_path=str(tmp_path)
+        )
+    )
+    names = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+    assert {"MLmodel", "data/model.pt2", "input_example.json"} <= names
+    assert not [name for name in names if name.endswith((".pkl", ".pth", ".pickle"))]
+    assert _dangerous_opcodes((folder / "data" / "model.pt2").read_bytes()) == set()
+
+
+def _dangerous_opcodes(archive: bytes) -> set[str]:
+    """Opcodes that import or call something, in any pickle at any depth of a zip archive."""
+    import pickletools
+
+    found: set[str] = set()
+    with zipfile.ZipFile(io.BytesIO(archive)) as outer:
+        for name in outer.namelist():
+            data = outer.read(name)
+            if data[:4] == b"PK\x03\x04":
+                found |= _dangerous_opcodes(data)
+            elif name.endswith(".pkl"):
+                found |= {opcode.name for opcode, _, _ in pickletools.genops(data)}
+    return found & {"GLOBAL", "STACK_GLOBAL", "REDUCE", "INST", "OBJ", "NEWOBJ", "BUILD"}
+
+
+def test_served_model_answers_as_the_held_out_labels_say(stack: Stack, digits: dict[str, Any], tmp_path: Path) -> None:
+    dataset = digits["dataset"]
+    manifest = load_manifest(stack.store, dataset["name"], dataset["digest"])
+    _, batch = Reader(stack.store, dataset["name"], manifest, "test").read(range(64))
+    inputs = batch["pixels"][:, None].astype(np.float32) / 16
+    port = free_port()
+    scripts = Path(sysconfig.get_path("scripts"))
+    environment = {**os.environ, "PATH": f"{scripts}:{os.environ['PATH']}", "MLFLOW_DEFAULT_PREDICTION_DEVICE": "cpu"}
+    server = subprocess.Popen(
+        [
+            *(scripts / "mlflow", "models", "serve", "--model-uri", "models:/digits@champion"),
+            *("--env-manager", "local", "--host", LOOPBACK, "--port", str(port)),
+        ],
+        env=environment,
+        cwd=tmp_path,
+        start_new_session=True,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    try:
+        wait_until(lambda: _pings(port), what="the model server")
+        reply = requests.post(f"http://{LOOPBACK}:{port}/invocations", json={"inputs": inputs.tolist()}, timeout=30)
+        assert reply.status_code == 200, reply.text
+        predicted = np.array(reply.json()["predictions"]).argmax(axis=1)
+        assert (predicted == batch["label"]).mean() >= 0.95
+        wrong = requests.post(f"http://{LOOPBACK}:{port}/invocations", json={"inputs": [[1.0]]}, timeout=30)
+        assert wrong.status_code == 400
+    finally:
+        os.killpg(server.pid, signal.SIGTERM)
+        server.wait(30)
+
+
+def _pings(port: int) -> bool:
+    try:
+        return requests.get(f"http://{LOOPBACK}:{port}/ping", timeout=2).status_code == 200
+    except requests.ConnectionError:
+        return False
