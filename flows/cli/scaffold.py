@@ -38,6 +38,6 @@ def init(name: str) -> None:
 def _record(number: int) -> dict[str, object]:
     """One point of two interleaved spirals: a problem that a straight line cannot solve."""
     label = number % 2
-    turn = number / NUM_RECORDS * 2.5 * math.pi + 0.5
+    turn = number / NUM_RECORDS * 1.5 * math.pi + 0.5
     angle = turn + label * math.pi
-    return {"x": round(turn * math.cos(angle) / 8, 5), "y": round(turn * math.sin(angle) / 8, 5), "label": label}
+    return {"x": round(turn * math.cos(angle) / 4, 5), "y": round(turn * math.sin(angle) / 4, 5), "label": label}

@@ -222,11 +222,15 @@ def _write_shell_environment(settings: Settings) -> None:
 def _write_dvc_remote(settings: Settings) -> None:
     """Tell DVC where the store is, in the file that git does not see."""
     folder = PROJECT_ROOT / ".dvc"
-    if not (folder / "config").exists() or settings.home.parent != PROJECT_ROOT:
-        return
-    lines = ["['remote \"stack\"']"]
+    if (folder / "config").exists() and settings.home.parent == PROJECT_ROOT:
+        (folder / "config.local").write_text(dvc_remote(settings))
+
+
+def dvc_remote(settings: Settings) -> str:
+    """The remote `stack` of .dvc/config, as far as it differs from machine to machine."""
+    lines = ["['remote \"stack\"']", f"    url = s3://{settings.s3_bucket}/{settings.s3_prefix}dvc"]
     if settings.s3_endpoint:
         lines.append(f"    endpointurl = {settings.s3_endpoint}")
     if settings.s3_is_local:
         lines.append(f"    credentialpath = {credentials_path(settings.home)}")
-    (folder / "config.local").write_text("\n".join(lines) + "\n")
+    return "\n".join(lines) + "\n"

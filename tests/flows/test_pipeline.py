@@ -82,6 +82,13 @@ def test_second_run_reuses_every_stage(stack: Stack, digits: dict[str, Any]) -> 
     assert len(mlflow_runs(stack, digits["model"]["run_key"])) == 1
 
 
+def test_prefect_command_runs_the_deployment(stack: Stack, digits: dict[str, Any]) -> None:
+    prefect = str(Path(sysconfig.get_path("scripts")) / "prefect")
+    done = stack.execute([prefect, "deployment", "run", "pipeline/digits", "--watch"])
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert len(mlflow_runs(stack, digits["model"]["run_key"])) == 1
+
+
 def test_model_holds_no_pickle_that_can_name_code(stack: Stack, digits: dict[str, Any], tmp_path: Path) -> None:
     import mlflow
 
