@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from training.documents import canonical_json, parse
-from training.errors import FencedError, UnbrokenError
+from training.errors import UnbrokenError, UserError
 from training.job import Job
 
 PR_SET_PDEATHSIG = 1
@@ -100,7 +100,7 @@ def _train(order: WorkerOrder, step: list[int]) -> None:
     job = Job.from_json(order.job)
     recipe = load_recipe(job.preset)
     if run_key(recipe=recipe, preset=job.preset, dataset_digest=job.dataset_digest) != job.key:
-        raise FencedError("the recipe's source changed since this run was submitted: start the pipeline again")
+        raise UserError("the recipe's source changed since this run was submitted: start the pipeline again")
     run = job.open_run()
     record = run.read()
     record.require_token(order.token)

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from prefect.client.schemas.objects import FlowRun
 
 POLL_SECONDS = 0.5
+UNCLAIMED_SECONDS = 20.0
 
 
 def follow_deployment(
@@ -112,6 +113,7 @@ class _Watcher:
         self._quiet = quiet
         self._live = LiveLine()
         self._shown: set[str] = set()
+        self._started = time.monotonic()
         self._maybe_follower: Follower | None = None
 
     def until_over(self, run_id: Any) -> FlowRun:
@@ -136,13 +138,18 @@ class _Watcher:
                 seconds = task.total_run_time.total_seconds()
                 self._live.end(f"{task.name.rpartition('-')[0]:10} {task.state.name:10} {seconds:6.1f} s")
 
+    def _waiting_line(self, run: FlowRun) -> str:
+        state = run.state.name if run.state is not None else "Waiting"
+        if run.start_time is None and time.monotonic() - self._started > UNCLAIMED_SECONDS:
+            return f"{state} …  no worker has taken it yet: see `unbroken status`"
+        return f"{state} …"
+
     def _show_training(self, run: FlowRun) -> None:
         key = (run.labels or {}).get(RUN_KEY_LABEL)
         if any(name.startswith("train") for name in self._shown):
             return
         if key is None or run.state is None or run.state.is_final():
-            state = run.state.name if run.state is not None else "Waiting"
-            self._live.show(f"{state} …")
+            self._live.show(self._waiting_line(run))
             return
         try:
             if self._maybe_follower is None:

@@ -66,11 +66,16 @@ def train(preset: str, *, set_: Set = None, fresh: Fresh = False, json: Json = F
 
 def check_input(preset: Preset) -> None:
     """Everything that can be known to be wrong before anything is launched. Raises `UserError`."""
+    import shutil
+
+    from infra.local.stack import require_free_disk
     from tasks.stack import open_stack, store_location
     from training.data.source import open_source, partitions
     from training.recipe import load_recipe
 
     settings, store = open_stack()
+    if settings.s3_is_local:
+        require_free_disk(shutil.disk_usage(settings.home).free, settings.home)
     partitions(open_source(preset.data, folder=preset.folder, location=store_location(settings)), preset.data)
     load_recipe(preset)
     store.exists("probe/permission")

@@ -174,6 +174,9 @@ def down() -> bool:
     folder = home()
     ran = supervisor.supervisor_process(folder) is not None or bool(supervisor.stack_processes(folder))
     supervisor.stop(folder)
+    state = read_state(folder)
+    if state:  # the ports are kept for next time; addresses where nobody listens are not
+        state_path(folder).write_text(json.dumps({"ports": state["ports"]}, indent=1))
     return ran
 
 
