@@ -1,4 +1,4 @@
-"""`dvc repro`: the same stage functions without Prefect; nothing is done twice, and what is locked is always the same."""
+"""`dvc repro`: the same stages without Prefect; nothing is done twice, and what is locked is always the same."""
 
 from __future__ import annotations
 

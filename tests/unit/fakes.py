@@ -1,0 +1,62 @@
+"""Stand-ins with the real interface: a rendezvous in one process, and stores that fail where a test says so."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from datetime import timedelta
+
+from training.errors import InfrastructureError
+from training.objectstore import Store
+
+
+class DictRendezvous:
+    """What a checkpoint saver uses of torch's store: `set`, `get` and `wait`."""
+
+    def __init__(self) -> None:
+        self._values: dict[str, bytes] = {}
+        self._changed = threading.Condition()
+
+    def set(self, key: str, value: str) -> None:
+        with self._changed:
+            self._values[key] = value.encode()
+            self._changed.notify_all()
+
+    def get(self, key: str) -> bytes:
+        with self._changed:
+            return self._values[key]
+
+    def wait(self, keys: Sequence[str], timeout: timedelta) -> None:
+        with self._changed:
+            if not self._changed.wait_for(lambda: set(keys) <= set(self._values), timeout.total_seconds()):
+                raise RuntimeError(f"timed out waiting for {', '.join(keys)}")
+
+
+class FaultyStore(Store):
+    """The real store, but for PUTs that `fault` makes fail: before they are applied, or after (a lost reply)."""
+
+    def __init__(self, store: Store, fault: Callable[[str], bool], *, apply_first: bool = False) -> None:
+        super().__init__(store.location)
+        self._fault = fault
+        self._apply_first = apply_first
+        self.num_faults = 0
+
+    def put(self, key: str, data: bytes) -> None:
+        fails = self._fault(key)
+        if not fails or self._apply_first:
+            super().put(key, data)
+        if fails:
+            self.num_faults += 1
+            raise InfrastructureError(f"{key}: the test says that the store is away")
+
+
+class CountingStore(Store):
+    """The real store, with a list of the keys that were fetched."""
+
+    def __init__(self, store: Store) -> None:
+        super().__init__(store.location)
+        self.fetched: list[str] = []
+
+    def get(self, key: str) -> bytes:
+        self.fetched.append(key)
+        return super().get(key)

@@ -1,0 +1,143 @@
+"""The smallest run that uses everything a step changes: weights, float and counting buffers, dropout, AdamW, clipping.
+
+The model is a sum of products, not a matrix multiplication, so that its bits do not hang on a BLAS library's choices.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, cast
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.optim import AdamW, Optimizer
+
+from training.checkpoint import CheckpointSaver
+from training.config import DataConfig, LaunchConfig, Preset, TrainConfig
+from training.data.reader import Reader
+from training.events import EventWriter
+from training.loop import Rank, Trainer
+from training.recipe import Recipe, Record, Sample
+from training.record import RunRecord
+
+NUM_CLASSES = 3
+NUM_INPUTS = 5
+CPU = torch.device("cpu")
+
+
+class TinyModel(nn.Module):
+    """[batch, 5] to [batch, 3]."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm1d(NUM_INPUTS)
+        self.dropout = nn.Dropout(0.25)
+        self.weight = nn.Parameter(torch.randn(NUM_CLASSES, NUM_INPUTS))
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden: Tensor = self.dropout(self.norm(x))
+        return (hidden.unsqueeze(1) * self.weight).sum(dim=2)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tiny(Recipe):
+    """Records are lines of five numbers and a label."""
+
+    learning_rate: float = 0.05
+    scale: float = 1.0
+
+    def encode(self, record: Record) -> Iterable[Sample]:
+        *inputs, label = (float(text) for text in record.data.split(b","))
+        if len(inputs) != NUM_INPUTS:
+            raise ValueError(f"expected {NUM_INPUTS} numbers and a label")
+        yield {"x": np.array(inputs, dtype=np.float32), "label": np.array(label, dtype=np.int64)}
+
+    def model(self) -> nn.Module:
+        return TinyModel()
+
+    def inputs(self, batch: Mapping[str, Tensor]) -> Tensor:
+        return batch["x"] * self.scale
+
+    def loss(self, model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
+        return F.cross_entropy(model(self.inputs(batch)), batch["label"])
+
+    def scores(self, model: nn.Module, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return {"loss": F.cross_entropy(model(self.inputs(batch)), batch["label"], reduction="none")}
+
+    def optimizer(self, model: nn.Module) -> Optimizer:
+        return AdamW(model.parameters(), lr=self.learning_rate, foreach=False)
+
+    def learning_rate_scale(self, step: int, num_steps: int) -> float:
+        return (step + 1) / num_steps
+
+
+class MemoryReader:
+    """Stands in for a dataset: columns in memory, made by arithmetic."""
+
+    def __init__(self, columns: Mapping[str, np.ndarray[Any, Any]]) -> None:
+        self._columns = columns
+
+    def __len__(self) -> int:
+        return len(next(iter(self._columns.values())))
+
+    def read(self, indices: Sequence[int]) -> tuple[list[str], dict[str, np.ndarray[Any, Any]]]:
+        return [f"memory:{index}" for index in indices], {name: c[indices] for name, c in self._columns.items()}
+
+
+def tiny_reader(num_samples: int = 37) -> MemoryReader:
+    numbers = np.arange(num_samples * NUM_INPUTS, dtype=np.int64) * 7919 % 101
+    inputs = (numbers.astype(np.float32) / 101 - 0.5).reshape(num_samples, NUM_INPUTS)
+    return MemoryReader({"x": inputs, "label": np.arange(num_samples, dtype=np.int64) * 5 % NUM_CLASSES})
+
+
+def tiny_preset(*, steps: int = 6, **train: Any) -> Preset:
+    settings = {"batch_size": 20, "virtual_workers": 5, "clip_norm": 0.5, "checkpoint_every_steps": 2, **train}
+    return Preset(
+        name="tiny",
+        recipe="tests.unit.tiny:Tiny",
+        data=DataConfig(name="tiny", source="tiny.csv", format="csv"),
+        train=TrainConfig(steps=steps, **settings),
+        launch=LaunchConfig(nodes=1),
+        seed=7,
+    )
+
+
+def make_trainer(
+    *,
+    preset: Preset | None = None,
+    recipe: Recipe | None = None,
+    reader: MemoryReader | None = None,
+    rank: int = 0,
+    world_size: int = 1,
+    run: RunRecord | None = None,
+    saver: CheckpointSaver | None = None,
+    events: EventWriter | None = None,
+    token: int = 1,
+) -> Trainer:
+    """A trainer that can step; with `run`, `saver` and `events` it can also resume, save and finish."""
+    return Trainer(
+        preset=preset or tiny_preset(),
+        recipe=recipe or Tiny(),
+        reader=cast(Reader, reader or tiny_reader()),
+        run=cast(RunRecord, run),
+        saver=cast(CheckpointSaver, saver),
+        events=events,
+        rank=Rank(rank=rank, world_size=world_size, token=token, device=CPU),
+    )
+
+
+@contextmanager
+def exact_arithmetic() -> Iterator[None]:
+    """One thread and deterministic algorithms, as in a worker; then as it was before."""
+    threads, deterministic = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
+    torch.set_num_threads(1)
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+        torch.use_deterministic_algorithms(deterministic)
