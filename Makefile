@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 PRESET ?= digits
 
 .DEFAULT_GOAL := help
-.PHONY: help install run up down status check test soak bench screenshots constraints clean
+.PHONY: help install run up down status check test soak screenshots constraints clean
 
 help: ## Show this list
 	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -46,14 +46,16 @@ test: check ## All checks and tests that this machine can run
 soak: install ## The full counts; writes evidence under docs/evidence
 	$(BIN)/python -m pytest -m soak
 
-bench: install ## The benchmarks
-	$(BIN)/python -m benchmarks
-
 screenshots: install ## Take the README's screenshots with a headless Chromium
 	$(BIN)/python docs/images/take.py
 
-constraints: install ## Resolve constraints.txt anew for Python 3.11-3.13
-	$(BIN)/python infra/constraints.py
+constraints: install ## Resolve constraints.txt for Python 3.11-3.13 (edit a line of it first, to move that version)
+	$(BIN)/python -m pip install --quiet uv
+	for version in 3.11 3.12 3.13; do \
+		$(BIN)/uv pip compile -q pyproject.toml --group dev --python-version $$version --constraint constraints.txt \
+			--no-header --no-annotate; \
+	done | sort -u > constraints.new
+	(grep '^#' constraints.txt; cat constraints.new) > constraints.both && mv constraints.both constraints.txt && rm constraints.new
 
 clean: ## Remove the environment (the stack's data stays in .unbroken)
 	rm -rf $(VENV)

@@ -58,9 +58,7 @@ def test_virtual_workers_split_the_batch_without_gap_or_overlap(share: int, virt
     batch_size = share * virtual_workers
     position = step * batch_size
     for worker in range(virtual_workers):
-        start, count = virtual_worker_range(
-            worker, step=step, batch_size=batch_size, virtual_workers=virtual_workers
-        )
+        start, count = virtual_worker_range(worker, step=step, batch_size=batch_size, virtual_workers=virtual_workers)
         assert (start, count) == (position, share)
         position += count
     assert position == (step + 1) * batch_size
