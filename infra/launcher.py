@@ -8,8 +8,6 @@ from enum import Enum
 from pathlib import Path
 from typing import Protocol
 
-from infra.settings import Settings
-
 
 @dataclass(frozen=True, kw_only=True)
 class JobSpec:
@@ -62,10 +60,3 @@ def cancel_owned_by(launcher: Launcher, owner: str) -> list[str]:
     for key in keys:
         launcher.cancel(key)
     return keys
-
-
-def make_launcher(settings: Settings) -> Launcher:
-    """The engine that the settings name: so far the local one."""
-    from infra.local.launcher import LocalLauncher
-
-    return LocalLauncher(settings.home)

@@ -9,7 +9,8 @@ from typing import Any
 
 from prefect import task
 
-from infra.launcher import JobSpec, JobState, Launcher, make_launcher
+from infra.engines import make_launcher
+from infra.launcher import JobSpec, JobState, Launcher
 from infra.settings import Settings
 from tasks import tracking
 from tasks.follow import Follower

@@ -42,7 +42,7 @@ def runs_ls(*, json: Json = False) -> None:
 @runs.command(name="logs")
 def runs_logs(key: Key) -> None:
     """Print the logs of a run's nodes on this machine."""
-    from infra.launcher import make_launcher
+    from infra.engines import make_launcher
     from infra.settings import load_settings
 
     run = _find_run(_store(), key)
@@ -56,7 +56,7 @@ def runs_logs(key: Key) -> None:
 @runs.command(name="cancel")
 def runs_cancel(key: Key) -> None:
     """Stop a run. Its checkpoints stay, and starting it again goes on from them."""
-    from infra.launcher import make_launcher
+    from infra.engines import make_launcher
     from infra.settings import load_settings
 
     run = _find_run(_store(), key)
@@ -67,7 +67,7 @@ def runs_cancel(key: Key) -> None:
 @runs.command(name="rm")
 def runs_rm(key: Key) -> None:
     """Delete a run's checkpoints, events and record. Refused while the engine has it."""
-    from infra.launcher import make_launcher
+    from infra.engines import make_launcher
     from infra.settings import load_settings
 
     store = _store()

@@ -118,7 +118,7 @@ def _worker(settings: Settings) -> str:
 
 
 def _engine(settings: Settings) -> str:
-    from infra.launcher import make_launcher
+    from infra.engines import make_launcher
 
     launcher = make_launcher(settings)
     launcher.find("none")
