@@ -11,7 +11,7 @@ from training.errors import UnbrokenError
 def cancel_jobs_of(flow: Any, flow_run: Any, state: Any) -> None:
     """On cancellation: leave no rank of the flow run alive, even if its own process could not see to it."""
     from infra.engines import make_launcher
-from infra.launcher import cancel_owned_by
+    from infra.launcher import cancel_owned_by
     from infra.settings import load_settings
 
     keys = cancel_owned_by(make_launcher(load_settings()), str(flow_run.id))
