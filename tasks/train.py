@@ -67,6 +67,8 @@ def train(preset: Preset, dataset: Dataset, *, owner: str | None = None, fresh: 
             _submit(launcher, settings, store, preset, dataset, record, owner)
         record = _follow(follower, tracker, launcher, run.run_key)
         assert record.result is not None
+    except InfrastructureError:  # the engine may well train on: a retry re-attaches, and the MLflow run stays open
+        raise
     except errors.UnbrokenError as error:
         tracker.finish("KILLED" if isinstance(error, CancelledError) else "FAILED")
         raise

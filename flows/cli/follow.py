@@ -16,7 +16,7 @@ from tasks.stack import open_stack
 from training.config import PRESETS, Preset
 from training.documents import parse
 from training.errors import CancelledError, InfrastructureError, UnbrokenError
-from training.objectstore import MissingError, Store
+from training.objectstore import Store
 from training.record import RunRecord
 
 if TYPE_CHECKING:
@@ -161,6 +161,6 @@ class _Watcher:
                     num_steps=self._config.train.steps,
                 )
             self._maybe_follower.look()
-        except MissingError:  # the train stage has not begun
+        except InfrastructureError:  # not begun yet, or storage is away: the run does not need us to look
             return
         self._live.show(self._maybe_follower.progress.line())

@@ -17,11 +17,6 @@ STEPS = 240
 SHORT = ("--set", f"train.steps={STEPS}", "--set", "train.checkpoint_every_steps=20")
 
 
-def test_one_disturbed_run(stack: Stack) -> None:
-    row = disturb(stack, seed=1)
-    assert row["state_sha256"] == calm(stack, seed=1)
-
-
 @pytest.mark.soak
 @pytest.mark.timeout(3600)
 def test_many_disturbed_runs(stack: Stack) -> None:

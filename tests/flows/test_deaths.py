@@ -14,18 +14,24 @@ from tests.waiting import wait_until
 SHORT = ("--set", "train.steps=160", "--set", "train.checkpoint_every_steps=20")
 
 
-def test_killed_rank_changes_nothing(stack: Stack) -> None:
-    """A rank is killed mid-run: the run completes, one MLflow run, one point per step, the bits of a calm run."""
+def test_killed_rank_and_agent_change_nothing(stack: Stack) -> None:
+    """Both killed mid-run: the run completes, one MLflow run, one point per step, the bits of a calm run."""
     before = run_keys(stack)
     command = stack.start("run", "digits", "--json", "--set", "seed=11", *SHORT)
     run = wait_for_step(stack, before, step=40)
     processes(stack, "training.worker")[0].kill()
+    wait_until(lambda: len(run.read().resume_steps) > 1, what="the second attempt")
+    wait_for_step(stack, before, step=100)
+    killed_agent = processes(stack, "training.agent")[0]
+    killed_agent.kill()
     output, _ = command.communicate(timeout=120)
     assert command.returncode == 0, output
     record = run.read()
     assert record.result is not None
     assert [d.cause for d in record.departures if d.class_name == "Killed"] == ["worker killed by signal 9"]
-    assert record.resume_steps[-1] >= 20, "it resumed, it did not begin anew"
+    assert record.resume_steps[1] >= 20, "it resumed, it did not begin anew"
+    assert record.resume_steps[-1] >= 80
+    assert not killed_agent.is_running()
     (tracked,) = mlflow_runs(stack, run.run_key)
     history = loss_history(stack, tracked.info.run_id)
     assert [step for step, _ in history] == list(range(1, 161))

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import requests
+from prefect.client.orchestration import get_client
 
 from infra.local.ports import LOOPBACK, free_port
 from tasks.tracking import connect
@@ -87,6 +88,24 @@ def test_prefect_command_runs_the_deployment(stack: Stack, digits: dict[str, Any
     done = stack.execute([prefect, "deployment", "run", "pipeline/digits", "--watch"])
     assert done.returncode == 0, done.stdout + done.stderr
     assert len(mlflow_runs(stack, digits["model"]["run_key"])) == 1
+
+
+def test_flow_run_shows_a_table_and_links(stack: Stack, digits: dict[str, Any]) -> None:
+    with get_client(sync_client=True) as client:
+        artifacts = {artifact.key: str(artifact.data) for artifact in client.read_latest_artifacts()}
+    assert "accuracy" in artifacts["results"]
+    assert digits["model"]["run_key"] in artifacts["links"]
+    assert digits["links"]["mlflow"] in artifacts["links"]
+
+
+def test_stdlib_language_model_goes_the_same_way(stack: Stack) -> None:
+    short = ("--set", "train.steps=6", "--set", "evaluate.max_samples=64")
+    done = stack.command("run", "stdlib", "--json", *short)
+    assert done.returncode == 0, done.stdout + done.stderr
+    result = last_json(done.stdout)
+    assert result["dataset"]["num_train_samples"] > 10_000
+    assert 0 < result["evaluation"]["metrics"]["bits_per_byte"]["value"] < 8.5
+    assert result["registration"]["name"] == "stdlib"
 
 
 def test_model_holds_no_pickle_that_can_name_code(stack: Stack, digits: dict[str, Any], tmp_path: Path) -> None:
