@@ -11,7 +11,7 @@ from tests.conftest import Stack
 from tests.flows.runs import last_json, loss_history, mlflow_runs, processes, run_keys, wait_for_step
 from tests.waiting import wait_until
 
-SHORT = ("--set", "train.steps=160", "--set", "train.checkpoint_every_steps=20")
+SHORT = ("--set", "train.steps=240", "--set", "train.checkpoint_every_steps=20")
 
 
 def test_killed_rank_and_agent_change_nothing(stack: Stack) -> None:
@@ -34,7 +34,7 @@ def test_killed_rank_and_agent_change_nothing(stack: Stack) -> None:
     assert not killed_agent.is_running()
     (tracked,) = mlflow_runs(stack, run.run_key)
     history = loss_history(stack, tracked.info.run_id)
-    assert [step for step, _ in history] == list(range(1, 161))
+    assert [step for step, _ in history] == list(range(1, 241))
     assert tracked.data.tags["unbroken.attempts"] == str(len(record.resume_steps))
 
     calm = stack.command("train", "digits", "--json", "--fresh", "--set", "seed=11", *SHORT)
@@ -63,7 +63,7 @@ def test_killed_flow_leaves_the_training_alone(stack: Stack) -> None:
     assert len(record.resume_steps) == 1, "the same ranks trained from beginning to end"
     assert ranks
     (tracked,) = mlflow_runs(stack, run.run_key)
-    assert [step for step, _ in loss_history(stack, tracked.info.run_id)] == list(range(1, 161))
+    assert [step for step, _ in loss_history(stack, tracked.info.run_id)] == list(range(1, 241))
 
 
 def test_cancelling_leaves_no_rank_and_the_next_run_goes_on(stack: Stack) -> None:
