@@ -28,6 +28,7 @@ METRICS = ("loss", "grad_norm", "learning_rate", "samples_per_second")
 RUN_KEY_TAG = "unbroken.run_key"
 WEIGHTS_TAG = "unbroken.weights_sha256"
 BATCH_METRICS = 1000
+MACHINE_LEARNING = "?workflowType=machine_learning"  # else MLflow opens its other face, which has no registry
 DATASET_DIGEST_CHARACTERS = 36  # MLflow takes no more; the whole digest is in a tag
 
 
@@ -229,11 +230,11 @@ def ensure_model_version(
 
 
 def run_url(uri: str, experiment_id: str, run_id: str) -> str:
-    return f"{uri}/#/experiments/{experiment_id}/runs/{run_id}"
+    return f"{uri}/#/experiments/{experiment_id}/runs/{run_id}{MACHINE_LEARNING}"
 
 
 def version_url(uri: str, name: str, version: str) -> str:
-    return f"{uri}/#/models/{name}/versions/{version}"
+    return f"{uri}/#/models/{name}/versions/{version}{MACHINE_LEARNING}"
 
 
 def _ask(call: Callable[[], T]) -> T:

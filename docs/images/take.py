@@ -1,7 +1,8 @@
 """Takes the documentation's screenshots: `python docs/images/take.py`.
 
-Needs the running local stack with a finished run (`unbroken up`, `unbroken run digits`), and Chromium. The pages are
-single-page apps, so a picture is taken when what it must show is there and the page has stopped changing.
+Needs Chromium, and the running local stack with one finished run (`unbroken up`, `unbroken run digits`): best a fresh
+stack's first, for a repeated run takes its stages from the cache and has little to show. The pages are single-page
+apps, so a picture is taken when what it is for is there and the page has stopped changing.
 """
 
 from __future__ import annotations
@@ -16,174 +17,134 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
-from websockets.sync.client import ClientConnection, connect
+from websockets.sync.client import connect
+from websockets.sync.connection import Connection
 
-from flows.publish import RUN_KEY_LABEL
 from tasks import tracking
 from tasks.stack import open_stack
 from training.errors import InfrastructureError, UnbrokenError, UserError
 
-FOLDER = Path(__file__).parent
 PRESET = "digits"
 WIDTH, HEIGHT = 1440, 900
 MAX_BYTES = 200_000
-TIMEOUT_SECONDS = 120.0
-STILL_SECONDS = 3.0  # a spinner never holds still, so this waits for it too
+TIMEOUT_SECONDS = 60.0
+STILL_SECONDS = 3.0  # a spinner never holds still, so this waits for its end too
 FLAGS = (
     *("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--hide-scrollbars"),
     *("--disable-background-networking", "--disable-component-update", "--disable-sync", "--remote-debugging-port=0"),
     # A mouse that can hover: without one, the charts show their tool bars all the time.
     "--blink-settings=primaryHoverType=2,availableHoverTypes=2,primaryPointerType=4,availablePointerTypes=4",
 )
+# JavaScript: the task graph's data is there; the curves are drawn; the figure is loaded; the aliases are listed.
+GRAPH = "performance.getEntriesByType('resource').some(entry => entry.name.endsWith('/graph-v2'))"
+CHARTS = "document.querySelectorAll('.js-line').length > 3"
+FIGURE = "[...document.images].some(i => i.alt.endsWith('confusion.png') && i.complete && i.naturalWidth > 0)"
+ALIASES = "document.body.innerText.includes('champion')"
 CLOSE_PANELS = "document.querySelectorAll('button[aria-label=\"Close\" i]').forEach(button => button.click())"
-CLASSIC = "workflowType=machine_learning"  # MLflow's menu for training, with the registry; else it is the one for GenAI
+CLASSIC = "?workflowType=machine_learning"  # MLflow's menu for training, with the registry; else it is that for GenAI
 
 
-@dataclass(frozen=True)
-class Shot:
-    """One picture. `ready` is a JavaScript expression: true once the page shows what the picture is for."""
-
-    name: str
-    url: str
-    ready: str
-
-
-def shots() -> list[Shot]:
-    """The pages of the preset's newest completed flow run. Raises `UserError` if there is none."""
+def pages() -> dict[str, tuple[str, str]]:
+    """By picture, the pages of the preset's newest completed flow run: each URL, and what is true once it is ready."""
     settings, _ = open_stack()
     from prefect.client.orchestration import get_client
-    from prefect.client.schemas.filters import (
-        DeploymentFilter,
-        DeploymentFilterName,
-        FlowFilter,
-        FlowFilterName,
-        FlowRunFilter,
-        FlowRunFilterState,
-        FlowRunFilterStateName,
-    )
+    from prefect.client.schemas.filters import DeploymentFilter, FlowFilter, FlowRunFilter
     from prefect.client.schemas.sorting import FlowRunSort
 
+    from flows.publish import RUN_KEY_LABEL
+
     with get_client(sync_client=True) as prefect:
-        found = prefect.read_flow_runs(
-            flow_filter=FlowFilter(name=FlowFilterName(any_=["pipeline"])),
-            deployment_filter=DeploymentFilter(name=DeploymentFilterName(any_=[PRESET])),
-            flow_run_filter=FlowRunFilter(state=FlowRunFilterState(name=FlowRunFilterStateName(any_=["Completed"]))),
+        flow_runs = prefect.read_flow_runs(
+            flow_filter=FlowFilter.model_validate({"name": {"any_": ["pipeline"]}}),
+            deployment_filter=DeploymentFilter.model_validate({"name": {"any_": [PRESET]}}),
+            flow_run_filter=FlowRunFilter.model_validate({"state": {"type": {"any_": ["COMPLETED"]}}}),
             sort=FlowRunSort.END_TIME_DESC,
-            limit=1,
         )
-    if not found:
+    if not flow_runs:
         raise UserError(f"there is no finished run: `unbroken run {PRESET}` makes one")
-    key = found[0].labels[RUN_KEY_LABEL]
     mlflow = tracking.connect(settings.mlflow_uri)
-    version = mlflow.search_model_versions(f"name = '{PRESET}' and tags.`{tracking.RUN_KEY_TAG}` = '{key}'")[0]
-    experiment_id = mlflow.get_run(version.run_id).info.experiment_id
-    run = tracking.run_url(settings.mlflow_uri, experiment_id, version.run_id).partition("?")[0]
-    graph = "performance.getEntriesByType('resource').some(e => e.name.endsWith('/graph-v2'))"
-    figure = "[...document.images].some(i => i.alt.endsWith('confusion.png') && i.complete && i.naturalWidth)"
-    return [
-        Shot("prefect-run", f"{settings.prefect_ui_url}/runs/flow-run/{found[0].id}", graph),
-        Shot("mlflow-metrics", f"{run}/model-metrics?{CLASSIC}", "document.querySelectorAll('.js-line').length > 3"),
-        Shot("mlflow-confusion", f"{run}/artifacts/figures/confusion.png?{CLASSIC}", figure),
-        Shot(
-            "mlflow-registry",
-            f"{settings.mlflow_uri}/#/models/{PRESET}?{CLASSIC}",
-            "document.body.innerText.includes('champion')",
-        ),
-    ]
-
-
-class Page:
-    """One browser tab, driven through the DevTools protocol."""
-
-    def __init__(self, socket: ClientConnection) -> None:
-        self._socket = socket
-        self._last_id = 0
-        self._session: dict[str, str] = {}
-        target = self._call("Target.createTarget", url="about:blank")["targetId"]
-        attached = self._call("Target.attachToTarget", targetId=target, flatten=True)
-        self._session = {"sessionId": attached["sessionId"]}
-        self._call("Emulation.setDeviceMetricsOverride", width=WIDTH, height=HEIGHT, deviceScaleFactor=1, mobile=False)
-
-    def _call(self, method: str, **parameters: Any) -> Any:
-        self._last_id += 1
-        self._socket.send(json.dumps({"id": self._last_id, "method": method, "params": parameters, **self._session}))
-        while (reply := json.loads(self._socket.recv(TIMEOUT_SECONDS))).get("id") != self._last_id:
-            pass  # an event: nobody asked
-        if "error" in reply:
-            raise InfrastructureError(f"the browser refused {method}: {reply['error']}")
-        return reply["result"]
-
-    def photograph(self, shot: Shot) -> bytes:
-        """The page as PNG, once it is ready, without open panels, and still."""
-        self._call("Page.navigate", url="about:blank")  # else only the part after # changes, and nothing is loaded
-        self._call("Page.navigate", url=shot.url)
-        start = changed = time.monotonic()
-        before = b""
-        while time.monotonic() < start + TIMEOUT_SECONDS:
-            self._call("Runtime.evaluate", expression=CLOSE_PANELS)
-            is_ready = self._call("Runtime.evaluate", expression=shot.ready)["result"].get("value")
-            picture = base64.b64decode(self._call("Page.captureScreenshot", format="png")["data"])
-            if is_ready is not True or picture != before:
-                before, changed = picture, time.monotonic()
-            elif time.monotonic() > changed + STILL_SECONDS:
-                return picture
-            time.sleep(0.5)
-        raise InfrastructureError(f"{shot.url} did not show what {shot.name}.png is for in {TIMEOUT_SECONDS:.0f} s")
+    by_key = f"name = '{PRESET}' and tags.`{tracking.RUN_KEY_TAG}` = '{flow_runs[0].labels[RUN_KEY_LABEL]}'"
+    run = mlflow.get_run(str(mlflow.search_model_versions(by_key)[0].run_id)).info
+    run_url = f"{settings.mlflow_uri}/#/experiments/{run.experiment_id}/runs/{run.run_id}"
+    return {
+        "prefect-run": (f"{settings.prefect_ui_url}/runs/flow-run/{flow_runs[0].id}", GRAPH),
+        "mlflow-metrics": (f"{run_url}/model-metrics{CLASSIC}", CHARTS),
+        "mlflow-confusion": (f"{run_url}/artifacts/figures/confusion.png{CLASSIC}", FIGURE),
+        "mlflow-registry": (f"{settings.mlflow_uri}/#/models/{PRESET}{CLASSIC}", ALIASES),
+    }
 
 
 @contextmanager
-def open_browser() -> Iterator[Page]:
-    """A headless browser without a past. Raises `UserError` if none is installed."""
+def browser() -> Iterator[Connection]:
+    """The DevTools connection of a headless browser that has no past and leaves nothing behind."""
     program = shutil.which("chromium") or shutil.which("google-chrome")
     if program is None:
         raise UserError("no browser on the PATH: install Chromium (Debian, Ubuntu: `apt-get install chromium`)")
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as profile:
-        command = [program, *FLAGS, f"--window-size={WIDTH},{HEIGHT}", f"--user-data-dir={profile}", "about:blank"]
+        command = [program, *FLAGS, f"--window-size={WIDTH},{HEIGHT}", f"--user-data-dir={profile}"]
         process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         try:
-            with connect(_devtools_url(Path(profile), process), max_size=None, proxy=None) as socket:
-                yield Page(socket)
+            address = Path(profile, "DevToolsActivePort")  # gets two lines: the port, the path
+            while not address.is_file() or "/" not in address.read_text():
+                if process.poll() is not None:
+                    raise InfrastructureError(f"{program} does not start: it ended with code {process.returncode}")
+                time.sleep(0.1)
+            url = "ws://127.0.0.1:" + address.read_text().replace("\n", "")
+            with connect(url, max_size=None, proxy=None) as devtools:
+                yield devtools
+                devtools.send(json.dumps({"id": 1, "method": "Browser.close"}))  # tidies up; terminate() does not
+                process.wait(TIMEOUT_SECONDS)
         finally:
             process.terminate()
-            process.wait()
 
 
-def _devtools_url(profile: Path, process: subprocess.Popen[bytes]) -> str:
-    """Where the browser listens: it writes the port and the path into its profile."""
-    path = profile / "DevToolsActivePort"
-    deadline = time.monotonic() + TIMEOUT_SECONDS
-    while time.monotonic() < deadline and process.poll() is None:
-        if path.is_file() and len(lines := path.read_text().splitlines()) == 2:
-            return f"ws://127.0.0.1:{lines[0]}{lines[1]}"
-        time.sleep(0.1)
-    raise InfrastructureError("the browser did not start")
+def photograph(devtools: Connection, url: str, ready: str) -> Image.Image:
+    """The page in a new tab: once `ready`, a JavaScript expression, is true, no panel is open, and nothing moves."""
+    session: dict[str, str] = {}
 
+    def call(method: str, **parameters: Any) -> Any:
+        devtools.send(json.dumps({"id": 1, "method": method, "params": parameters, **session}))
+        while "id" not in (reply := json.loads(devtools.recv(TIMEOUT_SECONDS))):
+            pass  # an event; the answer has the id, always 1 because the calls never overlap
+        if "error" in reply:
+            raise InfrastructureError(f"the browser refused {method}: {reply['error']}")
+        return reply["result"]
 
-def save(picture: bytes, path: Path) -> None:
-    """Write it as a small PNG: as it is, or else in 256 colours."""
-    image = Image.open(io.BytesIO(picture)).convert("RGB")
-    image.save(path, optimize=True)
-    if path.stat().st_size > MAX_BYTES:
-        image.quantize(256, dither=Image.Dither.NONE).save(path, optimize=True)
+    target = call("Target.createTarget", url="about:blank")["targetId"]
+    session["sessionId"] = call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
+    call("Emulation.setDeviceMetricsOverride", width=WIDTH, height=HEIGHT, deviceScaleFactor=1, mobile=False)
+    call("Page.navigate", url=url)
+    before, still_since, deadline = b"", 0.0, time.monotonic() + TIMEOUT_SECONDS
+    while time.monotonic() < deadline:
+        call("Runtime.evaluate", expression=CLOSE_PANELS)
+        is_ready = call("Runtime.evaluate", expression=ready)["result"].get("value") is True
+        picture = base64.b64decode(call("Page.captureScreenshot", format="png")["data"])
+        if not is_ready or picture != before:
+            before, still_since = picture, time.monotonic()
+        elif time.monotonic() > still_since + STILL_SECONDS:
+            return Image.open(io.BytesIO(picture)).convert("RGB")
+        time.sleep(0.5)
+    raise InfrastructureError(f"{url} was not ready and still within {TIMEOUT_SECONDS:.0f} s: {ready}")
 
 
 def main() -> None:
-    wanted = shots()
-    with open_browser() as page:
-        for shot in wanted:
-            path = FOLDER / f"{shot.name}.png"
-            save(page.photograph(shot), path)
-            print(f"{path.name}  {path.stat().st_size // 1000} KB  {shot.url}")
+    wanted = pages()
+    with browser() as devtools:
+        for name, (url, ready) in wanted.items():
+            path = Path(__file__).with_name(f"{name}.png")
+            picture = photograph(devtools, url, ready)
+            picture.save(path, optimize=True)
+            if path.stat().st_size > MAX_BYTES:
+                picture.quantize(256, dither=Image.Dither.NONE).save(path, optimize=True)
+            print(f"{path.name:20} {path.stat().st_size // 1000:3} KB  {url}")
 
 
 if __name__ == "__main__":
     try:
         main()
     except UnbrokenError as error:
-        print(f"take.py: {error}", file=sys.stderr)
-        sys.exit(error.exit_code)
+        sys.exit(f"take.py: {error}")

@@ -27,7 +27,7 @@ def up(*, json: Json = False) -> None:
         print_json(stack.status_json())
         return
     print(f"Prefect  {settings.prefect_ui_url}")
-    print(f"MLflow   {settings.mlflow_uri}/#/experiments")
+    print(f"MLflow   {settings.mlflow_uri}/#/experiments?workflowType=machine_learning")
     print(f"S3       {settings.s3_endpoint or 'AWS'}  bucket {settings.s3_bucket}")
     print(f"For your own shell: source {settings.home / 'env'}")
 
