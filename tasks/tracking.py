@@ -77,7 +77,7 @@ class Tracker:
 
     def note_attempts(self, record: Record) -> None:
         """How often the group was formed, and why nodes left: visible beside the run."""
-        _ask(lambda: self.client.set_tag(self.run_id, "unbroken.attempts", str(len(record.resume_steps))))
+        _ask(lambda: self.client.set_tag(self.run_id, "unbroken.attempts", str(len(record.attempt_starts))))
         if record.departures:
             rows = [{"token": d.token, "node": d.node, "step": d.step, "cause": d.cause} for d in record.departures]
             _ask(lambda: self.client.log_text(self.run_id, json.dumps(rows, indent=1), "departures.json"))

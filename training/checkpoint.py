@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 import safetensors
 import safetensors.torch
+import torch
 from torch import Tensor
 
 from training.documents import canonical_json, parse, sha256_hex
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from torch.distributed import Store as Rendezvous  # type: ignore[attr-defined]  # public, but not listed
 
 FORMAT = 1
+FAILED_RECEIPT = "null"
 PARTS_TIMEOUT = timedelta(seconds=300)
 
 
@@ -114,7 +116,7 @@ class CheckpointSaver:
         """Copy this rank's share now, and write it in the background. Waits for the one before."""
         self.wait()
         owner = assign_parts({name: t.nbytes for name, t in tensors.items()}, self._world_size)
-        share = {name: t.cpu().clone() for name, t in tensors.items() if owner[name] == self._rank}
+        share = {name: _copied(t) for name, t in tensors.items() if owner[name] == self._rank}
         infos = {
             name: TensorInfo(
                 dtype=str(t.dtype),
@@ -145,12 +147,20 @@ class CheckpointSaver:
         on_commit: Callable[[CheckpointRef], None],
     ) -> None:
         try:
-            part = self._write_proven(step, f"part-{self._rank}.safetensors", safetensors.torch.save(dict(share)))
-            self._rendezvous.set(_part_receipt(step, self._rank), canonical_json(asdict(part)).decode())
+            self._hand_in(step, share)
             if self._rank == 0:
                 on_commit(self._commit(step, infos))
         except Exception as error:  # handed to the training thread, which decides
             self._error = error
+
+    def _hand_in(self, step: int, share: Mapping[str, Tensor]) -> None:
+        """Write this rank's part, and tell rank 0: also that it failed, or rank 0 would wait in vain."""
+        receipt = FAILED_RECEIPT
+        try:
+            part = self._write_proven(step, f"part-{self._rank}.safetensors", safetensors.torch.save(dict(share)))
+            receipt = canonical_json(asdict(part)).decode()
+        finally:
+            self._rendezvous.set(_part_receipt(step, self._rank), receipt)
 
     def _write_proven(self, step: int, name: str, data: bytes) -> PartInfo:
         key = folder(self._prefix, step, self._token) + name
@@ -164,22 +174,30 @@ class CheckpointSaver:
             self._rendezvous.wait(receipts, PARTS_TIMEOUT)
         except RuntimeError as error:
             raise InfrastructureError(f"checkpoint {step}: not all ranks wrote their part: {error}") from error
-        parts = tuple(parse(PartInfo, json.loads(self._rendezvous.get(receipt))) for receipt in receipts)
+        documents = [json.loads(self._rendezvous.get(receipt)) for receipt in receipts]
+        if None in documents:
+            raise InfrastructureError(f"checkpoint {step}: rank {documents.index(None)} could not write its part")
+        parts = tuple(parse(PartInfo, document) for document in documents)
         manifest = CheckpointManifest(step=step, tensors=dict(infos), parts=parts)
         proven = self._write_proven(step, "manifest.json", canonical_json(asdict(manifest)))
         self._before_commit()
         reference = CheckpointRef(step=step, token=self._token, sha256=proven.sha256)
+        before = self._run.read()
         self._run.update(lambda record: with_checkpoint(record, reference))
-        self._drop_old()
+        self._drop_old(before)
         return reference
 
-    def _drop_old(self) -> None:
+    def _drop_old(self, before: Record) -> None:
         """First from the record, then from the store: what the record names is always there."""
-        before = self._run.read()
         after = self._run.update(lambda record: with_retention(record, token=self._token, keep=self._keep))
         for dropped in set(before.checkpoints) - set(after.checkpoints):
             for key, _ in list(self._run.store.list_keys(folder(self._prefix, dropped.step, dropped.token))):
                 self._run.store.delete(key)
+
+
+def _copied(tensor: Tensor) -> Tensor:
+    """A copy of its own, in the plain memory layout: the next step may change the tensor."""
+    return tensor.to("cpu", copy=True, memory_format=torch.contiguous_format)
 
 
 def _part_receipt(step: int, rank: int) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import tomllib
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
+from dataclasses import MISSING, Field, asdict, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_type_hints
 
@@ -224,11 +224,17 @@ def build(kind: type[T], document: Any, *, where: str) -> T:
         except ValidationError as error:
             reason = error.errors()[0]["msg"]
             raise UserError(f"{prefix + key} = {value!r}: {reason[0].lower()}{reason[1:]}") from error
+    missing = [prefix + item.name for item in fields(kind) if _is_required(item) and item.name not in values]  # type: ignore[arg-type]
+    if missing:
+        raise UserError(f"missing key{'s' * (len(missing) > 1)}: {', '.join(missing)}")
     try:
         return kind(**values)
-    except TypeError as error:
-        missing = [name for name in names if f"'{name}'" in str(error)]
-        raise UserError(f"missing key{'s' * (len(missing) > 1)}: {', '.join(prefix + m for m in missing)}") from error
+    except (TypeError, ValueError) as error:  # a recipe's own check of its fields
+        raise UserError(f"{where or kind.__name__}: {error}") from error
+
+
+def _is_required(item: Field[Any]) -> bool:
+    return item.default is MISSING and item.default_factory is MISSING
 
 
 def _nearest(name: str, known: Any) -> str:

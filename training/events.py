@@ -49,6 +49,7 @@ class EventWriter:
         self._prefix = prefix
         self._token = token
         self._pending: list[Event] = []
+        self._in_flight: list[Event] = []
         self._next_chunk = 0
         self._lock = threading.Lock()
         self._sending = threading.Lock()
@@ -64,15 +65,17 @@ class EventWriter:
     def flush(self) -> None:
         """Return when everything added so far is on the store. Raises `InfrastructureError`."""
         with self._sending:
+            self._send()  # what an earlier flush could not send, as it was: a reader may have seen it
             with self._lock:
-                events = list(self._pending)
-            if not events:
-                return
-            body = b"".join(event.to_line() for event in events)
+                self._in_flight, self._pending = self._pending, []
+            self._send()
+
+    def _send(self) -> None:
+        if self._in_flight:
+            body = b"".join(event.to_line() for event in self._in_flight)
             self._store.put(chunk_key(self._prefix, self._token, self._next_chunk), body)
             self._next_chunk += 1
-            with self._lock:
-                del self._pending[: len(events)]
+            self._in_flight = []
 
     def close(self) -> None:
         self._stopped.set()
@@ -115,16 +118,17 @@ def _parse(data: bytes, token: int) -> Iterator[Event]:
         yield Event(token=token, **json.loads(line))
 
 
-def committed(events: Iterable[Event], resume_steps: Sequence[int]) -> list[Event]:
+def committed(events: Iterable[Event], resume_steps: Sequence[int | None]) -> list[Event]:
     """The step events that count: those of token T up to the step from which any later token resumed.
 
-    `resume_steps[t - 1]` is where token t began. The result has each step once, in order.
+    `resume_steps[t - 1]` is where token t began; None: it never did. The result has each step once, in order.
     """
     limits: dict[int, float] = {}
     limit = float("inf")
     for token in range(len(resume_steps), 0, -1):
         limits[token] = limit
-        limit = min(limit, resume_steps[token - 1])
+        began = resume_steps[token - 1]
+        limit = limit if began is None else min(limit, began)
     steps = {
         event.step: event
         for event in events

@@ -16,7 +16,7 @@ from training.checkpoint import CheckpointSaver, newest_proven
 from training.config import Preset
 from training.data.order import samples_at, virtual_worker_range
 from training.data.reader import Reader
-from training.errors import DeterministicError, InfrastructureError, UserError
+from training.errors import DeterministicError, InfrastructureError, UnbrokenError, UserError
 from training.events import EventWriter
 from training.recipe import Recipe
 from training.record import CheckpointRef, Result, RunRecord, with_result, with_resume_step
@@ -145,16 +145,21 @@ class Trainer:
         )
 
     def save_checkpoint(self) -> None:
-        """Start saving. A store that is away makes the checkpoint late, never the training stop."""
+        """Start saving, off this thread."""
+        self.settle_checkpoint()
+        self.saver.save(self.state.step, self.state.tensors(), on_commit=self._note_commit)
+
+    def settle_checkpoint(self) -> None:
+        """Wait for the one before. A store that is away makes a checkpoint missing, never the training stop."""
         try:
             self.saver.wait()
         except InfrastructureError as error:
             self.emit("checkpoint_failed", reason=str(error))
-        self.saver.save(self.state.step, self.state.tensors(), on_commit=self._note_commit)
 
     def finish(self) -> None:
         """Prove the last state, then commit the result. Only rank 0 speaks to the record."""
         final: list[CheckpointRef] = []
+        self.settle_checkpoint()
         self.saver.save(self.state.step, self.state.tensors(), on_commit=final.append)
         self.saver.wait()
         if self.rank.rank == 0:
@@ -187,10 +192,12 @@ def stream_seed(seed: int, step: int, worker: int) -> int:
 
 @contextmanager
 def _recipe_errors(step: int, worker: int, ids: list[str]) -> Iterator[None]:
-    """Name the step and samples when the recipe's own code fails."""
+    """Name the step and samples when the recipe's own code fails. Memory that runs out is not its doing."""
     try:
         yield
-    except (ValueError, TypeError, KeyError, IndexError, AttributeError, AssertionError) as error:
+    except (MemoryError, torch.OutOfMemoryError, UnbrokenError):
+        raise
+    except Exception as error:
         raise DeterministicError(
             f"step {step}, virtual worker {worker}: the recipe failed: {type(error).__name__}: {error};"
             f" samples {', '.join(ids[:8])}"

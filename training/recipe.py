@@ -84,8 +84,7 @@ def load_recipe(preset: Preset) -> Recipe:
 
 def _find_class(preset: Preset) -> Any:
     module_name, class_name = preset.recipe.split(":")
-    if preset.folder and preset.folder not in sys.path:
-        sys.path.append(preset.folder)
+    _look_beside(preset.folder)
     try:
         module = importlib.import_module(module_name)
     except UnbrokenError:
@@ -102,6 +101,26 @@ def _find_class(preset: Preset) -> Any:
     return getattr(module, class_name)
 
 
+_folders: list[str] = []
+"""Presets' folders that were put on sys.path here: the last one only."""
+
+
+def _look_beside(folder: str) -> None:
+    """Let modules be found in a preset's folder, and forget those of another preset's: both may have a `recipe.py`."""
+    if not folder or folder in sys.path:
+        return
+    while _folders:
+        other = _folders.pop()
+        if other in sys.path:
+            sys.path.remove(other)
+        for name, module in list(sys.modules.items()):
+            if Path(other) in Path(getattr(module, "__file__", None) or "/").parents:
+                del sys.modules[name]
+    sys.path.append(folder)
+    _folders.append(folder)
+    importlib.invalidate_caches()
+
+
 def source_closure_digest(recipe: Recipe) -> str:
     """A digest over the recipe's source and every module of its own package that it imports, transitively.
 
@@ -111,13 +130,17 @@ def source_closure_digest(recipe: Recipe) -> str:
     module = sys.modules[type(recipe).__module__]
     assert module.__file__ is not None
     name, path = module.__name__, Path(module.__file__)
-    root = path.parent if name.startswith("training.") else path.parents[max(0, name.count(".") - 1)]
+    depth = name.count(".") - (path.name != "__init__.py")
+    root = path.parent if name.startswith("training.") else path.parents[max(0, depth)]
     found: dict[str, str] = {}
     _collect(name, root, found)
     return digest_of(found)
 
 
 def _collect(name: str, root: Path, found: dict[str, str]) -> None:
+    package = name.rpartition(".")[0]
+    if package:  # importing a.b runs a/__init__.py too
+        _collect(package, root, found)
     spec = importlib.util.find_spec(name)
     if spec is None or spec.origin is None or name in found:
         return

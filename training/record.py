@@ -89,8 +89,8 @@ class Record:
     """The fencing token: grows by one whenever the set of nodes changes. Writers with an older one are refused."""
     members: tuple[Member, ...] = ()
     num_nodes: int = 0
-    resume_steps: tuple[int, ...] = ()
-    """For each token from 1: the step it resumed from. Events of a token count up to the next one's."""
+    resume_steps: tuple[int | None, ...] = ()
+    """For each token from 1: the step it resumed from (None: it never began). Events count up to a later one's."""
     checkpoints: tuple[CheckpointRef, ...] = ()
     quarantined: tuple[Quarantined, ...] = ()
     departures: tuple[Departure, ...] = ()
@@ -98,6 +98,11 @@ class Record:
     tracking_run_id: str | None = None
     result: Result | None = None
     failure: Failure | None = None
+
+    @property
+    def attempt_starts(self) -> tuple[int, ...]:
+        """The step that each attempt began from, in order."""
+        return tuple(step for step in self.resume_steps if step is not None)
 
     def require_token(self, token: int) -> None:
         """Raises `FencedError` if another token owns the run."""
@@ -182,6 +187,8 @@ def with_checkpoint(record: Record, checkpoint: CheckpointRef) -> Record:
 def with_quarantined(record: Record, checkpoint: CheckpointRef, reason: str, *, token: int) -> Record:
     """Strike a damaged checkpoint from the proven ones, and keep the reason."""
     record.require_token(token)
+    if checkpoint not in record.checkpoints:  # another rank found the same
+        return record
     return replace(
         record,
         checkpoints=tuple(c for c in record.checkpoints if c != checkpoint),
@@ -198,7 +205,7 @@ def with_retention(record: Record, *, token: int, keep: int) -> Record:
 def with_resume_step(record: Record, step: int, *, token: int) -> Record:
     """Note where `token` begins: what earlier tokens did beyond this step does not count."""
     record.require_token(token)
-    padded = record.resume_steps + (0,) * (token - len(record.resume_steps))
+    padded = record.resume_steps + (None,) * (token - len(record.resume_steps))
     return replace(record, resume_steps=(*padded[: token - 1], step))
 
 

@@ -38,18 +38,29 @@ class TrainState:
     def load(self, tensors: Mapping[str, Tensor], *, step: int) -> None:
         """Become the state that `tensors()` was taken from. Raises `DamagedError` if the names or shapes differ."""
         weights = {name.removeprefix("model."): t for name, t in tensors.items() if name.startswith("model.")}
-        try:
-            self.model.load_state_dict(weights, strict=True)
-        except RuntimeError as error:
-            raise DamagedError(f"the checkpoint does not fit this recipe's model: {error}") from error
+        moments = {name: tensor for name, tensor in tensors.items() if not name.startswith("model.")}
+        self._require_fit(weights, moments)
+        self.model.load_state_dict(weights)
         parameters = dict(self.model.named_parameters())
-        for full_name, tensor in tensors.items():
-            if full_name.startswith("optimizer."):
-                _, key, name = full_name.split(".", 2)
-                parameter = parameters[name]
-                device = "cpu" if key == "step" else parameter.device
-                self.optimizer.state[parameter][key] = tensor.to(device)
+        for full_name, tensor in moments.items():
+            _, key, name = full_name.split(".", 2)
+            parameter = parameters[name]
+            device = torch.device("cpu") if key == "step" else parameter.device
+            self.optimizer.state[parameter][key] = tensor.to(device, copy=True)
         self.step = step
+
+    def _require_fit(self, weights: Mapping[str, Tensor], moments: Mapping[str, Tensor]) -> None:
+        """Every weight, and for every parameter the same entries of the optimizer: each a scalar or of its shape."""
+        shapes = {name: tensor.shape for name, tensor in self.model.state_dict().items()}
+        if {name: tensor.shape for name, tensor in weights.items()} != shapes:
+            raise DamagedError("the checkpoint does not fit this recipe's model: other names or shapes")
+        trained = [name for name, parameter in self.model.named_parameters() if parameter.requires_grad]
+        keys = {name.split(".", 2)[1] for name in moments}
+        if set(moments) != {f"optimizer.{key}.{name}" for key in keys for name in trained}:
+            raise DamagedError("the checkpoint does not hold the same optimizer entries for every parameter")
+        for full_name, tensor in moments.items():
+            if tensor.dim() and tensor.shape != shapes[full_name.split(".", 2)[2]]:
+                raise DamagedError(f"the checkpoint's {full_name} has another shape than its parameter")
 
     def set_learning_rate_scale(self, scale: float) -> None:
         for group in self.optimizer.param_groups:

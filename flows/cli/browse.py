@@ -177,7 +177,7 @@ def _summary(record: Record) -> dict[str, Any]:
         "key": record.key,
         "state": state,
         "checkpoint_step": record.checkpoints[-1].step if record.checkpoints else 0,
-        "attempts": len(record.resume_steps),
+        "attempts": len(record.attempt_starts),
         "tracking_run_id": record.tracking_run_id,
         "weights_sha256": record.result.weights_sha256 if record.result else None,
         "failure": record.failure.message if record.failure else None,

@@ -52,8 +52,8 @@ def disturb(stack: Stack, *, seed: int) -> dict[str, Any]:
         "seed": seed,
         "killed": {fault.name: fault.num_killed for fault in faults},
         "at_steps": steps,
-        "attempts": len(record.resume_steps),
-        "resumed_from": list(record.resume_steps),
+        "attempts": len(record.attempt_starts),
+        "resumed_from": list(record.attempt_starts),
         "state_sha256": record.result.state_sha256,
     }
 

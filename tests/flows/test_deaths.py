@@ -20,7 +20,7 @@ def test_killed_rank_and_agent_change_nothing(stack: Stack) -> None:
     command = stack.start("run", "digits", "--json", "--set", "seed=11", *SHORT)
     run = wait_for_step(stack, before, step=40)
     processes(stack, "training.worker")[0].kill()
-    wait_until(lambda: len(run.read().resume_steps) > 1, what="the second attempt")
+    wait_until(lambda: len(run.read().attempt_starts) > 1, what="the second attempt")
     wait_for_step(stack, before, step=100)
     killed_agent = processes(stack, "training.agent")[0]
     killed_agent.kill()
@@ -29,13 +29,13 @@ def test_killed_rank_and_agent_change_nothing(stack: Stack) -> None:
     record = run.read()
     assert record.result is not None
     assert [d.cause for d in record.departures if d.class_name == "Killed"] == ["worker killed by signal 9"]
-    assert record.resume_steps[1] >= 20, "it resumed, it did not begin anew"
-    assert record.resume_steps[-1] >= 80
+    assert record.attempt_starts[1] >= 20, "it resumed, it did not begin anew"
+    assert record.attempt_starts[-1] >= 80
     assert not killed_agent.is_running()
     (tracked,) = mlflow_runs(stack, run.run_key)
     history = loss_history(stack, tracked.info.run_id)
     assert [step for step, _ in history] == list(range(1, 241))
-    assert tracked.data.tags["unbroken.attempts"] == str(len(record.resume_steps))
+    assert tracked.data.tags["unbroken.attempts"] == str(len(record.attempt_starts))
 
     calm = stack.command("train", "digits", "--json", "--fresh", "--set", "seed=11", *SHORT)
     assert calm.returncode == 0, calm.stdout + calm.stderr
@@ -60,7 +60,7 @@ def test_killed_flow_leaves_the_training_alone(stack: Stack) -> None:
     assert second.returncode == 0, second.stdout + second.stderr
     record = run.read()
     assert record.departures == ()
-    assert len(record.resume_steps) == 1, "the same ranks trained from beginning to end"
+    assert len(record.attempt_starts) == 1, "the same ranks trained from beginning to end"
     assert ranks
     (tracked,) = mlflow_runs(stack, run.run_key)
     assert [step for step, _ in loss_history(stack, tracked.info.run_id)] == list(range(1, 241))
@@ -82,7 +82,7 @@ def test_cancelling_leaves_no_rank_and_the_next_run_goes_on(stack: Stack) -> Non
     assert tracked.info.status == "KILLED"
 
     command = stack.start(*arguments)
-    resumed = wait_until(lambda: run.read().resume_steps[1:], what="the next run to resume")
+    resumed = wait_until(lambda: run.read().attempt_starts[1:], what="the next run to resume")
     assert resumed[0] >= 50
     command.send_signal(signal.SIGINT)
     command.communicate(timeout=60)

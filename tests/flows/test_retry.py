@@ -27,7 +27,7 @@ def test_retry_after_storage_was_away_re_attaches(stack: Stack) -> None:
     assert command.returncode == 0, output
     record = run.read()
     assert record.result is not None
-    assert all(step >= 50 for step in record.resume_steps[1:])
+    assert all(step >= 50 for step in record.attempt_starts[1:])
     (tracked,) = mlflow_runs(stack, run.run_key)
     assert [step for step, _ in loss_history(stack, tracked.info.run_id)] == list(range(1, steps + 1))
 

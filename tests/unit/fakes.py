@@ -36,7 +36,7 @@ class FaultyStore(Store):
     """The real store, but for PUTs that `fault` makes fail: before they are applied, or after (a lost reply)."""
 
     def __init__(self, store: Store, fault: Callable[[str], bool], *, apply_first: bool = False) -> None:
-        super().__init__(store.location)
+        self.__dict__.update(store.__dict__)
         self._fault = fault
         self._apply_first = apply_first
         self.num_faults = 0
@@ -54,7 +54,7 @@ class CountingStore(Store):
     """The real store, with a list of the keys that were fetched."""
 
     def __init__(self, store: Store) -> None:
-        super().__init__(store.location)
+        self.__dict__.update(store.__dict__)
         self.fetched: list[str] = []
 
     def get(self, key: str) -> bytes:

@@ -19,7 +19,7 @@ from training.errors import DamagedError
 GOLDEN_FILE = Path(__file__).parents[1] / "golden" / "shard-format-1.safetensors"
 GOLDEN_SHA256 = "feda2721f0958c91d7126a231030cd1b30b3550d35687e670b60ed0ddfc05168"
 IDS = ["a.csv:1#0", "b/ü.csv:2#0", ""]
-FIELDS = {
+FIELDS: dict[str, np.ndarray[Any, Any]] = {
     "pixels": np.arange(12, dtype=np.uint8).reshape(3, 2, 2),
     "label": np.array([7, -1, 2**40], dtype=np.int64),
     "weight": np.array([0.5, -0.0, np.inf], dtype=np.float32),
@@ -90,7 +90,7 @@ def test_every_truncation_is_damage() -> None:
 def test_a_flipped_bit_in_the_header_is_never_another_kind_of_error() -> None:
     data = encode_shard(["a"], {"x": np.zeros((1, 2), dtype=np.int16)})
     header_end = 8 + int.from_bytes(data[:8], "little")
-    num_damaged = 0
+    complaints: list[str] = []
     for position in range(header_end):
         for bit in range(8):
             flipped = bytearray(data)
@@ -98,9 +98,9 @@ def test_a_flipped_bit_in_the_header_is_never_another_kind_of_error() -> None:
             try:
                 decode_shard(bytes(flipped), name="flipped")
             except DamagedError as error:
-                assert "flipped" in str(error)
-                num_damaged += 1
-    assert num_damaged > 1000
+                complaints.append(str(error))
+    assert len(complaints) > 1000
+    assert all("shard flipped" in complaint for complaint in complaints)
 
 
 @pytest.mark.parametrize("header", [b"5", b'"x"', b"[]", b"null", b"{}", b'{"__metadata__":{}}', b'{"__metadata__":5}'])

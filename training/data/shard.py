@@ -75,7 +75,7 @@ def decode_shard(data: bytes, *, name: str) -> tuple[list[str], Columns]:
         ends = columns.pop(ID_ENDS).tolist()
         text = columns.pop(ID_BYTES).tobytes()
         ids = [text[start:end].decode() for start, end in zip([0, *ends], ends, strict=False)]
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise DamagedError(f"shard {name} is damaged: {error}") from error
     return ids, columns
 

@@ -8,6 +8,7 @@ import hashlib
 import importlib.util
 import io
 import sysconfig
+import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -95,21 +96,23 @@ class Bucket:
     def __init__(self, store: Store, config: DataConfig) -> None:
         self._store = store
         self._config = config
-        self._prefix = store.location.prefix
-        self._slash = "/" if self._prefix and not self._prefix.endswith("/") else ""
+        prefix = store.location.prefix
+        self._slash = "/" if prefix and not prefix.endswith("/") else ""
+        self._maybe_single = prefix.rpartition("/")[2] if self._slash and store.exists("") else None
 
     def list_files(self) -> Iterator[SourceFile]:
-        for key, num_bytes, etag in self._store.list_entries(""):
-            if not key:
-                yield SourceFile(name=self._prefix.rpartition("/")[2], num_bytes=num_bytes, changed=etag)
-            elif key.startswith(self._slash) and not key.endswith("/"):  # a listing also finds longer neighbours
+        """In the order of names, as on disk: stores differ in the order of their listings."""
+        for key, num_bytes, etag in sorted(self._store.list_entries("")):
+            if self._maybe_single is not None:
+                if not key:
+                    yield SourceFile(name=self._maybe_single, num_bytes=num_bytes, changed=etag)
+            elif key.startswith(self._slash) and key and not key.endswith("/"):  # a listing finds longer neighbours too
                 name = key.removeprefix(self._slash)
                 if _counts(name, self._config):
                     yield SourceFile(name=name, num_bytes=num_bytes, changed=etag)
 
     def open(self, file: SourceFile) -> BinaryIO:
-        single = file.name == self._prefix.rpartition("/")[2]
-        return io.BytesIO(self._store.get("" if single else self._slash + file.name))
+        return io.BytesIO(self._store.get("" if self._maybe_single is not None else self._slash + file.name))
 
     def content_digest(self, file: SourceFile) -> str:
         with self.open(file) as stream:
@@ -193,5 +196,5 @@ def _lines(file: SourceFile, stream: BinaryIO) -> Iterator[Record]:
             text = line.rstrip(b"\r\n")
             if text:
                 yield Record(id=f"{file.name}:{number}", data=text)
-    except (gzip.BadGzipFile, EOFError) as error:
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise UserError(f"{file.name}: damaged gzip data after line {number}: {error}") from error

@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
+from typing import Any
 
 import numpy as np
 
@@ -120,13 +121,13 @@ class _Writer:
             self.num_reused += 1
             return receipt
         receipt = self._write(part)
-        self.store.put_immutable(key, canonical_json(asdict(receipt)))
+        self.store.put_immutable(key, _sealed(asdict(receipt)))
         return receipt
 
     def _find(self, key: str) -> Receipt | None:
         try:
-            receipt = parse(Receipt, json.loads(self.store.get(key)))
-        except (MissingError, ValueError, DamagedError):
+            receipt = parse(Receipt, _unsealed(self.store.get(key)))
+        except (MissingError, DamagedError):
             return None
         shards = [shard for split in SPLITS for shard in receipt.splits[split]]
         return receipt if all(self._is_whole(shard) for shard in shards) else None
@@ -138,7 +139,8 @@ class _Writer:
             return False
 
     def _write(self, part: Partition) -> Receipt:
-        builders = {split: _ShardBuilder(self.config.shard_bytes) for split in SPLITS}
+        fields: dict[str, FieldInfo] = {}
+        builders = {split: _ShardBuilder(self.config.shard_bytes, fields) for split in SPLITS}
         shards: dict[Split, list[ShardInfo]] = {split: [] for split in SPLITS}
         for record in read_records(self.source, part, self.config):
             split = split_of(record, self.config.test_percent)
@@ -149,7 +151,6 @@ class _Writer:
         for split in SPLITS:
             if builders[split].ids:
                 shards[split].append(self._send(builders[split]))
-        fields = builders["train"].fields or builders["test"].fields
         return Receipt(fields=fields, splits={split: tuple(shards[split]) for split in SPLITS})
 
     def _send(self, builder: _ShardBuilder) -> ShardInfo:
@@ -158,22 +159,41 @@ class _Writer:
         return info
 
 
+def _sealed(document: dict[str, Any]) -> bytes:
+    """A document with its own digest: a receipt's name says what went in, not what came out."""
+    return canonical_json({"receipt": document, "sha256": digest_of(document)})
+
+
+def _unsealed(data: bytes) -> dict[str, Any]:
+    try:
+        sealed = json.loads(data)
+        document: dict[str, Any] = sealed["receipt"]
+        if digest_of(document) == sealed["sha256"]:
+            return document
+    except (ValueError, KeyError, TypeError):
+        pass
+    raise DamagedError("a receipt is damaged")
+
+
 def _encode(recipe: Recipe, record: Record) -> Iterator[Sample]:
     try:
         yield from recipe.encode(record)
-    except (ValueError, KeyError, TypeError, IndexError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read record {record.id}: {error}") from error
+    except UserError:
+        raise
+    except Exception as error:  # the recipe's own code: whatever it raises, the record is the place to look
+        raise UserError(f"cannot read record {record.id}: {type(error).__name__}: {error}") from error
 
 
 class _ShardBuilder:
     """Collects samples until they fill a shard. Boundaries depend on the samples alone."""
 
-    def __init__(self, shard_bytes: int) -> None:
+    def __init__(self, shard_bytes: int, fields: dict[str, FieldInfo]) -> None:
+        """`fields` is shared by a partition's builders, and filled from the first sample."""
         self._shard_bytes = shard_bytes
         self._num_bytes = 0
         self._samples: list[Sample] = []
         self.ids: list[str] = []
-        self.fields: dict[str, FieldInfo] = {}
+        self.fields = fields
 
     @property
     def is_full(self) -> bool:
@@ -185,7 +205,7 @@ class _ShardBuilder:
             unknown = [name for name, array in sample.items() if not dtype_is_known(array.dtype)]
             if unknown:
                 raise UserError(f"record {sample_id}: field {unknown[0]!r} has dtype {sample[unknown[0]].dtype}")
-            self.fields = fields
+            self.fields.update(fields)
         if fields != self.fields:
             raise UserError(f"record {sample_id}: its fields are {fields}, where those before had {self.fields}")
         self.ids.append(sample_id)

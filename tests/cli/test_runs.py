@@ -1,0 +1,99 @@
+"""`unbroken runs` on keys that name no run, or several; and removing one run, which is not to touch another."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import pytest
+
+from infra.launcher import JobSpec
+from infra.local.launcher import LocalLauncher
+from tests.cli.commands import complaint, unbroken
+from tests.conftest import Stack
+from training.objectstore import Store, StoreLocation
+from training.record import RunRecord
+
+
+@dataclass(frozen=True, kw_only=True)
+class Corner:
+    """A prefix of the test's own, with runs in it."""
+
+    stack: Stack
+    prefix: str
+
+    @property
+    def store(self) -> Store:
+        where = self.stack.location
+        return Store(StoreLocation(endpoint=where.endpoint, bucket=where.bucket, prefix=f"{self.prefix}/"))
+
+    def add_run(self, key: str) -> RunRecord:
+        run = RunRecord(self.store, key)
+        run.create_if_missing()
+        self.store.put(f"runs/{key}/events/1/1.jsonl", b"{}\n")
+        return run
+
+    def num_objects(self) -> int:
+        return sum(1 for _ in self.store.list_keys("runs/"))
+
+
+@pytest.fixture
+def corner(stack: Stack) -> Corner:
+    return Corner(stack=stack, prefix=f"tests/{uuid.uuid4().hex}")
+
+
+@pytest.fixture
+def at_work(stack: Stack) -> Iterator[str]:
+    """The key of a job that the engine has."""
+    key = f"aa{uuid.uuid4().hex}"
+    launcher = LocalLauncher(stack.home)
+    launcher.submit(JobSpec(key=key, num_nodes=1, command=("/bin/sleep", "86400"), environment={}))
+    yield key
+    launcher.cancel(key)
+
+
+@pytest.mark.parametrize(
+    ("verb", "key", "found"),
+    [("cancel", "bb", "no run"), ("rm", "bb", "no run"), ("logs", "aa", "2 runs"), ("rm", "aa", "2 runs")],
+)
+def test_unknown_and_ambiguous_keys_are_refused(corner: Corner, verb: str, key: str, found: str) -> None:
+    corner.add_run("aa11")
+    corner.add_run("aa22")
+    assert f"{found} with a key that begins with '{key}'" in _refused(corner, verb, key)
+    assert corner.num_objects() == 4
+
+
+def test_empty_key_is_refused_even_if_there_is_just_one_run(corner: Corner) -> None:
+    """As from a script whose variable was never set."""
+    corner.add_run("aa11")
+    assert "key" in _refused(corner, "rm", "")
+    assert corner.num_objects() == 2
+
+
+def test_run_without_logs_on_this_machine_says_so(corner: Corner) -> None:
+    corner.add_run("aa11")
+    assert "run aa11 left no log on this machine" in _refused(corner, "logs", "aa")
+
+
+def test_run_at_work_is_removed_only_once_it_is_cancelled(corner: Corner, at_work: str) -> None:
+    corner.add_run(at_work)
+    corner.add_run("ab11")
+    line = _refused(corner, "rm", at_work)
+    assert f"run {at_work[:12]} is at work: cancel it first with `unbroken runs cancel" in line
+    assert corner.num_objects() == 4
+
+    assert _unbroken(corner, "cancel", at_work) == f"run {at_work[:12]} has no process left\n"
+    assert LocalLauncher(corner.stack.home).find(at_work) is None
+    assert _unbroken(corner, "rm", at_work) == f"deleted 2 objects of run {at_work[:12]}\n"
+    assert {key.split("/")[1] for key, _ in corner.store.list_keys("runs/")} == {"ab11"}
+
+
+def _refused(corner: Corner, verb: str, key: str) -> str:
+    return complaint(unbroken(corner.stack, "runs", verb, key, variables={"UNBROKEN_S3_PREFIX": corner.prefix}))
+
+
+def _unbroken(corner: Corner, verb: str, key: str) -> str:
+    done = unbroken(corner.stack, "runs", verb, key, variables={"UNBROKEN_S3_PREFIX": corner.prefix})
+    assert done.returncode == 0, done.stderr
+    return done.stdout

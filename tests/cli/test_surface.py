@@ -1,0 +1,65 @@
+"""What does not need a stack: help that is instant, and a scaffold that never overwrites."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.cli.commands import complaint
+from tests.conftest import UNBROKEN
+
+HEAVY = ("torch", "prefect", "mlflow", "boto3", "botocore", "sklearn", "matplotlib")
+HELPS: tuple[list[str], ...] = (
+    *([], ["up"], ["down"], ["status"], ["doctor"], ["init"], ["run"], ["train"]),
+    *(["runs"], ["runs", "ls"], ["runs", "cancel"], ["data", "ls"], ["ckpt", "ls"], ["models", "ls"]),
+)
+SHOW_ALL_HELP = f"""
+import contextlib, io, json, sys
+from flows.cli import main
+shown = []
+for verb in {HELPS!r}:
+    with contextlib.redirect_stdout(io.StringIO()) as text, contextlib.suppress(SystemExit):
+        main([*verb, "--help"])
+    shown.append(text.getvalue())
+print(json.dumps([shown, [name for name in {HEAVY!r} if name in sys.modules]]))
+"""
+
+
+def test_help_imports_nothing_heavy() -> None:
+    """One process shows the help of every verb, and then looks at what it had to import."""
+    done = subprocess.run([sys.executable, "-c", SHOW_ALL_HELP], capture_output=True, text=True, timeout=60, check=True)
+    shown, imported = json.loads(done.stdout)
+    assert all("Usage: unbroken" in text for text in shown)
+    assert imported == []
+
+
+def test_help_lists_the_verbs() -> None:
+    done = subprocess.run([UNBROKEN, "--help"], capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0, done.stderr
+    for verb in ("up", "down", "status", "doctor", "init", "run", "train", "runs", "data", "ckpt", "models"):
+        assert f" {verb} " in done.stdout
+
+
+def test_scaffold_is_never_written_over(tmp_path: Path) -> None:
+    assert _init("spirals", tmp_path).returncode == 0
+    files = {path: path.read_bytes() for path in (tmp_path / "spirals").iterdir()}
+    assert {path.name for path in files} == {"spirals.toml", "spirals_recipe.py", "records.jsonl"}
+    assert "spirals exists already" in complaint(_init("spirals", tmp_path))
+    assert {path: path.read_bytes() for path in (tmp_path / "spirals").iterdir()} == files
+
+
+@pytest.mark.parametrize("name", ["a/b", "../up", "", "1st", "naïve", "x" * 49])
+def test_names_that_cannot_be_modules_are_refused(tmp_path: Path, name: str) -> None:
+    folder = tmp_path / "here"
+    folder.mkdir()
+    assert f"{name!r} cannot be a name" in complaint(_init(name, folder))
+    assert list(folder.iterdir()) == []
+    assert list(tmp_path.iterdir()) == [folder]
+
+
+def _init(name: str, folder: Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([UNBROKEN, "init", name], cwd=folder, capture_output=True, text=True, timeout=60, check=False)

@@ -1,0 +1,91 @@
+"""Ports: those of last time, the usual ones, else free ones; one that was asked for is never changed quietly."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Iterator
+
+import pytest
+
+from infra.local.ports import INTERNAL, LOOPBACK, USUAL, choose_ports, free_port
+from training.errors import UserError
+
+
+@pytest.fixture(autouse=True)
+def _no_ports_in_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in USUAL:
+        monkeypatch.delenv(f"UNBROKEN_{name.upper()}_PORT", raising=False)
+
+
+@pytest.fixture
+def taken() -> Iterator[int]:
+    """A port on which this process listens."""
+    with socket.create_server((LOOPBACK, 0)) as server:
+        yield int(server.getsockname()[1])
+
+
+def test_every_service_gets_a_port_of_its_own() -> None:
+    chosen = choose_ports({}, {})
+    assert set(chosen) >= {*USUAL, *INTERNAL}
+    assert len(set(chosen.values())) == len(chosen)
+
+
+def test_ports_of_last_time_are_kept() -> None:
+    first = choose_ports({}, {})
+    assert choose_ports(first, {}) == first
+
+
+def test_usual_port_that_is_taken_is_replaced(taken: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    free = free_port()
+    monkeypatch.setattr("infra.local.ports.USUAL", {"s3": taken, "mlflow": free, "prefect": taken})
+    chosen = choose_ports({}, {})
+    assert chosen["mlflow"] == free
+    assert taken not in chosen.values()
+
+
+def test_port_of_last_time_that_is_taken_is_replaced(taken: int) -> None:
+    assert taken not in choose_ports({"s3": taken, "volume": taken}, {}).values()
+
+
+def test_port_taken_on_every_address_counts_as_taken() -> None:
+    with socket.create_server(("0.0.0.0", 0)) as server:
+        port = int(server.getsockname()[1])
+        assert port not in choose_ports({"s3": port}, {}).values()
+
+
+def test_environment_wins_over_file(monkeypatch: pytest.MonkeyPatch) -> None:
+    mine, other = free_port(), free_port()
+    monkeypatch.setenv("UNBROKEN_S3_PORT", str(mine))
+    assert choose_ports({}, {"s3": other})["s3"] == mine
+
+
+def test_configured_port_in_use_names_port_and_holder(taken: int) -> None:
+    with pytest.raises(UserError) as caught:
+        choose_ports({}, {"mlflow": taken})
+    message = str(caught.value)
+    assert f"port {taken}, configured for mlflow, is in use" in message
+    assert f"(process {os.getpid()})" in message
+    assert "UNBROKEN_MLFLOW_PORT" in message
+
+
+def test_port_configured_for_two_services_is_refused() -> None:
+    port = free_port()
+    with pytest.raises(UserError, match=str(port)):
+        choose_ports({}, {"s3": port, "prefect": port})
+
+
+def test_service_without_a_setting_makes_room_for_one_with(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Somebody may want MLflow where S3 usually listens."""
+    usual_of_s3 = free_port()
+    monkeypatch.setattr("infra.local.ports.USUAL", {**USUAL, "s3": usual_of_s3})
+    chosen = choose_ports({}, {"mlflow": usual_of_s3})
+    assert chosen["mlflow"] == usual_of_s3
+    assert chosen["s3"] != usual_of_s3
+
+
+@pytest.mark.parametrize("wanted", ["many", "70000", "0", "-1"])
+def test_port_that_is_none_is_refused_by_name(wanted: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("UNBROKEN_PREFECT_PORT", wanted)
+    with pytest.raises(UserError, match=f"prefect.*{wanted}"):
+        choose_ports({}, {})

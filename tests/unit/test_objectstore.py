@@ -1,0 +1,281 @@
+"""The store on a real S3 server: conditional writes that know their own, and errors that say who must act."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from threading import Barrier
+from types import SimpleNamespace
+
+import botocore.endpoint
+import pytest
+
+from tests.faults.proxy import LosingProxy
+from tests.unit.fake_s3 import FakeS3
+from training import objectstore
+from training.errors import DamagedError, InfrastructureError, UserError
+from training.objectstore import MissingError, Store
+
+NUM_RACERS = 8
+
+
+def race(keys: Sequence[str], attempt: Callable[[str, int], bool]) -> dict[str, list[bool]]:
+    """Which of the racers won, for each key; all of them start together."""
+    starters = [(key, number) for key in keys for number in range(NUM_RACERS)]
+    barrier = Barrier(len(starters))
+
+    def run(starter: tuple[str, int]) -> bool:
+        barrier.wait(timeout=30)
+        return attempt(*starter)
+
+    with ThreadPoolExecutor(len(starters)) as pool:
+        won = list(pool.map(run, starters))
+    return {key: won[at * NUM_RACERS : (at + 1) * NUM_RACERS] for at, key in enumerate(keys)}
+
+
+@pytest.fixture
+def quick_retries(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ours, and those of the client."""
+    monkeypatch.setattr(objectstore, "FIRST_PAUSE_SECONDS", 0.001)
+    monkeypatch.setattr(botocore.endpoint, "time", SimpleNamespace(sleep=lambda seconds: None))
+
+
+@pytest.fixture
+def proxy(store: Store) -> Iterator[LosingProxy]:
+    assert store.location.endpoint is not None
+    with LosingProxy(store.location.endpoint) as running:
+        yield running
+
+
+@pytest.fixture
+def behind_proxy(store: Store, proxy: LosingProxy) -> Store:
+    return Store(replace(store.location, endpoint=proxy.endpoint))
+
+
+# ---- plain objects ---------------------------------------------------------------------------------------------------
+
+
+def test_put_get_list_delete(store: Store) -> None:
+    for key in ("b", "a/2", "a/10", "ab"):
+        store.put(key, key.encode())
+    assert store.get("a/10") == b"a/10"
+    assert list(store.list_keys("a/")) == [("a/10", 4), ("a/2", 3)]
+    assert [key for key, _ in store.list_keys("")] == ["a/10", "a/2", "ab", "b"]
+    assert store.list_folders("") == ["a"]
+    assert list(store.list_keys("zz")) == []
+    store.delete("b")
+    assert not store.exists("b")
+    store.delete("b")
+
+
+def test_existence_is_of_exactly_this_key(store: Store) -> None:
+    store.put("model-10", b"x")
+    assert not store.exists("model-1")
+    assert store.exists("model-10")
+
+
+def test_a_missing_object_is_named(store: Store) -> None:
+    with pytest.raises(MissingError, match=f"{store.location.prefix}none".replace("[", r"\[")):
+        store.get("none")
+    with pytest.raises(MissingError, match="none"):
+        store.read_versioned("none")
+
+
+def test_get_proven_refuses_other_bytes_by_name(store: Store) -> None:
+    store.put("x", b"abc")
+    digest = "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
+    assert store.get_proven("x", sha256=digest) == b"abc"
+    store.put("x", b"abd")
+    with pytest.raises(DamagedError, match="/x is damaged"):
+        store.get_proven("x", sha256=digest)
+
+
+def test_put_immutable_sends_once_and_repairs_damage(store: Store) -> None:
+    assert store.put_immutable("x", b"abc")
+    assert not store.put_immutable("x", b"abc")
+    store.put("x", b"damaged")
+    assert store.put_immutable("x", b"abc")
+    assert store.get("x") == b"abc"
+
+
+# ---- conditional writes ----------------------------------------------------------------------------------------------
+
+
+def test_create_only_once(store: Store) -> None:
+    assert store.create_versioned("r", {"writer": 1})
+    assert not store.create_versioned("r", {"writer": 2})
+    document = store.read_versioned("r").document
+    assert (document["writer"], document["version"]) == (1, 1)
+
+
+def test_a_stale_read_cannot_replace(store: Store) -> None:
+    store.create_versioned("r", {"writer": 0})
+    read = store.read_versioned("r")
+    assert store.replace_versioned("r", {"writer": 1}, read=read)
+    assert not store.replace_versioned("r", {"writer": 2}, read=read)
+    document = store.read_versioned("r").document
+    assert (document["writer"], document["version"]) == (1, 2)
+
+
+def test_contents_a_b_a_do_not_let_a_stale_writer_in(store: Store) -> None:
+    store.create_versioned("r", {"state": "A"})
+    stale = store.read_versioned("r")
+    for state in ("B", "A"):
+        assert store.replace_versioned("r", {"state": state}, read=store.read_versioned("r"))
+    assert store.read_versioned("r").document["state"] == stale.document["state"]
+    assert not store.replace_versioned("r", {"state": "stale"}, read=stale)
+    assert store.read_versioned("r").document["state"] == "A"
+
+
+def test_the_same_document_written_twice_has_another_etag(store: Store) -> None:
+    store.create_versioned("r", {"state": "A"})
+    etags = {store.read_versioned("r").etag}
+    for _ in range(3):
+        store.replace_versioned("r", {"state": "A"}, read=store.read_versioned("r"))
+        etags.add(store.read_versioned("r").etag)
+    assert len(etags) == 4
+
+
+def test_one_of_eight_racers_wins_each_time(store: Store) -> None:
+    keys = ("r0", "r1", "r2")
+    created = race(keys, lambda key, number: store.create_versioned(key, {"writer": number}))
+    reads = {key: store.read_versioned(key) for key in keys}
+    for key in keys:
+        assert created[key].count(True) == 1
+        assert reads[key].document["writer"] == created[key].index(True)
+
+    replaced = race(keys, lambda key, number: store.replace_versioned(key, {"writer": number}, read=reads[key]))
+    for key in keys:
+        assert replaced[key].count(True) == 1
+        document = store.read_versioned(key).document
+        assert (document["writer"], document["version"]) == (replaced[key].index(True), 2)
+
+
+@pytest.mark.usefixtures("quick_retries")
+def test_a_lost_reply_to_a_create_is_still_this_writers_success(behind_proxy: Store, proxy: LosingProxy) -> None:
+    proxy.lose_replies("PUT")
+    assert behind_proxy.create_versioned("r", {"writer": 1})
+    assert proxy.num_lost == 1
+    document = behind_proxy.read_versioned("r").document
+    assert (document["writer"], document["version"]) == (1, 1)
+    assert not behind_proxy.create_versioned("r", {"writer": 2})
+
+
+@pytest.mark.usefixtures("quick_retries")
+def test_a_lost_reply_to_a_replace_is_written_exactly_once(behind_proxy: Store, proxy: LosingProxy) -> None:
+    behind_proxy.create_versioned("r", {"count": 0})
+    read = behind_proxy.read_versioned("r")
+    proxy.lose_replies("PUT")
+    assert behind_proxy.replace_versioned("r", {"count": 1}, read=read)
+    assert proxy.num_lost == 1
+    document = behind_proxy.read_versioned("r").document
+    assert (document["count"], document["version"]) == (1, 2)
+
+
+@pytest.mark.usefixtures("quick_retries")
+def test_a_lost_reply_to_a_refusal_is_still_a_refusal(behind_proxy: Store, proxy: LosingProxy) -> None:
+    behind_proxy.create_versioned("r", {"writer": 0})
+    stale = behind_proxy.read_versioned("r")
+    behind_proxy.replace_versioned("r", {"writer": 1}, read=stale)
+    proxy.lose_replies("PUT")
+    assert not behind_proxy.replace_versioned("r", {"writer": 2}, read=stale)
+    assert proxy.num_lost == 1
+    assert behind_proxy.read_versioned("r").document["writer"] == 1
+
+
+@pytest.mark.usefixtures("quick_retries")
+def test_plain_reads_and_writes_ride_out_lost_replies(behind_proxy: Store, proxy: LosingProxy) -> None:
+    proxy.lose_replies("PUT", 2)
+    behind_proxy.put("x", b"abc")
+    proxy.lose_replies("GET", 2)
+    assert behind_proxy.get("x") == b"abc"
+    assert proxy.num_lost == 4
+
+
+@pytest.mark.usefixtures("quick_retries")
+def test_a_document_that_is_no_json_is_damage_with_a_name(store: Store) -> None:
+    store.put("r", b"[1, 2]")
+    with pytest.raises(DamagedError, match="/r is damaged"):
+        store.read_versioned("r")
+
+
+# ---- errors by who must act ------------------------------------------------------------------------------------------
+
+
+def operations(store: Store) -> dict[str, Callable[[], object]]:
+    return {
+        "get": lambda: store.get("x"),
+        "put": lambda: store.put("x", b""),
+        "list": lambda: list(store.list_keys("")),
+        "read_versioned": lambda: store.read_versioned("x"),
+        "create_versioned": lambda: store.create_versioned("x", {}),
+        "delete": lambda: store.delete("x"),
+    }
+
+
+def test_wrong_credentials_are_the_users_error(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "nobody")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "hush-hush")
+    for operation in operations(Store(store.location)).values():
+        with pytest.raises(UserError, match=r"no permission for s3://.*check the credentials") as caught:
+            operation()
+        assert "hush-hush" not in str(caught.value)
+
+
+def test_a_missing_bucket_is_the_users_error() -> None:
+    """SeaweedFS makes a missing bucket at the first PUT of an administrator, so the server here is the fake one."""
+    with FakeS3(has_bucket=False) as server:
+        for operation in operations(Store(server.location)).values():
+            with pytest.raises(UserError, match=f"bucket 'bucket' does not exist at {server.location.endpoint}"):
+                operation()
+
+
+def test_reading_a_missing_bucket_of_the_real_store_is_the_users_error(store: Store) -> None:
+    other = Store(replace(store.location, bucket="there-is-no-such-bucket"))
+    for operation in ("get", "list", "read_versioned"):
+        with pytest.raises(UserError, match="'there-is-no-such-bucket' does not exist at http"):
+            operations(other)[operation]()
+
+
+def test_no_credentials_are_the_users_error(store: Store, monkeypatch: pytest.MonkeyPatch, tmp_path: object) -> None:
+    for name in ("AWS_SHARED_CREDENTIALS_FILE", "AWS_CONFIG_FILE"):
+        monkeypatch.setenv(name, f"{tmp_path}/none")
+    with pytest.raises(UserError, match="check the credentials"):
+        Store(store.location).create_versioned("x", {})
+
+
+@pytest.mark.usefixtures("quick_retries")
+def test_a_store_that_is_away_is_an_infrastructure_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    with FakeS3() as server:
+        location = server.location
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "anything")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "anything")
+    for operation in operations(Store(location)).values():
+        with pytest.raises(InfrastructureError, match=f"s3://bucket/x?: the store at {location.endpoint} failed"):
+            operation()
+
+
+# ---- the probe -------------------------------------------------------------------------------------------------------
+
+
+def test_the_real_store_passes_the_probe_and_nothing_is_left(store: Store) -> None:
+    store.probe()
+    assert list(store.list_keys("")) == []
+
+
+def test_the_fake_passes_the_probe_when_it_honours_both() -> None:
+    """So the refusals below are for what they say."""
+    with FakeS3(create_only=True, if_match=True) as server:
+        Store(server.location).probe()
+
+
+@pytest.mark.parametrize(
+    ("create_only", "if_match", "named"),
+    [(False, False, "If-None-Match"), (False, True, "If-None-Match"), (True, False, "If-Match")],
+)
+def test_a_store_that_ignores_conditions_is_refused_by_name(create_only: bool, if_match: bool, named: str) -> None:
+    with FakeS3(create_only=create_only, if_match=if_match) as server:
+        with pytest.raises(UserError, match=rf"the store at {server.location.endpoint} ignores .*\({named}\)"):
+            Store(server.location).probe()
+        assert server.objects == {}

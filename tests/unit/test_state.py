@@ -1,0 +1,167 @@
+"""The training state is everything: each entry that is not restored shows in what the resumed run computes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.unit.tiny import CPU, Tiny, exact_arithmetic, make_trainer
+from training.errors import DamagedError
+from training.loop import Trainer
+from training.state import TrainState, tensors_sha256
+
+ENTRIES = (
+    "model.norm.bias",
+    "model.norm.num_batches_tracked",
+    "model.norm.running_mean",
+    "model.norm.running_var",
+    "model.norm.weight",
+    "model.weight",
+    "optimizer.exp_avg.norm.bias",
+    "optimizer.exp_avg.norm.weight",
+    "optimizer.exp_avg.weight",
+    "optimizer.exp_avg_sq.norm.bias",
+    "optimizer.exp_avg_sq.norm.weight",
+    "optimizer.exp_avg_sq.weight",
+    "optimizer.step.norm.bias",
+    "optimizer.step.norm.weight",
+    "optimizer.step.weight",
+)
+OPTIMIZER_ENTRIES = tuple(name for name in ENTRIES if name.startswith("optimizer."))
+
+
+def trained(num_steps: int) -> Trainer:
+    trainer = make_trainer()
+    with exact_arithmetic():
+        for _ in range(num_steps):
+            trainer.train_step()
+    return trainer
+
+
+def copied(state: TrainState) -> dict[str, Tensor]:
+    return {name: tensor.clone() for name, tensor in state.tensors().items()}
+
+
+def resumed(tensors: Mapping[str, Tensor], *, step: int, until: int) -> str:
+    trainer = make_trainer()
+    trainer.state.load(tensors, step=step)
+    with exact_arithmetic():
+        while trainer.state.step < until:
+            trainer.train_step()
+    return trainer.state.state_sha256()
+
+
+def test_the_entries_are_all_that_a_step_changes() -> None:
+    before, state = copied(trained(0).state), trained(2).state
+    assert tuple(state.tensors()) == ENTRIES
+    assert all(name not in before or not torch.equal(before[name], state.tensors()[name]) for name in ENTRIES)
+
+
+def test_loading_gives_the_same_digests() -> None:
+    state = trained(2).state
+    other = make_trainer().state
+    assert other.state_sha256() != state.state_sha256()
+    other.load(copied(state), step=2)
+    assert other.state_sha256() == state.state_sha256()
+    assert other.weights_sha256() == state.weights_sha256()
+    assert other.step == 2
+
+
+def test_a_resumed_run_computes_the_bits_of_an_uninterrupted_one() -> None:
+    assert resumed(copied(trained(2).state), step=2, until=5) == trained(5).state.state_sha256()
+
+
+@pytest.mark.parametrize("missing", ENTRIES)
+def test_without_any_one_entry_a_resumed_run_differs_or_is_refused(missing: str) -> None:
+    """An entry of the model stays as it was made anew; one of the optimizer is not there at all."""
+    tensors = copied(trained(2).state)
+    if missing in OPTIMIZER_ENTRIES:
+        del tensors[missing]
+    else:
+        tensors[missing] = make_trainer().state.tensors()[missing].clone()
+    try:
+        digest = resumed(tensors, step=2, until=5)
+    except (KeyError, DamagedError):
+        return
+    assert digest != trained(5).state.state_sha256()
+
+
+def test_without_the_position_a_resumed_run_differs() -> None:
+    assert resumed(copied(trained(2).state), step=1, until=4) != trained(5).state.state_sha256()
+
+
+def test_a_state_owns_its_tensors() -> None:
+    """What was loaded from is not changed by the steps that follow."""
+    state = trained(2).state
+    before = state.state_sha256()
+    other = make_trainer()
+    other.state.load(state.tensors(), step=2)
+    with exact_arithmetic():
+        other.train_step()
+    assert state.state_sha256() == before
+
+
+def is_accepted(tensors: Mapping[str, Tensor]) -> bool:
+    try:
+        make_trainer().state.load(tensors, step=2)
+    except DamagedError:
+        return False
+    return True
+
+
+def test_a_missing_entry_is_refused() -> None:
+    tensors = copied(trained(2).state)
+    without = {entry: {name: tensors[name] for name in ENTRIES if name != entry} for entry in ENTRIES}
+    assert [entry for entry in ENTRIES if is_accepted(without[entry])] == []
+
+
+def test_an_entry_of_another_shape_is_refused() -> None:
+    tensors = copied(trained(2).state)
+    shaped = [name for name in ENTRIES if tensors[name].dim() > 0]
+    assert [entry for entry in shaped if is_accepted({**tensors, entry: torch.zeros(7)})] == []
+
+
+@pytest.mark.parametrize("entry", ["model.other", "optimizer.exp_avg.other"])
+def test_an_entry_that_this_model_lacks_is_refused(entry: str) -> None:
+    assert not is_accepted({**copied(trained(2).state), entry: torch.zeros(1)})
+
+
+def test_a_state_before_the_first_step_can_be_loaded() -> None:
+    tensors = copied(make_trainer().state)
+    assert not [name for name in tensors if name.startswith("optimizer.")]
+    assert resumed(tensors, step=0, until=2) == trained(2).state.state_sha256()
+
+
+def test_the_seed_alone_decides_the_initial_weights() -> None:
+    first, again, other = (TrainState(Tiny(), seed=seed, device=CPU).weights_sha256() for seed in (1, 1, 2))
+    assert first == again != other
+
+
+def test_the_learning_rate_is_always_a_scale_of_the_peak() -> None:
+    state = make_trainer().state
+    for scale in (0.5, 0.1, 1.0):
+        state.set_learning_rate_scale(scale)
+        assert state.optimizer.param_groups[0]["lr"] == Tiny().learning_rate * scale
+
+
+def test_the_digest_covers_names_dtypes_shapes_and_bytes() -> None:
+    base = {"a": torch.zeros(2, 2), "b": torch.ones(1)}
+    digests = {
+        tensors_sha256(tensors)
+        for tensors in (
+            base,
+            {"a": base["a"], "c": base["b"]},
+            {**base, "a": torch.zeros(4)},
+            {**base, "a": torch.zeros(2, 2, dtype=torch.int32)},
+            {**base, "a": -torch.zeros(2, 2)},
+            {"a": base["a"]},
+        )
+    }
+    assert len(digests) == 6
+    assert tensors_sha256(dict(reversed(base.items()))) == tensors_sha256(base)
+    assert tensors_sha256({"a": torch.arange(6).view(2, 3).t().contiguous().t()}) == tensors_sha256(
+        {"a": torch.arange(6).view(2, 3)}
+    )
