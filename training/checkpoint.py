@@ -130,6 +130,13 @@ class CheckpointSaver:
         )
         self._thread.start()
 
+    def require_agreement(self, resumed_from: int) -> None:
+        """Raises `InfrastructureError` if another rank read the store differently, and took up another checkpoint."""
+        if self._rank == 0:
+            self._rendezvous.set("resumed-from", str(resumed_from))
+        elif int(self._rendezvous.get("resumed-from")) != resumed_from:
+            raise InfrastructureError(f"rank {self._rank} resumed from step {resumed_from}, and rank 0 did not")
+
     def wait(self) -> None:
         """Until the save under way is committed (on rank 0) or sent (elsewhere). Raises what made it fail."""
         if self._thread is not None:

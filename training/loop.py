@@ -79,6 +79,7 @@ class Trainer:
         if found is not None:
             reference, tensors = found
             self.state.load(tensors, step=reference.step)
+        self.saver.require_agreement(self.state.step)
         step, token = self.state.step, self.rank.token
         if self.rank.rank == 0:
             self.run.update(lambda record: with_resume_step(record, step, token=token))
@@ -198,6 +199,8 @@ def _recipe_errors(step: int, worker: int, ids: list[str]) -> Iterator[None]:
     except (MemoryError, torch.OutOfMemoryError, UnbrokenError):
         raise
     except Exception as error:
+        if "allocate memory" in str(error):  # how torch says on a CPU that memory ran out
+            raise
         raise DeterministicError(
             f"step {step}, virtual worker {worker}: the recipe failed: {type(error).__name__}: {error};"
             f" samples {', '.join(ids[:8])}"

@@ -114,7 +114,9 @@ def _look_beside(folder: str) -> None:
         if other in sys.path:
             sys.path.remove(other)
         for name, module in list(sys.modules.items()):
-            if Path(other) in Path(getattr(module, "__file__", None) or "/").parents:
+            file = Path(getattr(module, "__file__", None) or "/")
+            depth = name.count(".") + (file.name == "__init__.py")
+            if list(file.parents)[depth : depth + 1] == [Path(other)]:  # found there, not in a .venv below
                 del sys.modules[name]
     sys.path.append(folder)
     _folders.append(folder)

@@ -61,6 +61,7 @@ def s3_service(home: Path, ports: Mapping[str, int]) -> Service:
         "s3.port.iceberg": 0,
         "s3.port.lance": 0,
         "s3.config": str(_s3_identities(home)),
+        "s3.autoCreateBucket": "false",
         "webdav": "false",
         "admin.ui": "false",
     }

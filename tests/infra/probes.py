@@ -47,7 +47,7 @@ def listeners(home: Path) -> Iterator[tuple[int, str, int]]:
     for process in supervisor.stack_processes(home):
         with contextlib.suppress(psutil.NoSuchProcess):
             for connection in process.net_connections("inet"):
-                if connection.laddr and not connection.raddr:
+                if connection.laddr and connection.status in (psutil.CONN_LISTEN, psutil.CONN_NONE):
                     yield process.pid, connection.laddr.ip, connection.laddr.port
 
 

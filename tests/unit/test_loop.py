@@ -231,6 +231,8 @@ class Broken(Tiny):
     def loss(self, model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
         if self.mistake == "key":
             return batch["none"].sum()
+        if self.mistake == "memory":
+            return torch.empty(2**60, dtype=torch.uint8).sum()
         if self.mistake == "shape":
             return (batch["x"] @ torch.zeros(7, 3)).sum()
         return super().loss(model, batch) * float(self.mistake)
@@ -246,6 +248,13 @@ def test_a_failure_inside_torch_names_the_step_and_the_samples_too() -> None:
     """Whatever its class: torch raises RuntimeError for wrong shapes as well as for a lack of memory."""
     with pytest.raises(Exception, match=r"step 1, virtual worker 0: .*samples memory:\d+"):
         step_through(make_trainer(recipe=Broken(mistake="shape")), 1)
+
+
+def test_a_lack_of_memory_is_not_deterministic() -> None:
+    """Another process may have taken it: the run is tried again."""
+    with pytest.raises(Exception, match="memory") as caught:
+        step_through(make_trainer(recipe=Broken(mistake="memory")), 1)
+    assert not isinstance(caught.value, DeterministicError)
 
 
 def test_a_sample_that_is_not_finite_is_named() -> None:

@@ -126,6 +126,23 @@ def test_two_folders_may_each_have_a_module_of_one_name(tmp_path: Path) -> None:
     assert got == [1, 2]
 
 
+def test_libraries_below_a_presets_folder_are_not_forgotten(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A project often holds its own `.venv`: to import torch or numpy a second time in one process breaks them."""
+    libraries = tmp_path / "first" / ".venv" / "site-packages"
+    libraries.mkdir(parents=True)
+    (libraries / "library_h.py").write_text("")
+    monkeypatch.syspath_prepend(libraries)
+    (tmp_path / "first" / "my_recipe_k.py").write_text(f"import library_h\n{GOOD}")
+    (tmp_path / "second").mkdir()
+    (tmp_path / "second" / "my_recipe_l.py").write_text(GOOD)
+    load(tmp_path / "first", "my_recipe_k:Mine")
+    library = sys.modules["library_h"]
+    load(tmp_path / "second", "my_recipe_l:Mine")
+    found = sys.modules.get("library_h")
+    forget(tmp_path)
+    assert found is library
+
+
 # ---- the digest of the source ----------------------------------------------------------------------------------------
 
 
