@@ -62,6 +62,8 @@ def train(preset: Preset, dataset: Dataset, *, owner: str | None = None, fresh: 
     launcher = make_launcher(settings)
     follower = Follower(run, generation=record.generation, num_steps=preset.train.steps)
     try:
+        if fresh is not None and not record.attempt_starts:
+            launcher.cancel(run.run_key)  # the agents of the generation before
         if record.result is None:
             tracker.reopen()
             _submit(launcher, settings, store, preset, dataset, record, owner)
