@@ -80,7 +80,7 @@ def load_settings() -> Settings:
     prefix = (find("s3", "prefix") or "").strip("/")
     return Settings(
         home=folder,
-        s3_endpoint=find("s3", "endpoint"),
+        s3_endpoint=_endpoint(file) if external_s3 else find("s3", "endpoint"),
         s3_bucket=find("s3", "bucket") or DEFAULT_BUCKET,
         s3_prefix=f"{prefix}/" if prefix else "",
         s3_region=find("s3", "region") or "us-east-1",
@@ -88,6 +88,14 @@ def load_settings() -> Settings:
         maybe_prefect_api_url=find("prefect", "api_url"),
         s3_is_local=not external_s3,
     )
+
+
+def _endpoint(file: Mapping[str, Mapping[str, Any]]) -> str | None:
+    """Of an S3 that is not the local one; None is AWS."""
+    endpoint = os.environ.get("UNBROKEN_S3_ENDPOINT") or file.get("s3", {}).get("endpoint")
+    if endpoint is not None and not endpoint.startswith(("http://", "https://")):
+        raise UserError(f"S3 endpoint {endpoint!r} must begin with http:// or https://")
+    return endpoint
 
 
 def environment(settings: Settings) -> dict[str, str]:
@@ -137,7 +145,19 @@ def state_path(folder: Path) -> Path:
 def read_state(folder: Path) -> dict[str, Any]:
     """What `up` noted of the local stack; empty if it was never up."""
     path = state_path(folder)
-    return json.loads(path.read_text()) if path.is_file() else {}
+    try:
+        return json.loads(path.read_text()) if path.is_file() else {}
+    except ValueError as error:
+        raise InfrastructureError(
+            f"{path} is damaged: remove it, and start the stack again with `unbroken up`"
+        ) from error
+
+
+def write_state(folder: Path, state: Mapping[str, Any]) -> None:
+    """Whole or not at all."""
+    new = state_path(folder).with_suffix(".new")
+    new.write_text(json.dumps(state, indent=1))
+    new.replace(state_path(folder))
 
 
 def read_settings_file() -> dict[str, dict[str, Any]]:
@@ -155,7 +175,7 @@ def read_settings_file() -> dict[str, dict[str, Any]]:
             raise UserError(f"{path}: {part!r} must be a table, as in [{part}]")
         for key, value in table.items():
             _check_known(path, key, KNOWN[part], table=part)
-            if not isinstance(value, int if part == "ports" else str):
+            if type(value) is not (int if part == "ports" else str):
                 raise UserError(f"{path}: {part}.{key} = {value!r} must be {'a number' if part == 'ports' else 'text'}")
     return document
 

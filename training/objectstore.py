@@ -231,6 +231,11 @@ class Store:
             with self._typed_errors(""):
                 self._client.create_bucket(Bucket=self.location.bucket)
 
+    def require_bucket(self) -> None:
+        """Raises `UserError` if the bucket is missing or closed to us: a HEAD of an object cannot tell."""
+        with self._typed_errors(""):
+            self._client.list_objects_v2(Bucket=self.location.bucket, Prefix=self._key(""), MaxKeys=1)
+
     def probe(self) -> None:
         """Prove that this store honours create-only and If-Match. Raises `UserError` naming the store if not.
 

@@ -164,6 +164,8 @@ def _all_runs(store: Store) -> list[RunRecord]:
 
 
 def _find_run(store: Store, beginning: str) -> RunRecord:
+    if not beginning:
+        raise UserError("a run key must not be empty: see `unbroken runs ls`")
     matches = [run for run in _all_runs(store) if run.run_key.startswith(beginning)]
     if len(matches) != 1:
         some = "no run" if not matches else f"{len(matches)} runs"

@@ -54,7 +54,7 @@ def run_checks() -> list[Check]:
 def _check(name: str, look: Callable[[], str]) -> Check:
     try:
         return Check(name=name, is_good=True, found=look())
-    except (UnbrokenError, OSError) as error:
+    except (UnbrokenError, OSError, ValueError) as error:
         return Check(name=name, is_good=False, found=str(error))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from collections.abc import Mapping
@@ -65,7 +66,12 @@ def _start(client: SyncPrefectClient, preset: str, overrides: Mapping[str, Any],
     except ObjectNotFound as error:
         raise InfrastructureError(f"Prefect has no deployment {name!r}: `unbroken up` registers it") from error
     parameters = {"preset": preset, "overrides": dict(overrides), "fresh": fresh}
-    return client.create_flow_run_from_deployment(deployment.id, parameters=parameters)
+    mine = {name: value for name, value in os.environ.items() if name.startswith("UNBROKEN_S3_")}
+    return client.create_flow_run_from_deployment(
+        deployment.id,
+        parameters=parameters,
+        job_variables={"env": mine} if mine else None,  # the flow looks where this command looks
+    )
 
 
 def _cancel(client: SyncPrefectClient, watcher: _Watcher, run_id: Any) -> FlowRun:

@@ -78,7 +78,7 @@ def check_input(preset: Preset) -> None:
         require_free_disk(shutil.disk_usage(settings.home).free, settings.home)
     partitions(open_source(preset.data, folder=preset.folder, location=store_location(settings)), preset.data)
     load_recipe(preset)
-    store.exists("probe/permission")
+    store.require_bucket()
 
 
 def overrides_of(texts: list[str] | None) -> dict[str, Any]:

@@ -7,7 +7,8 @@ supervisord owns them, so the process that submitted may die; it restarts an age
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping, Sequence
+import fcntl
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 from xmlrpc.client import Fault
@@ -17,11 +18,11 @@ from infra.local import supervisor
 from training.errors import InfrastructureError
 
 ALREADY_ADDED = 90  # supervisor.xmlrpc.Faults
-OVER = ("EXITED", "FATAL", "STOPPED")
+FINAL_CODES = (0, 2, 4)
 OPTIONS = {
     "process_name": "node%(process_num)d",
     "autorestart": "unexpected",
-    "exitcodes": "0,2,4",
+    "exitcodes": ",".join(map(str, FINAL_CODES)),
     "startsecs": "0",
     "stopwaitsecs": "10",
 }
@@ -34,6 +35,10 @@ class LocalLauncher:
         self._home = home
 
     def submit(self, spec: JobSpec) -> None:
+        with self._alone(spec.key):
+            self._submit(spec)
+
+    def _submit(self, spec: JobSpec) -> None:
         self._add_owner(spec)
         status = self.find(spec.key)
         if status is not None and status.state is JobState.RUNNING:
@@ -50,20 +55,23 @@ class LocalLauncher:
             directory=self._home,
             options={**OPTIONS, "numprocs": str(spec.num_nodes)},
         )
-        self._config(spec.key).write_text(section)
-        remote = self._remote()
-        remote.reloadConfig()
-        try:
-            remote.addProcessGroup(spec.key)
-        except Fault as fault:
-            if fault.faultCode != ALREADY_ADDED:
-                raise InfrastructureError(f"the local engine refused job {spec.key[:12]}: {fault}") from fault
+        with self._alone("supervisor"):  # it reads all jobs' files at once
+            self._config(spec.key).write_text(section)
+            try:
+                self._remote().reloadConfig()
+                self._remote().addProcessGroup(spec.key)
+            except Fault as fault:
+                if fault.faultCode != ALREADY_ADDED:
+                    self._config(spec.key).unlink()
+                    self._owners_file(spec.key).unlink(missing_ok=True)
+                    raise InfrastructureError(f"the local engine refused job {spec.key[:12]}: {fault}") from fault
 
     def find(self, key: str) -> JobStatus | None:
-        nodes = {info["name"]: info["statename"] for info in self._processes() if info["group"] == key}
-        if not nodes:
+        found = [info for info in self._processes() if info["group"] == key]
+        if not found:
             return None
-        over = all(state in OVER for state in nodes.values())
+        nodes = {info["name"]: info["statename"] for info in found}
+        over = all(_is_over(info) for info in found)
         return JobStatus(state=JobState.ENDED if over else JobState.RUNNING, nodes=nodes)
 
     def jobs(self) -> Mapping[str, Sequence[str]]:
@@ -74,14 +82,24 @@ class LocalLauncher:
         return sorted(self._log_folder(key).glob("*.log"))
 
     def cancel(self, key: str) -> None:
-        self._config(key).unlink(missing_ok=True)
-        self._owners_file(key).unlink(missing_ok=True)
-        if self.find(key) is None:
-            return
-        remote = self._remote()
-        with contextlib.suppress(Fault):  # another canceller was first
-            remote.stopProcessGroup(key)
-            remote.removeProcessGroup(key)
+        with self._alone(key):
+            self._config(key).unlink(missing_ok=True)
+            self._owners_file(key).unlink(missing_ok=True)
+            if self.find(key) is None:
+                return
+            remote = self._remote()
+            with contextlib.suppress(Fault):  # another canceller was first
+                remote.stopProcessGroup(key)
+                remote.removeProcessGroup(key)
+            supervisor.kill_group(supervisor.stack_id(self._home), key)
+
+    @contextlib.contextmanager
+    def _alone(self, name: str) -> Iterator[None]:
+        """Changes of one job are made one at a time, by whichever process."""
+        (self._home / "jobs").mkdir(parents=True, exist_ok=True)
+        with (self._home / "jobs" / f"{name}.lock").open("w") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            yield
 
     def _remote(self) -> Any:
         return supervisor.remote(self._home)
@@ -111,3 +129,9 @@ class LocalLauncher:
     def _owners(self, key: str) -> list[str]:
         path = self._owners_file(key)
         return path.read_text().split() if path.exists() else []
+
+
+def _is_over(info: Mapping[str, Any]) -> bool:
+    """Between its end and its restart, a process that will be restarted is EXITED for a moment."""
+    state = info["statename"]
+    return state in ("FATAL", "STOPPED") or (state == "EXITED" and info["exitstatus"] in FINAL_CODES)

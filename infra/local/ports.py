@@ -21,6 +21,8 @@ INTERNAL = (
     "volume_grpc",
     "filer",
     "filer_grpc",
+    "admin",
+    "admin_grpc",
 )
 """SeaweedFS's own parts, which talk to one another only."""
 
@@ -28,22 +30,27 @@ INTERNAL = (
 def choose_ports(last: Mapping[str, int], configured: Mapping[str, Any]) -> dict[str, int]:
     """A free port for each name. Raises `UserError` if one that the user asked for is taken."""
     chosen: dict[str, int] = {}
-    for name, usual in USUAL.items():
+    for name in USUAL:
         wanted = os.environ.get(f"UNBROKEN_{name.upper()}_PORT") or configured.get(name)
         if wanted is not None:
-            chosen[name] = _wanted(name, wanted)
-        else:
+            chosen[name] = _wanted(name, wanted, chosen)
+    for name, usual in USUAL.items():
+        if name not in chosen:
             chosen[name] = _first_free([last.get(name, usual), usual], taken=chosen)
     for name in INTERNAL:
         chosen[name] = _first_free([last[name]] if name in last else [], taken=chosen)
     return chosen
 
 
-def _wanted(name: str, wanted: Any) -> int:
+def _wanted(name: str, wanted: Any, taken: Mapping[str, int]) -> int:
     try:
         port = int(wanted)
     except ValueError as error:
         raise UserError(f"port of {name}: {wanted!r} is not a number") from error
+    if not 1 <= port <= 65535:
+        raise UserError(f"port of {name}: {port} must lie between 1 and 65535")
+    if port in taken.values():
+        raise UserError(f"port {port} is configured for two services: give {name} another")
     if not is_free(port):
         raise UserError(
             f"port {port}, configured for {name}, is in use{_by_whom(port)}: free it, or configure another in"

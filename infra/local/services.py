@@ -58,6 +58,8 @@ def s3_service(home: Path, ports: Mapping[str, int]) -> Service:
         "filer.port.grpc": ports["filer_grpc"],
         "s3.port": ports["s3"],
         "s3.port.grpc": ports["s3_grpc"],
+        "admin.port": ports["admin"],
+        "admin.port.grpc": ports["admin_grpc"],
         "s3.port.iceberg": 0,
         "s3.port.lance": 0,
         "s3.config": str(_s3_identities(home)),
@@ -107,6 +109,7 @@ def mlflow_service(settings: Settings, port: int) -> Service:
     return Service(
         name="mlflow",
         command=(
+            *(sys.executable, "-m", "infra.local.alone"),
             *(sys.executable, "-m", "mlflow", "server", "--host", LOOPBACK, "--port", str(port)),
             *("--backend-store-uri", f"sqlite:///{settings.home / 'mlflow.sqlite'}"),
             *("--artifacts-destination", store),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import fcntl
 import shutil
 import sysconfig
 import time
@@ -27,7 +27,7 @@ from infra.settings import (
     load_settings,
     read_settings_file,
     read_state,
-    state_path,
+    write_state,
 )
 from training.errors import InfrastructureError, UserError
 
@@ -56,6 +56,12 @@ def up(report: Report) -> Settings:
     folder = home()
     folder.mkdir(parents=True, exist_ok=True)
     require_free_disk(shutil.disk_usage(folder).free, folder)
+    with (folder / "up.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # a second `up` would take the first's services for orphans
+        return _up(folder, report)
+
+
+def _up(folder: Path, report: Report) -> Settings:
     if not supervisor.is_running(folder):
         _begin(folder, report)
     settings = load_settings()
@@ -90,7 +96,7 @@ def _begin(folder: Path, report: Report) -> None:
         "mlflow": {"uri": f"http://127.0.0.1:{ports['mlflow']}"},
         "prefect": {"api_url": f"http://127.0.0.1:{ports['prefect']}/api"},
     }
-    state_path(folder).write_text(json.dumps(state, indent=1))
+    write_state(folder, state)
     settings = load_settings()
     activate(settings)
     _write_shell_environment(settings)
@@ -176,7 +182,7 @@ def down() -> bool:
     supervisor.stop(folder)
     state = read_state(folder)
     if state:  # the ports are kept for next time; addresses where nobody listens are not
-        state_path(folder).write_text(json.dumps({"ports": state["ports"]}, indent=1))
+        write_state(folder, {"ports": state["ports"]})
     return ran
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -85,7 +86,7 @@ chmod = 0700
 supervisor.rpcinterface_factory = supervisor.rpcinterface:make_main_rpcinterface
 
 [include]
-files = {home}/jobs/*.conf
+files = jobs/*.conf
 
 """
     text = head + "\n".join(programs)
@@ -135,13 +136,34 @@ def is_running(home: Path) -> bool:
 
 def stack_processes(home: Path) -> list[psutil.Process]:
     """Every process that this stack's supervisord started, or that those started, dead parent or not."""
-    mark = stack_id(home)
+    return _marked_processes(stack_id(home))
+
+
+def _marked_processes(mark: str) -> list[psutil.Process]:
     found = []
     for process in psutil.process_iter():
         with contextlib.suppress(psutil.Error):
             if process.pid != os.getpid() and process.environ().get(STACK_MARK) == mark:
                 found.append(process)
     return found
+
+
+def kill_group(mark: str, group: str) -> None:
+    """Kill what a group's processes left behind: children that ignored SIGTERM, or that left the process group.
+
+    `mark` is the stack's (`stack_id`).
+    """
+    while left := [p for p in _marked_processes(mark) if _group_of(p) == group]:
+        for process in left:
+            with contextlib.suppress(psutil.Error):
+                process.kill()
+        psutil.wait_procs(left, timeout=10)
+
+
+def _group_of(process: psutil.Process) -> str | None:
+    with contextlib.suppress(psutil.Error):
+        return process.environ().get("SUPERVISOR_GROUP_NAME")
+    return None
 
 
 def supervisor_process(home: Path) -> psutil.Process | None:
@@ -173,3 +195,4 @@ def stop(home: Path) -> None:
         for process in alive:
             process.kill()
     kill_orphans(home)
+    shutil.rmtree(socket_path(home).parent, ignore_errors=True)

@@ -124,6 +124,8 @@ def open_source(config: DataConfig, *, folder: str, location: StoreLocation) -> 
     text = config.source
     if text.startswith("s3://"):
         bucket, _, prefix = text.removeprefix("s3://").partition("/")
+        if not bucket:
+            raise UserError(f"data.source = {text!r} names no bucket")
         where = StoreLocation(endpoint=location.endpoint, bucket=bucket, prefix=prefix, region=location.region)
         return Bucket(Store(where), config)
     path = _local_path(text, folder)
