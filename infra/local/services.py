@@ -97,8 +97,10 @@ def _s3_identities(home: Path) -> Path:
 
 
 def _write_private(path: Path, text: str) -> None:
-    with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
+    new = path.with_suffix(".new")
+    with os.fdopen(os.open(new, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
         file.write(text)
+    new.replace(path)
 
 
 def mlflow_service(settings: Settings, port: int) -> Service:
