@@ -34,7 +34,10 @@ Scores = Mapping[str, "np.ndarray[Any, Any]"]
 def evaluate_cache_key(context: Any, arguments: dict[str, Any]) -> str:
     preset: Preset = arguments["preset"]
     model: TrainedModel = arguments["model"]
-    return digest_of({"stage": "evaluate", "model": asdict(model), "evaluate": asdict(preset.evaluate)})
+    shown_in = RunRecord(open_stack()[1], model.run_key).read().tracking_run_id  # a fresh training has a run of its own
+    return digest_of(
+        {"stage": "evaluate", "model": asdict(model), "evaluate": asdict(preset.evaluate), "shown_in": shown_in}
+    )
 
 
 @task(name="evaluate", cache_key_fn=evaluate_cache_key, **stage_options(timeout_seconds=6 * 3600))
