@@ -25,6 +25,7 @@ class JobSpec:
 class JobState(Enum):
     RUNNING = "running"
     ENDED = "ended"
+    """At least one of its nodes is done for good: a gang is over as soon as it is not whole any more."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -22,6 +22,8 @@ KNOWN: dict[str, tuple[str, ...]] = {
     "prefect": ("api_url",),
     "ports": ("s3", "mlflow", "prefect"),
 }
+FOREIGN_KEYS = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "AWS_PROFILE")
+ADDRESSES = {"s3": "endpoint", "mlflow": "uri", "prefect": "api_url"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,7 +73,7 @@ def load_settings() -> Settings:
         variable = os.environ.get(f"UNBROKEN_{part}_{key}".upper())
         return variable or file.get(part, {}).get(key) or local.get(part, {}).get(key)
 
-    external_s3 = bool(os.environ.get("UNBROKEN_S3_ENDPOINT") or file.get("s3", {}))
+    external_s3 = "s3" in external_parts(file)
     if not external_s3 and "s3" not in local:
         raise InfrastructureError(
             "the local stack is not running: start it with `unbroken up` (or `make up`), or name existing servers"
@@ -88,6 +90,18 @@ def load_settings() -> Settings:
         maybe_prefect_api_url=find("prefect", "api_url"),
         s3_is_local=not external_s3,
     )
+
+
+def external_parts(file: Mapping[str, Mapping[str, Any]]) -> frozenset[str]:
+    """The parts that environment or file place on existing servers: the local stack does not start those."""
+    found = {
+        part
+        for part, key in ADDRESSES.items()
+        if os.environ.get(f"UNBROKEN_{part}_{key}".upper()) or file.get(part, {}).get(key)
+    }
+    if file.get("s3", {}).get("bucket"):  # a bucket without an endpoint is one on AWS
+        found.add("s3")
+    return frozenset(found)
 
 
 def _endpoint(file: Mapping[str, Mapping[str, Any]]) -> str | None:
@@ -130,7 +144,7 @@ def activate(settings: Settings) -> None:
     """Put `environment` into this process. Keys of another store, if set, would shadow the local stack's own."""
     os.environ.update(environment(settings))
     if settings.s3_is_local:
-        for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "AWS_PROFILE"):
+        for name in FOREIGN_KEYS:
             os.environ.pop(name, None)
 
 

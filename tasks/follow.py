@@ -35,7 +35,7 @@ class Follower:
 
     def __init__(self, run: RunRecord, *, generation: int, num_steps: int) -> None:
         self._run = run
-        self._generation = generation
+        self.generation = generation
         self._reader = EventReader(run.store, f"runs/{run.run_key}/{generation}/")
         self.progress = Progress(num_steps=num_steps)
 

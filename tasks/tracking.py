@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from training.config import Preset
-from training.errors import InfrastructureError
+from training.errors import FencedError, InfrastructureError
 from training.events import Event
 from training.record import Record, RunRecord
 
@@ -87,6 +87,13 @@ class Tracker:
         if _ask(lambda: self.client.get_run(self.run_id)).info.status != status:
             _ask(lambda: self.client.set_terminated(self.run_id, status))
 
+    def try_to_finish(self, status: str) -> None:
+        """As `finish`, after something worse happened that must not be hidden by MLflow being away."""
+        try:
+            self.finish(status)
+        except InfrastructureError as error:
+            log.warning("the MLflow run could not be closed: %s", error)
+
     def reopen(self) -> None:
         _ask(lambda: self.client.update_run(self.run_id, status="RUNNING"))
 
@@ -106,22 +113,40 @@ class Tracker:
 
 
 def ensure_run(
-    uri: str, run: RunRecord, preset: Preset, *, dataset: Mapping[str, Any], tags: Mapping[str, str]
+    uri: str, run: RunRecord, record: Record, preset: Preset, *, dataset: Mapping[str, Any], tags: Mapping[str, str]
 ) -> Tracker:
-    """The MLflow run that the run record names, made if none is. Racing makers: the record decides, losers delete.
+    """The MLflow run that the run record names, made if there is none, or if somebody deleted it in MLflow.
 
-    Raises `InfrastructureError` if MLflow is away.
+    Racing makers: the record decides, and the losers delete theirs. Raises `InfrastructureError` if MLflow is away,
+    `FencedError` if a newer generation than `record`'s owns the run.
     """
     client = connect(uri)
-    record = run.read()
-    if record.tracking_run_id is None:
-        made = _ask(lambda: _create_run(client, run, preset, dataset=dataset, tags=tags))
-        record = run.update(lambda r: r if r.tracking_run_id else replace(r, tracking_run_id=made))
-        if record.tracking_run_id != made:
-            client.delete_run(made)
     run_id = record.tracking_run_id
-    assert run_id is not None
+    if run_id is None or not _is_there(client, run_id):
+        made = _ask(lambda: _create_run(client, run, preset, dataset=dataset, tags=tags))
+        named = run.update(lambda newest: _with_tracking_run(newest, made, instead_of=record))
+        run_id = named.tracking_run_id
+        if run_id != made:
+            _ask(lambda: client.delete_run(made))
+        if run_id is None or named.generation != record.generation:
+            raise FencedError(f"run {run.run_key[:12]} was begun anew by somebody else")
     return _ask(lambda: Tracker(client, uri, run_id))
+
+
+def _with_tracking_run(newest: Record, run_id: str, *, instead_of: Record) -> Record:
+    is_as_seen = (newest.generation, newest.tracking_run_id) == (instead_of.generation, instead_of.tracking_run_id)
+    return replace(newest, tracking_run_id=run_id) if is_as_seen else newest
+
+
+def _is_there(client: MlflowClient, run_id: str) -> bool:
+    from mlflow.exceptions import MlflowException
+
+    try:
+        return bool(client.get_run(run_id).info.lifecycle_stage == "active")
+    except MlflowException as error:
+        if error.error_code == "RESOURCE_DOES_NOT_EXIST":
+            return False
+        raise InfrastructureError(f"MLflow does not answer as it should: {error}") from error
 
 
 def _create_run(
@@ -200,9 +225,9 @@ def ensure_model_version(
         if error.error_code != "RESOURCE_ALREADY_EXISTS":
             raise InfrastructureError(f"MLflow refused to make model {name!r}: {error}") from error
     by_key = f"tags.`{RUN_KEY_TAG}` = '{run_key}' and tags.`{WEIGHTS_TAG}` = '{weights_sha256}'"
-    versions = client.search_model_versions(f"name = '{name}' and {by_key}", max_results=1)
-    if versions:
-        return versions[0]
+    existing = _first_version(client, name, by_key)
+    if existing is not None:
+        return existing
     found = client.search_logged_models([tracker.experiment_id], filter_string=by_key)
     ready = [model for model in found if model.status == "READY" and model.name == name]
     if ready:
@@ -220,13 +245,22 @@ def ensure_model_version(
             client.log_model_artifacts(model.model_id, str(path))
         client.finalize_logged_model(model.model_id, "READY")
         client.log_outputs(tracker.run_id, [LoggedModelOutput(model.model_id, step=0)])
-    return client.create_model_version(
+    made = client.create_model_version(
         name,
         source=f"models:/{model.model_id}",
         run_id=tracker.run_id,
         model_id=model.model_id,
         tags={**identity, **tags},
     )
+    first = _first_version(client, name, by_key) or made
+    if str(first.version) != str(made.version):  # a racing starter was first; all agree on the lowest number
+        client.delete_model_version(name, str(made.version))
+    return first
+
+
+def _first_version(client: MlflowClient, name: str, by_key: str) -> ModelVersion | None:
+    versions = client.search_model_versions(f"name = '{name}' and {by_key}")
+    return min(versions, key=lambda version: int(version.version), default=None)
 
 
 def run_url(uri: str, experiment_id: str, run_id: str) -> str:

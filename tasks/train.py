@@ -20,12 +20,12 @@ from tasks.results import Dataset, TrainedModel
 from tasks.stack import open_stack, store_location
 from training import errors
 from training.config import Preset
-from training.documents import canonical_json, digest_of
+from training.documents import digest_of
 from training.errors import CancelledError, InfrastructureError
-from training.job import Job, agent_command, agent_environment, job_key
+from training.job import Job, agent_command, agent_environment, store_job
 from training.objectstore import Store
 from training.recipe import load_recipe
-from training.record import Record, RunRecord, run_key, start_fresh
+from training.record import Record, RunRecord, run_key, start_fresh, without_failure
 
 log = logging.getLogger(__name__)
 
@@ -36,7 +36,17 @@ CATCH_UP_SECONDS = 600.0
 
 def train_cache_key(context: Any, arguments: dict[str, Any]) -> str:
     preset: Preset = arguments["preset"]
-    return digest_of({"stage": "train", "run": key_of(preset, arguments["dataset"]), "fresh": arguments.get("fresh")})
+    run = RunRecord(open_stack()[1], key_of(preset, arguments["dataset"]))
+    record = run.create_if_missing()  # a removed run, or one begun anew, is another one
+    return digest_of(
+        {
+            "stage": "train",
+            "run": run.run_key,
+            "instance": record.instance,
+            "generation": record.generation,
+            "fresh": arguments.get("fresh"),
+        }
+    )
 
 
 def key_of(preset: Preset, dataset: Dataset) -> str:
@@ -56,7 +66,7 @@ def train(preset: Preset, dataset: Dataset, *, owner: str | None = None, fresh: 
     settings, store = open_stack()
     run, record = _open_run(store, key_of(preset, dataset), fresh)
     tags = {"unbroken.commit": commit_of(preset), "unbroken.recipe": preset.recipe, "unbroken.preset": preset.name}
-    tracker = tracking.ensure_run(settings.mlflow_uri, run, preset, dataset=asdict(dataset), tags=tags)
+    tracker = tracking.ensure_run(settings.mlflow_uri, run, record, preset, dataset=asdict(dataset), tags=tags)
     log.info("run key %s", run.run_key)
     log.info("MLflow run %s", tracker.url)
     launcher = make_launcher(settings)
@@ -72,16 +82,16 @@ def train(preset: Preset, dataset: Dataset, *, owner: str | None = None, fresh: 
     except InfrastructureError:  # the engine may well train on: a retry re-attaches, and the MLflow run stays open
         raise
     except errors.UnbrokenError as error:
-        tracker.finish("KILLED" if isinstance(error, CancelledError) else "FAILED")
+        tracker.try_to_finish("KILLED" if isinstance(error, CancelledError) else "FAILED")
         raise
     except BaseException:  # Ctrl-C or a cancelled flow run; kill -9 does not come by here, and the engine trains on
-        launcher.cancel(run.run_key)
-        tracker.finish("KILLED")
+        _cancel(launcher, run, record.generation)
+        tracker.try_to_finish("KILLED")
         raise
     log.info("step %d/%d  weights %s", preset.train.steps, preset.train.steps, record.result.weights_sha256[:12])
     tracker.note_attempts(record)
     tracker.finish("FINISHED")
-    launcher.cancel(run.run_key)  # its agents are done; this clears the engine's table
+    _cancel(launcher, run, record.generation)  # its agents are done; this clears the engine's table
     result = record.result
     return TrainedModel(
         run_key=run.run_key,
@@ -99,9 +109,19 @@ def _open_run(store: Store, key: str, fresh: str | None) -> tuple[RunRecord, Rec
     def change(record: Record) -> Record:
         if fresh is not None and record.fresh_mark != fresh:
             return replace(start_fresh(record), fresh_mark=fresh)
-        return replace(record, failure=None)
+        return without_failure(record)
 
     return run, run.update(change)
+
+
+def _cancel(launcher: Launcher, run: RunRecord, generation: int) -> None:
+    """Leave no process of this generation. The job of a newer one, begun by somebody else, is not ours to stop."""
+    try:
+        is_ours = run.read().generation == generation
+    except InfrastructureError:  # nobody can begin a new one either while the store is away
+        is_ours = True
+    if is_ours:
+        launcher.cancel(run.run_key)
 
 
 def _submit(
@@ -121,12 +141,12 @@ def _submit(
         dataset_digest=dataset.digest,
         location=location,
     )
-    store.put(job_key(record.key), canonical_json(job.to_json()))
+    digest = store_job(store, job)
     launcher.submit(
         JobSpec(
             key=record.key,
             num_nodes=preset.launch.nodes,
-            command=agent_command(record.key),
+            command=agent_command(record.key, digest),
             environment=agent_environment(location),
             owner=owner,
         )
@@ -146,6 +166,8 @@ def _follow(follower: Follower, tracker: tracking.Tracker, launcher: Launcher, k
         if time.monotonic() > next_line:
             log.info(follower.progress.line())
             next_line = time.monotonic() + LINE_SECONDS
+        if record.generation != follower.generation:
+            raise CancelledError(f"run {key[:12]} was begun anew by somebody else")
         if record.failure is not None:
             raise getattr(errors, record.failure.kind)(record.failure.message)
         if record.result is not None:
@@ -157,6 +179,7 @@ def _follow(follower: Follower, tracker: tracking.Tracker, launcher: Launcher, k
         elif status is None:
             raise CancelledError(f"run {key[:12]} was cancelled: its job is gone from the engine")
         elif status.state is not JobState.RUNNING:
+            launcher.cancel(key)  # its other nodes would wait for ever for the one that is gone
             raise InfrastructureError(
                 f"the engine's job ended without a result: see {', '.join(str(path) for path in launcher.logs(key))}"
             )

@@ -1,7 +1,7 @@
 """The node agent: joins the group, starts this node's workers, and begins again with whatever is left when one dies.
 
-Placed by an engine, one per node. It imports no torch. Exit codes: 0 the run is finished, 2 or 4 it failed for good,
-any other: start me again.
+Placed by an engine, one per node. It imports no torch. Exit codes: 0 the run is finished (or somebody began it anew),
+2 or 4 it failed for good, any other: start me again.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from pathlib import Path
 from training import errors, membership
 from training.documents import parse
 from training.errors import FencedError, InfrastructureError
-from training.job import Job, job_key
+from training.job import Job, read_job
 from training.objectstore import Store, StoreLocation
 from training.record import Departure, Member, Record, RunRecord
 from training.worker import WorkerOrder, WorkerReport, die_with
@@ -31,6 +31,7 @@ from training.worker import WorkerOrder, WorkerReport, die_with
 JOIN_POLL_SECONDS = 0.2
 WATCH_SECONDS = 0.1
 RECORD_POLL_SECONDS = 2.0
+SETTLE_SECONDS = 0.5
 RESTART_PAUSE_SECONDS = 1.0  # the engine restarts at once: spare a store that is away
 log = logging.getLogger("training.agent")
 
@@ -56,7 +57,7 @@ class Agent:
                     port=listener.getsockname()[1],
                 )
                 record = self.form_group(run, me, maybe_departure)
-                if record.result or record.failure or record.generation != self.job.generation:
+                if self.is_over(record):
                     return self.exit_code(record)
                 log.info("node %d: token %d, %d nodes", self.node, record.token, record.num_nodes)
                 maybe_departure = self.work(run, record, listener)
@@ -68,7 +69,7 @@ class Agent:
         num_nodes = self.job.preset.launch.nodes
 
         def change(record: Record) -> Record:
-            if record.result or record.failure or record.generation != self.job.generation:
+            if self.is_over(record):
                 return record
             return membership.join(record, me, num_nodes=num_nodes, maybe_departure=maybe_departure)
 
@@ -78,11 +79,17 @@ class Agent:
                 return record
             time.sleep(JOIN_POLL_SECONDS)
 
+    def is_over(self, record: Record) -> bool:
+        """Nothing is left to do for this job: not even a word about it belongs in the record."""
+        return bool(record.result or record.failure or record.generation != self.job.generation)
+
     def exit_code(self, record: Record) -> int:
-        if record.failure is not None:
-            log.error("the run failed: %s", record.failure.message)
-            return int(getattr(errors, record.failure.kind).exit_code)
-        return 0
+        """Always a final one: what is worth trying again, whoever follows the run starts again."""
+        if record.generation != self.job.generation or record.failure is None:
+            return 0
+        log.error("the run failed: %s", record.failure.message)
+        is_users = record.failure.kind == errors.UserError.__name__
+        return errors.UserError.exit_code if is_users else errors.DeterministicError.exit_code
 
     def work(self, run: RunRecord, record: Record, listener: socket.socket) -> Departure | None:
         """Run this node's workers until they end. Returns why they failed; None if they finished or were fenced."""
@@ -90,29 +97,26 @@ class Agent:
             orders = self.orders(record, listener, Path(folder))
             workers = [_start_worker(order, listener) for order in orders]
             try:
-                maybe_code = self.watch(run, record, workers)
+                codes = self.watch(run, record, workers)
             finally:
                 for worker in workers:
                     worker.kill()
                     worker.wait()
-            if maybe_code is None or maybe_code == 0:
-                return None
-            return self.departure(record, orders, [worker.returncode for worker in workers], maybe_code)
+            return self.departure(record, orders, codes) if any(codes) else None
 
-    def watch(self, run: RunRecord, record: Record, workers: Sequence[subprocess.Popen[bytes]]) -> int | None:
-        """The first failing worker's exit code, 0 if all finished, None if another token took over."""
+    def watch(self, run: RunRecord, record: Record, workers: Sequence[subprocess.Popen[bytes]]) -> list[int | None]:
+        """The workers' exit codes as soon as one failed or all finished; none if another token took over."""
         next_look = time.monotonic() + RECORD_POLL_SECONDS
         while True:
             codes = [worker.poll() for worker in workers]
-            failed = [code for code in codes if code]
-            if failed:
-                return failed[0]
+            if any(codes):
+                return _settled(workers)
             if all(code == 0 for code in codes):
-                return 0
+                return codes
             if time.monotonic() > next_look:
                 with suppress(InfrastructureError):  # S3 being away never stops a healthy job
                     if run.read().token != record.token:
-                        return None
+                        return []
                 next_look = time.monotonic() + RECORD_POLL_SECONDS
             time.sleep(WATCH_SECONDS)
 
@@ -137,24 +141,20 @@ class Agent:
             for local_rank in range(per_node)
         ]
 
-    def departure(
-        self, record: Record, orders: Sequence[WorkerOrder], codes: Sequence[int | None], code: int
-    ) -> Departure:
-        """Why this node leaves the group: the report of the worker that failed by itself, else its signal."""
-        killed = Departure(token=record.token, node=self.node, cause=_describe(code), step=0, class_name="Killed")
-        for order, worker_code in zip(orders, codes, strict=True):
-            path = Path(order.report_path)
-            if worker_code == code and path.exists():
-                report = parse(WorkerReport, json.loads(path.read_bytes()))
-                killed = replace(killed, cause=report.message, step=report.step, class_name=report.class_name)
-        log.warning("node %d left token %d: %s", self.node, record.token, killed.cause)
-        return killed
+    def departure(self, record: Record, orders: Sequence[WorkerOrder], codes: Sequence[int | None]) -> Departure:
+        """Why this node leaves the group: what failed by itself goes before what failed for the loss of a peer."""
+        reports = [_report(order, code) for order, code in zip(orders, codes, strict=True) if code]
+        report = min(reports, key=lambda report: (report.class_name == "PeerLost", report.class_name == "Exception"))
+        log.warning("node %d left token %d: %s", self.node, record.token, report.message)
+        return Departure(
+            token=record.token, node=self.node, cause=report.message, step=report.step, class_name=report.class_name
+        )
 
     def maybe_give_up(self, run: RunRecord, departure: Departure) -> None:
         """Note a failure for good in the record, if this is one."""
 
         def change(record: Record) -> Record:
-            if record.result or record.failure or departure.class_name == FencedError.__name__:
+            if self.is_over(record) or departure.class_name == FencedError.__name__:
                 return record
             noted = (*record.departures, departure) if departure not in record.departures else record.departures
             record = replace(record, departures=noted)
@@ -186,15 +186,28 @@ def _start_worker(order: WorkerOrder, listener: socket.socket) -> subprocess.Pop
     return worker
 
 
-def _describe(code: int) -> str:
-    return f"worker killed by signal {-code}" if code < 0 else f"worker exited with {code}"
+def _settled(workers: Sequence[subprocess.Popen[bytes]]) -> list[int | None]:
+    """The exit codes a moment after the first failure: whoever only lost its peer may have been quicker to say so."""
+    deadline = time.monotonic() + SETTLE_SECONDS
+    while time.monotonic() < deadline and any(worker.poll() is None for worker in workers):
+        time.sleep(WATCH_SECONDS)
+    return [worker.poll() for worker in workers]
+
+
+def _report(order: WorkerOrder, code: int) -> WorkerReport:
+    """What a failed worker said, or what its exit code says."""
+    path = Path(order.report_path)
+    if path.exists():
+        return parse(WorkerReport, json.loads(path.read_bytes()))
+    message = f"worker killed by signal {-code}" if code < 0 else f"worker exited with {code}"
+    return WorkerReport(class_name="Killed", message=message, step=0)
 
 
 def main() -> None:
-    """`python -m training.agent NODE KEY`; the store's location is in the environment, as for the settings."""
+    """`python -m training.agent NODE KEY JOB`; the store's location is in the environment, as for the settings."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(levelname)s %(message)s")
     logging.getLogger("botocore").setLevel(logging.WARNING)
-    node, key = int(sys.argv[1]), sys.argv[2]
+    node, key, digest = int(sys.argv[1]), sys.argv[2], sys.argv[3]
     die_with(os.getppid())
     location = StoreLocation(
         endpoint=os.environ.get("UNBROKEN_S3_ENDPOINT") or None,
@@ -204,7 +217,7 @@ def main() -> None:
     )
     address = os.environ.get("UNBROKEN_NODE_ADDRESS", "127.0.0.1")
     try:
-        job = Job.from_json(json.loads(Store(location).get(job_key(key))))
+        job = read_job(Store(location), key, digest)
         code = Agent(job=job, node=node, address=address).run()
     except errors.UnbrokenError as error:
         log.error("%s", error)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from training.config import Preset
-from training.documents import parse
+from training.documents import canonical_json, parse, sha256_hex
 from training.objectstore import Store, StoreLocation
 from training.record import RunRecord
 
@@ -33,14 +34,30 @@ class Job:
         return RunRecord(Store(self.location), self.key)
 
 
-def job_key(run_key: str) -> str:
-    """Where the job's description lies on the object store, for agents on any machine."""
-    return f"runs/{run_key}/job.json"
+def store_job(store: Store, job: Job) -> str:
+    """Put the job where agents on any machine find it; returns its digest.
+
+    Its name decides its bytes, so two starters of one run (with other numbers of nodes, say) cannot change what the
+    other's agents are told.
+    """
+    data = canonical_json(job.to_json())
+    digest = sha256_hex(data)
+    store.put_immutable(_job_key(job.key, digest), data)
+    return digest
 
 
-def agent_command(run_key: str) -> tuple[str, ...]:
+def read_job(store: Store, run_key: str, digest: str) -> Job:
+    """Raises `DamagedError` if it is not as it was stored."""
+    return Job.from_json(json.loads(store.get_proven(_job_key(run_key, digest), sha256=digest)))
+
+
+def _job_key(run_key: str, digest: str) -> str:
+    return f"runs/{run_key}/jobs/{digest}.json"
+
+
+def agent_command(run_key: str, job_digest: str) -> tuple[str, ...]:
     """How an engine starts the agent of node `{node}`."""
-    return (sys.executable, "-m", "training.agent", "{node}", run_key)
+    return (sys.executable, "-m", "training.agent", "{node}", run_key, job_digest)
 
 
 def agent_environment(location: StoreLocation) -> dict[str, str]:

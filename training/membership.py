@@ -47,13 +47,14 @@ def failure_to_report(record: Record, latest: Departure, *, max_restarts: int) -
     """
     if latest.class_name in ("UserError", "DeterministicError"):
         return Failure(kind=latest.class_name, message=latest.cause)
-    same = [d for d in record.departures if (d.cause, d.step) == (latest.cause, latest.step)]
+    counting = [d for d in record.departures if d.token > record.forgiven_token]
+    same = [d for d in counting if (d.cause, d.step) == (latest.cause, latest.step)]
     if latest.class_name == "Exception" and len({d.token for d in same}) > 1:
         return Failure(
             kind="DeterministicError", message=f"twice the same failure at step {latest.step}: {latest.cause}"
         )
     newest = record.checkpoints[-1].token if record.checkpoints else 0
-    restarts = {d.token for d in record.departures if d.token > newest}
+    restarts = {d.token for d in counting if d.token > newest}
     if len(restarts) > max_restarts:
         return Failure(
             kind="InfrastructureError",

@@ -205,6 +205,8 @@ class Store:
                 return "refused"
             if status == 409:
                 return "again"
+            if status == 501:
+                raise self._ignores("conditional writes (it answers 501)") from error
             if status >= 500:
                 return "unknown"
             raise self._translated(error, key) from error
@@ -253,10 +255,13 @@ class Store:
 
     def _expect(self, honoured: bool, feature: str) -> None:
         if not honoured:
-            raise UserError(
-                f"the store at {self.location.endpoint or 'AWS'} ignores {feature}: two runs could overwrite one"
-                " another there. Use one that honours them (AWS S3, SeaweedFS >= 4, MinIO)"
-            )
+            raise self._ignores(feature)
+
+    def _ignores(self, feature: str) -> UserError:
+        return UserError(
+            f"the store at {self.location.endpoint or 'AWS'} ignores {feature}: two runs could overwrite one"
+            " another there. Use one that honours them (AWS S3, SeaweedFS >= 4, MinIO)"
+        )
 
     def _typed_errors(self, key: str) -> _TypedErrors:
         return _TypedErrors(lambda error: self._translated(error, key))

@@ -6,6 +6,7 @@ Everything else of a run is immutable and counts only when the record names it (
 from __future__ import annotations
 
 import time
+import uuid
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
@@ -82,6 +83,8 @@ class Record:
     """The state of a run that all its processes agree on."""
 
     key: str
+    instance: str = ""
+    """Tells this record from one of the same key that was removed before."""
     generation: int = 0
     fresh_mark: str | None = None
     """Who asked for this generation, so that asking twice (a retry) begins anew only once."""
@@ -94,6 +97,8 @@ class Record:
     checkpoints: tuple[CheckpointRef, ...] = ()
     quarantined: tuple[Quarantined, ...] = ()
     departures: tuple[Departure, ...] = ()
+    forgiven_token: int = 0
+    """Departures up to this token count no more: somebody started the run again after it had failed."""
     environment: dict[str, str] = field(default_factory=dict)
     tracking_run_id: str | None = None
     result: Result | None = None
@@ -138,7 +143,7 @@ class RunRecord:
 
     def create_if_missing(self) -> Record:
         """The record, made if this is the first to ask."""
-        self.store.create_versioned(self.object_key, _to_json(Record(key=self.run_key)))
+        self.store.create_versioned(self.object_key, _to_json(Record(key=self.run_key, instance=uuid.uuid4().hex)))
         return self.read()
 
     def read(self) -> Record:
@@ -167,7 +172,14 @@ class RunRecord:
 
 def start_fresh(record: Record) -> Record:
     """A new generation: nothing of the old one counts, and its processes are fenced off."""
-    return Record(key=record.key, generation=record.generation + 1, token=record.token + 1)
+    return Record(key=record.key, instance=record.instance, generation=record.generation + 1, token=record.token + 1)
+
+
+def without_failure(record: Record) -> Record:
+    """To start again is to try again: the failure, and the restarts that led to it, count no more."""
+    if record.failure is None:
+        return record
+    return replace(record, failure=None, forgiven_token=record.token)
 
 
 def with_environment(record: Record, environment: dict[str, str], *, token: int) -> Record:

@@ -6,24 +6,28 @@ supervisord owns them, so the process that submitted may die; it restarts an age
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
-from collections.abc import Iterator, Mapping, Sequence
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 from xmlrpc.client import Fault
 
 from infra.launcher import JobSpec, JobState, JobStatus
 from infra.local import supervisor
+from infra.local.files import locked, write_whole
+from infra.local.node import job_path
 from training.errors import InfrastructureError
 
-ALREADY_ADDED = 90  # supervisor.xmlrpc.Faults
+BAD_NAME, ALREADY_ADDED, STILL_RUNNING = 10, 90, 91  # supervisor.xmlrpc.Faults
+NUM_TRIES = 20
 FINAL_CODES = (0, 2, 4)
 OPTIONS = {
     "process_name": "node%(process_num)d",
     "autorestart": "unexpected",
     "exitcodes": ",".join(map(str, FINAL_CODES)),
-    "startsecs": "0",
+    "startsecs": "0",  # a quick end is an end; infra.local.node limits quick failures
     "stopwaitsecs": "10",
 }
 
@@ -35,44 +39,19 @@ class LocalLauncher:
         self._home = home
 
     def submit(self, spec: JobSpec) -> None:
-        with self._alone(spec.key):
-            self._submit(spec)
-
-    def _submit(self, spec: JobSpec) -> None:
-        self._add_owner(spec)
-        status = self.find(spec.key)
-        if status is not None and status.state is JobState.RUNNING:
-            return
-        if status is not None:
-            self._remote().removeProcessGroup(spec.key)
-        log = self._log_folder(spec.key) / "node{node}.log"
-        log.parent.mkdir(parents=True, exist_ok=True)
-        section = supervisor.program_section(
-            spec.key,
-            spec.command,
-            log=log,
-            environment={"GLOO_SOCKET_IFNAME": "lo", **spec.environment},
-            directory=self._home,
-            options={**OPTIONS, "numprocs": str(spec.num_nodes)},
-        )
-        with self._alone("supervisor"):  # it reads all jobs' files at once
-            self._config(spec.key).write_text(section)
-            try:
-                self._remote().reloadConfig()
-                self._remote().addProcessGroup(spec.key)
-            except Fault as fault:
-                if fault.faultCode != ALREADY_ADDED:
-                    self._config(spec.key).unlink()
-                    self._owners_file(spec.key).unlink(missing_ok=True)
-                    raise InfrastructureError(f"the local engine refused job {spec.key[:12]}: {fault}") from fault
+        with self._lock(spec.key):
+            status = self.find(spec.key)
+            self._add_owner(spec)  # before the job runs: an owner who is cancelled meanwhile must find it
+            if status is None or status.state is JobState.ENDED:
+                self._start(spec)
 
     def find(self, key: str) -> JobStatus | None:
-        found = [info for info in self._processes() if info["group"] == key]
-        if not found:
+        with supervisor.calls():
+            infos = [info for info in self._remote().getAllProcessInfo() if info["group"] == key]
+        if not infos:
             return None
-        nodes = {info["name"]: info["statename"] for info in found}
-        over = all(_is_over(info) for info in found)
-        return JobStatus(state=JobState.ENDED if over else JobState.RUNNING, nodes=nodes)
+        state = JobState.ENDED if any(map(_is_over, infos)) else JobState.RUNNING
+        return JobStatus(state=state, nodes={info["name"]: info["statename"] for info in infos})
 
     def jobs(self) -> Mapping[str, Sequence[str]]:
         configs = (self._home / "jobs").glob("*.conf")
@@ -82,35 +61,70 @@ class LocalLauncher:
         return sorted(self._log_folder(key).glob("*.log"))
 
     def cancel(self, key: str) -> None:
-        with self._alone(key):
-            self._config(key).unlink(missing_ok=True)
-            self._owners_file(key).unlink(missing_ok=True)
-            if self.find(key) is None:
-                return
-            remote = self._remote()
-            with contextlib.suppress(Fault):  # another canceller was first
-                remote.stopProcessGroup(key)
-                remote.removeProcessGroup(key)
-            supervisor.kill_group(supervisor.stack_id(self._home), key)
+        with self._lock(key):
+            self._forget(key)  # first: a supervisor that starts again must not start the job again
+            self._stop_and_remove(key)
 
-    @contextlib.contextmanager
-    def _alone(self, name: str) -> Iterator[None]:
-        """Changes of one job are made one at a time, by whichever process."""
-        (self._home / "jobs").mkdir(parents=True, exist_ok=True)
-        with (self._home / "jobs" / f"{name}.lock").open("w") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
-            yield
+    def _start(self, spec: JobSpec) -> None:
+        self._stop_and_remove(spec.key)
+        for path in self._files(f"{spec.key}.starts"):
+            path.unlink(missing_ok=True)
+        self._write(spec)
+        try:
+            with supervisor.calls():
+                self._remote().reloadConfig()
+                self._remote().addProcessGroup(spec.key)
+        except Fault as fault:
+            if fault.faultCode != ALREADY_ADDED:
+                self._forget(spec.key)  # supervisord could not read its configuration again, for any job
+                raise InfrastructureError(f"the local engine refused job {spec.key[:12]}: {fault}") from fault
+
+    def _write(self, spec: JobSpec) -> None:
+        """Supervisord's own form knows no quoting, so command and environment go past it."""
+        log = self._log_folder(spec.key) / "node{node}.log"
+        log.parent.mkdir(parents=True, exist_ok=True)
+        environment = {"GLOO_SOCKET_IFNAME": "lo", **spec.environment}
+        job = {"command": spec.command, "environment": environment}
+        write_whole(job_path(self._home, spec.key), json.dumps(job), mode=0o600)
+        section = supervisor.program_section(
+            spec.key,
+            (sys.executable, "-P", "-m", "infra.local.node", str(self._home), spec.key, "{node}"),
+            log=log,
+            environment={},
+            directory=self._home,
+            options={**OPTIONS, "numprocs": str(spec.num_nodes)},
+        )
+        write_whole(self._config(spec.key), section)
+
+    def _stop_and_remove(self, key: str) -> None:
+        """Again, if a node was restarted in between. What left its node's process group is killed too."""
+        for _ in range(NUM_TRIES):
+            try:
+                with supervisor.calls():
+                    self._remote().stopProcessGroup(key)
+                    self._remote().removeProcessGroup(key)
+            except Fault as fault:
+                if fault.faultCode == BAD_NAME:
+                    supervisor.kill_group(supervisor.stack_id(self._home), key)
+                    return
+                if fault.faultCode != STILL_RUNNING:
+                    raise InfrastructureError(f"the local engine cannot stop job {key[:12]}: {fault}") from fault
+        raise InfrastructureError(f"the local engine cannot stop job {key[:12]}: its nodes are always starting")
+
+    def _lock(self, key: str) -> AbstractContextManager[None]:
+        """One at a time per key. Keys share 256 files, so that these do not pile up."""
+        return locked(self._home / "jobs" / "locks" / key[:2])
 
     def _remote(self) -> Any:
         return supervisor.remote(self._home)
 
-    def _processes(self) -> Sequence[Mapping[str, Any]]:
-        try:
-            return list(self._remote().getAllProcessInfo())
-        except OSError as error:
-            raise InfrastructureError(
-                "the local engine is not running: start it with `unbroken up` (or `make up`)"
-            ) from error
+    def _files(self, beginning: str) -> list[Path]:
+        return list((self._home / "jobs").glob(f"{beginning}*"))
+
+    def _forget(self, key: str) -> None:
+        self._config(key).unlink(missing_ok=True)
+        for path in self._files(f"{key}."):
+            path.unlink(missing_ok=True)
 
     def _config(self, key: str) -> Path:
         return self._home / "jobs" / f"{key}.conf"
@@ -132,6 +146,9 @@ class LocalLauncher:
 
 
 def _is_over(info: Mapping[str, Any]) -> bool:
-    """Between its end and its restart, a process that will be restarted is EXITED for a moment."""
-    state = info["statename"]
-    return state in ("FATAL", "STOPPED") or (state == "EXITED" and info["exitstatus"] in FINAL_CODES)
+    """Not over: a node that is about to be started for the first time, or again."""
+    if info["statename"] == "EXITED":
+        return info["exitstatus"] in FINAL_CODES
+    if info["statename"] == "STOPPED":
+        return bool(info["start"])
+    return bool(info["statename"] == "FATAL")

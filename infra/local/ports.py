@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import psutil
@@ -27,17 +27,23 @@ INTERNAL = (
 """SeaweedFS's own parts, which talk to one another only."""
 
 
-def choose_ports(last: Mapping[str, int], configured: Mapping[str, Any]) -> dict[str, int]:
-    """A free port for each name. Raises `UserError` if one that the user asked for is taken."""
-    chosen: dict[str, int] = {}
-    for name in USUAL:
+def choose_ports(
+    last: Mapping[str, int], configured: Mapping[str, Any], *, served: Collection[str] = ()
+) -> dict[str, int]:
+    """A free port for each name; `served` ones stay, since the stack itself listens there.
+
+    Raises `UserError` if a port that the user asked for is taken.
+    """
+    kept = {*served, *(INTERNAL if "s3" in served else ())}
+    chosen = {name: last[name] for name in kept if name in last}
+    for name in sorted(USUAL.keys() - chosen.keys()):
         wanted = os.environ.get(f"UNBROKEN_{name.upper()}_PORT") or configured.get(name)
         if wanted is not None:
             chosen[name] = _wanted(name, wanted, chosen)
     for name, usual in USUAL.items():
         if name not in chosen:
             chosen[name] = _first_free([last.get(name, usual), usual], taken=chosen)
-    for name in INTERNAL:
+    for name in sorted(set(INTERNAL) - chosen.keys()):
         chosen[name] = _first_free([last[name]] if name in last else [], taken=chosen)
     return chosen
 
@@ -66,6 +72,18 @@ def _first_free(candidates: list[int], *, taken: Mapping[str, int]) -> int:
     while (port := free_port()) in taken.values():
         pass
     return port
+
+
+def listening_ports(process: psutil.Process) -> set[int]:
+    """Where a process, or one that descends from it, takes calls."""
+    found: set[int] = set()
+    try:
+        for member in (process, *process.children(recursive=True)):
+            connections = member.net_connections("tcp")
+            found |= {c.laddr.port for c in connections if c.status == psutil.CONN_LISTEN}
+    except psutil.Error:  # it ended meanwhile
+        pass
+    return found
 
 
 def free_port() -> int:

@@ -30,6 +30,7 @@ class Service:
     environment: Mapping[str, str] = field(default_factory=dict)
     is_healthy: Callable[[], bool]
     url: str
+    port: int | None = None
 
 
 def local_services(settings: Settings, ports: Mapping[str, int], external: frozenset[str]) -> list[Service]:
@@ -74,6 +75,7 @@ def s3_service(home: Path, ports: Mapping[str, int]) -> Service:
         command=(_script("weed"), f"-logdir={home / 'logs'}", "mini", *(f"-{k}={v}" for k, v in flags.items())),
         is_healthy=lambda: _answers(f"{url}/healthz"),
         url=url,
+        port=ports["s3"],
     )
 
 
@@ -124,6 +126,7 @@ def mlflow_service(settings: Settings, port: int) -> Service:
         },
         is_healthy=lambda: _answers(f"{url}/health"),
         url=url,
+        port=port,
     )
 
 
@@ -136,6 +139,7 @@ def prefect_service(settings: Settings, port: int) -> Service:
         environment={**environment(settings), "PREFECT_UI_API_URL": f"{url}/api"},
         is_healthy=lambda: _answers(f"{url}/api/health"),
         url=url,
+        port=port,
     )
 
 

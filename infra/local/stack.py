@@ -2,27 +2,41 @@
 
 from __future__ import annotations
 
-import fcntl
+import contextlib
+import shlex
 import shutil
 import sysconfig
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 from xmlrpc.client import Fault
 
 from infra.local import provision, supervisor
-from infra.local.ports import choose_ports
+from infra.local.files import locked, write_whole
+from infra.local.ports import LOOPBACK, choose_ports
 from infra.local.services import Service, local_services
+from infra.local.watch import (
+    NAMES,
+    PortLostError,
+    Report,
+    ServiceStatus,
+    infos,
+    log_path,
+    served_names,
+    status_of,
+    wait_until_it_serves,
+)
 from infra.settings import (
     DEFAULT_BUCKET,
+    FOREIGN_KEYS,
     PROJECT_ROOT,
     Settings,
     activate,
     credentials_path,
     environment,
+    external_parts,
     home,
     load_settings,
     read_settings_file,
@@ -33,18 +47,7 @@ from training.errors import InfrastructureError, UserError
 
 START_SECONDS = 180.0
 MIN_FREE_BYTES = 2**30
-Report = Callable[[str], None]
-
-
-@dataclass(frozen=True, kw_only=True)
-class ServiceStatus:
-    """What is known of one service."""
-
-    name: str
-    state: str
-    healthy: bool
-    url: str
-    log: str
+NUM_TRIES = 3
 
 
 def up(report: Report) -> Settings:
@@ -54,68 +57,85 @@ def up(report: Report) -> Settings:
     does not come up, its log's end and where the log is.
     """
     folder = home()
-    folder.mkdir(parents=True, exist_ok=True)
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     require_free_disk(shutil.disk_usage(folder).free, folder)
-    with (folder / "up.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # a second `up` would take the first's services for orphans
+    with locked(folder / "up.lock"):
+        for _ in range(NUM_TRIES - 1):
+            with contextlib.suppress(PortLostError):  # another stack starts on this machine just now: choose again
+                return _up(folder, report)
         return _up(folder, report)
 
 
 def _up(folder: Path, report: Report) -> Settings:
-    if not supervisor.is_running(folder):
-        _begin(folder, report)
+    was_running = supervisor.is_running(folder)
+    if not was_running:
+        _clear(folder, report)
+    _write_addresses(folder, was_running=was_running)
     settings = load_settings()
     activate(settings)
     services = {service.name: service for service in _services(settings)}
-    if all(status.healthy for status in status_of(folder, list(services.values()))):
-        provision.provision(settings, report)
-        return settings
-    _start_stopped(folder)
-    _wait(folder, _picked(services, "s3"), report)
-    provision.create_bucket(settings)
-    _wait(folder, _picked(services, "prefect"), report)
-    with ThreadPoolExecutor(1) as pool:
-        provisioned = pool.submit(provision.provision, settings, report)
-        _wait(folder, _picked(services, "mlflow"), report)
-        provisioned.result()
-    _start(folder, "worker")
-    _wait(folder, _picked(services, "worker"), report)
+    _begin(settings, services, report, was_running=was_running)
+    if not all(status.healthy for status in status_of(folder, services.values())):
+        _bring_up(settings, services, report)
+    provision.provision(settings, report)
     return settings
 
 
-def _begin(folder: Path, report: Report) -> None:
-    """Choose ports, write what others need to find the stack, and start the supervisor."""
-    killed = supervisor.kill_orphans(folder)
-    if killed:
-        report(f"killed {killed} processes that had outlived their supervisor")
+def _clear(folder: Path, report: Report) -> None:
+    """Away with what outlived its supervisor: it would hold the ports and the databases."""
+    num_killed = supervisor.stop(folder)
+    if num_killed:
+        report(f"killed {num_killed} processes that had outlived their supervisor")
+
+
+def _write_addresses(folder: Path, *, was_running: bool) -> None:
+    """Write down the ports, and where others find the services that run here."""
     file = read_settings_file()
-    ports = choose_ports(read_state(folder).get("ports", {}), file.get("ports", {}))
-    state = {
-        "ports": ports,
-        "s3": {"endpoint": f"http://127.0.0.1:{ports['s3']}", "bucket": DEFAULT_BUCKET},
-        "mlflow": {"uri": f"http://127.0.0.1:{ports['mlflow']}"},
-        "prefect": {"api_url": f"http://127.0.0.1:{ports['prefect']}/api"},
+    last = read_state(folder).get("ports", {})
+    served = served_names(folder, last) if was_running else set()
+    ports = choose_ports(last, file.get("ports", {}), served=served)
+    addresses = {
+        "s3": {"endpoint": f"http://{LOOPBACK}:{ports['s3']}", "bucket": DEFAULT_BUCKET},
+        "mlflow": {"uri": f"http://{LOOPBACK}:{ports['mlflow']}"},
+        "prefect": {"api_url": f"http://{LOOPBACK}:{ports['prefect']}/api"},
     }
-    write_state(folder, state)
-    settings = load_settings()
-    activate(settings)
+    local = {part: address for part, address in addresses.items() if part not in external_parts(file)}
+    write_state(folder, {"ports": ports, **local})
+
+
+def _begin(settings: Settings, services: Mapping[str, Service], report: Report, *, was_running: bool) -> None:
+    """Start the supervisor, or bring the running one to settings that have changed."""
+    folder = settings.home
+    changed = supervisor.write_config(folder, [_section(folder, service) for service in services.values()])
+    if was_running and not changed:
+        return
     _write_shell_environment(settings)
     _write_dvc_remote(settings)
-    supervisor.write_config(folder, [_section(folder, service) for service in _services(settings)])
-    report("starting the supervisor")
-    supervisor.start(folder)
+    if was_running:
+        report("the settings have changed: restarting what they concern")
+        supervisor.apply_config(folder, NAMES)
+    else:
+        report("starting the supervisor")
+        supervisor.start(folder)
+
+
+def _bring_up(settings: Settings, services: Mapping[str, Service], report: Report) -> None:
+    folder = settings.home
+    _start_stopped(folder)
+    _wait(settings, services, "s3", report)
+    provision.create_bucket(settings)
+    _wait(settings, services, "prefect", report)
+    with ThreadPoolExecutor(1) as pool:
+        provisioned = pool.submit(provision.provision, settings, report)
+        _wait(settings, services, "mlflow", report)
+        provisioned.result()
+    _start(folder, "worker")
+    _wait(settings, services, "worker", report)
 
 
 def _services(settings: Settings) -> list[Service]:
-    import os
-
-    file = read_settings_file()
-    external = {
-        part
-        for part, variable in (("s3", "S3_ENDPOINT"), ("mlflow", "MLFLOW_URI"), ("prefect", "PREFECT_API_URL"))
-        if file.get(part) or os.environ.get(f"UNBROKEN_{variable}")
-    }
-    return local_services(settings, read_state(settings.home)["ports"], frozenset(external))
+    external = external_parts(read_settings_file())
+    return local_services(settings, read_state(settings.home)["ports"], external)
 
 
 def _section(folder: Path, service: Service) -> str:
@@ -123,7 +143,7 @@ def _section(folder: Path, service: Service) -> str:
     return supervisor.program_section(
         service.name,
         service.command,
-        log=folder / "logs" / f"{service.name}.log",
+        log=log_path(folder, service.name),
         environment=service.environment,
         directory=folder,
         options={
@@ -135,77 +155,46 @@ def _section(folder: Path, service: Service) -> str:
     )
 
 
-def _picked(services: Mapping[str, Service], name: str) -> list[Service]:
-    return [services[name]] if name in services else []
+def _wait(settings: Settings, services: Mapping[str, Service], name: str, report: Report) -> None:
+    """For a service that runs here; an existing server is not waited for."""
+    if name in services:
+        wait_until_it_serves(settings.home, services[name], report, timeout_seconds=START_SECONDS)
 
 
 def _start_stopped(folder: Path) -> None:
     """Start services that gave up."""
-    for info in supervisor.remote(folder).getAllProcessInfo():
-        if info["statename"] in ("FATAL", "EXITED", "STOPPED") and info["group"] == info["name"] != "worker":
-            _start(folder, info["name"])
+    for name, info in infos(folder).items():
+        if info["statename"] in ("FATAL", "EXITED", "STOPPED") and name != "worker":
+            _start(folder, name)
 
 
 def _start(folder: Path, name: str) -> None:
     try:
-        supervisor.remote(folder).startProcess(name, False)
+        with supervisor.calls():
+            supervisor.remote(folder).startProcess(name, False)
     except Fault as fault:
         if "ALREADY_STARTED" not in str(fault):
             raise InfrastructureError(f"service {name!r} cannot be started: {fault}") from fault
 
 
-def _wait(folder: Path, services: list[Service], report: Report) -> None:
-    deadline = time.monotonic() + START_SECONDS
-    for service in services:
-        while not service.is_healthy():
-            state = _state(folder, service.name)
-            if state == "FATAL" or time.monotonic() > deadline:
-                raise InfrastructureError(_does_not_come_up(folder, service.name, state))
-            time.sleep(0.2)
-        report(f"{service.name} is up at {service.url}")
-
-
-def _state(folder: Path, name: str) -> str:
-    return str(supervisor.remote(folder).getProcessInfo(name)["statename"])
-
-
-def _does_not_come_up(folder: Path, name: str, state: str) -> str:
-    log = folder / "logs" / f"{name}.log"
-    tail = log.read_text(errors="replace").splitlines()[-12:] if log.exists() else []
-    return f"service {name!r} does not come up ({state}); its log is {log} and ends with:\n  " + "\n  ".join(tail)
-
-
 def down() -> bool:
     """Stop everything and leave no process; the data stays. False if nothing ran."""
     folder = home()
-    ran = supervisor.supervisor_process(folder) is not None or bool(supervisor.stack_processes(folder))
-    supervisor.stop(folder)
-    state = read_state(folder)
-    if state:  # the ports are kept for next time; addresses where nobody listens are not
-        write_state(folder, {"ports": state["ports"]})
-    return ran
+    if not folder.is_dir():
+        return False
+    with locked(folder / "up.lock"):
+        ran = supervisor.supervisor_process(folder) is not None or bool(supervisor.stack_processes(folder))
+        supervisor.stop(folder)
+        ports = read_state(folder).get("ports")
+        if ports:  # kept for next time; addresses where nobody listens are not
+            write_state(folder, {"ports": ports})
+        return ran
 
 
 def status() -> list[ServiceStatus]:
     """Every local service. Raises `InfrastructureError` if the stack was never up."""
     settings = load_settings()
     return status_of(settings.home, _services(settings)) if read_state(settings.home) else []
-
-
-def status_of(folder: Path, services: list[Service]) -> list[ServiceStatus]:
-    running = supervisor.is_running(folder)
-    with ThreadPoolExecutor(len(services)) as pool:
-        healths = list(pool.map(lambda service: running and service.is_healthy(), services))
-    return [
-        ServiceStatus(
-            name=service.name,
-            state=_state(folder, service.name).lower() if running else "stopped",
-            healthy=healthy,
-            url=service.url,
-            log=str(folder / "logs" / f"{service.name}.log"),
-        )
-        for service, healthy in zip(services, healths, strict=True)
-    ]
 
 
 def status_json() -> list[dict[str, Any]]:
@@ -223,9 +212,11 @@ def require_free_disk(free_bytes: int, folder: Path) -> None:
 
 def _write_shell_environment(settings: Settings) -> None:
     """For `source .unbroken/env`. It names the credentials' file, and holds no secret itself."""
-    lines = [f"export {name}='{value}'" for name, value in sorted(environment(settings).items())]
-    lines.append(f"export PATH='{sysconfig.get_path('scripts')}':\"$PATH\"")
-    (settings.home / "env").write_text("\n".join(lines) + "\n")
+    lines = [f"export {name}={shlex.quote(value)}" for name, value in sorted(environment(settings).items())]
+    if settings.s3_is_local:  # as `activate` does
+        lines.append(f"unset {' '.join(FOREIGN_KEYS)}")
+    lines.append(f'export PATH={shlex.quote(sysconfig.get_path("scripts"))}:"$PATH"')
+    write_whole(settings.home / "env", "\n".join(lines) + "\n")
 
 
 def _write_dvc_remote(settings: Settings) -> None:

@@ -6,22 +6,31 @@ import contextlib
 import hashlib
 import os
 import shutil
+import stat
 import subprocess
 import sys
-import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
+from http.client import HTTPException
 from pathlib import Path
 from typing import Any, cast
+from xmlrpc.client import Fault, ProtocolError
 
 import psutil
 
-from training.errors import InfrastructureError
+from infra.local.files import write_whole
+from training.errors import InfrastructureError, UserError
 
 STACK_MARK = "UNBROKEN_STACK_ID"
 """Only supervisord sets this, to a hash of the home folder: so what outlived a killed supervisord can be found."""
 
 START_SECONDS = 15.0
+STOP_SECONDS = 40.0
+SHUTDOWN_STATE = 6  # supervisor.xmlrpc.Faults
+SIGNS = ('"', "'", "\n", " ;", " #")
+"""What supervisord's configuration cannot hold in a value."""
+NOT_RUNNING = "the local engine is not running: start it with `unbroken up` (or `make up`)"
 
 
 def stack_id(home: Path) -> str:
@@ -29,12 +38,18 @@ def stack_id(home: Path) -> str:
 
 
 def socket_path(home: Path) -> Path:
-    """Short, since a Unix socket's path may have 107 bytes at most; in a folder that only its owner may enter."""
-    folder = Path(tempfile.gettempdir()) / f"unbroken-{os.getuid()}-{stack_id(home)}"
+    """Short, since a Unix socket's path may have 107 bytes at most; and the same whatever TMPDIR is."""
+    return Path("/tmp") / f"unbroken-{os.getuid()}-{stack_id(home)}" / "supervisor.sock"
+
+
+def _make_socket_folder(home: Path) -> None:
+    """Only its owner may enter it. A link, or somebody else's folder, would hand the stack to a stranger."""
+    folder = socket_path(home).parent
     folder.mkdir(mode=0o700, exist_ok=True)
-    if folder.stat().st_uid != os.getuid():
+    found = folder.lstat()
+    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid():
         raise InfrastructureError(f"{folder} belongs to another user: remove it")
-    return folder / "supervisor.sock"
+    folder.chmod(0o700)
 
 
 def program_section(
@@ -50,10 +65,10 @@ def program_section(
     variables = ",".join(f'{key}="{_escaped(value)}"' for key, value in environment.items())
     lines = {
         "command": " ".join(f'"{_escaped(part)}"'.replace("{node}", "%(process_num)d") for part in command),
-        "directory": str(directory),
+        "directory": _escaped(str(directory)),
         "environment": variables,
         "redirect_stderr": "true",
-        "stdout_logfile": str(log).replace("{node}", "%(process_num)d"),
+        "stdout_logfile": _escaped(str(log)).replace("{node}", "%(process_num)d"),
         "stdout_logfile_maxbytes": "20MB",
         "stdout_logfile_backups": "2",
         "stopasgroup": "true",
@@ -64,18 +79,23 @@ def program_section(
 
 
 def _escaped(value: str) -> str:
-    return value.replace("%", "%%").replace('"', '\\"')
+    if any(sign in value for sign in SIGNS):
+        raise UserError(f"{value!r}: the local stack can have no quote, line end, ' ;' or ' #' in a path or address")
+    return value.replace("%", "%%")
 
 
-def write_config(home: Path, programs: list[str]) -> Path:
-    """The main configuration; jobs of the local engine are included from their own files."""
+def write_config(home: Path, programs: list[str]) -> bool:
+    """The main configuration, which includes the jobs from their own files. Returns whether it changed."""
     path = home / "supervisord.conf"
+    folder = _escaped(str(home))
+    if "%" in folder:  # it expands some paths twice
+        raise UserError(f"{home}: the local stack's folder can have no '%' in its path: set UNBROKEN_HOME to another")
     head = f"""[supervisord]
-logfile = {home}/logs/supervisord.log
-pidfile = {home}/supervisord.pid
+logfile = {folder}/logs/supervisord.log
+pidfile = {folder}/supervisord.pid
 identifier = unbroken-{stack_id(home)}
 environment = {STACK_MARK}="{stack_id(home)}"
-childlogdir = {home}/logs
+childlogdir = {folder}/logs
 minfds = 1024
 
 [unix_http_server]
@@ -92,13 +112,15 @@ files = jobs/*.conf
     text = head + "\n".join(programs)
     (home / "jobs").mkdir(parents=True, exist_ok=True)
     (home / "logs").mkdir(parents=True, exist_ok=True)
-    if not path.exists() or path.read_text() != text:
-        path.write_text(text)
-    return path
+    if path.exists() and path.read_text() == text:
+        return False
+    write_whole(path, text)
+    return True
 
 
 def start(home: Path) -> None:
     """Start supervisord on its configuration, away from this process's session and terminal."""
+    _make_socket_folder(home)
     log = (home / "logs" / "supervisord.start.log").open("w")
     with log:
         process = subprocess.Popen(
@@ -108,6 +130,7 @@ def start(home: Path) -> None:
             stderr=subprocess.STDOUT,
             start_new_session=True,
             cwd=home,
+            env={name: value for name, value in os.environ.items() if name != STACK_MARK},
         )
     deadline = time.monotonic() + START_SECONDS
     while not is_running(home):
@@ -127,11 +150,36 @@ def remote(home: Path) -> Any:
     return cast(Any, ServerProxy("http://localhost", transport=transport)).supervisor
 
 
+@contextmanager
+def calls() -> Iterator[None]:
+    """Around calls of `remote`: a supervisord that does not answer is an error that says what to do."""
+    try:
+        yield
+    except (OSError, HTTPException, ProtocolError) as error:
+        raise InfrastructureError(f"{NOT_RUNNING} ({error})") from error
+    except Fault as fault:
+        if fault.faultCode == SHUTDOWN_STATE:
+            raise InfrastructureError(f"{NOT_RUNNING} (it is being stopped)") from fault
+        raise
+
+
 def is_running(home: Path) -> bool:
     try:
         return bool(remote(home).getState()["statename"] == "RUNNING")
-    except (OSError, ConnectionError):
+    except (OSError, HTTPException, ProtocolError, Fault):
         return False
+
+
+def apply_config(home: Path, services: Collection[str]) -> None:
+    """Bring a running supervisord to its changed configuration. Jobs are the launcher's and left alone."""
+    supervisor = remote(home)
+    with calls():
+        ((added, changed, removed),) = supervisor.reloadConfig()
+        for name in {*changed, *removed} & set(services):
+            supervisor.stopProcessGroup(name)
+            supervisor.removeProcessGroup(name)
+        for name in {*added, *changed} & set(services):
+            supervisor.addProcessGroup(name)
 
 
 def stack_processes(home: Path) -> list[psutil.Process]:
@@ -185,14 +233,16 @@ def kill_orphans(home: Path) -> int:
     return len(processes)
 
 
-def stop(home: Path) -> None:
-    """Stop supervisord and all that it runs, and leave no process."""
+def stop(home: Path) -> int:
+    """Stop supervisord and all that it runs; returns how many processes it had not stopped, and that were killed."""
     supervisor = supervisor_process(home)
-    if is_running(home):
-        remote(home).shutdown()
     if supervisor is not None:
-        _, alive = psutil.wait_procs([supervisor], timeout=40)
+        with contextlib.suppress(psutil.Error):
+            supervisor.terminate()
+        _, alive = psutil.wait_procs([supervisor], timeout=STOP_SECONDS)
         for process in alive:
             process.kill()
-    kill_orphans(home)
+        psutil.wait_procs(alive, timeout=10)
+    num_killed = kill_orphans(home)
     shutil.rmtree(socket_path(home).parent, ignore_errors=True)
+    return num_killed

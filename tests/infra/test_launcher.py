@@ -7,7 +7,6 @@ import subprocess
 import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from threading import Barrier
@@ -55,15 +54,14 @@ def test_submitting_again_is_the_same_job_with_one_more_owner(toy_job: MakeJob) 
     assert job.launcher.jobs()[job.spec.key] == ["first", "second"]
 
 
-def test_job_that_the_engine_cannot_take_does_not_stand_in_the_way_of_others(toy_job: MakeJob) -> None:
-    """Supervisord's own form cannot hold this value: the job is refused, and leaves nothing behind."""
-    bad = toy_job()
-    bad.spec = replace(bad.spec, environment={"QUOTES": "\"'"})
-    with suppress(InfrastructureError):
-        bad.submit()
-    good = toy_job()
-    good.submit()
-    assert good.wait_for_starts(1)
+def test_environment_may_hold_any_sign(toy_job: MakeJob) -> None:
+    """Supervisord's own form could not hold this value."""
+    job = toy_job("(folder / 'told').write_text(os.environ['TOLD'])\nsignal.pause()")
+    told = "\"'; # %(x)s"
+    job.spec = replace(job.spec, environment={"TOLD": told})
+    job.submit()
+    wait_until((job.folder / "told").exists, what="the node's environment")
+    assert wait_until(lambda: _text(job.folder / "told"), what="its text") == told
 
 
 def test_killed_node_is_restarted_and_the_others_are_left_alone(toy_job: MakeJob) -> None:
@@ -106,6 +104,18 @@ def test_ended_job_runs_again_when_it_is_submitted_again(toy_job: MakeJob) -> No
     wait_until(lambda: job.state() is JobState.ENDED, what="the job's end")
     job.submit()
     assert len(job.wait_for_starts(2)) == 2
+
+
+def test_gang_is_over_once_one_node_is_done_and_all_its_nodes_start_again(toy_job: MakeJob) -> None:
+    """Or whoever follows it would wait for ever, as the nodes that are left do."""
+    job = toy_job("node == '0' and num_starts == 1 and sys.exit(0)\nsignal.pause()", num_nodes=2)
+    job.submit()
+    (left,) = job.wait_for_starts(1, 1)
+    wait_until(lambda: job.state() is JobState.ENDED, what="the job's end")
+    job.submit()
+    assert len(job.wait_for_starts(2, 0)) == len(job.wait_for_starts(2, 1)) == 2
+    assert not is_alive(left)
+    assert job.state() is JobState.RUNNING
 
 
 def test_job_outlives_who_submitted_it(toy_job: MakeJob) -> None:

@@ -136,6 +136,7 @@ def test_a_fresh_generation_holds_nothing_and_fences_the_old_one_off() -> None:
 
 FULL = Record(
     key="k",
+    instance="i",
     generation=1,
     fresh_mark="m",
     token=2,
@@ -145,6 +146,7 @@ FULL = Record(
     checkpoints=(checkpoint(5, token=1),),
     quarantined=(Quarantined(checkpoint=checkpoint(7, token=1), reason="r"),),
     departures=(Departure(token=1, node=0, cause="c", step=6, class_name="Killed"),),
+    forgiven_token=1,
     environment={"torch": "2"},
     tracking_run_id="t",
     result=RESULT,
@@ -174,7 +176,9 @@ def test_a_record_is_made_once(run: RunRecord) -> None:
     assert run.find() is None
     with pytest.raises(MissingError):
         run.read()
-    assert run.create_if_missing() == Record(key="key")
+    made = run.create_if_missing()
+    assert made == Record(key="key", instance=made.instance)
+    assert made.instance
     run.update(lambda record: replace(record, token=7))
     assert run.create_if_missing().token == 7
 

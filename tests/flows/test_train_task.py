@@ -1,0 +1,115 @@
+"""The train stage around its engine: which finished work it takes for its own, and which jobs it stops."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from infra.launcher import JobSpec, JobState, JobStatus
+from infra.local.ports import free_port
+from tasks import train as stage
+from tasks.follow import Follower
+from tasks.results import Dataset
+from tests.conftest import Stack
+from training.config import load_preset
+from training.errors import CancelledError, InfrastructureError
+from training.objectstore import Store
+from training.record import RunRecord, start_fresh
+
+DATASET = Dataset(name="digits", digest="", num_train_samples=1, num_test_samples=1, num_shards=2, num_bytes=2)
+
+
+class FakeEngine:
+    """A job that is as it is told to be."""
+
+    def __init__(self, status: JobStatus | None) -> None:
+        self.status = status
+        self.cancelled: list[str] = []
+
+    def submit(self, spec: JobSpec) -> None:
+        raise AssertionError("nothing is submitted here")
+
+    def find(self, key: str) -> JobStatus | None:
+        return self.status
+
+    def jobs(self) -> Mapping[str, Sequence[str]]:
+        return {}
+
+    def logs(self, key: str) -> Sequence[Path]:
+        return [Path("node0.log")]
+
+    def cancel(self, key: str) -> None:
+        self.cancelled.append(key)
+
+
+RUNNING = JobStatus(state=JobState.RUNNING, nodes={"node0": "RUNNING"})
+ENDED = JobStatus(state=JobState.ENDED, nodes={"node0": "EXITED", "node1": "RUNNING"})
+
+
+@pytest.fixture
+def arguments(stack: Stack) -> dict[str, Any]:
+    return {"preset": load_preset("digits"), "dataset": replace(DATASET, digest=uuid.uuid4().hex), "fresh": None}
+
+
+@pytest.fixture
+def run(stack: Stack) -> RunRecord:
+    run = RunRecord(stack.store, f"test-{uuid.uuid4().hex}")
+    run.create_if_missing()
+    return run
+
+
+def test_cached_training_is_that_of_this_very_run(stack: Stack, arguments: dict[str, Any]) -> None:
+    """The key stays while the run does; a run that was removed, or begun anew, has another one."""
+    run = RunRecord(stack.store, stage.key_of(arguments["preset"], arguments["dataset"]))
+    first = stage.train_cache_key(None, arguments)
+    assert stage.train_cache_key(None, arguments) == first
+    assert stage.train_cache_key(None, {**arguments, "fresh": "me"}) != first
+    run.update(start_fresh)
+    anew = stage.train_cache_key(None, arguments)
+    stack.store.delete(run.object_key)
+    removed = stage.train_cache_key(None, arguments)
+    assert len({first, anew, removed}) == 3
+
+
+def test_job_of_a_newer_generation_is_left_alone(run: RunRecord) -> None:
+    engine = FakeEngine(RUNNING)
+    run.update(start_fresh)
+    stage._cancel(engine, run, 0)
+    assert engine.cancelled == []
+    stage._cancel(engine, run, 1)
+    assert engine.cancelled == [run.run_key]
+
+
+def test_job_is_stopped_although_the_store_is_away(stack: Stack) -> None:
+    engine = FakeEngine(RUNNING)
+    away = Store(replace(stack.location, endpoint=f"http://127.0.0.1:{free_port()}"))
+    stage._cancel(engine, RunRecord(away, "key"), 0)
+    assert engine.cancelled == ["key"]
+
+
+def follow(run: RunRecord, engine: FakeEngine) -> None:
+    tracker: Any = None
+    stage._follow(Follower(run, generation=0, num_steps=1), tracker, engine, run.run_key)
+
+
+def test_follower_of_a_run_that_was_begun_anew_says_so(run: RunRecord) -> None:
+    run.update(start_fresh)
+    with pytest.raises(CancelledError, match="begun anew"):
+        follow(run, FakeEngine(RUNNING))
+
+
+def test_gang_that_is_not_whole_any_more_is_ended_and_named(run: RunRecord) -> None:
+    engine = FakeEngine(ENDED)
+    with pytest.raises(InfrastructureError, match=r"without a result: see node0\.log"):
+        follow(run, engine)
+    assert engine.cancelled == [run.run_key]
+
+
+def test_job_that_the_engine_does_not_know_was_cancelled(run: RunRecord) -> None:
+    with pytest.raises(CancelledError, match="gone from the engine"):
+        follow(run, FakeEngine(None))
