@@ -42,9 +42,20 @@ class Recipe(ABC):
     metrics: ClassVar[Mapping[str, str]] = {"loss": "min"}
     """The scores to report, and whether a greater ("max") or a smaller ("min") one is better."""
 
+    ragged: ClassVar[frozenset[str]] = frozenset()
+    """Fields that `encode` gives with a first length that differs from sample to sample (text, compressed images)."""
+
     @abstractmethod
     def encode(self, record: Record) -> Iterable[Sample]:
         """The samples of one record (none, one or many). A pure function; `ValueError` says what is wrong."""
+
+    def decode(self, sample: Sample, random: np.random.Generator | None) -> Sample:
+        """A stored sample as the model wants it: unpacked, augmented, every array of a fixed shape.
+
+        `random` depends on the seed, the epoch and the sample alone; None when nothing may be left to chance
+        (evaluation). Called for every sample of every epoch, by several threads at once; a pure function.
+        """
+        return sample
 
     @abstractmethod
     def model(self) -> nn.Module:

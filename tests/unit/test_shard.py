@@ -13,7 +13,7 @@ import safetensors.numpy
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from training.data.shard import decode_shard, dtype_is_known, encode_shard
+from training.data.shard import Ragged, decode_shard, dtype_is_known, encode_shard
 from training.errors import DamagedError
 
 GOLDEN_FILE = Path(__file__).parents[1] / "golden" / "shard-format-1.safetensors"
@@ -29,13 +29,31 @@ DTYPES = ("uint8", "int8", "int16", "int32", "int64", "float16", "float32", "flo
 
 
 def test_round_trip() -> None:
-    ids, columns = decode_shard(encode_shard(IDS, FIELDS), name="x")
-    assert ids == IDS
+    shard = decode_shard(encode_shard(IDS, FIELDS), name="x")
+    columns = shard.columns
+    assert shard.ids == IDS
     assert set(columns) == set(FIELDS)
     for name, column in FIELDS.items():
-        assert columns[name].dtype == column.dtype
-        assert columns[name].tobytes() == column.tobytes()
-        assert columns[name].shape == column.shape
+        found = columns[name]
+        assert isinstance(found, np.ndarray)
+        assert (found.dtype, found.shape) == (column.dtype, column.shape)
+        assert found.tobytes() == column.tobytes()
+
+
+def test_rows_of_different_length() -> None:
+    rows = [np.arange(3, dtype=np.int16), np.zeros(0, dtype=np.int16), np.arange(5, dtype=np.int16)]
+    data = encode_shard(IDS, {**FIELDS, "text": Ragged.stack(rows)})
+    shard = decode_shard(data, name="x")
+    assert set(shard.columns) == {*FIELDS, "text"}
+    assert [shard.columns["text"][row].tolist() for row in range(3)] == [row.tolist() for row in rows]
+    assert safetensors.numpy.load(data)["text.ends"].tolist() == [3, 3, 8]
+
+
+@pytest.mark.parametrize("ends", [[3, 2, 8], [-1, 3, 8], [3, 3, 7], [3, 8]])
+def test_wrong_ends_of_rows_are_damage(ends: list[int]) -> None:
+    bad = Ragged(np.arange(8, dtype=np.int16), np.array(ends, dtype=np.int64))
+    with pytest.raises(DamagedError, match="shard bad"):
+        decode_shard(encode_shard(IDS, {"text": bad}), name="bad")
 
 
 @given(
@@ -48,10 +66,12 @@ def test_round_trip() -> None:
 def test_round_trip_of_any_dtype_and_shape(rows: int, dtype: str, inner: list[int], data: st.DataObject) -> None:
     ids = data.draw(st.lists(st.text(max_size=5), min_size=rows, max_size=rows))
     column = np.arange(rows * int(np.prod(inner)), dtype=np.int64).reshape(rows, *inner).astype(dtype)
-    back_ids, columns = decode_shard(encode_shard(ids, {"x": column}), name="x")
-    assert back_ids == ids
-    assert columns["x"].dtype == column.dtype
-    assert np.array_equal(columns["x"], column)
+    shard = decode_shard(encode_shard(ids, {"x": column}), name="x")
+    back = shard.columns["x"]
+    assert isinstance(back, np.ndarray)
+    assert shard.ids == ids
+    assert back.dtype == column.dtype
+    assert np.array_equal(back, column)
 
 
 def test_the_same_samples_give_the_same_bytes_whatever_their_memory_looks_like() -> None:
@@ -75,9 +95,9 @@ def test_golden_bytes() -> None:
     data = encode_shard(IDS, FIELDS)
     assert hashlib.sha256(data).hexdigest() == GOLDEN_SHA256
     assert GOLDEN_FILE.read_bytes() == data
-    ids, columns = decode_shard(GOLDEN_FILE.read_bytes(), name="golden")
-    assert ids == IDS
-    assert columns["label"].tolist() == [7, -1, 2**40]
+    shard = decode_shard(GOLDEN_FILE.read_bytes(), name="golden")
+    assert shard.ids == IDS
+    assert [int(value) for value in shard.columns["label"]] == [7, -1, 2**40]
 
 
 def test_every_truncation_is_damage() -> None:

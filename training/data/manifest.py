@@ -28,10 +28,10 @@ class ShardInfo:
 
 @dataclass(frozen=True, kw_only=True)
 class FieldInfo:
-    """dtype and shape of one field of a sample."""
+    """dtype and shape of one field of a sample. A first length of None: it differs from sample to sample."""
 
     dtype: str
-    shape: tuple[int, ...]
+    shape: tuple[int | None, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,6 +40,8 @@ class Manifest:
 
     fields: Mapping[str, FieldInfo]
     splits: Mapping[Split, tuple[ShardInfo, ...]]
+    classes: tuple[str, ...] = ()
+    """If the source's folders are labels: their names. A record's label is an index into these."""
 
     def num_samples(self, split: Split) -> int:
         return sum(shard.num_samples for shard in self.splits[split])
@@ -48,7 +50,10 @@ class Manifest:
         return sum(shard.num_bytes for shards in self.splits.values() for shard in shards)
 
     def to_bytes(self) -> bytes:
-        return canonical_json({"format": FORMAT, **asdict(self)})
+        document = {"format": FORMAT, **asdict(self)}
+        if not self.classes:
+            del document["classes"]
+        return canonical_json(document)
 
     @property
     def digest(self) -> str:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from training.data.manifest import Manifest, ShardInfo, Split, shard_key
-from training.data.shard import Columns, decode_shard
+from training.data.shard import Shard, decode_shard
 from training.documents import fast_digest
 from training.errors import DamagedError
 from training.objectstore import Store
@@ -32,7 +32,7 @@ class Reader:
         self._dataset = dataset
         self._shards = manifest.splits[split]
         self._ends = list(accumulate(shard.num_samples for shard in self._shards))
-        self._cache: OrderedDict[int, tuple[list[str], Columns]] = OrderedDict()
+        self._cache: OrderedDict[int, Shard] = OrderedDict()
         self._cache_bytes = cache_bytes
 
     def __len__(self) -> int:
@@ -46,13 +46,13 @@ class Reader:
         rows: list[dict[str, np.ndarray[Any, Any]]] = []
         for index in indices:
             number = bisect_right(self._ends, int(index))
-            shard_ids, columns = self._shard(number)
+            shard = self._shard(number)
             row = int(index) - (self._ends[number] - self._shards[number].num_samples)
-            ids.append(shard_ids[row])
-            rows.append({name: column[row] for name, column in columns.items()})
+            ids.append(shard.id_of(row))
+            rows.append({name: column[row] for name, column in shard.columns.items()})
         return ids, {name: np.stack([row[name] for row in rows]) for name in rows[0]}
 
-    def _shard(self, number: int) -> tuple[list[str], Columns]:
+    def _shard(self, number: int) -> Shard:
         if number in self._cache:
             self._cache.move_to_end(number)
             return self._cache[number]
@@ -65,7 +65,7 @@ class Reader:
     def _cached_bytes(self) -> int:
         return sum(self._shards[number].num_bytes for number in self._cache)
 
-    def _fetch(self, info: ShardInfo) -> tuple[list[str], Columns]:
+    def _fetch(self, info: ShardInfo) -> Shard:
         key = shard_key(self._dataset, info.sha256)
         data = self._store.get(key)
         if fast_digest(data) != info.xxh3:

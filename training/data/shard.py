@@ -1,12 +1,14 @@
 """The shard format: one safetensors file (columns of samples), written by us so that its bytes never change.
 
 Readable without this project by any safetensors library: https://github.com/huggingface/safetensors#format
+A field whose rows differ in length lies in two columns, `NAME.ragged` (the rows end to end) and `NAME.ends`.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -17,7 +19,9 @@ from training.errors import DamagedError
 FORMAT = 1
 ID_BYTES = "id.bytes"
 ID_ENDS = "id.ends"
-Columns = Mapping[str, "np.ndarray[Any, Any]"]
+RAGGED = ".ragged"
+ENDS = ".ends"
+Array = np.ndarray[Any, Any]
 
 _NAMES = {
     "uint8": "U8",
@@ -33,54 +37,119 @@ _NAMES = {
 _DTYPES = {name: np.dtype(dtype) for dtype, name in _NAMES.items()}
 
 
+@dataclass(frozen=True)
+class Ragged:
+    """A column whose rows differ in length: row i is `flat[ends[i - 1]:ends[i]]`, of shape [any, …]."""
+
+    flat: Array
+    ends: Array
+
+    @staticmethod
+    def stack(rows: Sequence[Array]) -> Ragged:
+        return Ragged(np.concatenate(rows), np.cumsum([len(row) for row in rows], dtype=np.int64))
+
+    def __len__(self) -> int:
+        return len(self.ends)
+
+    def __getitem__(self, row: int) -> Array:
+        return self.flat[self.ends[row - 1] if row else 0 : self.ends[row]]
+
+
+Column = Array | Ragged
+Columns = Mapping[str, Column]
+
+
+@dataclass(frozen=True)
+class Shard:
+    """A decoded shard: views into its bytes, nothing copied."""
+
+    id_rows: Ragged
+    columns: Columns
+
+    def __len__(self) -> int:
+        return len(self.id_rows)
+
+    def id_of(self, row: int) -> str:
+        return self.id_rows[row].tobytes().decode()
+
+    @property
+    def ids(self) -> list[str]:
+        return [self.id_of(row) for row in range(len(self))]
+
+
 def dtype_is_known(dtype: np.dtype[Any]) -> bool:
     """Whether a sample's field may have this dtype."""
     return dtype.name in _NAMES
 
 
 def encode_shard(ids: Sequence[str], fields: Columns) -> bytes:
-    """Pack columns (each of shape [samples, …]) and the samples' ids. The same input gives the same bytes."""
+    """Pack columns (each of length [samples]) and the samples' ids. The same input gives the same bytes."""
     encoded_ids = [text.encode() for text in ids]
-    columns = {
-        **fields,
+    columns: dict[str, Array] = {
         ID_BYTES: np.frombuffer(b"".join(encoded_ids), dtype=np.uint8),
         ID_ENDS: np.cumsum([len(text) for text in encoded_ids], dtype=np.int64),
     }
+    for name, field in fields.items():
+        if isinstance(field, Ragged):
+            columns |= {name + RAGGED: field.flat, name + ENDS: field.ends}
+        else:
+            columns[name] = field
+    return _encode_safetensors(columns)
+
+
+def _encode_safetensors(columns: Mapping[str, Array]) -> bytes:
     header: dict[str, Any] = {"__metadata__": {"format": f"unbroken-shard-{FORMAT}"}}
-    bodies: list[bytes] = []
+    bodies: list[memoryview] = []
     offset = 0
     for name in sorted(columns):
         column = np.ascontiguousarray(columns[name])
-        body = column.astype(column.dtype.newbyteorder("<"), copy=False).tobytes()
+        body = column.astype(column.dtype.newbyteorder("<"), copy=False).reshape(-1).view(np.uint8).data
         header[name] = {
             "dtype": _NAMES[column.dtype.name],
-            "shape": list(column.shape),
+            "shape": list(columns[name].shape),
             "data_offsets": [offset, offset + len(body)],
         }
         bodies.append(body)
         offset += len(body)
     text = canonical_json(header)
     text += b" " * (-len(text) % 8)
-    return len(text).to_bytes(8, "little") + text + b"".join(bodies)
+    return b"".join((len(text).to_bytes(8, "little"), text, *bodies))
 
 
-def decode_shard(data: bytes, *, name: str) -> tuple[list[str], Columns]:
+def decode_shard(data: bytes | memoryview, *, name: str) -> Shard:
     """The inverse of `encode_shard`. Raises `DamagedError` naming the shard."""
+    view = memoryview(data)
     try:
-        length = int.from_bytes(data[:8], "little")
-        header = json.loads(data[8 : 8 + length])
+        length = int.from_bytes(view[:8], "little")
+        header = json.loads(bytes(view[8 : 8 + length]))
         if header.pop("__metadata__")["format"] != f"unbroken-shard-{FORMAT}":
             raise DamagedError(f"shard {name} has another format than {FORMAT}: it needs another release")
-        columns = {key: _column(data, 8 + length, entry) for key, entry in header.items()}
-        ends = columns.pop(ID_ENDS).tolist()
-        text = columns.pop(ID_BYTES).tobytes()
-        ids = [text[start:end].decode() for start, end in zip([0, *ends], ends, strict=False)]
+        arrays = {key: _array(view, 8 + length, entry) for key, entry in header.items()}
+        ids = _ragged(arrays.pop(ID_BYTES), arrays.pop(ID_ENDS))
+        columns = dict(_columns(arrays))
+        if any(len(column) != len(ids) for column in columns.values()):
+            raise ValueError("its columns differ in length")
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise DamagedError(f"shard {name} is damaged: {error}") from error
-    return ids, columns
+    return Shard(ids, columns)
 
 
-def _column(data: bytes, base: int, entry: Mapping[str, Any]) -> np.ndarray[Any, Any]:
+def _columns(arrays: Mapping[str, Array]) -> Iterable[tuple[str, Column]]:
+    for key, array in arrays.items():
+        if key.endswith(RAGGED):
+            name = key.removesuffix(RAGGED)
+            yield name, _ragged(array, arrays[name + ENDS])
+        elif not key.endswith(ENDS):
+            yield key, array
+
+
+def _ragged(flat: Array, ends: Array) -> Ragged:
+    if len(ends) and (ends[0] < 0 or (np.diff(ends) < 0).any() or ends[-1] != len(flat)):
+        raise ValueError("the ends of its rows are not in order")
+    return Ragged(flat, ends)
+
+
+def _array(view: memoryview, base: int, entry: Mapping[str, Any]) -> Array:
     start, end = entry["data_offsets"]
-    flat = np.frombuffer(memoryview(data)[base + start : base + end], dtype=_DTYPES[entry["dtype"]])
+    flat = np.frombuffer(view[base + start : base + end], dtype=_DTYPES[entry["dtype"]])
     return flat.reshape(entry["shape"])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -21,7 +21,7 @@ from training.data.manifest import (
     receipt_key,
     shard_key,
 )
-from training.data.shard import FORMAT, dtype_is_known, encode_shard
+from training.data.shard import FORMAT, Array, Column, Ragged, dtype_is_known, encode_shard
 from training.data.source import Partition, Source, partition_fingerprint, partitions, read_records
 from training.documents import canonical_json, digest_of, fast_digest, parse, sha256_hex
 from training.errors import DamagedError, UserError
@@ -140,7 +140,7 @@ class _Writer:
 
     def _write(self, part: Partition) -> Receipt:
         fields: dict[str, FieldInfo] = {}
-        builders = {split: _ShardBuilder(self.config.shard_bytes, fields) for split in SPLITS}
+        builders = {split: _ShardBuilder(self.config.shard_bytes, fields, self.recipe.ragged) for split in SPLITS}
         shards: dict[Split, list[ShardInfo]] = {split: [] for split in SPLITS}
         for record in read_records(self.source, part, self.config):
             split = split_of(record, self.config.test_percent)
@@ -187,9 +187,10 @@ def _encode(recipe: Recipe, record: Record) -> Iterator[Sample]:
 class _ShardBuilder:
     """Collects samples until they fill a shard. Boundaries depend on the samples alone."""
 
-    def __init__(self, shard_bytes: int, fields: dict[str, FieldInfo]) -> None:
+    def __init__(self, shard_bytes: int, fields: dict[str, FieldInfo], ragged: Collection[str]) -> None:
         """`fields` is shared by a partition's builders, and filled from the first sample."""
         self._shard_bytes = shard_bytes
+        self._ragged = ragged
         self._num_bytes = 0
         self._samples: list[Sample] = []
         self.ids: list[str] = []
@@ -200,11 +201,8 @@ class _ShardBuilder:
         return self._num_bytes >= self._shard_bytes
 
     def add(self, sample_id: str, sample: Sample) -> None:
-        fields = {name: FieldInfo(dtype=array.dtype.name, shape=array.shape) for name, array in sample.items()}
+        fields = {name: self._declared(sample_id, name, array) for name, array in sample.items()}
         if not self.fields:
-            unknown = [name for name, array in sample.items() if not dtype_is_known(array.dtype)]
-            if unknown:
-                raise UserError(f"record {sample_id}: field {unknown[0]!r} has dtype {sample[unknown[0]].dtype}")
             self.fields.update(fields)
         if fields != self.fields:
             raise UserError(f"record {sample_id}: its fields are {fields}, where those before had {self.fields}")
@@ -212,8 +210,22 @@ class _ShardBuilder:
         self._samples.append(sample)
         self._num_bytes += sum(array.nbytes for array in sample.values()) + len(sample_id)
 
+    def _declared(self, sample_id: str, name: str, array: Array) -> FieldInfo:
+        if not dtype_is_known(array.dtype):
+            raise UserError(f"record {sample_id}: field {name!r} has dtype {array.dtype}")
+        if not name or "." in name:
+            raise UserError(f"record {sample_id}: field {name!r} must have a name without a dot")
+        if name not in self._ragged:
+            return FieldInfo(dtype=array.dtype.name, shape=array.shape)
+        if array.ndim == 0:
+            raise UserError(f"record {sample_id}: field {name!r} is in the recipe's `ragged`, but has no length")
+        return FieldInfo(dtype=array.dtype.name, shape=(None, *array.shape[1:]))
+
     def take(self) -> tuple[ShardInfo, bytes]:
-        columns = {name: np.stack([sample[name] for sample in self._samples]) for name in self.fields}
+        columns: dict[str, Column] = {}
+        for name in self.fields:
+            rows = [sample[name] for sample in self._samples]
+            columns[name] = Ragged.stack(rows) if name in self._ragged else np.stack(rows)
         data = encode_shard(self.ids, columns)
         info = ShardInfo(
             sha256=sha256_hex(data), xxh3=fast_digest(data), num_samples=len(self.ids), num_bytes=len(data)
