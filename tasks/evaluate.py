@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
+from contextlib import closing
 from dataclasses import asdict
 from typing import Any
 
@@ -19,7 +20,6 @@ from tasks.results import Dataset, Estimate, Evaluation, TrainedModel
 from tasks.stack import open_stack
 from training.config import EvaluateConfig, Preset
 from training.data.manifest import load_manifest
-from training.data.reader import Reader
 from training.documents import digest_of
 from training.errors import UserError
 from training.objectstore import Store
@@ -64,26 +64,21 @@ def score_samples(store: Store, preset: Preset, recipe: Recipe, dataset: Dataset
     """The recipe's scores of the held-out samples, in the order of the manifest: one array [samples] per name."""
     import torch
 
+    from training.data.loader import open_reader
+
     torch.set_num_threads(1)  # more threads give other bits
     manifest = load_manifest(store, dataset.name, dataset.digest)
-    reader = Reader(store, dataset.name, manifest, "test")
     module = load_model(store, recipe, model.run_key)
     found: list[Scores] = []
-    with torch.inference_mode():
-        for batch in _batches(reader, preset.evaluate):
-            tensors = {name: torch.from_numpy(array) for name, array in batch.items()}
+    config = preset.evaluate
+    with closing(open_reader(store, preset, recipe, manifest, "test")) as reader, torch.inference_mode():
+        for rows in reader.read_all(batch_size=config.batch_size, num_samples=config.max_samples):
+            tensors = {name: torch.from_numpy(array) for name, array in rows.fields.items()}
             found.append({name: score.numpy() for name, score in recipe.scores(module, tensors).items()})
     missing = set(recipe.metrics) - set(found[0])
     if missing:
         raise UserError(f"recipe {preset.recipe!r}: scores() lacks {', '.join(sorted(missing))}, named in `metrics`")
     return {name: np.concatenate([part[name] for part in found]) for name in found[0]}
-
-
-def _batches(reader: Reader, config: EvaluateConfig) -> Iterator[Scores]:
-    num_samples = min(len(reader), config.max_samples or len(reader))
-    for start in range(0, num_samples, config.batch_size):
-        _, batch = reader.read(range(start, min(start + config.batch_size, num_samples)))
-        yield batch
 
 
 def summarize(scores: Scores, recipe: Recipe, config: EvaluateConfig, run_key: str) -> Evaluation:

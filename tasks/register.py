@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +17,6 @@ from tasks.results import Dataset, Evaluation, Registration, TrainedModel
 from tasks.stack import open_stack
 from training.config import Preset
 from training.data.manifest import load_manifest
-from training.data.reader import Reader
 from training.documents import digest_of
 from training.objectstore import Store
 from training.recipe import load_recipe
@@ -102,10 +102,12 @@ def example_inputs(store: Store, preset: Preset, dataset: Dataset) -> np.ndarray
     """The model's input for two held-out samples (with one, the exported batch would be fixed to it)."""
     import torch
 
+    from training.data.loader import open_reader
+
     manifest = load_manifest(store, dataset.name, dataset.digest)
-    reader = Reader(store, dataset.name, manifest, "test")
-    _, batch = reader.read([0, len(reader) - 1])
     recipe = load_recipe(preset)
+    with closing(open_reader(store, preset, recipe, manifest, "test")) as reader:
+        batch = reader.read([0, len(reader) - 1]).fields
     return recipe.inputs({name: torch.from_numpy(array) for name, array in batch.items()}).numpy()
 
 

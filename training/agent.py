@@ -25,8 +25,9 @@ from training.documents import parse
 from training.errors import FencedError, InfrastructureError
 from training.job import Job, read_job
 from training.objectstore import Store, StoreLocation
+from training.processes import die_with
 from training.record import Departure, Member, Record, RunRecord
-from training.worker import WorkerOrder, WorkerReport, die_with
+from training.worker import WorkerOrder, WorkerReport
 
 JOIN_POLL_SECONDS = 0.2
 WATCH_SECONDS = 0.1

@@ -50,13 +50,16 @@ class TrainConfig:
     """Samples per step, over all virtual workers."""
     virtual_workers: int = 8
     """The batch is always split over these, whoever computes them: so the ranks cannot change the result."""
+    shuffle_window_shards: int = 4
+    """Each virtual worker shuffles inside windows of so many shards: more mix better, and take more memory."""
     clip_norm: float | None = None
     checkpoint_every_steps: int = 50
     keep_checkpoints: int = 3
 
     def __post_init__(self) -> None:
         _require(self.steps >= 1, "train.steps", "must be at least 1")
-        _require(self.virtual_workers >= 1, "train.virtual_workers", "must be at least 1")
+        _require(1 <= self.virtual_workers <= 65_536, "train.virtual_workers", "must lie between 1 and 65536")
+        _require(self.shuffle_window_shards >= 1, "train.shuffle_window_shards", "must be at least 1")
         _require(self.checkpoint_every_steps >= 1, "train.checkpoint_every_steps", "must be at least 1")
         _require(self.keep_checkpoints >= 1, "train.keep_checkpoints", "must be at least 1")
         _require(self.clip_norm is None or self.clip_norm > 0, "train.clip_norm", "must be positive")
@@ -92,12 +95,21 @@ class LaunchConfig:
     processes_per_node: int = 1
     collective_timeout_seconds: int = 60
     max_restarts: int = 20
+    data_workers: int = 0
+    """Processes per rank that read and decode (0: threads of the rank itself)."""
+    cache_memory_bytes: int = 1 << 30
+    """Shards that a rank keeps in memory."""
+    cache_disk_bytes: int = 0
+    """Shards that a rank keeps on disk beyond that, in unnamed files under TMPDIR."""
 
     def __post_init__(self) -> None:
         _require(self.nodes >= 1, "launch.nodes", "must be at least 1")
         _require(self.processes_per_node >= 1, "launch.processes_per_node", "must be at least 1")
         _require(self.collective_timeout_seconds >= 5, "launch.collective_timeout_seconds", "must be at least 5")
         _require(self.max_restarts >= 0, "launch.max_restarts", "must not be negative")
+        _require(self.data_workers >= 0, "launch.data_workers", "must not be negative")
+        _require(self.cache_memory_bytes >= 0, "launch.cache_memory_bytes", "must not be negative")
+        _require(self.cache_disk_bytes >= 0, "launch.cache_disk_bytes", "must not be negative")
 
 
 @dataclass(frozen=True, kw_only=True)

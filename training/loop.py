@@ -5,17 +5,20 @@ from __future__ import annotations
 import hashlib
 import math
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Protocol
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from training.checkpoint import CheckpointSaver, newest_proven
 from training.config import Preset
-from training.data.order import samples_at, virtual_worker_range
-from training.data.reader import Reader
+from training.data import ledger
+from training.data.stream import Microbatch
 from training.errors import DeterministicError, InfrastructureError, UnbrokenError, UserError
 from training.events import EventWriter
 from training.recipe import Recipe
@@ -34,6 +37,24 @@ class Rank:
     device: torch.device
 
 
+class Feed(Protocol):
+    """Where a rank's microbatches come from (training.data.loader has the real one)."""
+
+    def microbatches(self, *, workers: Sequence[int], step: int) -> Iterator[Microbatch]:
+        """Of the given virtual workers, from `step` on, in the order of (step, worker)."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepOutcome:
+    """What a step gave, the same on every rank."""
+
+    loss: float
+    grad_norm: float
+    samples: str
+    """The step's line in the ledger (training.data.ledger)."""
+
+
 class Trainer:
     """Trains one run to its end, from wherever it stands. `train` is collective."""
 
@@ -42,7 +63,7 @@ class Trainer:
         *,
         preset: Preset,
         recipe: Recipe,
-        reader: Reader,
+        feed: Feed,
         run: RunRecord,
         saver: CheckpointSaver,
         events: EventWriter | None,
@@ -50,7 +71,8 @@ class Trainer:
     ) -> None:
         self.preset = preset
         self.recipe = recipe
-        self.reader = reader
+        self.feed = feed
+        self._maybe_microbatches: Iterator[Microbatch] | None = None
         self.run = run
         self.saver = saver
         self.maybe_events = events
@@ -67,8 +89,8 @@ class Trainer:
         config = self.preset.train
         while self.state.step < config.steps:
             started = time.monotonic()
-            loss, grad_norm = self.train_step()
-            self.report_step(loss, grad_norm, seconds=time.monotonic() - started)
+            outcome = self.train_step()
+            self.report_step(outcome, seconds=time.monotonic() - started)
             if self.state.step % config.checkpoint_every_steps == 0 and self.state.step < config.steps:
                 self.save_checkpoint()
         self.finish()
@@ -85,14 +107,16 @@ class Trainer:
             self.run.update(lambda record: with_resume_step(record, step, token=token))
         self.emit("attempt", world_size=self.rank.world_size, resumed_from=step)
 
-    def train_step(self) -> tuple[float, float]:
+    def train_step(self) -> StepOutcome:
         """One synchronous step: every owned virtual worker's gradient, the ordered sum, one optimizer step."""
         step = self.state.step
         before = self.layout.copy_buffers()
         for worker in self.reducer.owned:
             self.layout.restore_buffers(before)
             self.reducer.add(worker, self.virtual_worker_step(worker))
-        mean = self.reducer.ordered_sum() / self.preset.train.virtual_workers
+        total = self.reducer.ordered_sum()
+        samples = self.layout.ledger_line(total)
+        mean = total / self.preset.train.virtual_workers
         loss = self.layout.scatter(mean)
         grad_norm = self.clip(mean[: self.layout.num_gradients])
         if not (math.isfinite(loss) and math.isfinite(grad_norm)):
@@ -100,10 +124,10 @@ class Trainer:
         self.state.set_learning_rate_scale(self.recipe.learning_rate_scale(step, self.preset.train.steps))
         self.state.optimizer.step()
         self.state.step = step + 1
-        return loss, grad_norm
+        return StepOutcome(loss=loss, grad_norm=grad_norm, samples=samples)
 
     def virtual_worker_step(self, worker: int) -> Tensor:
-        """Forward and backward of one virtual worker's microbatch: its vector of gradients, buffers and loss."""
+        """Forward and backward of one virtual worker's microbatch: its vector of gradients, buffers, loss, ledger."""
         torch.manual_seed(stream_seed(self.preset.seed, self.state.step, worker))
         ids, batch = self.microbatch(worker)
         self.state.optimizer.zero_grad(set_to_none=True)
@@ -115,16 +139,15 @@ class Trainer:
                 f"step {self.state.step + 1}, virtual worker {worker}: the loss is {loss.item()};"
                 f" samples {', '.join(ids[:8])}{', …' if len(ids) > 8 else ''}"
             )
-        return self.layout.gather(loss.detach())
+        return self.layout.gather(loss.detach(), ledger.entries(worker, ids))
 
     def microbatch(self, worker: int) -> tuple[list[str], Mapping[str, Tensor]]:
-        config = self.preset.train
-        start, count = virtual_worker_range(
-            worker, step=self.state.step, batch_size=config.batch_size, virtual_workers=config.virtual_workers
-        )
-        indices = samples_at(start, count, num_samples=len(self.reader), seed=self.preset.seed)
-        ids, fields = self.reader.read(indices)
-        return ids, {name: torch.from_numpy(array).to(self.rank.device) for name, array in fields.items()}
+        """Ids and tensors of the next microbatch, which is `worker`'s own of this step."""
+        if self._maybe_microbatches is None:
+            self._maybe_microbatches = self.feed.microbatches(workers=self.reducer.owned, step=self.state.step)
+        batch = next(self._maybe_microbatches)
+        assert (batch.step, batch.worker) == (self.state.step, worker)
+        return batch.ids, {name: torch.from_numpy(array).to(self.rank.device) for name, array in batch.fields.items()}
 
     def clip(self, gradients: Tensor) -> float:
         """Scale the gradients in place of their parameters; returns the norm before."""
@@ -136,11 +159,10 @@ class Trainer:
                     parameter.grad.mul_(limit / norm)
         return norm
 
-    def report_step(self, loss: float, grad_norm: float, *, seconds: float) -> None:
+    def report_step(self, outcome: StepOutcome, *, seconds: float) -> None:
         self.emit(
             "step",
-            loss=loss,
-            grad_norm=grad_norm,
+            **asdict(outcome),
             learning_rate=self.state.optimizer.param_groups[0]["lr"],
             samples_per_second=self.preset.train.batch_size / seconds,
         )
@@ -208,7 +230,7 @@ def _recipe_errors(step: int, worker: int, ids: list[str]) -> Iterator[None]:
 
 
 class _VectorLayout:
-    """One flat float32 vector per virtual worker: gradients, float buffers and the loss, end to end."""
+    """One flat float32 vector per virtual worker: gradients, float buffers, loss and ledger entries, end to end."""
 
     def __init__(self, model: torch.nn.Module) -> None:
         self._parameters = [p for p in model.parameters() if p.requires_grad]
@@ -227,11 +249,15 @@ class _VectorLayout:
         for buffer, copy in zip((*self._buffers, *self._counters), copies, strict=True):
             buffer.copy_(copy)
 
-    def gather(self, loss: Tensor) -> Tensor:
+    def gather(self, loss: Tensor, entries: NDArray[np.float32]) -> Tensor:
         """A parameter that the loss does not reach counts as zeros."""
         pieces = [p.grad.flatten() if p.grad is not None else p.new_zeros(p.numel()) for p in self._parameters]
         pieces += [b.flatten().to(torch.float32) for b in self._buffers]
-        return torch.cat([*pieces, loss.reshape(1)])
+        return torch.cat([*pieces, loss.reshape(1), torch.from_numpy(entries).to(loss.device)])
+
+    def ledger_line(self, total: Tensor) -> str:
+        """From the sum over all virtual workers."""
+        return ledger.seal(total[-ledger.NUM_ENTRIES :].cpu().numpy())
 
     def scatter(self, mean: Tensor) -> float:
         """Put the mean gradients and buffers where they belong; returns the mean loss."""
@@ -243,4 +269,4 @@ class _VectorLayout:
         for buffer in self._buffers:
             buffer.copy_(mean[offset : offset + buffer.numel()].view_as(buffer))
             offset += buffer.numel()
-        return float(mean[-1])
+        return float(mean[offset])

@@ -7,7 +7,7 @@ import importlib
 import importlib.util
 import sys
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, is_dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -23,6 +23,9 @@ if TYPE_CHECKING:
 
 Sample = Mapping[str, "np.ndarray[Any, Any]"]
 """One training example: a few arrays by name, with the same dtypes and shapes in every sample."""
+
+
+Decode = Callable[[Sample, "np.random.Generator | None"], Sample]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,6 +83,11 @@ class Recipe(ABC):
     def learning_rate_scale(self, step: int, num_steps: int) -> float:
         """What the peak learning rate is multiplied with at a step (from 0)."""
         return 1.0
+
+
+def maybe_decode(recipe: Recipe) -> Decode | None:
+    """The recipe's own `decode`; None if it has none, so that whole arrays can be copied at once."""
+    return recipe.decode if type(recipe).decode is not Recipe.decode else None
 
 
 def load_recipe(preset: Preset) -> Recipe:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import ctypes
 import json
 import os
-import signal
 import sys
 import traceback
 from dataclasses import asdict, dataclass
@@ -16,8 +14,7 @@ from typing import Any
 from training.documents import canonical_json, parse
 from training.errors import UnbrokenError, UserError
 from training.job import Job
-
-PR_SET_PDEATHSIG = 1
+from training.processes import die_with
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,13 +42,6 @@ class WorkerReport:
     class_name: str
     message: str
     step: int
-
-
-def die_with(parent_pid: int) -> None:
-    """Have the kernel kill this process when its parent dies; exit at once if that has happened already."""
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent_pid:
-        os._exit(1)
 
 
 def main() -> None:
@@ -87,8 +77,7 @@ def _train(order: WorkerOrder, step: list[int]) -> None:
 
     from training import environment
     from training.checkpoint import CheckpointSaver
-    from training.data.manifest import load_manifest
-    from training.data.reader import Reader
+    from training.data.loader import Feed
     from training.events import EventWriter
     from training.loop import Rank, Trainer
     from training.recipe import load_recipe
@@ -127,11 +116,10 @@ def _train(order: WorkerOrder, step: list[int]) -> None:
         keep=job.preset.train.keep_checkpoints,
         before_commit=events.flush if events else lambda: None,
     )
-    manifest = load_manifest(run.store, job.preset.data.name, job.dataset_digest)
     trainer = Trainer(
         preset=job.preset,
         recipe=recipe,
-        reader=Reader(run.store, job.preset.data.name, manifest, "train"),
+        feed=Feed(preset=job.preset, location=job.location, dataset_digest=job.dataset_digest),
         run=run,
         saver=saver,
         events=events,

@@ -77,9 +77,10 @@ def train_digests(
     trainer = trainer_of(recipe_name, rank, world_size)
     virtual_workers = trainer.preset.train.virtual_workers
     trainer.reducer = kind(virtual_workers=virtual_workers, rank=rank, world_size=world_size)
-    losses = [trainer.train_step() for _ in range(num_steps)]
+    outcomes = [trainer.train_step() for _ in range(num_steps)]
     return {
         "weights": trainer.state.weights_sha256(),
         "state": trainer.state.state_sha256(),
-        "losses": losses,
+        "losses": [(outcome.loss, outcome.grad_norm) for outcome in outcomes],
+        "ledger": [outcome.samples for outcome in outcomes],
     }

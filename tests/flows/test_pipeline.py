@@ -22,9 +22,9 @@ from infra.local.ports import LOOPBACK, free_port
 from tasks.tracking import connect
 from tests.conftest import Stack
 from tests.flows.runs import last_json, loss_history, mlflow_runs, run_keys
+from tests.unit.reading import make_reader
 from tests.waiting import wait_until
 from training.data.manifest import load_manifest
-from training.data.reader import Reader
 
 
 @pytest.fixture(scope="module")
@@ -144,7 +144,7 @@ def _dangerous_opcodes(archive: bytes) -> set[str]:
 def test_served_model_answers_as_the_held_out_labels_say(stack: Stack, digits: dict[str, Any], tmp_path: Path) -> None:
     dataset = digits["dataset"]
     manifest = load_manifest(stack.store, dataset["name"], dataset["digest"])
-    _, batch = Reader(stack.store, dataset["name"], manifest, "test").read(range(64))
+    batch = make_reader(stack.store, dataset["name"], manifest, "test").read(range(64)).fields
     inputs = batch["pixels"][:, None].astype(np.float32) / 16
     port = free_port()
     scripts = Path(sysconfig.get_path("scripts"))

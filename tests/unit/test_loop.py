@@ -18,7 +18,7 @@ from training.checkpoint import CheckpointSaver
 from training.environment import NUMERICS_VERSION, fingerprint
 from training.errors import DeterministicError, FencedError, UserError
 from training.events import EventReader, EventWriter, committed
-from training.loop import Trainer, stream_seed
+from training.loop import StepOutcome, Trainer, stream_seed
 from training.objectstore import Store
 from training.record import RunRecord
 
@@ -81,7 +81,7 @@ def test_counters_advance_once_per_step_and_not_per_virtual_worker() -> None:
 def test_clipping_bounds_the_norm_of_what_is_applied() -> None:
     trainer = make_trainer(preset=tiny_preset(clip_norm=0.01))
     with exact_arithmetic():
-        _, norm_before = trainer.train_step()
+        norm_before = trainer.train_step().grad_norm
     gradients = [p.grad.flatten() for p in trainer.state.model.parameters() if p.grad is not None]
     assert norm_before > 0.01
     assert torch.linalg.vector_norm(torch.cat(gradients)).item() == pytest.approx(0.01, rel=1e-5)
@@ -145,8 +145,8 @@ def test_a_run_that_dies_ends_in_the_same_bits_with_each_step_once(run: RunRecor
     class DiedError(Exception):
         pass
 
-    def die(loss: float, grad_norm: float, *, seconds: float) -> None:
-        Trainer.report_step(first, loss, grad_norm, seconds=seconds)
+    def die(outcome: StepOutcome, *, seconds: float) -> None:
+        Trainer.report_step(first, outcome, seconds=seconds)
         if first.state.step == dies_after:
             first.saver.wait()
             raise DiedError

@@ -12,10 +12,10 @@ import pytest
 
 from tests.unit.data_source import data_config, local_source, tiny_line, write_csv
 from tests.unit.fakes import FaultyStore
+from tests.unit.reading import make_reader
 from tests.unit.tiny import Tiny
 from training.config import DataConfig
 from training.data.manifest import SPLITS, Manifest, load_manifest
-from training.data.reader import Reader
 from training.data.source import open_source
 from training.data.writer import WriteResult, split_of, write_dataset
 from training.errors import InfrastructureError, UserError
@@ -57,8 +57,8 @@ def num_shards(manifest: Manifest) -> int:
 def all_ids(store: Store, manifest: Manifest) -> dict[str, list[str]]:
     found: dict[str, list[str]] = {}
     for split in SPLITS:
-        reader = Reader(store, "tiny", manifest, split)
-        found[split] = reader.read(range(len(reader)))[0]
+        reader = make_reader(store, "tiny", manifest, split)
+        found[split] = reader.read(range(len(reader))).ids
     return found
 
 
@@ -74,8 +74,9 @@ def test_everything_is_written_once_and_can_be_read(store: Store, folder: Path) 
 
 def test_the_fields_are_what_the_recipe_gave(store: Store, folder: Path) -> None:
     manifest = write(store, folder).manifest
-    reader = Reader(store, "tiny", manifest, "train")
-    ids, fields = reader.read([len(reader) - 1, 0])
+    reader = make_reader(store, "tiny", manifest, "train")
+    rows = reader.read([len(reader) - 1, 0])
+    ids, fields = rows.ids, rows.fields
     for position, sample_id in enumerate(ids):
         file, line = sample_id.removesuffix("#0").split(".csv:")
         (sample,) = Tiny().encode(Record(id="x", data=tiny_line(int(file) * 60 + int(line) - 1).encode()))
@@ -194,8 +195,8 @@ def test_equal_records_are_never_in_both_splits(store: Store, tmp_path: Path) ->
     inputs: dict[str, set[bytes]] = {}
     num_samples = 0
     for split in SPLITS:
-        reader = Reader(store, "tiny", manifest, split)
-        rows = reader.read(range(len(reader)))[1]["x"]
+        reader = make_reader(store, "tiny", manifest, split)
+        rows = reader.read(range(len(reader))).fields["x"]
         inputs[split] = {row.tobytes() for row in rows}
         num_samples += len(rows)
     assert num_samples == len(numbers)

@@ -18,7 +18,8 @@ from torch.optim import AdamW, Optimizer
 
 from training.checkpoint import CheckpointSaver
 from training.config import DataConfig, LaunchConfig, Preset, TrainConfig
-from training.data.reader import Reader
+from training.data.order import Order
+from training.data.stream import Microbatch
 from training.events import EventWriter
 from training.loop import Rank, Trainer
 from training.recipe import Recipe, Record, Sample
@@ -84,8 +85,24 @@ class MemoryReader:
     def __len__(self) -> int:
         return len(next(iter(self._columns.values())))
 
-    def read(self, indices: Sequence[int]) -> tuple[list[str], dict[str, np.ndarray[Any, Any]]]:
+    def read(self, indices: Sequence[int] | np.ndarray[Any, Any]) -> tuple[list[str], dict[str, np.ndarray[Any, Any]]]:
         return [f"memory:{index}" for index in indices], {name: c[indices] for name, c in self._columns.items()}
+
+
+@dataclass(frozen=True)
+class MemoryFeed:
+    """Gives the microbatches of a dataset in memory, in the true order."""
+
+    reader: MemoryReader
+    preset: Preset
+
+    def microbatches(self, *, workers: Sequence[int], step: int) -> Iterator[Microbatch]:
+        train = self.preset.train
+        order = Order((len(self.reader),), self.preset.seed, train.batch_size, train.virtual_workers, 1)
+        for number in range(step, 1 << 30):
+            for worker in workers:
+                ids, fields = self.reader.read(order.samples(worker, step=number)[0])
+                yield Microbatch(step=number, worker=worker, ids=ids, fields=fields)
 
 
 def tiny_reader(num_samples: int = 37) -> MemoryReader:
@@ -119,10 +136,11 @@ def make_trainer(
     token: int = 1,
 ) -> Trainer:
     """A trainer that can step; with `run`, `saver` and `events` it can also resume, save and finish."""
+    preset = preset or tiny_preset()
     return Trainer(
-        preset=preset or tiny_preset(),
+        preset=preset,
         recipe=recipe or Tiny(),
-        reader=cast(Reader, reader or tiny_reader()),
+        feed=MemoryFeed(reader or tiny_reader(), preset),
         run=cast(RunRecord, run),
         saver=cast(CheckpointSaver, saver),
         events=events,

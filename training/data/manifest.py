@@ -46,6 +46,10 @@ class Manifest:
     def num_samples(self, split: Split) -> int:
         return sum(shard.num_samples for shard in self.splits[split])
 
+    def shard_sizes(self, split: Split) -> tuple[int, ...]:
+        """The samples of each shard."""
+        return tuple(shard.num_samples for shard in self.splits[split])
+
     def num_bytes(self) -> int:
         return sum(shard.num_bytes for shards in self.splits.values() for shard in shards)
 

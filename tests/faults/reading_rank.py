@@ -1,0 +1,30 @@
+"""One rank that reads and nothing else: prints a line with the ids of each step. Killed at will by a test."""
+
+from __future__ import annotations
+
+import json
+import sys
+
+from tests.unit.reading import make_reader
+from training.data.manifest import load_manifest
+from training.data.order import Order
+from training.data.stream import Stream
+from training.objectstore import Store, StoreLocation
+from training.reduce import owned_range
+
+
+def main() -> None:
+    """Argument: a JSON document of what to read."""
+    told = json.loads(sys.argv[1])
+    store = Store(StoreLocation(**told["location"]))
+    manifest = load_manifest(store, told["dataset"], told["digest"])
+    order = Order(manifest.shard_sizes("train"), *told["order"])
+    workers = owned_range(told["rank"], told["world_size"], order.virtual_workers)
+    reader = make_reader(store, told["dataset"], manifest, "train")
+    stream = Stream(reader, order, workers=workers, step=told["step"], num_steps=told["num_steps"])
+    for batch in stream:
+        print(json.dumps([batch.step, batch.worker, batch.ids]), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,98 @@
+"""From a preset and a dataset version to its readers, and to the microbatches of one rank."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+
+from training.config import Preset
+from training.data.cache import ShardCache, fetch_from
+from training.data.manifest import Manifest, Split, load_manifest
+from training.data.order import Order
+from training.data.reader import Reader
+from training.data.stream import Microbatch, Stream
+from training.objectstore import Store, StoreLocation
+from training.processes import die_with
+from training.recipe import Recipe, load_recipe, maybe_decode
+
+
+def open_reader(store: Store, preset: Preset, recipe: Recipe, manifest: Manifest, split: Split) -> Reader:
+    """One split of a dataset version, decoded by the recipe."""
+    launch = preset.launch
+    cache = ShardCache(
+        fetch_from(store, preset.data.name),
+        manifest.splits[split],
+        memory_bytes=launch.cache_memory_bytes,
+        disk_bytes=launch.cache_disk_bytes,
+    )
+    sizes = manifest.shard_sizes(split)
+    return Reader(cache, sizes, manifest.fields, maybe_decode=maybe_decode(recipe), seed=preset.seed)
+
+
+def open_order(preset: Preset, manifest: Manifest) -> Order:
+    """The order in which the preset trains on a dataset version."""
+    train = preset.train
+    return Order(
+        manifest.shard_sizes("train"), preset.seed, train.batch_size, train.virtual_workers, train.shuffle_window_shards
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Feed:
+    """What a rank reads. Small, so that it can be sent to processes that read for the rank."""
+
+    preset: Preset
+    location: StoreLocation
+    dataset_digest: str
+
+    def microbatches(self, *, workers: Sequence[int], step: int) -> Iterator[Microbatch]:
+        """Of the virtual workers `workers`, from `step` to the run's end, in the order of (step, worker)."""
+        num_processes = _even_divisor(len(workers), at_most=self.preset.launch.data_workers)
+        if num_processes == 0:
+            return iter(self._stream(workers, step))
+        loader = DataLoader(
+            _FeedDataset(self, workers, step),
+            batch_size=None,
+            num_workers=num_processes,
+            multiprocessing_context="forkserver",
+            worker_init_fn=_die_with_parent,
+        )
+        return iter(loader)
+
+    def _stream(self, workers: Sequence[int], step: int) -> Stream:
+        store = Store(self.location)
+        manifest = load_manifest(store, self.preset.data.name, self.dataset_digest)
+        reader = open_reader(store, self.preset, load_recipe(self.preset), manifest, "train")
+        order = open_order(self.preset, manifest)
+        return Stream(reader, order, workers=workers, step=step, num_steps=self.preset.train.steps)
+
+
+class _FeedDataset(IterableDataset[Microbatch]):
+    """The share of one DataLoader process: every n-th virtual worker, which is every n-th microbatch."""
+
+    def __init__(self, feed: Feed, workers: Sequence[int], step: int) -> None:
+        self._feed = feed
+        self._workers = workers
+        self._step = step
+
+    def __iter__(self) -> Iterator[Microbatch]:
+        torch.set_num_threads(1)
+        info = get_worker_info()
+        assert info is not None
+        return iter(self._feed._stream(self._workers[info.id :: info.num_workers], self._step))
+
+
+def _even_divisor(num_workers: int, *, at_most: int) -> int:
+    """The greatest number of processes that gives each the same virtual workers in every step.
+
+    So a shard is fetched by one process, and the processes' turns give the microbatches in their order.
+    """
+    return max((n for n in range(1, at_most + 1) if num_workers % n == 0), default=0)
+
+
+def _die_with_parent(_: int) -> None:
+    die_with(os.getppid())
