@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -85,17 +86,25 @@ def register(preset: Preset, dataset: Dataset, model: TrainedModel, evaluation: 
 
 
 def set_aliases(store: Store, tracker: tracking.Tracker, name: str, version: str, run_key: str) -> tuple[str, ...]:
-    """`challenger` always; `champion` for the model's first version: who that is, one create-only write decides."""
+    """`challenger` is the newest version; `champion` the model's first one, as one create-only write decides."""
     client = tracker.client
-    client.set_registered_model_alias(name, CHALLENGER, version)
+    newest = max(int(found.version) for found in client.search_model_versions(f"name = '{name}'"))
+    if int(version) == newest:  # or to register an older one again would move the alias back
+        client.set_registered_model_alias(name, CHALLENGER, version)
     champion_key = f"models/{name}/champion.json"
     store.create_versioned(
         champion_key, {"format": 1, "model": name, "version_of_registry": version, "run_key": run_key}
     )
-    if store.read_versioned(champion_key).document["run_key"] != run_key:
-        return (CHALLENGER,)
-    client.set_registered_model_alias(name, CHAMPION, version)
-    return (CHALLENGER, CHAMPION)
+    if store.read_versioned(champion_key).document["run_key"] == run_key:
+        client.set_registered_model_alias(name, CHAMPION, version)
+    return tracking.aliases_of(client, name, version)
+
+
+def as_it_stands(registration: Registration) -> Registration:
+    """With the aliases that the version has now, which may not be those that it got when it was registered."""
+    settings, _ = open_stack()
+    client = tracking.connect(settings.mlflow_uri)
+    return replace(registration, aliases=tracking.aliases_of(client, registration.name, registration.version))
 
 
 def example_inputs(store: Store, preset: Preset, dataset: Dataset) -> np.ndarray[Any, Any]:

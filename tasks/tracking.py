@@ -263,6 +263,12 @@ def _first_version(client: MlflowClient, name: str, by_key: str) -> ModelVersion
     return min(versions, key=lambda version: int(version.version), default=None)
 
 
+def aliases_of(client: MlflowClient, name: str, version: str) -> tuple[str, ...]:
+    """The aliases that a version has now."""
+    model = _ask(lambda: client.get_registered_model(name))
+    return tuple(sorted(alias for alias, number in model.aliases.items() if str(number) == version))
+
+
 def run_url(uri: str, experiment_id: str, run_id: str) -> str:
     return f"{uri}/#/experiments/{experiment_id}/runs/{run_id}{MACHINE_LEARNING}"
 

@@ -65,8 +65,12 @@ def runs_cancel(key: Key) -> None:
 
 
 @runs.command(name="rm")
-def runs_rm(key: Key) -> None:
-    """Delete a run's checkpoints, events and record. Refused while the engine has it."""
+def runs_rm(
+    key: Key,
+    *,
+    force: Annotated[bool, Parameter(negative="", help="Although a registered model came from it.")] = False,
+) -> None:
+    """Delete a run's checkpoints, events and record. Refused while the engine has it, or if a model came from it."""
     from infra.engines import make_launcher
     from infra.settings import load_settings
 
@@ -74,10 +78,24 @@ def runs_rm(key: Key) -> None:
     run = _find_run(store, key)
     if make_launcher(load_settings()).find(run.run_key) is not None:
         raise UserError(f"run {run.run_key[:12]} is at work: cancel it first with `unbroken runs cancel {key}`")
+    if not force:
+        _require_no_version(run.run_key)
     keys = [name for name, _ in store.list_keys(f"runs/{run.run_key}/")]
     for name in sorted(keys, key=lambda name: name == run.object_key):  # the record last: the rest hangs on it
         store.delete(name)
     print(f"deleted {len(keys)} objects of run {run.run_key[:12]}")
+
+
+def _require_no_version(key: str) -> None:
+    from tasks.stack import open_stack
+    from tasks.tracking import list_versions
+
+    for version in list_versions(open_stack()[0].mlflow_uri):
+        if version["run_key"] == key:
+            raise UserError(
+                f"run {key[:12]} gave model {version['name']!r} version {version['version']}, which could then prove no"
+                " more where it came from: give --force to delete it all the same"
+            )
 
 
 @data.command(name="ls")

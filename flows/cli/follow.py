@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from flows.cli.output import LiveLine
 from flows.publish import RUN_KEY_LABEL
-from tasks.follow import Follower
+from tasks.follow import Follower, Progress
 from tasks.results import PipelineResult
 from tasks.stack import open_stack
 from training.config import PRESETS, Preset
@@ -158,15 +158,19 @@ class _Watcher:
             self._live.show(self._waiting_line(run))
             return
         try:
-            if self._maybe_follower is None:
-                record = RunRecord(self._store, str(key)).read()
-                self._live.end(f"run key    {key}")
-                self._maybe_follower = Follower(
-                    RunRecord(self._store, str(key)),
-                    generation=record.generation,
-                    num_steps=self._config.train.steps,
-                )
-            self._maybe_follower.look()
+            progress = self._look(RunRecord(self._store, str(key)))
         except InfrastructureError:  # not begun yet, or storage is away: the run does not need us to look
             return
-        self._live.show(self._maybe_follower.progress.line())
+        self._live.show(progress.line() if progress else self._waiting_line(run))
+
+    def _look(self, run: RunRecord) -> Progress | None:
+        """The training's progress; None while the run is finished, be it that `--fresh` is about to begin it anew."""
+        record = run.read()
+        if self._maybe_follower is None:
+            self._live.end(f"run key    {run.run_key}")
+        if self._maybe_follower is None or self._maybe_follower.generation != record.generation:
+            self._maybe_follower = Follower(run, generation=record.generation, num_steps=self._config.train.steps)
+        if record.result is not None:
+            return None
+        self._maybe_follower.look()
+        return self._maybe_follower.progress

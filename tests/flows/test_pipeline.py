@@ -25,6 +25,7 @@ from tests.flows.runs import last_json, loss_history, mlflow_runs, run_keys
 from tests.unit.reading import make_reader
 from tests.waiting import wait_until
 from training.data.manifest import load_manifest
+from training.record import RunRecord
 
 
 @pytest.fixture(scope="module")
@@ -83,6 +84,13 @@ def test_second_run_reuses_every_stage(stack: Stack, digits: dict[str, Any]) -> 
     assert len(client.search_model_versions("name = 'digits'")) == versions
     assert run_keys(stack) == keys
     assert len(mlflow_runs(stack, digits["model"]["run_key"])) == 1
+
+
+def test_run_that_gave_a_model_is_not_removed_by_a_slip(stack: Stack, digits: dict[str, Any]) -> None:
+    done = stack.command("runs", "rm", digits["model"]["run_key"])
+    assert done.returncode == 2
+    assert "gave model 'digits' version" in done.stderr
+    assert RunRecord(stack.store, digits["model"]["run_key"]).read().result is not None
 
 
 def test_prefect_command_runs_the_deployment(stack: Stack, digits: dict[str, Any]) -> None:

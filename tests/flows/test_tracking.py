@@ -4,21 +4,25 @@ from __future__ import annotations
 
 import uuid
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from threading import Barrier
 from typing import Any
 
 import pytest
 
+from flows.cli.follow import _Watcher
 from infra.local.ports import free_port
 from tasks import tracking
+from tasks.register import set_aliases
 from tasks.results import Dataset
 from tests.conftest import Stack
 from tests.flows.runs import mlflow_runs
 from tests.unit.tiny import tiny_preset
+from training.config import load_preset
 from training.errors import FencedError, InfrastructureError
-from training.record import Record, RunRecord, start_fresh
+from training.events import EventWriter
+from training.record import CheckpointRef, Record, Result, RunRecord, start_fresh
 
 DATASET = Dataset(name="tiny", digest="d" * 64, num_train_samples=1, num_test_samples=1, num_shards=2, num_bytes=2)
 
@@ -82,6 +86,38 @@ def test_racing_registrations_make_one_version(stack: Stack, run: RunRecord) -> 
     left = [str(version.version) for version in tracker.client.search_model_versions(f"name = '{name}'")]
     assert versions == [min(versions)] * 3
     assert left == [min(versions)]
+
+
+def test_an_older_version_registered_again_is_not_the_challenger(stack: Stack, run: RunRecord) -> None:
+    """It is found, not made; `dvc repro` of an older run would else move the alias back."""
+    tracker = ensure(stack, run)
+    name = f"model-{uuid.uuid4().hex}"
+    tracker.client.create_registered_model(name)
+    first, second = (
+        str(tracker.client.create_model_version(name, source="s3://anywhere", run_id=tracker.run_id).version)
+        for _ in range(2)
+    )
+    assert set_aliases(stack.store, tracker, name, first, "key 1") == ("champion",)
+    assert set_aliases(stack.store, tracker, name, second, "key 2") == ("challenger",)
+    assert set_aliases(stack.store, tracker, name, first, "key 1") == ("champion",)
+    assert tracking.aliases_of(tracker.client, name, second) == ("challenger",)
+
+
+def test_progress_is_that_of_the_generation_that_trains(stack: Stack, run: RunRecord) -> None:
+    """Not the finished one's, which `--fresh` is about to replace."""
+    finished = Result(
+        step=9, weights_sha256="w", state_sha256="s", checkpoint=CheckpointRef(step=9, token=1, sha256="")
+    )
+    run.update(lambda record: replace(record, result=finished))
+    client: Any = None
+    watcher = _Watcher(client, stack.store, load_preset("digits"), quiet=True)
+    assert watcher._look(run) is None
+    events = EventWriter(stack.store, run.prefix(run.update(start_fresh)), 1)
+    events.add("step", step=3, loss=0.5, samples_per_second=1.0)
+    events.close()
+    progress = watcher._look(run)
+    assert progress is not None
+    assert progress.step == 3
 
 
 def test_closing_a_run_does_not_hide_what_happened_before(stack: Stack, run: RunRecord) -> None:
