@@ -51,6 +51,12 @@ def read_job(store: Store, run_key: str, digest: str) -> Job:
     return Job.from_json(json.loads(store.get_proven(_job_key(run_key, digest), sha256=digest)))
 
 
+def read_jobs(store: Store, run_key: str) -> list[Job]:
+    """Every job that was submitted for a run."""
+    keys = [key for key, _ in store.list_keys(f"runs/{run_key}/jobs/")]
+    return [read_job(store, run_key, key.rpartition("/")[2].removesuffix(".json")) for key in sorted(keys)]
+
+
 def _job_key(run_key: str, digest: str) -> str:
     return f"runs/{run_key}/jobs/{digest}.json"
 

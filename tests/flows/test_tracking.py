@@ -94,7 +94,7 @@ def test_an_older_version_registered_again_is_not_the_challenger(stack: Stack, r
     name = f"model-{uuid.uuid4().hex}"
     tracker.client.create_registered_model(name)
     first, second = (
-        str(tracker.client.create_model_version(name, source="s3://anywhere", run_id=tracker.run_id).version)
+        str(tracker.client.create_model_version(name, source="s3://bucket/anywhere", run_id=tracker.run_id).version)
         for _ in range(2)
     )
     assert set_aliases(stack.store, tracker, name, first, "key 1") == ("champion",)

@@ -16,7 +16,7 @@ from training.data.order import Order
 from training.data.reader import Reader
 from training.data.stream import Microbatch, Stream
 from training.objectstore import Store, StoreLocation
-from training.processes import die_with
+from training.processes import die_after
 from training.recipe import Recipe, load_recipe, maybe_decode
 
 
@@ -59,7 +59,6 @@ class Feed:
             batch_size=None,
             num_workers=num_processes,
             multiprocessing_context="forkserver",
-            worker_init_fn=_die_with_parent,
         )
         return iter(loader)
 
@@ -78,8 +77,10 @@ class _FeedDataset(IterableDataset[Microbatch]):
         self._feed = feed
         self._workers = workers
         self._step = step
+        self._rank_pid = os.getpid()
 
     def __iter__(self) -> Iterator[Microbatch]:
+        die_after(self._rank_pid)
         torch.set_num_threads(1)
         info = get_worker_info()
         assert info is not None
@@ -92,7 +93,3 @@ def _even_divisor(num_workers: int, *, at_most: int) -> int:
     So a shard is fetched by one process, and the processes' turns give the microbatches in their order.
     """
     return max((n for n in range(1, at_most + 1) if num_workers % n == 0), default=0)
-
-
-def _die_with_parent(_: int) -> None:
-    die_with(os.getppid())

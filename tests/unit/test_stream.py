@@ -1,0 +1,174 @@
+"""Streams: the microbatches of the order, from any step, by threads or by processes of their own."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import threading
+from collections import deque
+from dataclasses import asdict, replace
+from itertools import islice
+from pathlib import Path
+
+import psutil
+import pytest
+
+from tests.unit.data_source import data_config, local_source, write_csv
+from tests.unit.reading import make_reader
+from tests.unit.tiny import Tiny, tiny_preset
+from tests.waiting import wait_until
+from training.config import Preset
+from training.data.loader import Feed, open_order
+from training.data.manifest import Manifest, shard_key
+from training.data.stream import Microbatch, Stream
+from training.data.writer import write_dataset
+from training.errors import DamagedError
+from training.objectstore import Store
+from training.reduce import owned_range
+
+STEPS = 12
+
+
+@pytest.fixture
+def preset() -> Preset:
+    preset = tiny_preset(steps=STEPS, batch_size=24, virtual_workers=4, shuffle_window_shards=1)
+    return replace(preset, data=data_config())
+
+
+@pytest.fixture
+def manifest(store: Store, tmp_path: Path) -> Manifest:
+    write_csv(tmp_path / "raw/0.csv", range(250))
+    config = data_config()
+    return write_dataset(store, local_source(tmp_path, config), config, Tiny()).manifest
+
+
+def expected(
+    store: Store, preset: Preset, manifest: Manifest, workers: range, step: int
+) -> list[tuple[int, int, list[str]]]:
+    order, reader = open_order(preset, manifest), make_reader(store, "tiny", manifest, "train")
+    assert not order.is_whole
+    return [
+        (number, worker, reader.read(order.samples(worker, step=number)[0]).ids)
+        for number in range(step, STEPS)
+        for worker in workers
+    ]
+
+
+def places(batches: list[Microbatch]) -> list[tuple[int, int, list[str]]]:
+    return [(batch.step, batch.worker, batch.ids) for batch in batches]
+
+
+def flip(data: bytes, position: int) -> bytes:
+    return data[:position] + bytes([data[position] ^ 1]) + data[position + 1 :]
+
+
+def feed_of(store: Store, preset: Preset, manifest: Manifest, data_workers: int) -> Feed:
+    launch = replace(preset.launch, data_workers=data_workers)
+    return Feed(preset=replace(preset, launch=launch), location=store.location, dataset_digest=manifest.digest)
+
+
+@pytest.mark.parametrize(("workers", "step"), [(range(4), 0), (range(1, 3), 5), (range(3, 4), 11), (range(2), 12)])
+def test_microbatches_come_in_order_from_any_step(
+    store: Store, preset: Preset, manifest: Manifest, workers: range, step: int
+) -> None:
+    found = list(feed_of(store, preset, manifest, 0).microbatches(workers=workers, step=step))
+    assert places(found) == expected(store, preset, manifest, workers, step)
+    assert all(batch.fields["x"].shape == (6, 5) for batch in found)
+
+
+@pytest.mark.parametrize("num_ahead", [1, 3, 100])
+def test_how_far_ahead_it_reads_changes_nothing(
+    store: Store, preset: Preset, manifest: Manifest, num_ahead: int
+) -> None:
+    reader, order = make_reader(store, "tiny", manifest, "train"), open_order(preset, manifest)
+    stream = Stream(reader, order, workers=range(4), step=3, num_steps=STEPS, num_ahead=num_ahead)
+    assert places(list(stream)) == expected(store, preset, manifest, range(4), 3)
+
+
+def test_processes_give_the_same_and_end_with_the_stream(store: Store, preset: Preset, manifest: Manifest) -> None:
+    """Two of three asked for, since four virtual workers divide among two."""
+    microbatches = feed_of(store, preset, manifest, 3).microbatches(workers=range(4), step=2)
+    first = list(islice(microbatches, 5))
+    readers = [process for process in psutil.Process().children(recursive=True) if process.ppid() != os.getpid()]
+    assert len(readers) == 2, "children of the fork server"
+    assert places([*first, *microbatches]) == expected(store, preset, manifest, range(4), 2)
+    _, alive = psutil.wait_procs(readers, timeout=30)
+    assert alive == []
+
+
+READ_AND_WAIT = """
+import json, sys, psutil
+from training.data.loader import Feed
+from training.documents import parse
+
+microbatches = parse(Feed, json.loads(sys.argv[1])).microbatches(workers=range(4), step=0)
+next(microbatches)
+print(json.dumps([process.pid for process in psutil.Process().children(recursive=True)]), flush=True)
+sys.stdin.read()
+"""
+
+
+def test_killed_rank_leaves_no_process_and_no_shared_memory(store: Store, preset: Preset, manifest: Manifest) -> None:
+    feed = feed_of(store, preset, manifest, 2)
+    shared = set(os.listdir("/dev/shm"))
+    command = [sys.executable, "-c", READ_AND_WAIT, json.dumps(asdict(feed))]
+    rank = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert rank.stdout is not None
+    children = json.loads(rank.stdout.readline())
+    assert len(children) >= 3, "a fork server and two readers"
+    rank.kill()
+    rank.communicate(timeout=30)
+    wait_until(lambda: not any(psutil.pid_exists(pid) for pid in children), what="its children to die")
+    assert set(os.listdir("/dev/shm")) <= shared
+
+
+@pytest.mark.parametrize("data_workers", [0, 2])
+@pytest.mark.parametrize("damage", ["flipped", "truncated", "missing"])
+def test_damage_is_named_within_seconds_and_never_a_short_epoch(
+    store: Store, preset: Preset, manifest: Manifest, data_workers: int, damage: str
+) -> None:
+    victim = manifest.splits["train"][3].sha256
+    good = store.get(shard_key("tiny", victim))
+    if damage == "missing":
+        store.delete(shard_key("tiny", victim))
+    else:
+        store.put(shard_key("tiny", victim), good[:-1] if damage == "truncated" else flip(good, 99))
+    microbatches = feed_of(store, preset, manifest, data_workers).microbatches(workers=range(4), step=0)
+    with pytest.raises(DamagedError, match=victim):
+        deque(microbatches, maxlen=0)
+
+
+def test_all_ranks_together_fetch_little_more_than_the_dataset(store: Store, preset: Preset, tmp_path: Path) -> None:
+    """One epoch, on 1, 2 and 4 ranks: at most one more shard per virtual worker, since two neighbours may share one."""
+    write_csv(tmp_path / "raw/0.csv", range(1800))
+    config = data_config()
+    manifest = write_dataset(store, local_source(tmp_path, config), config, Tiny()).manifest
+    order = open_order(preset, manifest)
+    num_steps = order.num_samples // order.batch_size
+    for num_ranks in (1, 2, 4):
+        num_fetched = 0
+        for rank in range(num_ranks):
+            workers = owned_range(rank, num_ranks, order.virtual_workers)
+            reader = make_reader(store, "tiny", manifest, "train", memory_bytes=12 * 1024)
+            deque(Stream(reader, order, workers=workers, step=0, num_steps=num_steps), maxlen=0)
+            num_fetched += reader.cache.num_bytes_fetched
+        assert num_fetched <= 1.1 * sum(shard.num_bytes for shard in manifest.splits["train"])
+
+
+def test_a_stream_that_is_left_leaves_no_thread(store: Store, preset: Preset, manifest: Manifest) -> None:
+    before = set(threading.enumerate())
+    stream = iter(
+        Stream(
+            make_reader(store, "tiny", manifest, "train"),
+            open_order(preset, manifest),
+            workers=range(4),
+            step=0,
+            num_steps=STEPS,
+        )
+    )
+    next(stream)
+    assert set(threading.enumerate()) - before
+    stream.close()  # type: ignore[attr-defined]
+    wait_until(lambda: not set(threading.enumerate()) - before, what="the stream's threads to end")
