@@ -25,11 +25,8 @@ def test_a_process_that_serves_a_dead_one_ends_at_once() -> None:
 
 def test_a_process_ends_with_the_one_that_it_serves() -> None:
     served = subprocess.Popen(["sleep", "60"])
-    program = [
-        sys.executable,
-        "-c",
-        f"import time\nfrom training.processes import die_after\ndie_after({served.pid})\nprint('on', flush=True)\ntime.sleep(60)",
-    ]
+    code = f"die_after({served.pid})\nprint('on', flush=True)\ntime.sleep(60)"
+    program = [sys.executable, "-c", f"import time\nfrom training.processes import die_after\n{code}"]
     server = subprocess.Popen(program, stdout=subprocess.PIPE, text=True)
     assert server.stdout is not None
     assert server.stdout.readline() == "on\n"
