@@ -141,7 +141,7 @@ class Trainer:
             )
         return self.layout.gather(loss.detach(), ledger.entries(worker, ids))
 
-    def microbatch(self, worker: int) -> tuple[list[str], Mapping[str, Tensor]]:
+    def microbatch(self, worker: int) -> tuple[Sequence[str], Mapping[str, Tensor]]:
         """Ids and tensors of the next microbatch, which is `worker`'s own of this step."""
         if self._maybe_microbatches is None:
             self._maybe_microbatches = self.feed.microbatches(workers=self.reducer.owned, step=self.state.step)
@@ -214,7 +214,7 @@ def stream_seed(seed: int, step: int, worker: int) -> int:
 
 
 @contextmanager
-def _recipe_errors(step: int, worker: int, ids: list[str]) -> Iterator[None]:
+def _recipe_errors(step: int, worker: int, ids: Sequence[str]) -> Iterator[None]:
     """Name the step and samples when the recipe's own code fails. Memory that runs out is not its doing."""
     try:
         yield

@@ -23,7 +23,7 @@ def main() -> None:
     reader = make_reader(store, told["dataset"], manifest, "train")
     stream = Stream(reader, order, workers=workers, step=told["step"], num_steps=told["num_steps"])
     for batch in stream:
-        print(json.dumps([batch.step, batch.worker, batch.ids]), flush=True)
+        print(json.dumps([batch.step, batch.worker, list(batch.ids)]), flush=True)
 
 
 if __name__ == "__main__":

@@ -98,7 +98,7 @@ def disturbed(data: Dataset, chance: random.Random) -> dict[int, list[str]]:
 def check(data: Dataset, seed: int) -> None:
     batches = disturbed(data, random.Random(seed))
     reader = make_reader(data.store, "tiny", data.manifest, "train")
-    ids = reader.read(range(len(reader))).ids
+    ids = list(reader.read(range(len(reader))).ids)
     assert len(set(ids)) == len(ids)
     calm = {step: [ids[index] for index in data.order.batch(step)] for step in range(data.num_steps)}
     assert batches == calm

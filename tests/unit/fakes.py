@@ -60,3 +60,7 @@ class CountingStore(Store):
     def get(self, key: str) -> bytes:
         self.fetched.append(key)
         return super().get(key)
+
+    def fetch(self, key: str) -> memoryview:
+        self.fetched.append(key)
+        return super().fetch(key)

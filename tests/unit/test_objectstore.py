@@ -185,6 +185,24 @@ def test_a_lost_reply_to_a_refusal_is_still_a_refusal(behind_proxy: Store, proxy
 
 
 @pytest.mark.usefixtures("quick_retries")
+def test_quick_reads_ride_out_lost_replies(behind_proxy: Store, proxy: LosingProxy) -> None:
+    behind_proxy.put("a", b"something")
+    proxy.lose_replies("GET", 2)
+    assert bytes(behind_proxy.fetch("a")) == b"something"
+    assert proxy.num_lost == 2
+
+
+def test_quick_reads_name_what_is_wrong_as_the_others_do(store: Store, quick_retries: None) -> None:
+    with pytest.raises(MissingError, match="nothing/here does not exist"):
+        store.fetch("nothing/here")
+    elsewhere = Store(replace(store.location, bucket="no-such-bucket"))
+    with pytest.raises(UserError, match="no-such-bucket"):
+        elsewhere.fetch("key")
+    away = Store(replace(store.location, endpoint="http://127.0.0.1:9"))
+    with pytest.raises(InfrastructureError, match=r"127\.0\.0\.1:9"):
+        away.fetch("key")
+
+
 def test_plain_reads_and_writes_ride_out_lost_replies(behind_proxy: Store, proxy: LosingProxy) -> None:
     proxy.lose_replies("PUT", 2)
     behind_proxy.put("x", b"abc")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -40,9 +41,17 @@ def test_any_order_of_indices_gives_the_samples_asked_for(store: Store, manifest
     assert len(set(whole.ids)) == len(reader) == manifest.num_samples("train")
     indices = [len(reader) - 1, 0, 17, 17, len(reader) // 2]
     found = reader.read(indices)
-    assert found.ids == [whole.ids[index] for index in indices]
+    assert list(found.ids) == [whole.ids[index] for index in indices]
     assert found.fields["x"].tobytes() == whole.fields["x"][indices].tobytes()
     assert found.fields["x"].shape == (5, 5)
+
+
+def test_ids_are_decoded_when_somebody_looks_and_travel_as_a_list(store: Store, manifest: Manifest) -> None:
+    ids = make_reader(store, "tiny", manifest, "train").read([5, 60, 7]).ids
+    assert len(ids) == 3
+    assert [ids[0], ids[1], ids[2]] == list(ids)
+    assert list(ids[1:]) == list(ids)[1:]
+    assert pickle.loads(pickle.dumps(ids)) == list(ids)
 
 
 @pytest.mark.parametrize("batch_size", [1, 7, 1000])
@@ -50,7 +59,7 @@ def test_reading_all_gives_each_sample_once_in_order(store: Store, manifest: Man
     reader = make_reader(store, "tiny", manifest, "train")
     batches = list(reader.read_all(batch_size=batch_size))
     whole = reader.read(range(len(reader)))
-    assert [sample_id for rows in batches for sample_id in rows.ids] == whole.ids
+    assert [sample_id for rows in batches for sample_id in rows.ids] == list(whole.ids)
     assert np.array_equal(np.concatenate([rows.fields["x"] for rows in batches]), whole.fields["x"])
     assert sum(len(rows.ids) for rows in reader.read_all(batch_size=4, num_samples=10)) == 10
 

@@ -50,14 +50,14 @@ def expected(
     order, reader = open_order(preset, manifest), make_reader(store, "tiny", manifest, "train")
     assert not order.is_whole
     return [
-        (number, worker, reader.read(order.samples(worker, step=number)[0]).ids)
+        (number, worker, list(reader.read(order.samples(worker, step=number)[0]).ids))
         for number in range(step, STEPS)
         for worker in workers
     ]
 
 
 def places(batches: list[Microbatch]) -> list[tuple[int, int, list[str]]]:
-    return [(batch.step, batch.worker, batch.ids) for batch in batches]
+    return [(batch.step, batch.worker, list(batch.ids)) for batch in batches]
 
 
 def flip(data: bytes, position: int) -> bytes:
@@ -78,12 +78,12 @@ def test_microbatches_come_in_order_from_any_step(
     assert all(batch.fields["x"].shape == (6, 5) for batch in found)
 
 
-@pytest.mark.parametrize("num_ahead", [1, 3, 100])
+@pytest.mark.parametrize("max_block_steps", [1, 3, 100])
 def test_how_far_ahead_it_reads_changes_nothing(
-    store: Store, preset: Preset, manifest: Manifest, num_ahead: int
+    store: Store, preset: Preset, manifest: Manifest, max_block_steps: int
 ) -> None:
     reader, order = make_reader(store, "tiny", manifest, "train"), open_order(preset, manifest)
-    stream = Stream(reader, order, workers=range(4), step=3, num_steps=STEPS, num_ahead=num_ahead)
+    stream = Stream(reader, order, workers=range(4), step=3, num_steps=STEPS, max_block_steps=max_block_steps)
     assert places(list(stream)) == expected(store, preset, manifest, range(4), 3)
 
 

@@ -58,7 +58,7 @@ def all_ids(store: Store, manifest: Manifest) -> dict[str, list[str]]:
     found: dict[str, list[str]] = {}
     for split in SPLITS:
         reader = make_reader(store, "tiny", manifest, split)
-        found[split] = reader.read(range(len(reader))).ids
+        found[split] = list(reader.read(range(len(reader))).ids)
     return found
 
 

@@ -24,7 +24,7 @@ Fetch = Callable[[ShardInfo], bytes | memoryview]
 
 def fetch_from(store: Store, dataset: str) -> Fetch:
     """How a dataset's shards are got from the store."""
-    return lambda info: store.get(shard_key(dataset, info.sha256))
+    return lambda info: store.fetch(shard_key(dataset, info.sha256))
 
 
 class ShardCache:

@@ -4,25 +4,64 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import overload
 
 import numpy as np
 
 from training.data.cache import ShardCache
 from training.data.manifest import FieldInfo
 from training.data.order import Integers
-from training.data.shard import Array, Ragged, Shard
+from training.data.shard import Array, Column, Ragged, Shard
 from training.errors import UserError
 from training.recipe import Decode, Sample
 
+NUM_SHARDS_AHEAD = 4
+LARGE_ROW_BYTES = 2048
+BLOCK_BYTES = 2 << 20
 _MASK64 = (1 << 64) - 1
+
+
+class LazyIds(Sequence[str]):
+    """Ids that are decoded when somebody looks: to decode them takes longer than to copy small samples."""
+
+    def __init__(self, shards: Mapping[int, Shard], numbers: Integers, rows: Integers) -> None:
+        self._shards = shards
+        self._numbers = numbers
+        self._rows = rows
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    @overload
+    def __getitem__(self, index: int) -> str: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> LazyIds: ...
+
+    def __getitem__(self, index: int | slice) -> str | LazyIds:
+        if isinstance(index, slice):
+            return LazyIds(self._shards, self._numbers[index], self._rows[index])
+        return self._shards[int(self._numbers[index])].id_of(int(self._rows[index]))
+
+    def __iter__(self) -> Iterator[str]:
+        for number, row in zip(self._numbers.tolist(), self._rows.tolist(), strict=True):
+            yield self._shards[number].id_of(row)
+
+    def __reduce__(self) -> tuple[type[list[str]], tuple[list[str]]]:
+        """To another process they go without their shards."""
+        return list, (list(self),)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Rows:
     """Some samples: their ids as found in the shards, and their fields, each of shape [samples, …]."""
 
-    ids: list[str]
+    ids: Sequence[str]
     fields: Mapping[str, Array]
+
+    def part(self, start: int, stop: int) -> Rows:
+        """Some of them, without a copy."""
+        return Rows(ids=self.ids[start:stop], fields={name: field[start:stop] for name, field in self.fields.items()})
 
 
 class Reader:
@@ -48,6 +87,7 @@ class Reader:
                 " sample a fixed shape"
             )
         self.cache = cache
+        self.sample_bytes = sum(_declared_bytes(info) for info in fields.values())
         self._starts = np.concatenate([[0], np.cumsum(shard_sizes, dtype=np.int64)])
         self._maybe_decode = maybe_decode
         self._seed = seed
@@ -66,13 +106,12 @@ class Reader:
         numbers = np.searchsorted(self._starts, indices, side="right") - 1
         rows = indices - self._starts[numbers]
         shards = {number: self.cache.get(number) for number in np.unique(numbers).tolist()}
-        places = list(zip(numbers.tolist(), rows.tolist(), strict=True))
-        ids = [shards[number].id_of(row) for number, row in places]
+        ids = LazyIds(shards, numbers, rows)
         if self._maybe_decode is None:
             return Rows(ids=ids, fields=_gather(shards, numbers, rows))
         samples = [
             self._maybe_decode(_sample(shards[number], row), self._maybe_random(indices, maybe_epochs, k))
-            for k, (number, row) in enumerate(places)
+            for k, (number, row) in enumerate(zip(numbers.tolist(), rows.tolist(), strict=True))
         ]
         return Rows(ids=ids, fields=_stack(samples, ids))
 
@@ -80,13 +119,21 @@ class Reader:
         return None if maybe_epochs is None else sample_random(self._seed, int(maybe_epochs[k]), int(indices[k]))
 
     def read_all(self, *, batch_size: int, num_samples: int | None = None) -> Iterator[Rows]:
-        """The samples in the manifest's order, the shard after the present one being fetched meanwhile."""
+        """The samples in the manifest's order, the next shards being fetched meanwhile."""
         stop = min(len(self), num_samples or len(self))
-        for start in range(0, stop, batch_size):
-            end = min(start + batch_size, stop)
+        block = batch_size * max(1, BLOCK_BYTES // (batch_size * max(1, self.sample_bytes)))
+        for start in range(0, stop, block):
+            end = min(start + block, stop)
             ahead = int(np.searchsorted(self._starts, end, side="right"))
-            self.cache.prefetch(range(ahead, min(ahead + 1, len(self._starts) - 1)))
-            yield self.read(range(start, end))
+            self.cache.prefetch(range(ahead, min(ahead + NUM_SHARDS_AHEAD, len(self._starts) - 1)))
+            rows = self.read(np.arange(start, end))
+            for offset in range(0, end - start, batch_size):
+                yield rows.part(offset, min(offset + batch_size, end - start))
+
+
+def _declared_bytes(info: FieldInfo) -> int:
+    """Of one row; a length that differs from sample to sample counts as a thousand."""
+    return int(np.dtype(info.dtype).itemsize * np.prod([1000 if n is None else n for n in info.shape], dtype=np.int64))
 
 
 def sample_random(seed: int, epoch: int, sample: int) -> np.random.Generator:
@@ -96,16 +143,32 @@ def sample_random(seed: int, epoch: int, sample: int) -> np.random.Generator:
 
 
 def _gather(shards: Mapping[int, Shard], numbers: Integers, rows: Integers) -> dict[str, Array]:
-    """Fields of many samples with one copy per shard."""
+    """Fields of many samples. Large rows are copied one by one, small ones shard by shard: each is quicker so."""
     out: dict[str, Array] = {}
-    for number, shard in shards.items():
-        chosen = numbers == number
-        for name, column in shard.columns.items():
-            assert not isinstance(column, Ragged)
-            if name not in out:
-                out[name] = np.empty((len(rows), *column.shape[1:]), dtype=column.dtype)
-            out[name][chosen] = column[rows[chosen]]
+    for name, info in next(iter(shards.values())).columns.items():
+        columns = {number: _plain(shard.columns[name]) for number, shard in shards.items()}
+        first = _plain(info)
+        field = np.empty((len(rows), *first.shape[1:]), dtype=first.dtype)
+        if len(shards) == 1 and _is_run(rows):
+            field[...] = first[rows[0] : rows[-1] + 1]
+        elif first.nbytes >= LARGE_ROW_BYTES * len(first):
+            for k, (number, row) in enumerate(zip(numbers.tolist(), rows.tolist(), strict=True)):
+                field[k] = columns[number][row]
+        else:
+            for number, column in columns.items():
+                chosen = np.flatnonzero(numbers == number)
+                field[chosen] = column[rows[chosen]]
+        out[name] = field
     return out
+
+
+def _plain(column: Column) -> Array:
+    assert not isinstance(column, Ragged), "the constructor refuses these without a decode()"
+    return column
+
+
+def _is_run(rows: Integers) -> bool:
+    return bool((np.diff(rows) == 1).all())
 
 
 def _sample(shard: Shard, row: int) -> Sample:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -70,11 +71,17 @@ class Shard:
         return len(self.id_rows)
 
     def id_of(self, row: int) -> str:
-        return self.id_rows[row].tobytes().decode()
+        text, ends = self._id_text
+        return text[ends[row] : ends[row + 1]].decode()
 
     @property
     def ids(self) -> list[str]:
         return [self.id_of(row) for row in range(len(self))]
+
+    @cached_property
+    def _id_text(self) -> tuple[bytes, list[int]]:
+        """As Python's own objects: many times quicker to slice than arrays."""
+        return self.id_rows.flat.tobytes(), [0, *self.id_rows.ends.tolist()]
 
 
 def dtype_is_known(dtype: np.dtype[Any]) -> bool:

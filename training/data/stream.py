@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from itertools import islice
 
-from training.data.order import Integers, Order
-from training.data.reader import Reader
+from training.data.order import Order
+from training.data.reader import BLOCK_BYTES, Reader, Rows
 from training.data.shard import Array
 
 NUM_THREADS = 2
-BLOCK_STEPS = 64
-"""The order is computed for so many steps at once."""
+MAX_BLOCK_STEPS = 64
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,7 +20,7 @@ class Microbatch:
 
     step: int
     worker: int
-    ids: list[str]
+    ids: Sequence[str]
     """As found in the decoded records: what the ledger proves."""
     fields: Mapping[str, Array]
 
@@ -31,48 +28,54 @@ class Microbatch:
 class Stream:
     """Microbatches of steps [step, num_steps), those of one step together, in the order of `workers`.
 
-    Where it begins is all its state. It may be iterated once.
+    Where it begins is all its state. It may be iterated once. Threads make blocks of some steps of one worker at a
+    time, each while the block before it is used.
     """
 
     def __init__(
-        self, reader: Reader, order: Order, *, workers: Sequence[int], step: int, num_steps: int, num_ahead: int = 16
+        self,
+        reader: Reader,
+        order: Order,
+        *,
+        workers: Sequence[int],
+        step: int,
+        num_steps: int,
+        max_block_steps: int = MAX_BLOCK_STEPS,
     ) -> None:
         self._reader = reader
         self._order = order
         self._workers = workers
         self._steps = range(step, num_steps)
-        self._num_ahead = num_ahead
-        self._blocks: dict[tuple[int, int], tuple[Integers, Integers]] = {}
+        self._share = order.batch_size // order.virtual_workers
+        half_shard = order.num_samples // len(order.shard_sizes) // 2  # or a block would need many shards at once
+        fitting = min(BLOCK_BYTES // max(1, reader.sample_bytes), half_shard) // self._share
+        self._block_steps = max(1, min(max_block_steps, fitting))
 
     def __iter__(self) -> Iterator[Microbatch]:
-        pool = ThreadPoolExecutor(NUM_THREADS, thread_name_prefix="microbatches")
+        pool = ThreadPoolExecutor(NUM_THREADS, thread_name_prefix="blocks")
         try:
-            places = ((step, worker) for step in self._steps for worker in self._workers)
-            waiting: deque[Future[Microbatch]] = deque(
-                self._begin(pool, *place) for place in islice(places, self._num_ahead)
-            )
-            while waiting:
-                yield waiting.popleft().result()
-                waiting.extend(self._begin(pool, *place) for place in islice(places, 1))
+            blocks = [self._steps[i : i + self._block_steps] for i in range(0, len(self._steps), self._block_steps)]
+            waiting = self._begin(pool, blocks[0]) if blocks else []
+            for number, block in enumerate(blocks):
+                ready, waiting = waiting, self._begin(pool, blocks[number + 1]) if number + 1 < len(blocks) else []
+                yield from self._cut(block, ready)
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
             self._reader.close()
 
-    def _begin(self, pool: ThreadPoolExecutor, step: int, worker: int) -> Future[Microbatch]:
-        self._reader.cache.prefetch(self._order.shards_ahead(worker, step=step))
-        indices, epochs = self._samples(step, worker)
-        return pool.submit(self._make, step, worker, indices, epochs)
+    def _begin(self, pool: ThreadPoolExecutor, block: range) -> list[Future[Rows]]:
+        """Have the block's rows made for each worker, and the shards fetched that are due by its end."""
+        for worker in self._workers:
+            self._reader.cache.prefetch(self._order.shards_ahead(worker, step=block[-1]))
+        return [pool.submit(self._make, worker, block) for worker in self._workers]
 
-    def _make(self, step: int, worker: int, indices: Integers, epochs: Integers) -> Microbatch:
-        rows = self._reader.read(indices, maybe_epochs=epochs)
-        return Microbatch(step=step, worker=worker, ids=rows.ids, fields=rows.fields)
+    def _make(self, worker: int, block: range) -> Rows:
+        indices, epochs = self._order.samples(worker, step=block.start, num_steps=len(block))
+        return self._reader.read(indices, maybe_epochs=epochs)
 
-    def _samples(self, step: int, worker: int) -> tuple[Integers, Integers]:
-        block, offset = divmod(step, BLOCK_STEPS)
-        if (block, worker) not in self._blocks:
-            self._blocks = {key: value for key, value in self._blocks.items() if key[0] >= block}
-            self._blocks[block, worker] = self._order.samples(worker, step=block * BLOCK_STEPS, num_steps=BLOCK_STEPS)
-        share = self._order.batch_size // self._order.virtual_workers
-        here = slice(offset * share, (offset + 1) * share)
-        indices, epochs = self._blocks[block, worker]
-        return indices[here], epochs[here]
+    def _cut(self, block: range, ready: Sequence[Future[Rows]]) -> Iterator[Microbatch]:
+        for step in block:
+            start = (step - block.start) * self._share
+            for worker, future in zip(self._workers, ready, strict=True):
+                rows = future.result().part(start, start + self._share)
+                yield Microbatch(step=step, worker=worker, ids=rows.ids, fields=rows.fields)
