@@ -151,7 +151,7 @@ def test_all_ranks_together_fetch_little_more_than_the_dataset(store: Store, pre
         num_fetched = 0
         for rank in range(num_ranks):
             workers = owned_range(rank, num_ranks, order.virtual_workers)
-            reader = make_reader(store, "tiny", manifest, "train", memory_bytes=12 * 1024)
+            reader = make_reader(store, "tiny", manifest, "train", memory_bytes=20 * 1024)
             deque(Stream(reader, order, workers=workers, step=0, num_steps=num_steps), maxlen=0)
             num_fetched += reader.cache.num_bytes_fetched
         assert num_fetched <= 1.1 * sum(shard.num_bytes for shard in manifest.splits["train"])
