@@ -5,18 +5,27 @@ from __future__ import annotations
 from typing import Any
 
 from prefect import flow
+from prefect.task_runners import ThreadPoolTaskRunner
 
 from flows import publish
 from flows.hooks import cancel_jobs_of, log_user_errors_in_one_line
 from tasks.evaluate import evaluate
 from tasks.register import as_it_stands, register
 from tasks.results import PipelineResult
-from tasks.shard import shard
+from tasks.shard import NUM_AT_ONCE, shard
 from tasks.train import key_of, train
 from training.config import load_preset
 
+PARTITIONS_AT_ONCE: Any = ThreadPoolTaskRunner(max_workers=NUM_AT_ONCE)
 
-@flow(name="pipeline", on_cancellation=[cancel_jobs_of], persist_result=True, result_serializer="json")
+
+@flow(
+    name="pipeline",
+    task_runner=PARTITIONS_AT_ONCE,
+    on_cancellation=[cancel_jobs_of],
+    persist_result=True,
+    result_serializer="json",
+)
 def pipeline(preset: str, overrides: dict[str, Any] | None = None, fresh: bool = False) -> PipelineResult:
     """From raw data to a registered model.
 

@@ -13,7 +13,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from cyclopts import App
 
@@ -107,8 +107,19 @@ def _write_csv(path: Path, columns: Sequence[str], rows: Sequence[Sequence[objec
         writer.writerows(rows)
 
 
+class _LiveHandler(logging.StreamHandler[TextIO]):
+    """On a terminal, lines of progress are shown in one place."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        is_progress = getattr(record, "is_progress", False) and self.stream.isatty()
+        if self.stream.isatty():
+            self.stream.write("\r\x1b[K")
+        self.terminator = "" if is_progress else "\n"
+        super().emit(record)
+
+
 def main() -> None:
-    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[_LiveHandler(sys.stderr)])
     for name in ("tasks", "training"):
         logging.getLogger(name).setLevel(logging.INFO)
     try:

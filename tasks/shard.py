@@ -3,27 +3,35 @@
 from __future__ import annotations
 
 import logging
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from typing import Any
 
-from prefect import task
+from prefect import task, unmapped
+from prefect.cache_policies import NO_CACHE
+from prefect.context import FlowRunContext
 
 from tasks.policy import stage_options
 from tasks.results import Dataset
 from tasks.stack import open_stack, store_location
 from training.config import Preset
-from training.data.source import open_source, partitions
-from training.data.writer import write_dataset
+from training.data.source import Partition, open_source, partitions
+from training.data.withdraw import withdrawn_ids
+from training.data.writer import PartResult, Writer
 from training.documents import digest_of
 from training.recipe import load_recipe, source_closure_digest
 
 log = logging.getLogger(__name__)
 
+NUM_AT_ONCE = 4
+
 
 def shard_cache_key(context: Any, arguments: dict[str, Any]) -> str:
     """The source's listing (names, sizes, times), the settings and the recipe's source."""
     preset: Preset = arguments["preset"]
-    settings, _ = open_stack()
+    settings, store = open_stack()
     source = open_source(preset.data, folder=preset.folder, location=store_location(settings))
     recipe = load_recipe(preset)
     return digest_of(
@@ -32,6 +40,7 @@ def shard_cache_key(context: Any, arguments: dict[str, Any]) -> str:
             "listing": [asdict(part) for part in partitions(source, preset.data)],
             "data": asdict(preset.data),
             "recipe": [source_closure_digest(recipe), asdict(recipe)],
+            "withdrawn": sorted(withdrawn_ids(store, preset.data.name)),
         }
     )
 
@@ -43,11 +52,9 @@ def shard(preset: Preset) -> Dataset:
     Raises `UserError` naming the source, file or record that cannot be read.
     """
     settings, store = open_stack()
-    recipe = load_recipe(preset)
     source = open_source(preset.data, folder=preset.folder, location=store_location(settings))
-    written = write_dataset(
-        store, source, preset.data, recipe, report=lambda done, total: log.info("partition %d of %d", done, total)
-    )
+    writer = Writer(store, source, preset.data, load_recipe(preset), withdrawn=withdrawn_ids(store, preset.data.name))
+    written = writer.finish(write_parts(writer))
     manifest = written.manifest
     log.info(
         "dataset %s: %d of %d partitions found finished, %d shards sent",
@@ -64,3 +71,48 @@ def shard(preset: Preset) -> Dataset:
         num_shards=sum(len(shards) for shards in manifest.splits.values()),
         num_bytes=manifest.num_bytes(),
     )
+
+
+def write_parts(writer: Writer) -> list[PartResult]:
+    """Some partitions at a time: as mapped tasks inside a flow run, so that each is tried again by itself; else by
+    threads.
+    """
+    progress = Progress(writer.parts)
+    if FlowRunContext.get() is not None:
+        futures = write_part.map(unmapped(writer), writer.parts)
+        return [progress.after(future.result()) for future in futures]
+    with ThreadPoolExecutor(NUM_AT_ONCE) as pool:
+        return [progress.after(result) for result in pool.map(writer.write, writer.parts)]
+
+
+@task(name="shard-part", cache_policy=NO_CACHE, **{**stage_options(timeout_seconds=12 * 3600), "persist_result": False})
+def write_part(writer: Writer, part: Partition) -> PartResult:
+    """One partition. Its receipt on the store is its cache."""
+    return writer.write(part)
+
+
+class Progress:
+    """Says how far the partitions are: with the rate, and when they will be done."""
+
+    def __init__(self, parts: Sequence[Partition]) -> None:
+        self._num_parts = len(parts)
+        self._num_bytes = sum(part.num_bytes for part in parts)
+        self._parts_done = self._bytes_done = self._shards_sent = 0
+        self._started = time.monotonic()
+
+    def after(self, result: PartResult) -> PartResult:
+        """Count a finished partition, and show the line."""
+        self._parts_done += 1
+        self._bytes_done += result.num_bytes
+        self._shards_sent += result.num_shards_sent
+        log.info("%s", self.line(time.monotonic() - self._started), extra={"is_progress": True})
+        return result
+
+    def line(self, seconds: float) -> str:
+        rate = self._bytes_done / max(seconds, 1e-6)
+        left = (self._num_bytes - self._bytes_done) / max(rate, 1.0)
+        return (
+            f"partition {self._parts_done}/{self._num_parts}  {self._bytes_done / 1e6:,.1f} of"
+            f" {self._num_bytes / 1e6:,.1f} MB  {rate / 1e6:,.1f} MB/s  {self._shards_sent} shards sent"
+            f"  {left:,.0f} s left"
+        )

@@ -23,8 +23,9 @@ class DataConfig:
     """Name of the dataset: its folder in the bucket."""
     source: str
     """A file or folder: a path, `s3://bucket/prefix`, `package://PACKAGE/path` or `stdlib://`."""
-    format: Literal["files", "jsonl", "csv"]
-    """`files`: one record per file. `jsonl`, `csv`: one record per line (`.gz` is unpacked)."""
+    format: Literal["files", "folders", "jsonl", "csv", "parquet", "webdataset"]
+    """What is a record: a file; a file whose first folder is its label; a line (`.gz` is unpacked); a row; a group of
+    members of a tar archive."""
     glob: str = "*"
     """Which files of a folder count."""
     exclude: tuple[str, ...] = ()

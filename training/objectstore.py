@@ -106,11 +106,22 @@ class Store:
     # ---- plain objects -------------------------------------------------------------------------------------------
 
     def get(self, key: str) -> bytes:
-        """The whole object. A body cut short is fetched again: boto3 itself would not."""
+        """The whole object."""
+        return self._read(key)
+
+    def get_range(self, key: str, start: int, stop: int, *, etag: str) -> bytes:
+        """Bytes [start, stop) of an object that must still be the one with this ETag. Raises `UserError` if not."""
+        return self._read(key, Range=f"bytes={start}-{stop - 1}", IfMatch=etag)
+
+    def _read(self, key: str, **request: str) -> bytes:
+        """A body cut short is fetched again: boto3 itself would not."""
+        client: Any = self._client
         for attempt in range(NUM_TRIES):
             with self._typed_errors(key):
                 try:
-                    return self._client.get_object(Bucket=self.location.bucket, Key=self._key(key))["Body"].read()
+                    reply = client.get_object(Bucket=self.location.bucket, Key=self._key(key), **request)
+                    body: bytes = reply["Body"].read()
+                    return body
                 except _cut_short():
                     if attempt == NUM_TRIES - 1:
                         raise
@@ -305,6 +316,8 @@ class Store:
         status = response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
         if code == "NoSuchBucket":
             return UserError(f"bucket {self.location.bucket!r} does not exist at {self.location.endpoint or 'AWS'}")
+        if status == 412:
+            return UserError(f"{uri} was replaced while it was read: start again once nobody writes there")
         if code in ("NoSuchKey", "404", "NotFound"):
             return MissingError(f"{uri} does not exist")
         if status in (401, 403) or code in ("NoCredentialsError", "PartialCredentialsError"):

@@ -8,7 +8,7 @@ import importlib.util
 import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, is_dataclass
+from dataclasses import dataclass, field, is_dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -35,7 +35,11 @@ class Record:
     id: str
     """Where it lies: `folder/file` or `file:line`."""
     data: bytes
-    """A file's bytes, or a line's without its end."""
+    """A file's bytes, or a line's without its end; empty if the format has fields."""
+    label: int | None = None
+    """With `format = "folders"`: the number of the folder among the classes."""
+    fields: Mapping[str, Any] = field(default_factory=dict)
+    """With `parquet` the row's columns; with `webdataset` the members' bytes by their extension."""
 
 
 @dataclass(frozen=True, kw_only=True)

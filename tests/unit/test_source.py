@@ -3,16 +3,40 @@
 from __future__ import annotations
 
 import gzip
+import io
+import subprocess
+import sys
+import tarfile
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import numpy as np
+import pyarrow as pa
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pyarrow import parquet
 
 from tests.unit.data_source import data_config, local_source
 from training.config import DataConfig
-from training.data.source import Source, open_source, partition_fingerprint, partitions, read_records
+from training.data.source import (
+    Source,
+    SourceFile,
+    classes_of,
+    content_of,
+    open_source,
+    partition_fingerprint,
+    partitions,
+    places,
+    read_records,
+    remote,
+)
+from training.data.source.partition import MAX_FILL, cut
 from training.errors import UserError
 from training.objectstore import Store
+from training.recipe import Record
 
 
 def names(source: Source) -> list[str]:
@@ -54,14 +78,32 @@ def test_an_absolute_path_is_not_looked_for_beside_the_preset(raw: Path) -> None
     assert names(local_source(Path("elsewhere"), config)) == ["b.csv"]
 
 
-def test_files_are_cut_into_partitions_of_about_a_size(tmp_path: Path) -> None:
-    for number, size in enumerate((600, 400, 100, 5000, 10, 1014, 1)):
-        path = tmp_path / "raw" / str(number)
-        path.parent.mkdir(exist_ok=True)
-        path.write_bytes(b"x" * size)
-    config = data_config(format="files")
-    parts = partitions(local_source(tmp_path, config), config)
-    assert [[file.name for file in part.files] for part in parts] == [["0", "1"], ["2"], ["3"], ["4", "5"], ["6"]]
+def files(names: Iterable[str], num_bytes: int = 100) -> list[SourceFile]:
+    return [SourceFile(name=name, num_bytes=num_bytes, changed="") for name in names]
+
+
+def runs(given: list[SourceFile], partition_bytes: int = 1000) -> list[tuple[str, ...]]:
+    return [tuple(file.name for file in run) for run in cut(iter(given), partition_bytes)]
+
+
+def test_files_are_cut_into_partitions_of_about_a_size() -> None:
+    found = runs(files(f"{number:04}" for number in range(3000)))
+    assert [name for run in found for name in run] == [f"{number:04}" for number in range(3000)]
+    assert 8 <= 3000 / len(found) <= 13
+    assert max(map(len, found)) <= MAX_FILL * 10
+    assert runs(files("abc", num_bytes=1000)) == [("a",), ("b",), ("c",)], "a large file is a partition"
+
+
+@given(names=st.sets(st.text("abcdef", min_size=1, max_size=6), min_size=2, max_size=120), data=st.data())
+@settings(derandomize=True, max_examples=100, deadline=None)
+def test_another_file_changes_the_partition_that_it_falls_into_alone(names: set[str], data: st.DataObject) -> None:
+    """Or, if that was cut at its greatest size, those up to the next cut by name."""
+    added = data.draw(st.sampled_from(sorted(names)))
+    before = set(runs(files(sorted(names - {added})), 800))
+    after = set(runs(files(sorted(names)), 800))
+    if all(len(run) < MAX_FILL * 8 for run in before | after):
+        assert len(before - after) <= 1
+        assert len(after - before) <= 2
 
 
 def test_lines_are_records_whatever_ends_them(tmp_path: Path) -> None:
@@ -139,6 +181,167 @@ def test_the_fingerprint_is_of_the_bytes_and_the_encoding_alone(raw: Path) -> No
     assert fingerprint("f") != before
     (raw / "b.csv").write_text("other\n")
     assert fingerprint() != before
+
+
+# ---- formats ---------------------------------------------------------------------------------------------------------
+
+
+def write_parquet(path: Path, num_rows: int = 2500) -> list[dict[str, Any]]:
+    rows = [{"text": f"t{n}", "score": n / 2, "image": bytes([n % 256]), "tags": [n, n + 1]} for n in range(num_rows)]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    parquet.write_table(pa.Table.from_pylist(rows), path, row_group_size=700)
+    return rows
+
+
+def write_tar(path: Path, members: Iterable[tuple[str, bytes]]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w") as archive:
+        for name, content in members:
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            archive.addfile(info, io.BytesIO(content))
+
+
+TAR = [("a/1.jpg", b"j1"), ("a/1.cls", b"7"), ("a/2.jpg", b"j2"), ("a/2.seg.png", b"s2"), ("b.cls", b"")]
+
+
+def read_all(source: Source, config: DataConfig) -> list[Record]:
+    parts = partitions(source, config)
+    classes = classes_of(parts) if config.format == "folders" else ()
+    return [record for part in parts for record in read_records(source, part, config, classes)]
+
+
+def upload(store: Store, folder: Path) -> None:
+    for path in folder.rglob("*"):
+        if path.is_file():
+            store.put(f"raw/{path.relative_to(folder).as_posix()}", path.read_bytes())
+
+
+@pytest.mark.parametrize("kind", ["parquet", "webdataset", "folders"])
+def test_each_format_gives_the_same_from_disk_and_s3(store: Store, tmp_path: Path, kind: str) -> None:
+    config = data_config(format=kind)
+    rows = write_parquet(tmp_path / "raw/x.parquet") if kind == "parquet" else []
+    if kind == "webdataset":
+        write_tar(tmp_path / "raw/x.tar", TAR)
+    if kind == "folders":
+        for name in ("dog/1.png", "cat/1.png", "cat/deep/2.png", "emu/9.png"):
+            (tmp_path / "raw" / name).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / "raw" / name).write_bytes(name.encode())
+    upload(store, tmp_path / "raw")
+    found = read_all(local_source(tmp_path, config), config)
+    assert read_all(s3_source(store, config, "raw"), config) == found
+    if kind == "parquet":
+        assert [record.fields for record in found] == rows
+        assert [found[0].id, found[-1].id] == ["x.parquet:1", "x.parquet:2500"]
+    elif kind == "webdataset":
+        assert [(record.id, dict(record.fields)) for record in found] == [
+            ("x.tar:a/1", {"jpg": b"j1", "cls": b"7"}),
+            ("x.tar:a/2", {"jpg": b"j2", "seg.png": b"s2"}),
+            ("x.tar:b", {"cls": b""}),
+        ]
+    else:
+        labels = [(record.id, record.label) for record in found]
+        assert labels == [("cat/1.png", 0), ("cat/deep/2.png", 0), ("dog/1.png", 1), ("emu/9.png", 2)]
+
+
+def test_a_file_without_a_folder_has_no_label(tmp_path: Path) -> None:
+    (tmp_path / "raw").mkdir()
+    (tmp_path / "raw/stray.png").touch()
+    config = data_config(format="folders")
+    with pytest.raises(UserError, match=r"stray\.png: data\.format = 'folders' needs every file in a folder"):
+        read_all(local_source(tmp_path, config), config)
+
+
+@pytest.mark.parametrize(
+    ("kind", "complaint"),
+    [("parquet", r"x: not readable as Parquet after row \d+"), ("webdataset", "x: not readable as a tar")],
+)
+@pytest.mark.parametrize("damage", ["cut", "cut between members", "head", "empty"])
+def test_damaged_files_are_named(tmp_path: Path, kind: str, complaint: str, damage: str) -> None:
+    path = tmp_path / "raw/x"
+    if kind == "parquet":
+        write_parquet(path)
+    else:
+        write_tar(path, [(f"{number}.bin", bytes(2000)) for number in range(9)])
+    good = path.read_bytes()
+    damaged = {
+        "cut": good[: len(good) * 2 // 3 + 300],
+        "cut between members": good[: 5 * 2560],
+        "head": b"\xff" * 600 + good[600:],
+        "empty": b"",
+    }
+    path.write_bytes(damaged[damage])
+    config = data_config(format=kind)
+    with pytest.raises(UserError, match=complaint):
+        read_all(local_source(tmp_path, config), config)
+
+
+def test_a_member_that_comes_twice_is_named(tmp_path: Path) -> None:
+    write_tar(tmp_path / "raw/x.tar", [("1.jpg", b"a"), ("1.JPG", b"b")])
+    config = data_config(format="webdataset")
+    with pytest.raises(UserError, match=r"x\.tar: member '1\.jpg' comes twice"):
+        read_all(local_source(tmp_path, config), config)
+
+
+def test_an_object_replaced_while_it_is_read_is_named(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(remote, "PIECE_BYTES", 1000)
+    monkeypatch.setattr(places, "BLOCK_BYTES", 100)
+    lines = b"".join(b"%d\n" % number for number in range(1000))
+    store.put("raw/x.csv", lines)
+    config = data_config()
+    source = s3_source(store, config, "raw")
+    records = read_records(source, partitions(source, config)[0], config)
+    next(records)
+    store.put("raw/x.csv", lines[::-1])
+    with pytest.raises(UserError, match=r"raw/x\.csv was replaced while it was read"):
+        list(records)
+
+
+def test_what_decides_the_split_of_a_record_with_fields_is_their_content() -> None:
+    fields = {"image": b"\x00\xff", "n": 3, "x": 0.1, "tags": ["a", {"b": b"c"}], "none": None}
+    same = Record(id="another", data=b"", fields=dict(reversed(fields.items())))
+    assert content_of(Record(id="x", data=b"", fields=fields)) == content_of(same)
+    assert len({content_of(Record(id="x", data=b"", fields={**fields, "n": n})) for n in (3, "3", 3.0, None)}) == 4
+
+
+STREAM = """
+import resource, sys
+from training.config import DataConfig
+from training.data.source import open_source, partitions, read_records
+from training.objectstore import StoreLocation
+
+config = DataConfig(name="x", source=sys.argv[1], format=sys.argv[2])
+location = StoreLocation(endpoint=sys.argv[3], bucket="unused")
+source = open_source(config, folder="", location=location)
+before = None
+for number, record in enumerate(read_records(source, partitions(source, config)[0], config)):
+    if number == 100:
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024, number + 1)
+"""
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "parquet", "webdataset"])
+def test_memory_is_bounded_whatever_the_size(store: Store, tmp_path: Path, kind: str) -> None:
+    """128 MB from S3 in at most 40 MB more than after the first hundred records."""
+    path = tmp_path / "big"
+    if kind == "jsonl":
+        path.write_bytes((b"x" * 65_535 + b"\n") * 2000)
+    elif kind == "webdataset":
+        write_tar(path, [(f"{number}.bin", bytes(64_000)) for number in range(2000)])
+    else:
+        random = np.random.default_rng(1)
+        schema = pa.schema([("x", pa.binary())])
+        with parquet.ParquetWriter(path, schema) as writer:
+            for _ in range(50):
+                writer.write_table(pa.table({"x": [random.bytes(64_000) for _ in range(40)]}, schema=schema))
+    store.put("big", path.read_bytes())
+    command = [sys.executable, "-c", STREAM, store.location.uri("big"), kind, str(store.location.endpoint)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=100, check=False)
+    assert done.returncode == 0, done.stderr
+    growth_mib, num_records = map(int, done.stdout.split())
+    assert num_records == 2000
+    assert growth_mib < 40
 
 
 # ---- S3 --------------------------------------------------------------------------------------------------------------

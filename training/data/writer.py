@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Collection, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -22,13 +22,19 @@ from training.data.manifest import (
     shard_key,
 )
 from training.data.shard import FORMAT, Array, Column, Ragged, dtype_is_known, encode_shard
-from training.data.source import Partition, Source, partition_fingerprint, partitions, read_records
+from training.data.source import (
+    Partition,
+    Source,
+    classes_of,
+    content_of,
+    partition_fingerprint,
+    partitions,
+    read_records,
+)
 from training.documents import canonical_json, digest_of, fast_digest, parse, sha256_hex
 from training.errors import DamagedError, UserError
 from training.objectstore import MissingError, Store
 from training.recipe import Recipe, Record, Sample, source_closure_digest
-
-Report = Callable[[int, int], None]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,6 +43,16 @@ class Receipt:
 
     fields: dict[str, FieldInfo]
     splits: dict[Split, tuple[ShardInfo, ...]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class PartResult:
+    """A finished partition: where its receipt lies, and how much had to be done for it."""
+
+    receipt: str
+    num_bytes: int
+    is_reused: bool
+    num_shards_sent: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,34 +65,131 @@ class WriteResult:
     num_shards_sent: int
 
 
+Report = Callable[[PartResult], None]
+
+
 def split_of(record: Record, test_percent: int) -> Split:
     """Which split a record belongs to: a hash of its bytes decides, so equal records never part."""
-    bucket = int.from_bytes(hashlib.sha256(record.data).digest()[:8], "big") % 100
+    bucket = int.from_bytes(hashlib.sha256(content_of(record)).digest()[:8], "big") % 100
     return "test" if bucket < test_percent else "train"
 
 
 def write_dataset(
-    store: Store, source: Source, config: DataConfig, recipe: Recipe, *, report: Report | None = None
+    store: Store,
+    source: Source,
+    config: DataConfig,
+    recipe: Recipe,
+    *,
+    withdrawn: frozenset[str] = frozenset(),
+    report: Report | None = None,
 ) -> WriteResult:
-    """Shard a whole source. Raises `UserError` naming the file and position of a record that cannot be read."""
-    parts = partitions(source, config)
-    writer = _Writer(store=store, source=source, config=config, recipe=recipe)
-    receipts: list[Receipt] = []
-    for number, part in enumerate(parts, start=1):
-        receipts.append(writer.receipt_of(part))
+    """Shard a whole source in this thread. Raises `UserError` naming the file and position of an unreadable record."""
+    writer = Writer(store, source, config, recipe, withdrawn=withdrawn)
+    results: list[PartResult] = []
+    for part in writer.parts:
+        results.append(writer.write(part))
         if report:
-            report(number, len(parts))
-    manifest = _merge(receipts, config)
-    store.put_immutable(manifest_key(config.name, manifest.digest), manifest.to_bytes())
-    return WriteResult(
-        manifest=manifest,
-        num_partitions=len(parts),
-        num_partitions_reused=writer.num_reused,
-        num_shards_sent=writer.num_shards_sent,
-    )
+            report(results[-1])
+    return writer.finish(results)
 
 
-def _merge(receipts: Sequence[Receipt], config: DataConfig) -> Manifest:
+class Writer:
+    """Shards one source. `write` may be called for its `parts` in any order, by many threads or processes at once;
+    `finish` makes the manifest of them all.
+
+    Whatever dies, a new writer of the same source finds what is finished.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        source: Source,
+        config: DataConfig,
+        recipe: Recipe,
+        *,
+        withdrawn: frozenset[str] = frozenset(),
+    ) -> None:
+        """`withdrawn` are ids of records to leave out. Raises `UserError` if the source holds nothing."""
+        self.parts = partitions(source, config)
+        self._classes = classes_of(self.parts) if config.format == "folders" else ()
+        self._store = store
+        self._source = source
+        self._config = config
+        self._recipe = recipe
+        self._withdrawn = withdrawn
+        encoding = {
+            "format": FORMAT,
+            "recipe": source_closure_digest(recipe),
+            "hyperparameters": asdict(recipe),
+            "record_format": config.format,
+            "test_percent": config.test_percent,
+            "shard_bytes": config.shard_bytes,
+        }
+        self._encoding = digest_of({**encoding, **({"classes": self._classes} if self._classes else {})})
+
+    def write(self, part: Partition) -> PartResult:
+        """Shard a partition and leave its receipt; nothing is done if it is finished and its shards are whole."""
+        fingerprint = partition_fingerprint(self._source, part, encoding=self._encoding, withdrawn=self._withdrawn)
+        key = receipt_key(self._config.name, fingerprint)
+        is_reused = self._is_finished(key)
+        num_sent = 0
+        if not is_reused:
+            receipt, num_sent = self._write(part)
+            self._store.put_immutable(key, _sealed(asdict(receipt)))
+        return PartResult(receipt=key, num_bytes=part.num_bytes, is_reused=is_reused, num_shards_sent=num_sent)
+
+    def finish(self, results: Sequence[PartResult]) -> WriteResult:
+        """The manifest of the partitions' results, given in their order. Raises `UserError` if they don't fit."""
+        receipts = [parse(Receipt, _unsealed(self._store.get(result.receipt))) for result in results]
+        manifest = _merge(receipts, self._config, self._classes)
+        self._store.put_immutable(manifest_key(self._config.name, manifest.digest), manifest.to_bytes())
+        return WriteResult(
+            manifest=manifest,
+            num_partitions=len(results),
+            num_partitions_reused=sum(result.is_reused for result in results),
+            num_shards_sent=sum(result.num_shards_sent for result in results),
+        )
+
+    def _is_finished(self, receipt: str) -> bool:
+        try:
+            found = parse(Receipt, _unsealed(self._store.get(receipt)))
+        except (MissingError, DamagedError):
+            return False
+        return all(self._is_whole(shard) for split in SPLITS for shard in found.splits[split])
+
+    def _is_whole(self, shard: ShardInfo) -> bool:
+        try:
+            return sha256_hex(self._store.fetch(shard_key(self._config.name, shard.sha256))) == shard.sha256
+        except MissingError:
+            return False
+
+    def _write(self, part: Partition) -> tuple[Receipt, int]:
+        fields: dict[str, FieldInfo] = {}
+        builders = {split: _ShardBuilder(self._config.shard_bytes, fields, self._recipe.ragged) for split in SPLITS}
+        shards: dict[Split, list[ShardInfo]] = {split: [] for split in SPLITS}
+        num_sent = 0
+        for split, builder in self._full_builders(part, builders):
+            info, data = builder.take()
+            num_sent += self._store.put_immutable(shard_key(self._config.name, info.sha256), data)
+            shards[split].append(info)
+        return Receipt(fields=fields, splits={split: tuple(shards[split]) for split in SPLITS}), num_sent
+
+    def _full_builders(
+        self, part: Partition, builders: Mapping[Split, _ShardBuilder]
+    ) -> Iterator[tuple[Split, _ShardBuilder]]:
+        """Fill the builders with the partition's samples; gives each when it is full, and at the end what is left."""
+        for record in read_records(self._source, part, self._config, self._classes):
+            if record.id in self._withdrawn:
+                continue
+            split = split_of(record, self._config.test_percent)
+            for number, sample in enumerate(_encode(self._recipe, record)):
+                builders[split].add(f"{record.id}#{number}", sample)
+                if builders[split].is_full:
+                    yield split, builders[split]
+        yield from ((split, builder) for split, builder in builders.items() if builder.ids)
+
+
+def _merge(receipts: Sequence[Receipt], config: DataConfig, classes: tuple[str, ...]) -> Manifest:
     fields = next((receipt.fields for receipt in receipts if receipt.fields), {})
     for receipt in receipts:
         if receipt.fields and receipt.fields != fields:
@@ -88,75 +201,7 @@ def _merge(receipts: Sequence[Receipt], config: DataConfig) -> Manifest:
                 f"data.source = {config.source!r} gives no sample for the {split} split: it is too small for"
                 f" data.test_percent = {config.test_percent}, or the recipe's encode() yields nothing"
             )
-    return Manifest(fields=fields, splits=splits)
-
-
-@dataclass(kw_only=True)
-class _Writer:
-    store: Store
-    source: Source
-    config: DataConfig
-    recipe: Recipe
-    num_reused: int = 0
-    num_shards_sent: int = 0
-    _encoding: str = field(init=False)
-
-    def __post_init__(self) -> None:
-        self._encoding = digest_of(
-            {
-                "format": FORMAT,
-                "recipe": source_closure_digest(self.recipe),
-                "hyperparameters": asdict(self.recipe),
-                "record_format": self.config.format,
-                "test_percent": self.config.test_percent,
-                "shard_bytes": self.config.shard_bytes,
-            }
-        )
-
-    def receipt_of(self, part: Partition) -> Receipt:
-        """The receipt of a partition: found if it is finished and its shards are whole, else made."""
-        key = receipt_key(self.config.name, partition_fingerprint(self.source, part, encoding=self._encoding))
-        receipt = self._find(key)
-        if receipt is not None:
-            self.num_reused += 1
-            return receipt
-        receipt = self._write(part)
-        self.store.put_immutable(key, _sealed(asdict(receipt)))
-        return receipt
-
-    def _find(self, key: str) -> Receipt | None:
-        try:
-            receipt = parse(Receipt, _unsealed(self.store.get(key)))
-        except (MissingError, DamagedError):
-            return None
-        shards = [shard for split in SPLITS for shard in receipt.splits[split]]
-        return receipt if all(self._is_whole(shard) for shard in shards) else None
-
-    def _is_whole(self, shard: ShardInfo) -> bool:
-        try:
-            return sha256_hex(self.store.get(shard_key(self.config.name, shard.sha256))) == shard.sha256
-        except MissingError:
-            return False
-
-    def _write(self, part: Partition) -> Receipt:
-        fields: dict[str, FieldInfo] = {}
-        builders = {split: _ShardBuilder(self.config.shard_bytes, fields, self.recipe.ragged) for split in SPLITS}
-        shards: dict[Split, list[ShardInfo]] = {split: [] for split in SPLITS}
-        for record in read_records(self.source, part, self.config):
-            split = split_of(record, self.config.test_percent)
-            for number, sample in enumerate(_encode(self.recipe, record)):
-                builders[split].add(f"{record.id}#{number}", sample)
-                if builders[split].is_full:
-                    shards[split].append(self._send(builders[split]))
-        for split in SPLITS:
-            if builders[split].ids:
-                shards[split].append(self._send(builders[split]))
-        return Receipt(fields=fields, splits={split: tuple(shards[split]) for split in SPLITS})
-
-    def _send(self, builder: _ShardBuilder) -> ShardInfo:
-        info, data = builder.take()
-        self.num_shards_sent += self.store.put_immutable(shard_key(self.config.name, info.sha256), data)
-        return info
+    return Manifest(fields=fields, splits=splits, classes=classes)
 
 
 def _sealed(document: dict[str, Any]) -> bytes:

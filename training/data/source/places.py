@@ -1,24 +1,21 @@
-"""Where raw records come from: files on disk or in S3, listed in a fixed order and read as streams."""
+"""The places where files lie: folders of this machine and buckets, listed in the order of names, opened as streams."""
 
 from __future__ import annotations
 
 import fnmatch
-import gzip
 import hashlib
 import importlib.util
 import io
 import sysconfig
-import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO, Protocol
+from typing import BinaryIO, Protocol, cast
 
 from training.config import DataConfig
-from training.documents import digest_of
+from training.data.source.remote import RemoteFile
 from training.errors import UserError
 from training.objectstore import Store, StoreLocation
-from training.recipe import Record
 
 BLOCK_BYTES = 1 << 20
 
@@ -31,13 +28,6 @@ class SourceFile:
     num_bytes: int
     changed: str
     """When it last changed, as the source tells (nanoseconds, or an ETag)."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Partition:
-    """A run of files that one writer task shards."""
-
-    files: tuple[SourceFile, ...]
 
 
 class Source(Protocol):
@@ -112,7 +102,9 @@ class Bucket:
                     yield SourceFile(name=name, num_bytes=num_bytes, changed=etag)
 
     def open(self, file: SourceFile) -> BinaryIO:
-        return io.BytesIO(self._store.get("" if self._maybe_single is not None else self._slash + file.name))
+        key = "" if self._maybe_single is not None else self._slash + file.name
+        raw = RemoteFile(self._store, key, num_bytes=file.num_bytes, etag=file.changed)
+        return cast(BinaryIO, io.BufferedReader(raw, buffer_size=BLOCK_BYTES))
 
     def content_digest(self, file: SourceFile) -> str:
         with self.open(file) as stream:
@@ -151,52 +143,3 @@ def _counts(name: str, config: DataConfig) -> bool:
     if any(part.startswith(".") for part in parts) or set(parts[:-1]) & set(config.exclude):
         return False
     return fnmatch.fnmatchcase(parts[-1], config.glob)
-
-
-def partitions(source: Source, config: DataConfig) -> list[Partition]:
-    """The source's files, in order, cut into runs of about `partition_bytes`.
-
-    Raises `UserError` if there is nothing to read.
-    """
-    runs: list[list[SourceFile]] = []
-    room = 0
-    for file in source.list_files():
-        if not runs or file.num_bytes > room:
-            runs.append([])
-            room = config.partition_bytes
-        runs[-1].append(file)
-        room -= file.num_bytes
-    if not runs:
-        raise UserError(f"data.source = {config.source!r} holds no file that matches data.glob = {config.glob!r}")
-    return [Partition(files=tuple(run)) for run in runs]
-
-
-def partition_fingerprint(source: Source, partition: Partition, *, encoding: str) -> str:
-    """Names a partition's input bytes and the code and settings that encode them (`encoding`)."""
-    files = [[file.name, source.content_digest(file)] for file in partition.files]
-    return digest_of({"files": files, "encoding": encoding})
-
-
-def read_records(source: Source, partition: Partition, config: DataConfig) -> Iterator[Record]:
-    """Every record of a partition, in order, one at a time."""
-    split: Callable[[SourceFile, BinaryIO], Iterator[Record]] = _whole_file if config.format == "files" else _lines
-    for file in partition.files:
-        with source.open(file) as stream:
-            yield from split(file, stream)
-
-
-def _whole_file(file: SourceFile, stream: BinaryIO) -> Iterator[Record]:
-    yield Record(id=file.name, data=stream.read())
-
-
-def _lines(file: SourceFile, stream: BinaryIO) -> Iterator[Record]:
-    if file.name.endswith(".gz"):
-        stream = gzip.GzipFile(fileobj=stream)  # type: ignore[assignment]  # it is an BinaryIO in all that is used
-    number = 0
-    try:
-        for number, line in enumerate(stream, start=1):
-            text = line.rstrip(b"\r\n")
-            if text:
-                yield Record(id=f"{file.name}:{number}", data=text)
-    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-        raise UserError(f"{file.name}: damaged gzip data after line {number}: {error}") from error

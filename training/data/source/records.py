@@ -1,0 +1,95 @@
+"""From a file to its records, one at a time, by the format that the preset names."""
+
+from __future__ import annotations
+
+import base64
+import gzip
+import zlib
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, BinaryIO
+
+from training.config import DataConfig
+from training.data.source.partition import Partition
+from training.data.source.places import Source, SourceFile
+from training.data.source.tar import tar_samples
+from training.documents import canonical_json
+from training.errors import UserError
+from training.recipe import Record
+
+Records = Iterator[Record]
+
+
+def read_records(source: Source, partition: Partition, config: DataConfig, classes: tuple[str, ...] = ()) -> Records:
+    """Every record of a partition, in order. `classes` are the labels of `format = "folders"`.
+
+    Raises `UserError` naming the file and the place where it cannot be read.
+    """
+    read = READERS[config.format]
+    for file in partition.files:
+        with source.open(file) as stream:
+            for record in read(file, stream):
+                yield _labelled(record, file, classes) if classes else record
+
+
+def content_of(record: Record) -> bytes:
+    """The bytes of a record, whatever its format: what decides its split."""
+    if not record.fields:
+        return record.data
+    return canonical_json({name: _jsonable(value) for name, value in record.fields.items()})
+
+
+def _jsonable(value: Any) -> Any:
+    if isinstance(value, bytes):
+        return base64.b64encode(value).decode()
+    if isinstance(value, Mapping):
+        return {key: _jsonable(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_jsonable(item) for item in value]
+    return value if isinstance(value, str | int | bool | None) else repr(value)
+
+
+def _labelled(record: Record, file: SourceFile, classes: tuple[str, ...]) -> Record:
+    return Record(id=record.id, data=record.data, label=classes.index(file.name.partition("/")[0]))
+
+
+def _whole_file(file: SourceFile, stream: BinaryIO) -> Records:
+    yield Record(id=file.name, data=stream.read())
+
+
+def _lines(file: SourceFile, stream: BinaryIO) -> Records:
+    if file.name.endswith(".gz"):
+        stream = gzip.GzipFile(fileobj=stream)  # type: ignore[assignment]  # it is an BinaryIO in all that is used
+    number = 0
+    try:
+        for number, line in enumerate(stream, start=1):
+            text = line.rstrip(b"\r\n")
+            if text:
+                yield Record(id=f"{file.name}:{number}", data=text)
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise UserError(f"{file.name}: damaged gzip data after line {number}: {error}") from error
+
+
+def _parquet_rows(file: SourceFile, stream: BinaryIO) -> Records:
+    """A record per row, read by small batches: its columns are the fields."""
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    number = 0
+    try:
+        with parquet.ParquetFile(stream, buffer_size=1 << 20, pre_buffer=False) as table:
+            for batch in table.iter_batches(batch_size=1024):
+                for row in batch.to_pylist():
+                    number += 1
+                    yield Record(id=f"{file.name}:{number}", data=b"", fields=row)
+    except (pa.ArrowException, OSError) as error:
+        raise UserError(f"{file.name}: not readable as Parquet after row {number}: {error}") from error
+
+
+READERS: dict[str, Callable[[SourceFile, BinaryIO], Records]] = {
+    "files": _whole_file,
+    "folders": _whole_file,
+    "jsonl": _lines,
+    "csv": _lines,
+    "parquet": _parquet_rows,
+    "webdataset": tar_samples,
+}

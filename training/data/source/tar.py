@@ -1,0 +1,57 @@
+"""WebDataset archives: neighbouring members with one name up to its first dot are a record, their extensions its
+fields.
+
+https://github.com/webdataset/webdataset, "The WebDataset Format".
+"""
+
+from __future__ import annotations
+
+import tarfile
+import zlib
+from collections.abc import Iterator
+from typing import BinaryIO, Self
+
+from training.data.source.places import SourceFile
+from training.errors import UserError
+from training.recipe import Record
+
+
+class _StrictTarInfo(tarfile.TarInfo):
+    """The library takes an archive that was cut between two members for a whole one; here it must have its end mark."""
+
+    @classmethod
+    def fromtarfile(cls, archive: tarfile.TarFile) -> Self:
+        try:
+            return super().fromtarfile(archive)
+        except (tarfile.TruncatedHeaderError, tarfile.EmptyHeaderError) as error:  # type: ignore[attr-defined]  # public, but not in the stubs
+            raise tarfile.ReadError("it ends without its end mark") from error
+
+
+def tar_samples(file: SourceFile, stream: BinaryIO) -> Iterator[Record]:
+    """The archive's records, read as a stream. Raises `UserError` naming the file and the last whole record."""
+    key, fields = "", dict[str, bytes]()
+    try:
+        with tarfile.open(fileobj=stream, mode="r|*", tarinfo=_StrictTarInfo) as archive:
+            for name, extension, content in _members(archive):
+                if name != key and fields:
+                    yield Record(id=f"{file.name}:{key}", data=b"", fields=fields)
+                    fields = {}
+                key = name
+                if extension in fields:
+                    raise UserError(f"{file.name}: member '{name}.{extension}' comes twice in its record")
+                fields[extension] = content
+    except (tarfile.TarError, EOFError, zlib.error, OSError) as error:
+        raise UserError(f"{file.name}: not readable as a tar archive after record {key!r}: {error}") from error
+    if fields:
+        yield Record(id=f"{file.name}:{key}", data=b"", fields=fields)
+
+
+def _members(archive: tarfile.TarFile) -> Iterator[tuple[str, str, bytes]]:
+    """(key, extension, content) of each file."""
+    for member in archive:
+        if member.isfile():
+            folder, slash, base = member.name.rpartition("/")
+            stem, _, extension = base.partition(".")
+            content = archive.extractfile(member)
+            assert content is not None
+            yield folder + slash + stem, extension.lower(), content.read()
