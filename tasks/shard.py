@@ -17,6 +17,7 @@ from tasks.policy import stage_options
 from tasks.results import Dataset
 from tasks.stack import open_stack, store_location
 from training.config import Preset
+from training.data.lease import writing
 from training.data.source import Partition, open_source, partitions
 from training.data.withdraw import withdrawn_ids
 from training.data.writer import PartResult, Writer
@@ -54,7 +55,8 @@ def shard(preset: Preset) -> Dataset:
     settings, store = open_stack()
     source = open_source(preset.data, folder=preset.folder, location=store_location(settings))
     writer = Writer(store, source, preset.data, load_recipe(preset), withdrawn=withdrawn_ids(store, preset.data.name))
-    written = writer.finish(write_parts(writer))
+    with writing(store, preset.data.name) as lease:
+        written = writer.finish(write_parts(writer), lease)
     manifest = written.manifest
     log.info(
         "dataset %s: %d of %d partitions found finished, %d shards sent",

@@ -6,7 +6,7 @@ import json
 import logging
 import os
 import tempfile
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -261,6 +261,12 @@ def ensure_model_version(
 def _first_version(client: MlflowClient, name: str, by_key: str) -> ModelVersion | None:
     versions = client.search_model_versions(f"name = '{name}' and {by_key}")
     return min(versions, key=lambda version: int(version.version), default=None)
+
+
+def versions_of_runs(uri: str, run_keys: Collection[str]) -> list[str]:
+    """The registered versions that came from some runs, as `name version 3`."""
+    rows = list_versions(uri)
+    return [f"{row['name']} version {row['version']}" for row in rows if row["run_key"] in set(run_keys)]
 
 
 def aliases_of(client: MlflowClient, name: str, version: str) -> tuple[str, ...]:

@@ -36,7 +36,7 @@ class DataConfig:
     partition_bytes: int = 32 * 2**20
 
     def __post_init__(self) -> None:
-        _require_name("data.name", self.name)
+        require_name("data.name", self.name)
         _require(0 < self.test_percent < 100, "data.test_percent", "must lie between 1 and 99")
         _require(self.shard_bytes >= 1024, "data.shard_bytes", "must be at least 1024")
         _require(self.partition_bytes >= 1024, "data.partition_bytes", "must be at least 1024")
@@ -132,7 +132,7 @@ class Preset:
     """Where the preset's file lies: relative sources and recipe modules are looked for there. Not a key."""
 
     def __post_init__(self) -> None:
-        _require_name("name", self.name)
+        require_name("name", self.name)
         _require(0 <= self.seed < 2**63, "seed", "must lie between 0 and 2^63")
         _require(self.recipe.count(":") == 1, "recipe", 'must read "module:Class"')
         world_size = self.launch.nodes * self.launch.processes_per_node
@@ -260,6 +260,6 @@ def _require(condition: bool, name: str, complaint: str) -> None:
         raise UserError(f"{name} {complaint}")
 
 
-def _require_name(name: str, value: str) -> None:
+def require_name(name: str, value: str) -> None:
     good = value and len(value) <= 64 and all(c.isascii() and (c.isalnum() or c in "-_") for c in value)
     _require(bool(good), name, f"= {value!r} must be 1 to 64 letters, digits, '-' or '_'")

@@ -11,6 +11,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from datetime import datetime
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -48,6 +49,16 @@ class Versioned:
 
     document: dict[str, Any]
     etag: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Entry:
+    """What a listing tells of an object."""
+
+    key: str
+    num_bytes: int
+    etag: str
+    modified: datetime
 
 
 class Store:
@@ -177,18 +188,19 @@ class Store:
 
     def list_keys(self, prefix: str) -> Iterator[tuple[str, int]]:
         """Every (key, bytes) under `prefix`, in the order of keys."""
-        for key, num_bytes, _ in self.list_entries(prefix):
-            yield key, num_bytes
+        for entry in self.list_entries(prefix):
+            yield entry.key, entry.num_bytes
 
-    def list_entries(self, prefix: str) -> Iterator[tuple[str, int, str]]:
-        """Every (key, bytes, ETag) under `prefix`, in the order of keys."""
+    def list_entries(self, prefix: str) -> Iterator[Entry]:
+        """Every object under `prefix`, in the order of the store's listing."""
         with self._typed_errors(prefix):
             pages = self._client.get_paginator("list_objects_v2").paginate(
                 Bucket=self.location.bucket, Prefix=self._key(prefix)
             )
             for page in pages:
                 for item in page.get("Contents", []):
-                    yield item["Key"][len(self.location.prefix) :], item["Size"], item["ETag"]
+                    key = item["Key"][len(self.location.prefix) :]
+                    yield Entry(key=key, num_bytes=item["Size"], etag=item["ETag"], modified=item["LastModified"])
 
     def list_folders(self, prefix: str) -> list[str]:
         """The names directly under `prefix` (which ends in a slash), without looking inside them."""

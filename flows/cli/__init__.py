@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from cyclopts import App
 
-from flows.cli import browse, run, scaffold, stack
+from flows.cli import browse, data, run, scaffold, stack
 from training.errors import UnbrokenError
 
 app = App(
@@ -19,6 +19,7 @@ app = App(
 stack.add_to(app)
 scaffold.add_to(app)
 run.add_to(app)
+data.add_to(app)
 browse.add_to(app)
 
 

@@ -1,4 +1,4 @@
-"""`runs`, `data`, `ckpt`, `models`: look at what is stored."""
+"""`runs`, `ckpt`, `models`: look at what is stored."""
 
 from __future__ import annotations
 
@@ -18,13 +18,12 @@ if TYPE_CHECKING:
 Key = Annotated[str, Parameter(help="A run key, or the beginning of one.")]
 
 runs = App(name="runs", help="Look at runs, their logs, and cancel or remove them.")
-data = App(name="data", help="Look at datasets.")
 ckpt = App(name="ckpt", help="Look at a run's checkpoints.")
 models = App(name="models", help="Look at registered models.")
 
 
 def add_to(app: App) -> None:
-    for group in (runs, data, ckpt, models):
+    for group in (runs, ckpt, models):
         app.command(group)
 
 
@@ -45,7 +44,7 @@ def runs_logs(key: Key) -> None:
     from infra.engines import make_launcher
     from infra.settings import load_settings
 
-    run = _find_run(_store(), key)
+    run = find_run(_store(), key)
     logs = make_launcher(load_settings()).logs(run.run_key)
     if not logs:
         raise UserError(f"run {run.run_key[:12]} left no log on this machine")
@@ -59,7 +58,7 @@ def runs_cancel(key: Key) -> None:
     from infra.engines import make_launcher
     from infra.settings import load_settings
 
-    run = _find_run(_store(), key)
+    run = find_run(_store(), key)
     make_launcher(load_settings()).cancel(run.run_key)
     print(f"run {run.run_key[:12]} has no process left")
 
@@ -75,7 +74,7 @@ def runs_rm(
     from infra.settings import load_settings
 
     store = _store()
-    run = _find_run(store, key)
+    run = find_run(store, key)
     if make_launcher(load_settings()).find(run.run_key) is not None:
         raise UserError(f"run {run.run_key[:12]} is at work: cancel it first with `unbroken runs cancel {key}`")
     if not force:
@@ -98,46 +97,10 @@ def _require_no_version(key: str) -> None:
             )
 
 
-@data.command(name="ls")
-def data_ls(*, json: Json = False) -> None:
-    """Every dataset version."""
-    from training.data.manifest import load_manifest
-
-    store = _store()
-    rows: list[dict[str, Any]] = []
-    for name in store.list_folders("datasets/"):
-        for key, _ in store.list_keys(f"datasets/{name}/manifests/"):
-            digest = key.rpartition("/")[2].removesuffix(".json")
-            manifest = load_manifest(store, name, digest)
-            train, test = manifest.num_samples("train"), manifest.num_samples("test")
-            rows.append({"name": name, "digest": digest, "train": train, "test": test, "bytes": manifest.num_bytes()})
-    if json:
-        print_json(rows)
-        return
-    print_table(
-        ["name", "digest", "train", "test", "bytes"],
-        [[row["name"], row["digest"][:12], row["train"], row["test"], row["bytes"]] for row in rows],
-    )
-
-
-@data.command(name="show")
-def data_show(name: str, digest: str) -> None:
-    """Print a dataset version's manifest: fields, splits and shards. DIGEST may be the beginning of one."""
-    import json
-
-    store = _store()
-    found = [
-        key for key, _ in store.list_keys(f"datasets/{name}/manifests/") if key.rpartition("/")[2].startswith(digest)
-    ]
-    if len(found) != 1:
-        raise UserError(f"dataset {name!r} has {len(found) or 'no'} versions that begin with {digest!r}")
-    print_json(json.loads(store.get(found[0])))
-
-
 @ckpt.command(name="ls")
 def ckpt_ls(key: Key, *, json: Json = False) -> None:
     """A run's proven checkpoints, and those found damaged."""
-    record = _find_run(_store(), key).read()
+    record = find_run(_store(), key).read()
     if json:
         print_json(
             {
@@ -181,7 +144,7 @@ def _all_runs(store: Store) -> list[RunRecord]:
     return [run for run in found if run.find() is not None]
 
 
-def _find_run(store: Store, beginning: str) -> RunRecord:
+def find_run(store: Store, beginning: str) -> RunRecord:
     if not beginning:
         raise UserError("a run key must not be empty: see `unbroken runs ls`")
     matches = [run for run in _all_runs(store) if run.run_key.startswith(beginning)]

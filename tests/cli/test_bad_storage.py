@@ -74,7 +74,7 @@ def _write_dataset(stack: Stack, folder: Path, *, prefix: str, name: str) -> Non
     config = DataConfig(name=name, source="tiny.csv", format="csv")
     location = StoreLocation(endpoint=stack.location.endpoint, bucket=stack.location.bucket, prefix=prefix)
     source = open_source(config, folder=str(folder), location=location)
-    write_dataset(Store(location), source, config, Tiny(), report=lambda done, total: None)
+    write_dataset(Store(location), source, config, Tiny())
 
 
 def _bucket_exists(stack: Stack, name: str) -> bool:

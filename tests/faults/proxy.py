@@ -1,12 +1,14 @@
 """A proxy before an S3 server that lets requests through, and loses the replies that a test tells it to lose.
 
-The server applies the request; the client sees its connection close. `num_lost` proves that the fault fired.
+The server applies the request; the client sees its connection close. `num_lost` proves that the fault fired. A test may
+also watch every request go by, before it is applied (status 0) and after.
 """
 
 from __future__ import annotations
 
 import http.client
 import threading
+from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import TracebackType
 from urllib.parse import urlsplit
@@ -23,6 +25,7 @@ class LosingProxy:
         self._method = ""
         self._remaining = 0
         self.num_lost = 0
+        self.watch: Callable[[str, str, int], None] = lambda method, path, status: None
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), self._handler_class())
         self._server.daemon_threads = True
         self._thread = threading.Thread(target=self._server.serve_forever, name="proxy", daemon=True)
@@ -76,7 +79,9 @@ class LosingProxy:
 
             def handle_any(self) -> None:
                 body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+                proxy.watch(self.command, self.path, 0)
                 reply = proxy._forward(self.command, self.path, list(self.headers.items()), body)
+                proxy.watch(self.command, self.path, reply.status)
                 if proxy._loses(self.command):
                     self.close_connection = True
                     return

@@ -298,3 +298,28 @@ def test_other_formats(store: Store, tmp_path: Path, kind: str) -> None:
     ids = [sample for split in all_ids(store, manifest).values() for sample in split]
     assert len(ids) == 40
     assert set(ids) == expected
+
+
+def test_lines_appended_to_a_file_send_only_new_shards(store: Store, folder: Path) -> None:
+    """All full shards of before are shared; those that were not full are made anew."""
+    first = write(store, folder)
+    with (folder / "raw/3.csv").open("a") as file:
+        file.writelines(f"{tiny_line(number)}\n" for number in range(5000, 5030))
+    before = set(shard_keys(store))
+    second = write(store, folder)
+    assert second.num_partitions_reused == NUM_FILES - 1
+    assert second.num_shards_sent == len(set(shard_keys(store)) - before)
+    for split in SPLITS:
+        old, new = first.manifest.splits[split], second.manifest.splits[split]
+        assert len(set(old) - set(new)) <= 1
+
+
+def test_withdrawn_records_are_left_out_and_only_their_partition_is_written_again(store: Store, folder: Path) -> None:
+    first = write(store, folder)
+    config = data_config()
+    source = local_source(folder, config)
+    second = write_dataset(store, source, config, Tiny(), withdrawn=frozenset({"1.csv:7", "elsewhere.csv:1"}))
+    assert second.num_partitions_reused == NUM_FILES - 1
+    gone = {i for ids in all_ids(store, first.manifest).values() for i in ids}
+    gone -= {i for ids in all_ids(store, second.manifest).values() for i in ids}
+    assert gone == {"1.csv:7#0"}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from training.documents import canonical_json, parse, sha256_hex
 from training.errors import DamagedError, UserError
@@ -53,11 +53,14 @@ class Manifest:
     def num_bytes(self) -> int:
         return sum(shard.num_bytes for shards in self.splits.values() for shard in shards)
 
-    def to_bytes(self) -> bytes:
+    def to_json(self) -> dict[str, Any]:
         document = {"format": FORMAT, **asdict(self)}
         if not self.classes:
             del document["classes"]
-        return canonical_json(document)
+        return document
+
+    def to_bytes(self) -> bytes:
+        return canonical_json(self.to_json())
 
     @property
     def digest(self) -> str:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from training.data.lease import Lease, writing
 from training.data.manifest import SPLITS, Manifest, ShardInfo, Split, load_manifest, manifest_key, shard_key
 from training.data.shard import Column, Ragged, Shard, decode_shard, encode_shard
 from training.documents import fast_digest, sha256_hex
@@ -47,8 +48,12 @@ def withdraw(store: Store, dataset: str, digest: str, record_ids: Collection[str
 
     Raises `UserError` naming an id that the version does not hold, before anything is written.
     """
+    with writing(store, dataset) as lease:
+        return _withdraw(store, dataset, digest, frozenset(record_ids), lease)
+
+
+def _withdraw(store: Store, dataset: str, digest: str, wanted: frozenset[str], lease: Lease) -> Withdrawal:
     manifest = load_manifest(store, dataset, digest)
-    wanted = frozenset(record_ids)
     found = {split: list(_rows_of(store, dataset, manifest, split, wanted)) for split in SPLITS}
     missing = wanted - {record for rows in found.values() for _, _, records in rows for record in records}
     if missing:
@@ -63,6 +68,7 @@ def withdraw(store: Store, dataset: str, digest: str, record_ids: Collection[str
             raise UserError(f"without these records dataset {dataset!r} has no sample in its {split} split")
     new = replace(manifest, splits=splits)
     _note(store, dataset, wanted)
+    lease.require_sure()
     store.put_immutable(manifest_key(dataset, new.digest), new.to_bytes())
     num_rewritten = sum(len(rows) for rows in found.values())
     return Withdrawal(

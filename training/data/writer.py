@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from training.config import DataConfig
+from training.data.lease import Lease, writing
 from training.data.manifest import (
     SPLITS,
     FieldInfo,
@@ -85,12 +86,13 @@ def write_dataset(
 ) -> WriteResult:
     """Shard a whole source in this thread. Raises `UserError` naming the file and position of an unreadable record."""
     writer = Writer(store, source, config, recipe, withdrawn=withdrawn)
-    results: list[PartResult] = []
-    for part in writer.parts:
-        results.append(writer.write(part))
-        if report:
-            report(results[-1])
-    return writer.finish(results)
+    with writing(store, config.name) as lease:
+        results: list[PartResult] = []
+        for part in writer.parts:
+            results.append(writer.write(part))
+            if report:
+                report(results[-1])
+        return writer.finish(results, lease)
 
 
 class Writer:
@@ -138,10 +140,15 @@ class Writer:
             self._store.put_immutable(key, _sealed(asdict(receipt)))
         return PartResult(receipt=key, num_bytes=part.num_bytes, is_reused=is_reused, num_shards_sent=num_sent)
 
-    def finish(self, results: Sequence[PartResult]) -> WriteResult:
-        """The manifest of the partitions' results, given in their order. Raises `UserError` if they don't fit."""
+    def finish(self, results: Sequence[PartResult], lease: Lease) -> WriteResult:
+        """The manifest of the partitions' results, given in their order.
+
+        Raises `UserError` if they do not fit together, `InfrastructureError` if the `lease` may have lapsed since they
+        were written: a collector of garbage may then have taken shards away.
+        """
         receipts = [parse(Receipt, _unsealed(self._store.get(result.receipt))) for result in results]
         manifest = _merge(receipts, self._config, self._classes)
+        lease.require_sure()
         self._store.put_immutable(manifest_key(self._config.name, manifest.digest), manifest.to_bytes())
         return WriteResult(
             manifest=manifest,

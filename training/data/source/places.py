@@ -92,7 +92,8 @@ class Bucket:
 
     def list_files(self) -> Iterator[SourceFile]:
         """In the order of names, as on disk: stores differ in the order of their listings."""
-        for key, num_bytes, etag in sorted(self._store.list_entries("")):
+        for entry in sorted(self._store.list_entries(""), key=lambda entry: entry.key):
+            key, num_bytes, etag = entry.key, entry.num_bytes, entry.etag
             if self._maybe_single is not None:
                 if not key:
                     yield SourceFile(name=self._maybe_single, num_bytes=num_bytes, changed=etag)

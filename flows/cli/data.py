@@ -1,0 +1,211 @@
+"""`data`: look at dataset versions, prove them, take records out, clean up, carry them elsewhere."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import asdict
+from datetime import timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from cyclopts import App, Parameter
+
+from flows.cli.output import LiveLine, print_json, print_table
+from flows.cli.stack import Json
+from training.errors import DamagedError, UserError
+
+if TYPE_CHECKING:
+    from training.data.manifest import Manifest
+    from training.objectstore import Store
+
+Version = Annotated[
+    str, Parameter(help="A dataset's name (its newest version), the beginning of a digest, or NAME@BEGINNING.")
+]
+
+data = App(name="data", help="Look at datasets, prove them, take records out, clean up, carry them elsewhere.")
+
+
+def add_to(app: App) -> None:
+    app.command(data)
+
+
+@data.command(name="ls")
+def ls(*, json: Json = False) -> None:
+    """Every dataset version, oldest first."""
+    from training.data.collect import versions
+    from training.data.manifest import load_manifest
+
+    store = _store()
+    rows: list[dict[str, Any]] = []
+    for name in store.list_folders("datasets/"):
+        for digest in versions(store, name):
+            manifest = load_manifest(store, name, digest)
+            train, test = manifest.num_samples("train"), manifest.num_samples("test")
+            rows.append({"name": name, "digest": digest, "train": train, "test": test, "bytes": manifest.num_bytes()})
+    if json:
+        print_json(rows)
+        return
+    print_table(
+        ["name", "digest", "train", "test", "bytes"],
+        [[row["name"], row["digest"][:12], row["train"], row["test"], row["bytes"]] for row in rows],
+    )
+
+
+@data.command(name="show")
+def show(version: Version) -> None:
+    """Print a version's manifest: fields, splits and shards."""
+    print_json(_find(_store(), version)[2].to_json())
+
+
+@data.command(name="diff")
+def diff(a: Version, b: Version, *, json: Json = False) -> None:
+    """What version B has that A has not, and the other way round: shards, bytes and samples of each split."""
+    from training.data.collect import compare
+
+    store = _store()
+    (name_a, _, manifest_a), (name_b, _, manifest_b) = _find(store, a), _find(store, b)
+    rows = [asdict(row) for row in compare(store, (name_a, manifest_a), (name_b, manifest_b))]
+    if json:
+        print_json(rows)
+        return
+    print_table(list(rows[0]), [list(row.values()) for row in rows])
+
+
+@data.command(name="verify")
+def verify(version: Version) -> None:
+    """Read every shard of a version and compare its sha256. Exit code 6 names those that are damaged or missing."""
+    from training.data.collect import verify_version
+
+    store = _store()
+    name, digest, manifest = _find(store, version)
+    num_shards = sum(len(shards) for shards in manifest.splits.values())
+    live, damages = LiveLine(), []
+    for number, damage in enumerate(verify_version(store, name, digest), start=1):
+        live.show(f"{number}/{num_shards} shards read")
+        if damage is not None:
+            damages.append(damage)
+            live.end(f"{damage.reason}: {store.location.uri(damage.key)}")
+    live.end()
+    if damages:
+        raise DamagedError(
+            f"{len(damages)} of {num_shards} shards of {name} {digest[:12]} are damaged or missing: run the shard stage"
+            " again to repair them"
+        )
+    print(f"{name} {digest}: all {num_shards} shards are whole")
+
+
+@data.command(name="verify-run")
+def verify_run(
+    key: Annotated[str, Parameter(help="A run key, or the beginning of one.")], *, json: Json = False
+) -> None:
+    """Prove that a run read each sample of each epoch exactly once, in the declared order, over all its attempts."""
+    from flows.cli.browse import find_run
+    from training import audit
+
+    store = _store()
+    proof = audit.verify_run(store, find_run(store, key).run_key)
+    if json:
+        print_json(asdict(proof))
+        return
+    for name, value in asdict(proof).items():
+        print(f"{name:18} {value}")
+
+
+@data.command(name="withdraw")
+def withdraw(
+    version: Version,
+    ids: Annotated[list[str] | None, Parameter(help="Ids of records, as `file:line`.", negative="")] = None,
+    *,
+    file: Annotated[Path | None, Parameter(help="A file with one id per line.")] = None,
+    json: Json = False,
+) -> None:
+    """Make a version without some records, and have later ones leave them out too. Says which models used them."""
+    from tasks.stack import open_stack
+    from tasks.tracking import versions_of_runs
+    from training.data.withdraw import withdraw as take_out
+
+    wanted = [*(ids or ()), *(file.read_text().split("\n") if file else ())]
+    wanted = [record for record in wanted if record]
+    if not wanted:
+        raise UserError("name at least one record id, or a --file of them")
+    settings, store = open_stack()
+    name, digest, _ = _find(store, version)
+    done = take_out(store, name, digest, wanted)
+    models = versions_of_runs(settings.mlflow_uri, done.runs_that_used_it) if done.runs_that_used_it else []
+    if json:
+        print_json({**asdict(done), "models_that_used_it": models})
+        return
+    for field, value in asdict(done).items():
+        print(f"{field:20} {', '.join(value) or 'none' if isinstance(value, tuple) else value}")
+    print(f"{'models_that_used_it':20} {', '.join(models) or 'none'}")
+
+
+@data.command(name="rm")
+def rm(version: Version) -> None:
+    """Remove a version that no run was trained on. `gc` then removes the shards that no other version has."""
+    from training.data.collect import remove_version
+
+    store = _store()
+    name, digest, _ = _find(store, version)
+    remove_version(store, name, digest)
+    print(f"removed {name} {digest}")
+
+
+@data.command(name="gc")
+def gc(
+    name: Annotated[str, Parameter(help="The dataset's name.")],
+    *,
+    older_than: Annotated[float, Parameter(help="Hours that unfinished work is kept.")] = 24.0,
+    dry_run: Annotated[bool, Parameter(negative="", help="Only say what would be deleted.")] = False,
+    json: Json = False,
+) -> None:
+    """Delete shards and receipts that no version names. Safe beside readers; refused while a writer is at work."""
+    from training.data.collect import collect
+
+    store = _store()
+    if name not in store.list_folders("datasets/"):
+        raise UserError(f"no dataset {name!r}: see `unbroken data ls`")
+    garbage = collect(store, name, older_than=timedelta(hours=older_than), dry_run=dry_run)
+    if json:
+        print_json(asdict(garbage))
+        return
+    verb = "would delete" if dry_run else "deleted"
+    print(f"{verb} {len(garbage.keys)} objects, {garbage.num_bytes / 1e6:,.1f} MB")
+
+
+@data.command(name="export")
+def export(version: Version, *, to: Path, format: Literal["webdataset", "parquet"]) -> None:
+    """Write a version as WebDataset archives or Parquet files, one per shard, into a new folder."""
+    from training.data import exchange
+
+    store = _store()
+    name, digest, _ = _find(store, version)
+    live = LiveLine()
+    for path in exchange.export(store, name, digest, to, form=format):
+        live.show(str(path))
+    live.end(f"{name} {digest} is in {to}")
+
+
+@data.command(name="import")
+def import_(name: Annotated[str, Parameter(help="The dataset's name.")], folder: Path) -> None:
+    """Make a version of what `export` wrote: the same one, to the last bit."""
+    from training.config import require_name
+    from training.data import exchange
+
+    require_name("NAME", name)
+    manifest = exchange.import_folder(_store(), name, folder)
+    print(f"{name} {manifest.digest}", file=sys.stdout)
+
+
+def _store() -> Store:
+    from tasks.stack import open_stack
+
+    return open_stack()[1]
+
+
+def _find(store: Store, text: str) -> tuple[str, str, Manifest]:
+    from training.data.collect import find_version
+    from training.data.manifest import load_manifest
+
+    name, digest = find_version(store, text)
+    return name, digest, load_manifest(store, name, digest)

@@ -1,0 +1,77 @@
+"""`unbroken data`: the verbs as a user types them, on a dataset of the test's own."""
+
+from __future__ import annotations
+
+import json
+import uuid
+from pathlib import Path
+
+import pytest
+
+from tests.cli.commands import complaint, unbroken
+from tests.conftest import Stack
+from tests.unit.data_source import data_config, local_source, write_csv
+from tests.unit.tiny import Tiny
+from training.data.manifest import Manifest, shard_key
+from training.data.writer import write_dataset
+
+
+@pytest.fixture
+def name() -> str:
+    return f"d{uuid.uuid4().hex[:12]}"
+
+
+@pytest.fixture
+def manifest(stack: Stack, tmp_path: Path, name: str) -> Manifest:
+    write_csv(tmp_path / "raw/0.csv", range(100))
+    config = data_config(name=name)
+    return write_dataset(stack.store, local_source(tmp_path, config), config, Tiny()).manifest
+
+
+def test_verify_names_damage_with_exit_code_6(stack: Stack, name: str, manifest: Manifest) -> None:
+    done = unbroken(stack, "data", "verify", name)
+    assert done.returncode == 0, done.stderr
+    assert f"{manifest.digest}: all" in done.stdout
+    victim = shard_key(name, manifest.splits["train"][0].sha256)
+    stack.store.put(victim, stack.store.get(victim)[:-1])
+    done = unbroken(stack, "data", "verify", f"{name}@{manifest.digest[:16]}")
+    assert done.returncode == 6
+    assert victim in done.stdout
+    assert "run the shard stage again to repair them" in done.stderr
+
+
+def test_withdraw_diff_rm_and_gc(stack: Stack, name: str, manifest: Manifest) -> None:
+    done = unbroken(stack, "data", "withdraw", name, "0.csv:5", "0.csv:9", "--json")
+    assert done.returncode == 0, done.stderr
+    withdrawal = json.loads(done.stdout)
+    assert withdrawal["num_samples_removed"] == 2
+    new = withdrawal["new_digest"]
+    rows = json.loads(unbroken(stack, "data", "diff", f"{name}@{manifest.digest}", f"{name}@{new}", "--json").stdout)
+    assert sum(row["samples_only_a"] for row in rows) == 2
+    assert unbroken(stack, "data", "rm", f"{name}@{manifest.digest}").returncode == 0
+    done = unbroken(stack, "data", "gc", name, "--older-than", "0", "--json")
+    assert done.returncode == 0, done.stderr
+    assert len(json.loads(done.stdout)["keys"]) >= withdrawal["num_shards_rewritten"]
+    assert unbroken(stack, "data", "verify", f"{name}@{new}").returncode == 0
+
+
+def test_export_and_import(stack: Stack, name: str, manifest: Manifest, tmp_path: Path) -> None:
+    out = str(tmp_path / "out")
+    done = unbroken(stack, "data", "export", name, "--to", out, "--format", "parquet")
+    assert done.returncode == 0, done.stderr
+    done = unbroken(stack, "data", "import", f"{name}-copy", out)
+    assert done.stdout.split() == [f"{name}-copy", manifest.digest]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (("show", "no-such-dataset"), "no dataset version is meant by 'no-such-dataset'"),
+        (("gc", "no-such-dataset"), "no dataset 'no-such-dataset'"),
+        (("withdraw", "no-such-dataset"), "name at least one record id"),
+        (("verify-run", "no-such-run"), "no run with a key that begins with"),
+        (("import", "x/y", "."), "NAME = 'x/y' must be"),
+    ],
+)
+def test_mistakes_are_named(stack: Stack, arguments: tuple[str, ...], says: str) -> None:
+    assert says in complaint(unbroken(stack, "data", *arguments))

@@ -1,0 +1,243 @@
+"""Garbage goes, and nothing that a version names; versions are found, compared, proven, and lose withdrawn records."""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Collection
+from dataclasses import replace
+from datetime import timedelta
+from pathlib import Path
+
+import pytest
+
+from tests.unit.data_source import data_config, local_source, write_csv
+from tests.unit.reading import make_reader
+from tests.unit.test_stream import flip
+from tests.unit.tiny import Tiny, tiny_preset
+from tests.waiting import wait_until
+from training.data.collect import collect, compare, find_version, remove_version, verify_version, versions
+from training.data.lease import writing
+from training.data.manifest import SPLITS, Manifest, load_manifest, shard_key
+from training.data.withdraw import withdraw, withdrawn_ids
+from training.data.writer import PartResult, Writer, write_dataset
+from training.errors import InfrastructureError, UserError
+from training.job import Job, store_job
+from training.objectstore import Store
+
+NOW = timedelta(0)
+CONFIG = data_config()
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    for number in range(3):
+        write_csv(tmp_path / f"raw/{number}.csv", range(number * 60, (number + 1) * 60))
+    return tmp_path
+
+
+def write(store: Store, folder: Path, withdrawn: Collection[str] = ()) -> Manifest:
+    source = local_source(folder, CONFIG)
+    return write_dataset(store, source, CONFIG, Tiny(), withdrawn=frozenset(withdrawn)).manifest
+
+
+def shards(store: Store) -> set[str]:
+    return {key for key, _ in store.list_keys("datasets/tiny/shards/")}
+
+
+def named_by(*manifests: Manifest) -> set[str]:
+    return {shard_key("tiny", shard.sha256) for m in manifests for split in SPLITS for shard in m.splits[split]}
+
+
+# ---- garbage ---------------------------------------------------------------------------------------------------------
+
+
+def test_only_what_no_version_names_is_deleted(store: Store, folder: Path) -> None:
+    first = write(store, folder)
+    write_csv(folder / "raw/2.csv", range(900, 960))
+    second = write(store, folder)
+    store.put("datasets/tiny/shards/stray", b"left by a writer that died")
+    assert collect(store, "tiny", older_than=NOW).keys == ("datasets/tiny/shards/stray",)
+    assert shards(store) == named_by(first, second)
+    remove_version(store, "tiny", first.digest)
+    garbage = collect(store, "tiny", older_than=NOW, dry_run=True)
+    assert set(garbage.keys) >= named_by(first) - named_by(second)
+    assert shards(store) == named_by(first, second), "a dry run deletes nothing"
+    assert collect(store, "tiny", older_than=NOW) == garbage
+    assert shards(store) == named_by(second)
+    assert len([key for key in garbage.keys if "/parts/" in key]) == 1
+    assert write(store, folder) == second
+
+
+def test_unfinished_work_is_kept_for_a_while(store: Store, folder: Path) -> None:
+    write(store, folder)
+    store.put("datasets/tiny/shards/stray", b"")
+    assert collect(store, "tiny").keys == ()
+
+
+def test_damaged_receipt_is_left_alone(store: Store, folder: Path) -> None:
+    write(store, folder)
+    store.put("datasets/tiny/parts/x.json", b"{")
+    assert collect(store, "tiny", older_than=NOW).keys == ()
+
+
+def test_collector_waits_for_a_writer_between_its_shards_and_its_manifest(store: Store, folder: Path) -> None:
+    """The writer found an old shard that nobody names, and relies on it."""
+    old = write(store, folder)
+    remove_version(store, "tiny", old.digest)
+    writer = Writer(store, local_source(folder, CONFIG), CONFIG, Tiny())
+    with writing(store, "tiny") as lease:
+        results = [writer.write(part) for part in writer.parts]
+        assert sum(result.num_shards_sent for result in results) == 0
+        with pytest.raises(UserError, match="a writer is at work"):
+            collect(store, "tiny", older_than=NOW)
+        made = writer.finish(results, lease).manifest
+    assert made == old
+    assert collect(store, "tiny", older_than=NOW).keys == ()
+    assert shards(store) == named_by(old)
+
+
+def test_writer_that_slept_through_a_collection_makes_no_manifest(
+    store: Store, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    old = write(store, folder)
+    remove_version(store, "tiny", old.digest)
+    monkeypatch.setattr("training.data.lease.Lease._renew_for_ever", lambda self: None)
+    writer = Writer(store, local_source(folder, CONFIG), CONFIG, Tiny())
+    with writing(store, "tiny", seconds=0.0) as lease:
+        results: list[PartResult] = [writer.write(part) for part in writer.parts]
+        collect(store, "tiny", older_than=NOW)
+        store.put(results[0].receipt, store.get(results[0].receipt)) if store.exists(results[0].receipt) else None
+        with pytest.raises((InfrastructureError, UserError)):
+            writer.finish(results, lease)
+    assert versions(store, "tiny") == []
+    assert write(store, folder) == old, "run again, it makes what is missing"
+    assert shards(store) == named_by(old)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_every_version_is_whole_after_any_sequence(store: Store, folder: Path, seed: int) -> None:
+    chance = random.Random(seed)
+    for _ in range(8):
+        known = versions(store, "tiny")
+        action = chance.choice(["append", "write", "gc", "rm", "withdraw"])
+        if action == "append":
+            write_csv(folder / f"raw/{chance.randrange(3)}.csv", range(chance.randrange(40, 90)))
+        if action in ("append", "write") or not known:
+            write(store, folder, withdrawn_ids(store, "tiny"))
+        elif action == "gc":
+            collect(store, "tiny", older_than=NOW)
+        elif action == "rm":
+            remove_version(store, "tiny", chance.choice(known))
+        else:
+            manifest = load_manifest(store, "tiny", known[-1])
+            reader = make_reader(store, "tiny", manifest, "train")
+            withdraw(store, "tiny", known[-1], [reader.read([0]).ids[0].removesuffix("#0")])
+        for digest in versions(store, "tiny"):
+            assert named_by(load_manifest(store, "tiny", digest)) <= shards(store), action
+
+
+# ---- versions --------------------------------------------------------------------------------------------------------
+
+
+def test_version_is_found_by_name_by_digest_and_by_both(store: Store, folder: Path) -> None:
+    first = write(store, folder)
+    (entry,) = store.list_entries("datasets/tiny/manifests/")
+    wait_until(lambda: time.time() > entry.modified.timestamp() + 1, what="the next second: stores tell no more")
+    write_csv(folder / "raw/2.csv", range(900, 960))
+    second = write(store, folder)
+    assert find_version(store, "tiny") == ("tiny", second.digest), "the newest"
+    for text in (first.digest, first.digest[:9], f"tiny@{first.digest[:9]}"):
+        assert find_version(store, text) == ("tiny", first.digest)
+    for text in ("", "nothing", "tiny@ff00", "other@"):
+        with pytest.raises(UserError, match=r"no dataset version is meant|2 dataset versions are meant"):
+            find_version(store, text)
+
+
+def test_difference_counts_shards_bytes_and_samples(store: Store, folder: Path) -> None:
+    first = write(store, folder)
+    with (folder / "raw/2.csv").open("a") as file:
+        file.writelines(f"1,2,3,4,{number},1\n" for number in range(7000, 7010))
+    second = write(store, folder)
+    rows = list(compare(store, ("tiny", first), ("tiny", second)))
+    assert sum(row.samples_only_b for row in rows) == 10
+    assert sum(row.samples_only_a for row in rows) == 0
+    assert sum(row.shards_shared for row in rows) == len(named_by(first) & named_by(second))
+    assert all(row.bytes_only_b >= row.bytes_only_a for row in rows)
+
+
+def test_a_version_that_a_run_was_trained_on_is_not_removed(store: Store, folder: Path) -> None:
+    manifest = write(store, folder)
+    store_job(
+        store, Job(key="k", generation=0, preset=tiny_preset(), dataset_digest=manifest.digest, location=store.location)
+    )
+    with pytest.raises(UserError, match=r"was used by run k: remove the run first"):
+        remove_version(store, "tiny", manifest.digest)
+    assert versions(store, "tiny") == [manifest.digest]
+
+
+@pytest.mark.parametrize("damage", ["flipped", "truncated", "missing", "swapped"])
+def test_verify_names_each_bad_shard(store: Store, folder: Path, damage: str) -> None:
+    manifest = write(store, folder)
+    keys = sorted(named_by(manifest))
+    assert [found for found in verify_version(store, "tiny", manifest.digest) if found] == []
+    good = store.get(keys[3])
+    if damage == "missing":
+        store.delete(keys[3])
+    else:
+        store.put(keys[3], {"flipped": flip(good, 50), "truncated": good[:-1], "swapped": store.get(keys[4])}[damage])
+    (found,) = [found for found in verify_version(store, "tiny", manifest.digest) if found]
+    assert (found.key, found.reason) == (keys[3], "missing" if damage == "missing" else "damaged")
+
+
+# ---- withdrawing -----------------------------------------------------------------------------------------------------
+
+
+def all_ids(store: Store, manifest: Manifest) -> set[str]:
+    readers = [make_reader(store, "tiny", manifest, split) for split in SPLITS]
+    return {sample_id for reader in readers for sample_id in reader.read(range(len(reader))).ids}
+
+
+def test_withdrawn_records_are_gone_and_the_rest_is_shared(store: Store, folder: Path) -> None:
+    first = write(store, folder)
+    job = Job(key="k", generation=0, preset=tiny_preset(), dataset_digest=first.digest, location=store.location)
+    store_job(store, job)
+    store_job(store, replace(job, key="other", dataset_digest="0" * 64))
+    train = make_reader(store, "tiny", first, "train").read([0, 1]).ids
+    ids = [sample_id.removesuffix("#0") for sample_id in train]
+    done = withdraw(store, "tiny", first.digest, ids)
+    second = load_manifest(store, "tiny", done.new_digest)
+    assert all_ids(store, first) - all_ids(store, second) == set(train)
+    assert (done.num_samples_removed, done.num_shards_rewritten) == (2, 1)
+    assert done.num_shards_shared == len(named_by(first) & named_by(second)) == len(named_by(first)) - 1
+    assert done.runs_that_used_it == ("k",)
+    assert withdrawn_ids(store, "tiny") == set(ids)
+    again = write(store, folder, withdrawn_ids(store, "tiny"))
+    assert all_ids(store, again) == all_ids(store, second), "sharding the source again leaves them out too"
+
+
+def test_records_of_the_test_split_made_no_model(store: Store, folder: Path) -> None:
+    first = write(store, folder)
+    store_job(
+        store, Job(key="k", generation=0, preset=tiny_preset(), dataset_digest=first.digest, location=store.location)
+    )
+    sample = make_reader(store, "tiny", first, "test").read([0]).ids[0]
+    assert withdraw(store, "tiny", first.digest, [sample.removesuffix("#0")]).runs_that_used_it == ()
+
+
+def test_an_unknown_record_is_named_before_anything_is_written(store: Store, folder: Path) -> None:
+    first = write(store, folder)
+    before = sorted(store.list_keys("datasets/tiny/shards/"))
+    with pytest.raises(UserError, match=r"holds no record '9\.csv:1'"):
+        withdraw(store, "tiny", first.digest, ["0.csv:1", "9.csv:1"])
+    assert withdrawn_ids(store, "tiny") == frozenset()
+    assert (sorted(store.list_keys("datasets/tiny/shards/")), versions(store, "tiny")) == (before, [first.digest])
+
+
+def test_a_split_is_not_emptied(store: Store, folder: Path) -> None:
+    first = write(store, folder)
+    reader = make_reader(store, "tiny", first, "test")
+    everything = [sample_id.removesuffix("#0") for sample_id in reader.read(range(len(reader))).ids]
+    with pytest.raises(UserError, match="no sample in its test split"):
+        withdraw(store, "tiny", first.digest, everything)
+    assert withdrawn_ids(store, "tiny") == frozenset()

@@ -1,0 +1,100 @@
+"""Writers and collectors on one dataset: never both, never blocked for long by the dead."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+
+from tests.waiting import wait_until
+from training.data.lease import activity_key, collecting, writing
+from training.errors import InfrastructureError, UserError
+from training.objectstore import Store
+
+
+def holders(store: Store) -> list[str]:
+    return sorted(name.partition("-")[0] for name in store.read_versioned(activity_key("d")).document["holders"])
+
+
+def test_many_writers_or_one_collector(store: Store) -> None:
+    with writing(store, "d"), writing(store, "d"), writing(store, "other"):
+        assert holders(store) == ["writer", "writer"]
+        with pytest.raises(UserError, match=r"'d': a writer is at work"), collecting(store, "d"):
+            pass
+    assert holders(store) == []
+    with collecting(store, "d"):
+        for other in (writing, collecting):
+            with pytest.raises(UserError, match="garbage is being collected"), other(store, "d"):
+                pass
+    assert holders(store) == []
+
+
+def test_the_dead_block_nobody_for_long(store: Store) -> None:
+    store.create_versioned(activity_key("d"), {"format": 1, "holders": {"writer-dead": time.time() + 1.0}})
+
+    def enters() -> bool:
+        try:
+            with collecting(store, "d"):
+                return True
+        except UserError:
+            return False
+
+    assert not enters()
+    wait_until(enters, what="the dead writer's claim to lapse")
+
+
+def test_a_claim_is_renewed_while_it_is_held(store: Store) -> None:
+    with writing(store, "d", seconds=0.8) as lease:
+        first = store.read_versioned(activity_key("d")).document["holders"]
+        renewed = wait_until(
+            lambda: store.read_versioned(activity_key("d")).document["holders"] != first, what="a renewal"
+        )
+        assert renewed
+        wait_until(lambda: lease.is_sure, what="the claim to be sure")
+
+
+def test_a_writer_that_was_away_too_long_is_told(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if the process had been stopped: its renewals did not happen, and a collector took over."""
+    monkeypatch.setattr("training.data.lease.Lease._renew_for_ever", lambda self: None)
+    with writing(store, "d", seconds=0.5) as lease:
+        lease.require_sure()
+        wait_until(lambda: not lease.is_sure, what="the claim to lapse")
+        with pytest.raises(InfrastructureError, match="was away for so long"):
+            lease.require_sure()
+
+        def taken() -> bool:
+            try:
+                with collecting(store, "d"):
+                    return True
+            except UserError:
+                return False
+
+        wait_until(taken, what="a collector to enter")
+        with pytest.raises(InfrastructureError, match="has lapsed"):
+            lease.renew()
+
+
+def test_what_happened_before_is_not_hidden_by_a_store_that_is_away(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def away(self: object) -> None:
+        raise InfrastructureError("away")
+
+    monkeypatch.setattr("training.data.lease.Lease.leave", away)
+    with pytest.raises(ValueError, match="the cause"), writing(store, "d"):
+        raise ValueError("the cause")
+
+
+def test_renewals_go_on_after_the_store_was_away(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[int] = []
+    real = Store.replace_versioned
+
+    def sometimes(self: Store, *args: object, **kwargs: object) -> bool:
+        calls.append(1)
+        if len(calls) in (2, 3):
+            raise InfrastructureError("away")
+        return real(self, *args, **kwargs)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(Store, "replace_versioned", sometimes)
+    with writing(store, "d", seconds=0.8) as lease:
+        wait_until(lambda: len(calls) >= 5 and lease.is_sure, what="a renewal after two failures")
