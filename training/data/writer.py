@@ -245,6 +245,7 @@ class _ShardBuilder:
         self._ragged = ragged
         self._num_bytes = 0
         self._samples: list[Sample] = []
+        self._signature: dict[str, tuple[np.dtype[Any], tuple[int, ...]]] = {}
         self.ids: list[str] = []
         self.fields = fields
 
@@ -253,14 +254,23 @@ class _ShardBuilder:
         return self._num_bytes >= self._shard_bytes
 
     def add(self, sample_id: str, sample: Sample) -> None:
+        signature = {
+            name: (array.dtype, array.shape[1:] if name in self._ragged else array.shape)
+            for name, array in sample.items()
+        }
+        if signature != self._signature:  # comparing is a hundred times quicker than describing
+            self._require_same_fields(sample_id, sample)
+            self._signature = signature
+        self.ids.append(sample_id)
+        self._samples.append(sample)
+        self._num_bytes += sum(array.nbytes for array in sample.values()) + len(sample_id)
+
+    def _require_same_fields(self, sample_id: str, sample: Sample) -> None:
         fields = {name: self._declared(sample_id, name, array) for name, array in sample.items()}
         if not self.fields:
             self.fields.update(fields)
         if fields != self.fields:
             raise UserError(f"record {sample_id}: its fields are {fields}, where those before had {self.fields}")
-        self.ids.append(sample_id)
-        self._samples.append(sample)
-        self._num_bytes += sum(array.nbytes for array in sample.values()) + len(sample_id)
 
     def _declared(self, sample_id: str, name: str, array: Array) -> FieldInfo:
         if not dtype_is_known(array.dtype):
