@@ -132,6 +132,7 @@ def running_s3(work: Path) -> Iterator[dict[str, str]]:
         "AWS_REGION": "us-east-1",
         "AWS_DEFAULT_REGION": "us-east-1",
         "AWS_ENDPOINT_URL": service.url,
+        "AWS_ALLOW_HTTP": "true",
         "S3_ENDPOINT_URL": service.url,
         "PYTHONPATH": str(ROOT),
         "PYTHONWARNINGS": "ignore",

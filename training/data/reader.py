@@ -15,7 +15,7 @@ from training.data.shard import Array, Column, Ragged, Shard
 from training.errors import UserError
 from training.recipe import Decode, Sample
 
-NUM_SHARDS_AHEAD = 4
+NUM_SHARDS_AHEAD = 6
 LARGE_ROW_BYTES = 2048
 BLOCK_BYTES = 2 << 20
 _MASK64 = (1 << 64) - 1
@@ -124,8 +124,9 @@ class Reader:
         block = batch_size * max(1, BLOCK_BYTES // (batch_size * max(1, self.sample_bytes)))
         for start in range(0, stop, block):
             end = min(start + block, stop)
-            ahead = int(np.searchsorted(self._starts, end, side="right"))
-            self.cache.prefetch(range(ahead, min(ahead + NUM_SHARDS_AHEAD, len(self._starts) - 1)))
+            first = int(np.searchsorted(self._starts, start, side="right")) - 1
+            last = int(np.searchsorted(self._starts, end - 1, side="right")) - 1
+            self.cache.prefetch(range(first, min(last + NUM_SHARDS_AHEAD, len(self._starts) - 2) + 1))
             rows = self.read(np.arange(start, end))
             for offset in range(0, end - start, batch_size):
                 yield rows.part(offset, min(offset + batch_size, end - start))

@@ -11,6 +11,9 @@ from benchmarks.data.records import BATCH_SIZE, KINDS, Kind
 
 
 def _options() -> dict[str, str]:
+    from litdata.streaming import downloader
+
+    downloader._OBSTORE_CLIENT_OPTIONS["allow_http"] = True  # else it speaks to no server without TLS
     return {"endpoint_url": os.environ["AWS_ENDPOINT_URL"]}
 
 
@@ -31,6 +34,7 @@ def write(kind: Kind, url: str, cache: Path) -> None:
 
 
 def _sample(kind_name: str, index: int) -> dict[str, Any]:
+    _options()  # in the worker's process
     return KINDS[kind_name].sample(index)
 
 

@@ -10,6 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
+import boto3  # noqa: F401  # imports are not timed
+import obstore.auth.boto3  # noqa: F401
+import pydantic  # noqa: F401
+
 from benchmarks.data.records import BATCH_SIZE, KINDS, SHARD_BYTES, Kind
 from training.config import DataConfig
 from training.data.cache import ShardCache, fetch_from
