@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 PRESET ?= digits
 
 .DEFAULT_GOAL := help
-.PHONY: help install run up down status check test soak screenshots constraints clean
+.PHONY: help install run up down status check test soak bench screenshots constraints clean
 
 help: ## Show this list
 	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -45,6 +45,9 @@ test: check ## All checks and tests that this machine can run
 
 soak: install ## The full counts; writes evidence under docs/evidence
 	$(BIN)/python -m pytest -m soak
+
+bench: install ## Sharding and reading against other libraries and the floor (their environments in .venv-bench)
+	$(BIN)/python -m benchmarks.data
 
 screenshots: install ## Take the README's screenshots with a headless Chromium
 	$(BIN)/python docs/images/take.py

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import signal
 from typing import Any
 
@@ -36,6 +37,11 @@ def test_killed_rank_and_agent_change_nothing(stack: Stack) -> None:
     history = loss_history(stack, tracked.info.run_id)
     assert [step for step, _ in history] == list(range(1, 241))
     assert tracked.data.tags["unbroken.attempts"] == str(len(record.attempt_starts))
+
+    proof = stack.command("data", "verify-run", run.run_key, "--json")
+    assert proof.returncode == 0, proof.stderr
+    assert json.loads(proof.stdout)["num_attempts"] == len(record.attempt_starts)
+    assert json.loads(proof.stdout)["num_steps"] == 240
 
     calm = stack.command("train", "digits", "--json", "--fresh", "--set", "seed=11", *SHORT)
     assert calm.returncode == 0, calm.stdout + calm.stderr
