@@ -46,7 +46,7 @@ test: check ## All checks and tests that this machine can run
 soak: install ## The full counts; writes evidence under docs/evidence
 	$(BIN)/python -m pytest -m soak
 
-bench: install ## Sharding and reading against other libraries and the floor (their environments in .venv-bench)
+bench: install ## Sharding and reading against other libraries and the floor (their environments in .bench)
 	$(BIN)/python -m benchmarks.data
 
 screenshots: install ## Take the README's screenshots with a headless Chromium

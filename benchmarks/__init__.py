@@ -1,0 +1,1 @@
+"""Measurements that may be repeated: `make bench`."""

@@ -10,7 +10,7 @@ from prefect.task_runners import ThreadPoolTaskRunner
 from flows import publish
 from flows.hooks import cancel_jobs_of, log_user_errors_in_one_line
 from tasks.evaluate import evaluate
-from tasks.register import as_it_stands, register
+from tasks.register import registered
 from tasks.results import PipelineResult
 from tasks.shard import NUM_AT_ONCE, shard
 from tasks.train import key_of, train
@@ -40,6 +40,6 @@ def pipeline(preset: str, overrides: dict[str, Any] | None = None, fresh: bool =
     publish.run_key(key_of(config, dataset))
     model = train(config, dataset, owner=publish.flow_run_id(), fresh=publish.flow_run_id() if fresh else None)
     evaluation = evaluate(config, dataset, model)
-    version = as_it_stands(register(config, dataset, model, evaluation))
+    version = registered(config, dataset, model, evaluation)
     links = publish.results(dataset, evaluation, version)
     return PipelineResult(dataset=dataset, model=model, evaluation=evaluation, registration=version, links=links)

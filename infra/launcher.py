@@ -18,6 +18,10 @@ class JobSpec:
     command: tuple[str, ...]
     """`{node}` stands for the node's number."""
     environment: Mapping[str, str]
+    store: str = ""
+    """Where the run's record lies. A key says what is computed, not where: two stores may have runs of one key."""
+    generation: int = 0
+    """Of the run. An older one's job makes way for a newer one's."""
     owner: str | None = None
     """Who asked for it. Cancelling an owner cancels its jobs."""
 
@@ -40,7 +44,10 @@ class Launcher(Protocol):
     """An engine, as far as this project needs one."""
 
     def submit(self, spec: JobSpec) -> None:
-        """Have the job run. If it is there already, that is the same job; the owner is added to it."""
+        """Have the job run. If it is there already, that is the same job; the owner is added to it.
+
+        Raises `UserError` if a run of this key is at work for another store, `FencedError` if for a newer generation.
+        """
 
     def find(self, key: str) -> JobStatus | None:
         """The job's status; None if the engine has no such job."""
@@ -51,8 +58,11 @@ class Launcher(Protocol):
     def logs(self, key: str) -> Sequence[Path]:
         """The log of each of the job's nodes."""
 
+    def reap(self, key: str) -> None:
+        """Stop what is left of a job that has ended. It stays known as ended; one that runs is left alone."""
+
     def cancel(self, key: str) -> None:
-        """Have no process of the job left when this returns. No such job: nothing to do."""
+        """Have no process of the job left, and know it no more. No such job: nothing to do."""
 
 
 def cancel_owned_by(launcher: Launcher, owner: str) -> list[str]:

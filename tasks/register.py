@@ -100,11 +100,15 @@ def set_aliases(store: Store, tracker: tracking.Tracker, name: str, version: str
     return tracking.aliases_of(client, name, version)
 
 
-def as_it_stands(registration: Registration) -> Registration:
-    """With the aliases that the version has now, which may not be those that it got when it was registered."""
+def registered(preset: Preset, dataset: Dataset, model: TrainedModel, evaluation: Evaluation) -> Registration:
+    """`register`, done again if the version was deleted since, and with the aliases that it has now."""
+    known = register(preset, dataset, model, evaluation)
     settings, _ = open_stack()
+    weights = model.weights_sha256
+    if not tracking.has_version(settings.mlflow_uri, preset.name, run_key=model.run_key, weights_sha256=weights):
+        known = register.with_options(refresh_cache=True)(preset, dataset, model, evaluation)
     client = tracking.connect(settings.mlflow_uri)
-    return replace(registration, aliases=tracking.aliases_of(client, registration.name, registration.version))
+    return replace(known, aliases=tracking.aliases_of(client, known.name, known.version))
 
 
 def example_inputs(store: Store, preset: Preset, dataset: Dataset) -> np.ndarray[Any, Any]:

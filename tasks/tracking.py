@@ -133,6 +133,22 @@ def ensure_run(
     return _ask(lambda: Tracker(client, uri, run_id))
 
 
+def lost_run(uri: str, record: Record) -> str | None:
+    """The MLflow run that the record names, if somebody deleted it. Raises `InfrastructureError` if MLflow is away."""
+    run_id = record.tracking_run_id
+    return run_id if run_id is not None and not _is_there(connect(uri), run_id) else None
+
+
+def has_version(uri: str, name: str, *, run_key: str, weights_sha256: str) -> bool:
+    """Whether the registry has a version of these weights of this run."""
+    by_key = _by_key(run_key, weights_sha256)
+    return _ask(lambda: _first_version(connect(uri), name, by_key)) is not None
+
+
+def _by_key(run_key: str, weights_sha256: str) -> str:
+    return f"tags.`{RUN_KEY_TAG}` = '{run_key}' and tags.`{WEIGHTS_TAG}` = '{weights_sha256}'"
+
+
 def _with_tracking_run(newest: Record, run_id: str, *, instead_of: Record) -> Record:
     is_as_seen = (newest.generation, newest.tracking_run_id) == (instead_of.generation, instead_of.tracking_run_id)
     return replace(newest, tracking_run_id=run_id) if is_as_seen else newest
@@ -224,7 +240,7 @@ def ensure_model_version(
     except MlflowException as error:
         if error.error_code != "RESOURCE_ALREADY_EXISTS":
             raise InfrastructureError(f"MLflow refused to make model {name!r}: {error}") from error
-    by_key = f"tags.`{RUN_KEY_TAG}` = '{run_key}' and tags.`{WEIGHTS_TAG}` = '{weights_sha256}'"
+    by_key = _by_key(run_key, weights_sha256)
     existing = _first_version(client, name, by_key)
     if existing is not None:
         return existing

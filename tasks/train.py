@@ -36,7 +36,8 @@ CATCH_UP_SECONDS = 600.0
 
 def train_cache_key(context: Any, arguments: dict[str, Any]) -> str:
     preset: Preset = arguments["preset"]
-    run = RunRecord(open_stack()[1], key_of(preset, arguments["dataset"]))
+    settings, store = open_stack()
+    run = RunRecord(store, key_of(preset, arguments["dataset"]))
     record = run.create_if_missing()  # a removed run, or one begun anew, is another one
     return digest_of(
         {
@@ -45,6 +46,7 @@ def train_cache_key(context: Any, arguments: dict[str, Any]) -> str:
             "instance": record.instance,
             "generation": record.generation,
             "fresh": arguments.get("fresh"),
+            "lost": tracking.lost_run(settings.mlflow_uri, record),
         }
     )
 
@@ -73,25 +75,25 @@ def train(preset: Preset, dataset: Dataset, *, owner: str | None = None, fresh: 
     follower = Follower(run, generation=record.generation, num_steps=preset.train.steps)
     try:
         if fresh is not None and not record.attempt_starts:
-            launcher.cancel(run.run_key)  # the agents of the generation before
+            _cancel(launcher, run, record)  # the agents of the generation before
         if record.result is None:
             tracker.reopen()
             _submit(launcher, settings, store, preset, dataset, record, owner)
         record = _follow(follower, tracker, launcher, run.run_key)
         assert record.result is not None
-    except InfrastructureError:  # the engine may well train on: a retry re-attaches, and the MLflow run stays open
+    except CancelledError:
+        tracker.try_to_finish("KILLED")
         raise
-    except errors.UnbrokenError as error:
-        tracker.try_to_finish("KILLED" if isinstance(error, CancelledError) else "FAILED")
+    except errors.UnbrokenError:  # unless it has failed for good, the engine trains on, and a retry re-attaches
         raise
     except BaseException:  # Ctrl-C or a cancelled flow run; kill -9 does not come by here, and the engine trains on
-        _cancel(launcher, run, record.generation)
+        _cancel(launcher, run, record)
         tracker.try_to_finish("KILLED")
         raise
     log.info("step %d/%d  weights %s", preset.train.steps, preset.train.steps, record.result.weights_sha256[:12])
     tracker.note_attempts(record)
     tracker.finish("FINISHED")
-    _cancel(launcher, run, record.generation)  # its agents are done; this clears the engine's table
+    _cancel(launcher, run, record)  # its agents are done; this clears the engine's table
     result = record.result
     return TrainedModel(
         run_key=run.run_key,
@@ -114,10 +116,11 @@ def _open_run(store: Store, key: str, fresh: str | None) -> tuple[RunRecord, Rec
     return run, run.update(change)
 
 
-def _cancel(launcher: Launcher, run: RunRecord, generation: int) -> None:
+def _cancel(launcher: Launcher, run: RunRecord, record: Record) -> None:
     """Leave no process of this generation. The job of a newer one, begun by somebody else, is not ours to stop."""
     try:
-        is_ours = run.read().generation == generation
+        newest = run.read()
+        is_ours = (newest.instance, newest.generation) == (record.instance, record.generation)
     except InfrastructureError:  # nobody can begin a new one either while the store is away
         is_ours = True
     if is_ours:
@@ -148,6 +151,8 @@ def _submit(
             num_nodes=preset.launch.nodes,
             command=agent_command(record.key, digest),
             environment=agent_environment(location),
+            store=location.uri(),
+            generation=record.generation,
             owner=owner,
         )
     )
@@ -169,6 +174,7 @@ def _follow(follower: Follower, tracker: tracking.Tracker, launcher: Launcher, k
         if record.generation != follower.generation:
             raise CancelledError(f"run {key[:12]} was begun anew by somebody else")
         if record.failure is not None:
+            tracker.try_to_finish("FAILED")
             raise getattr(errors, record.failure.kind)(record.failure.message)
         if record.result is not None:
             maybe_deadline = maybe_deadline or time.monotonic() + CATCH_UP_SECONDS
@@ -179,7 +185,8 @@ def _follow(follower: Follower, tracker: tracking.Tracker, launcher: Launcher, k
         elif status is None:
             raise CancelledError(f"run {key[:12]} was cancelled: its job is gone from the engine")
         elif status.state is not JobState.RUNNING:
-            launcher.cancel(key)  # its other nodes would wait for ever for the one that is gone
+            launcher.reap(key)  # its other nodes would wait for ever for the one that is gone
+            tracker.try_to_finish("FAILED")  # a retry opens it again
             raise InfrastructureError(
                 f"the engine's job ended without a result: see {', '.join(str(path) for path in launcher.logs(key))}"
             )

@@ -1,239 +1,69 @@
-"""`make bench`: shard writing and reading against other libraries and the floor, in turn, on a real S3 server.
-
-Every round runs each contestant once on each case, in an order that rotates; what is reported is the median over the
-rounds of the ratio floor / contestant (1.00 is the floor's speed), with its least and greatest value.
-"""
+"""`python -m benchmarks.data`: the whole bench (`make bench`), or a smoke test of it with `--quick`."""
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
-import shutil
-import statistics
-import subprocess
+import platform
 import sys
 import tempfile
 import time
-import venv
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
 
-from cyclopts import App
+from benchmarks.data.fleet import CONTESTANTS, ROOT, Runner, ready_python
+from benchmarks.data.measure import Bench, all_cases, make_data
+from benchmarks.data.report import as_json, as_markdown
+from benchmarks.data.store import running_store
 
-from benchmarks.data.records import KINDS, expected
-from infra.local.ports import INTERNAL, free_port
-from infra.local.services import s3_service
-from infra.settings import credentials_path
-from training.objectstore import Store, StoreLocation
-
-ROOT = Path(__file__).parents[2]
-PEERS = {"litdata": "litdata", "streaming": "mosaicml-streaming", "webdataset": "webdataset"}
-CONTESTANTS = ("floor", "ours", "parquet", *PEERS)
-NO_SHUFFLE = ("parquet",)
-TIMEOUT_SECONDS = 180
-app = App(help="Benchmark of sharding and reading.", version_flags=[])
+MIB = 1 << 20
+FULL, QUICK = {"image": 256 * MIB, "token": 128 * MIB}, {"image": 32 * MIB, "token": 32 * MIB}
 
 
-@dataclass(frozen=True, kw_only=True)
-class Case:
-    """What is timed."""
-
-    kind: str
-    task: str
-    num_processes: int
-
-    @property
-    def title(self) -> str:
-        return f"{self.task}, {self.kind}, {self.num_processes} process{'es' * (self.num_processes > 1)}"
+def main() -> None:
+    arguments = _arguments()
+    bench = _run(arguments)
+    about = {"rounds": arguments.rounds, "quick": arguments.quick, "cpus": os.cpu_count(), "os": platform.platform()}
+    (arguments.out / "data.json").write_text(json.dumps(as_json(bench, about), indent=1) + "\n")
+    text = as_markdown(bench)
+    (arguments.out / "data.md").write_text(text)
+    print(text)
 
 
-@dataclass
-class Bench:
-    """The servers, the environments and the seconds so far."""
-
-    work: Path
-    environment: dict[str, str]
-    pythons: dict[str, str]
-    seconds: dict[tuple[Case, str], list[float]] = field(default_factory=dict)
-    disqualified: dict[tuple[Case, str], str] = field(default_factory=dict)
-
-    def run(self, case: Case, name: str, number: int) -> None:
-        """One contestant's turn. Whoever delivers the wrong samples is out, with the reason."""
-        target = (
-            f"s3://bench/{name}/{case.kind}"
-            if case.task != "write"
-            else f"s3://bench/write/{name}/{case.kind}/{number}"
-        )
-        self.seconds.setdefault((case, name), []).append(self.timed(case, name, target))
-
-    def timed(self, case: Case, name: str, url: str) -> float:
-        cache = self.work / "cache"
-        shutil.rmtree(cache, ignore_errors=True)
-        if name == "floor" and case.task != "write":
-            url = f"s3://bench/ours/{case.kind}"
-        command = [self.pythons[name], "-m", "benchmarks.data.contestant", name, case.task, case.kind, url]
-        processes = [
-            subprocess.Popen(
-                [*command, str(cache / str(rank))],
-                cwd=ROOT,
-                env={**self.environment, **ranks(rank, case.num_processes)},
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
-                text=True,
-            )
-            for rank in range(case.num_processes)
-        ]
-        replies = []
-        for process in processes:
-            output, errors = process.communicate(timeout=TIMEOUT_SECONDS)
-            if process.returncode:
-                self.disqualified[case, name] = errors.strip().splitlines()[-1][:200]
-                return float("nan")
-            replies.append(json.loads(output.strip().splitlines()[-1]))
-        if case.task != "write":
-            whole = expected(KINDS[case.kind])
-            found = sum(reply["num_samples"] for reply in replies), sum(reply["total"] for reply in replies)
-            if found != (whole.num_samples, whole.total):
-                self.disqualified[case, name] = f"delivered {found[0]} of {whole.num_samples} samples, or wrong ones"
-        return max(float(reply["seconds"]) for reply in replies)
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.data", description=__doc__)
+    parser.add_argument("--quick", action="store_true", help="little data, one round: a smoke test, not a measurement")
+    parser.add_argument("--rounds", type=int, default=None, help="after the warm-up round (7)")
+    parser.add_argument("--only", nargs="+", default=[c.name for c in CONTESTANTS], help="some of the contestants")
+    parser.add_argument("--cases", default="", help="only cases whose title holds this text")
+    parser.add_argument("--environments", type=Path, default=ROOT / ".bench", help="where peers are installed")
+    parser.add_argument("--out", type=Path, default=ROOT / ".bench" / "results")
+    arguments = parser.parse_args()
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    arguments.rounds = arguments.rounds or (1 if arguments.quick else 7)
+    return arguments
 
 
-def ranks(rank: int, world_size: int) -> dict[str, str]:
-    """As torchrun and the peers name them."""
-    return {
-        "RANK": str(rank),
-        "GLOBAL_RANK": str(rank),
-        "LOCAL_RANK": str(rank),
-        "WORLD_SIZE": str(world_size),
-        "LOCAL_WORLD_SIZE": str(world_size),
-        "NNODES": "1",
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": os.environ.get("MASTER_PORT", "29511"),
-    }
-
-
-@contextmanager
-def running_s3(work: Path) -> Iterator[dict[str, str]]:
-    """A SeaweedFS of the bench's own; gives the environment in which everybody finds it."""
-    ports = {name: free_port() for name in ("s3", *INTERNAL)}
-    work.joinpath("logs").mkdir(parents=True)
-    service = s3_service(work, ports)
-    server = subprocess.Popen(service.command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    os.environ.pop("AWS_PROFILE", None)
-    os.environ["AWS_SHARED_CREDENTIALS_FILE"] = str(credentials_path(work))
-    lines = dict(line.split(" = ") for line in credentials_path(work).read_text().splitlines() if " = " in line)
-    environment = {
-        **os.environ,
-        "AWS_ACCESS_KEY_ID": lines["aws_access_key_id"],
-        "AWS_SECRET_ACCESS_KEY": lines["aws_secret_access_key"],
-        "AWS_REGION": "us-east-1",
-        "AWS_DEFAULT_REGION": "us-east-1",
-        "AWS_ENDPOINT_URL": service.url,
-        "AWS_ALLOW_HTTP": "true",
-        "S3_ENDPOINT_URL": service.url,
-        "PYTHONPATH": str(ROOT),
-        "PYTHONWARNINGS": "ignore",
-    }
-    try:
-        while not service.is_healthy():
-            time.sleep(0.1)
-        Store(StoreLocation(endpoint=service.url, bucket="bench")).create_bucket_if_missing()
-        yield environment
-    finally:
-        server.terminate()
-        server.wait()
-
-
-def environments(folder: Path) -> dict[str, str]:
-    """A Python for each contestant: peers get environments of their own, made once."""
-    found = dict.fromkeys(CONTESTANTS, sys.executable)
-    for name, package in PEERS.items():
-        python = folder / package / "bin" / "python"
-        if not python.exists():
-            print(f"installing {package} …", flush=True)
-            venv.create(folder / package, with_pip=True)
-            install = [str(python), "-m", "pip", "install", "--quiet", package, "torch", "numpy", "boto3", "obstore"]
-            subprocess.run(install, check=True)
-        found[name] = str(python)
-    return found
-
-
-def prepare(bench: Bench, kinds: tuple[str, ...]) -> None:
-    """Have every contestant write the dataset that it reads."""
-    for kind in kinds:
-        for name in CONTESTANTS:
-            if name != "floor":
-                print(f"{name} writes its {kind}", flush=True)
-                bench.timed(Case(kind=kind, task="write", num_processes=1), name, f"s3://bench/{name}/{kind}")
-
-
-def table(bench: Bench, cases: list[Case]) -> str:
-    lines = [f"| | {' | '.join(CONTESTANTS)} |", f"|---|{'---|' * len(CONTESTANTS)}"]
-    for case in cases:
-        lines.append(f"| {case.title} | " + " | ".join(cell(bench, case, name) for name in CONTESTANTS) + " |")
-    return "\n".join(lines)
-
-
-def cell(bench: Bench, case: Case, name: str) -> str:
-    if (case, name) in bench.disqualified:
-        return "out"
-    if (case, name) not in bench.seconds:
-        return "-"
-    floor, own = bench.seconds[case, "floor"], bench.seconds[case, name]
-    if name == "floor":
-        return f"{statistics.median(floor):.2f} s"
-    ratios = [a / b for a, b in zip(floor, own, strict=True)]
-    return f"**{statistics.median(ratios):.2f}** ({min(ratios):.2f}-{max(ratios):.2f})"
-
-
-@app.default
-def main(
-    *,
-    rounds: int = 7,
-    kinds: tuple[str, ...] = ("image", "tokens"),
-    processes: tuple[int, ...] = (1, 2),
-    peers: Path = ROOT / ".venv-bench",
-    out: Path = Path("benchmark-data.json"),
-    quick: bool = False,
-) -> None:
-    """Run it, print a Markdown table, and write everything to OUT."""
-    rounds, kinds, processes = (1, ("image",), (1,)) if quick else (rounds, kinds, processes)
-    cases = [Case(kind=kind, task="write", num_processes=1) for kind in kinds]
-    cases += [
-        Case(kind=kind, task=task, num_processes=n)
-        for kind in kinds
-        for task in ("sequential", "shuffled")
-        for n in processes
-    ]
-    with (
-        tempfile.TemporaryDirectory(prefix="unbroken-bench-") as folder,
-        running_s3(Path(folder) / "s3") as environment,
-    ):
-        bench = Bench(work=Path(folder), environment=environment, pythons=environments(peers))
-        prepare(bench, kinds)
-        for number in range(rounds + 1):
-            if number == 1:
-                bench.seconds.clear()  # the first round only warms up
-            shift = number % len(CONTESTANTS)
-            for case in cases:
-                for name in (*CONTESTANTS[shift:], *CONTESTANTS[:shift]):
-                    if not (case.task == "shuffled" and name in NO_SHUFFLE) and (case, name) not in bench.disqualified:
-                        bench.run(case, name, number)
-            print(f"round {number} of {rounds}\n{table(bench, cases)}", flush=True)
-        report(bench, cases, rounds, out)
-
-
-def report(bench: Bench, cases: list[Case], rounds: int, out: Path) -> None:
-    for (case, name), reason in bench.disqualified.items():
-        print(f"out: {name}, {case.title}: {reason}")
-    rows: list[dict[str, Any]] = [
-        {"case": case.title, "contestant": name, "seconds": seconds} for (case, name), seconds in bench.seconds.items()
-    ]
-    out.write_text(json.dumps({"rounds": rounds, "num_cpus": os.cpu_count(), "rows": rows}, indent=1) + "\n")
+def _run(arguments: argparse.Namespace) -> Bench:
+    started = time.monotonic()
+    chosen = [c for c in CONTESTANTS if c.name in {*arguments.only, "floor", "unbroken"}]
+    pythons = {c.name: ready_python(c, arguments.environments) for c in chosen}
+    with ExitStack() as stack:
+        home = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="unbroken-bench-")))
+        data = make_data(home / "source", QUICK if arguments.quick else FULL)
+        stack.enter_context(running_store(home / "store"))
+        runners = {c.name: Runner(c, pythons[c.name], arguments.out / f"{c.name}.log") for c in chosen}
+        for runner in runners.values():
+            stack.callback(runner.stop)
+        bench = Bench(runners, data, home / "scratch")
+        bench.prepare()
+        for number in range(arguments.rounds + 1):
+            bench.run_round(number, [case for case in all_cases() if arguments.cases in case.title])
+        bench.try_damage()
+    print(f"measured in {time.monotonic() - started:.0f} s", file=sys.stderr)
+    return bench
 
 
 if __name__ == "__main__":
-    app()
+    main()

@@ -6,6 +6,7 @@ supervisord owns them, so the process that submitted may die; it restarts an age
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
 from collections.abc import Mapping, Sequence
@@ -18,7 +19,7 @@ from infra.launcher import JobSpec, JobState, JobStatus
 from infra.local import supervisor
 from infra.local.files import locked, write_whole
 from infra.local.node import job_path
-from training.errors import InfrastructureError
+from training.errors import FencedError, InfrastructureError, UserError
 
 BAD_NAME, ALREADY_ADDED, STILL_RUNNING = 10, 90, 91  # supervisor.xmlrpc.Faults
 NUM_TRIES = 20
@@ -41,16 +42,30 @@ class LocalLauncher:
     def submit(self, spec: JobSpec) -> None:
         with self._lock(spec.key):
             status = self.find(spec.key)
+            is_at_work = status is not None and status.state is JobState.RUNNING and self._is_same(spec)
             self._add_owner(spec)  # before the job runs: an owner who is cancelled meanwhile must find it
-            if status is None or status.state is JobState.ENDED:
+            if not is_at_work:
                 self._start(spec)
+
+    def _is_same(self, spec: JobSpec) -> bool:
+        """Whether the job that runs is the one that is asked for; if not, that one is to begin in its place."""
+        running = json.loads(job_path(self._home, spec.key).read_text())
+        if running["store"] != spec.store:
+            raise UserError(
+                f"a run of key {spec.key[:12]} is at work for {running['store']}: wait for it, or cancel it there"
+                " (`unbroken runs cancel`), before it runs for " + spec.store
+            )
+        if running["generation"] > spec.generation:
+            raise FencedError(f"run {spec.key[:12]} was begun anew by somebody else")
+        same_environment = running["environment"] == _environment(spec)  # else the stack has moved to other ports
+        return bool(running["generation"] == spec.generation and same_environment)
 
     def find(self, key: str) -> JobStatus | None:
         with supervisor.calls():
             infos = [info for info in self._remote().getAllProcessInfo() if info["group"] == key]
-        if not infos:
+        if not self._config(key).exists():  # cancelled, although its last nodes may just be ending
             return None
-        state = JobState.ENDED if any(map(_is_over, infos)) else JobState.RUNNING
+        state = JobState.ENDED if not infos or any(map(_is_over, infos)) else JobState.RUNNING
         return JobStatus(state=state, nodes={info["name"]: info["statename"] for info in infos})
 
     def jobs(self) -> Mapping[str, Sequence[str]]:
@@ -59,6 +74,14 @@ class LocalLauncher:
 
     def logs(self, key: str) -> Sequence[Path]:
         return sorted(self._log_folder(key).glob("*.log"))
+
+    def reap(self, key: str) -> None:
+        with self._lock(key):
+            status = self.find(key)
+            if status is not None and status.state is JobState.ENDED:
+                with supervisor.calls(), contextlib.suppress(Fault):  # the engine knows it no more
+                    self._remote().stopProcessGroup(key)
+                supervisor.kill_group(supervisor.stack_id(self._home), key)
 
     def cancel(self, key: str) -> None:
         with self._lock(key):
@@ -83,8 +106,12 @@ class LocalLauncher:
         """Supervisord's own form knows no quoting, so command and environment go past it."""
         log = self._log_folder(spec.key) / "node{node}.log"
         log.parent.mkdir(parents=True, exist_ok=True)
-        environment = {"GLOO_SOCKET_IFNAME": "lo", **spec.environment}
-        job = {"command": spec.command, "environment": environment}
+        job = {
+            "command": spec.command,
+            "environment": _environment(spec),
+            "store": spec.store,
+            "generation": spec.generation,
+        }
         write_whole(job_path(self._home, spec.key), json.dumps(job), mode=0o600)
         section = supervisor.program_section(
             spec.key,
@@ -143,6 +170,10 @@ class LocalLauncher:
     def _owners(self, key: str) -> list[str]:
         path = self._owners_file(key)
         return path.read_text().split() if path.exists() else []
+
+
+def _environment(spec: JobSpec) -> dict[str, str]:
+    return {"GLOO_SOCKET_IFNAME": "lo", **spec.environment}
 
 
 def _is_over(info: Mapping[str, Any]) -> bool:

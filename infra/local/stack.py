@@ -106,14 +106,12 @@ def _write_addresses(folder: Path, *, was_running: bool) -> None:
 def _begin(settings: Settings, services: Mapping[str, Service], report: Report, *, was_running: bool) -> None:
     """Start the supervisor, or bring the running one to settings that have changed."""
     folder = settings.home
-    changed = supervisor.write_config(folder, [_section(folder, service) for service in services.values()])
-    if was_running and not changed:
-        return
+    supervisor.write_config(folder, [_section(folder, service) for service in services.values()])
     _write_shell_environment(settings)
     _write_dvc_remote(settings)
-    if was_running:
-        report("the settings have changed: restarting what they concern")
-        supervisor.apply_config(folder, NAMES)
+    if was_running:  # always: an `up` that was interrupted may have written what it did not apply
+        if supervisor.apply_config(folder, NAMES):
+            report("the settings have changed: restarted what they concern")
     else:
         report("starting the supervisor")
         supervisor.start(folder)

@@ -170,8 +170,8 @@ def is_running(home: Path) -> bool:
         return False
 
 
-def apply_config(home: Path, services: Collection[str]) -> None:
-    """Bring a running supervisord to its changed configuration. Jobs are the launcher's and left alone."""
+def apply_config(home: Path, services: Collection[str]) -> bool:
+    """Bring a running supervisord to its configuration; whether it was another. Jobs are the launcher's."""
     supervisor = remote(home)
     with calls():
         ((added, changed, removed),) = supervisor.reloadConfig()
@@ -180,6 +180,7 @@ def apply_config(home: Path, services: Collection[str]) -> None:
             supervisor.removeProcessGroup(name)
         for name in {*added, *changed} & set(services):
             supervisor.addProcessGroup(name)
+    return bool({*added, *changed, *removed} & set(services))
 
 
 def stack_processes(home: Path) -> list[psutil.Process]:

@@ -95,6 +95,19 @@ def test_cancelling_leaves_no_rank_and_the_next_run_goes_on(stack: Stack) -> Non
     assert not processes(stack, "training.worker")
 
 
+def test_runs_cancel_cancels_whoever_follows(stack: Stack) -> None:
+    """And nobody submits it again."""
+    before = run_keys(stack)
+    command = stack.start("train", "digits", "--set", "seed=14", "--set", "train.steps=100000")
+    run = wait_for_step(stack, before, step=60)
+    assert stack.command("runs", "cancel", run.run_key).returncode == 0
+    output, _ = command.communicate(timeout=60)
+    assert command.returncode == 130, output
+    assert not processes(stack, "training.agent")
+    (tracked,) = mlflow_runs(stack, run.run_key)
+    assert tracked.info.status == "KILLED"
+
+
 def _flow_processes(stack: Stack) -> list[Any]:
     """The processes that execute flow runs: the worker's children."""
     workers = [p for p in processes(stack, "worker") if "start" in p.cmdline()]

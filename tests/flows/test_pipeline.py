@@ -134,6 +134,18 @@ def test_model_holds_no_pickle_that_can_name_code(stack: Stack, digits: dict[str
     assert _dangerous_opcodes((folder / "data" / "model.pt2").read_bytes()) == set()
 
 
+def test_a_version_deleted_in_mlflow_is_registered_again(stack: Stack, digits: dict[str, Any]) -> None:
+    """Although every stage is cached."""
+    arguments = ("run", "digits", "--json", "--set", "train.steps=4", "--set", "name=lost")
+    first = last_json(stack.command(*arguments).stdout)
+    client = connect(stack.settings.mlflow_uri)
+    client.delete_registered_model("lost")
+    done = stack.command(*arguments)
+    assert done.returncode == 0, done.stdout + done.stderr
+    version = client.get_model_version("lost", last_json(done.stdout)["registration"]["version"])
+    assert version.tags["unbroken.run_key"] == first["model"]["run_key"]
+
+
 def _dangerous_opcodes(archive: bytes) -> set[str]:
     """Opcodes that import or call something, in any pickle at any depth of a zip archive."""
     import pickletools

@@ -56,6 +56,16 @@ def test_deleted_run_is_made_again(stack: Stack, run: RunRecord) -> None:
     assert [found.info.run_id for found in mlflow_runs(stack, run.run_key)] == [second.run_id]
 
 
+def test_run_that_somebody_deleted_is_known_as_lost(stack: Stack, run: RunRecord) -> None:
+    """So that a cached training of it is not taken for finished: it is to be shown again."""
+    uri = stack.settings.mlflow_uri
+    assert tracking.lost_run(uri, run.read()) is None
+    tracker = ensure(stack, run)
+    assert tracking.lost_run(uri, run.read()) is None
+    tracker.client.delete_run(tracker.run_id)
+    assert tracking.lost_run(uri, run.read()) == tracker.run_id
+
+
 def test_starter_of_an_older_generation_leaves_no_run(stack: Stack, run: RunRecord) -> None:
     old = run.read()
     run.update(start_fresh)

@@ -19,7 +19,7 @@ from tests.conftest import Stack
 from training.config import load_preset
 from training.errors import CancelledError, InfrastructureError
 from training.objectstore import Store
-from training.record import RunRecord, start_fresh
+from training.record import Failure, Record, RunRecord, start_fresh
 
 DATASET = Dataset(name="digits", digest="", num_train_samples=1, num_test_samples=1, num_shards=2, num_bytes=2)
 
@@ -30,6 +30,7 @@ class FakeEngine:
     def __init__(self, status: JobStatus | None) -> None:
         self.status = status
         self.cancelled: list[str] = []
+        self.reaped: list[str] = []
 
     def submit(self, spec: JobSpec) -> None:
         raise AssertionError("nothing is submitted here")
@@ -42,6 +43,9 @@ class FakeEngine:
 
     def logs(self, key: str) -> Sequence[Path]:
         return [Path("node0.log")]
+
+    def reap(self, key: str) -> None:
+        self.reaped.append(key)
 
     def cancel(self, key: str) -> None:
         self.cancelled.append(key)
@@ -77,23 +81,33 @@ def test_cached_training_is_that_of_this_very_run(stack: Stack, arguments: dict[
 
 
 def test_job_of_a_newer_generation_is_left_alone(run: RunRecord) -> None:
-    engine = FakeEngine(RUNNING)
+    engine, old = FakeEngine(RUNNING), run.read()
     run.update(start_fresh)
-    stage._cancel(engine, run, 0)
+    stage._cancel(engine, run, old)
+    stage._cancel(engine, run, replace(run.read(), instance="a run that was removed"))
     assert engine.cancelled == []
-    stage._cancel(engine, run, 1)
+    stage._cancel(engine, run, run.read())
     assert engine.cancelled == [run.run_key]
 
 
 def test_job_is_stopped_although_the_store_is_away(stack: Stack) -> None:
     engine = FakeEngine(RUNNING)
     away = Store(replace(stack.location, endpoint=f"http://127.0.0.1:{free_port()}"))
-    stage._cancel(engine, RunRecord(away, "key"), 0)
+    stage._cancel(engine, RunRecord(away, "key"), Record(key="key"))
     assert engine.cancelled == ["key"]
 
 
-def follow(run: RunRecord, engine: FakeEngine) -> None:
-    tracker: Any = None
+class FakeTracker:
+    """Notes what the MLflow run is closed as."""
+
+    def __init__(self) -> None:
+        self.closed: list[str] = []
+
+    def try_to_finish(self, status: str) -> None:
+        self.closed.append(status)
+
+
+def follow(run: RunRecord, engine: FakeEngine, tracker: Any = None) -> None:
     stage._follow(Follower(run, generation=0, num_steps=1), tracker, engine, run.run_key)
 
 
@@ -104,10 +118,19 @@ def test_follower_of_a_run_that_was_begun_anew_says_so(run: RunRecord) -> None:
 
 
 def test_gang_that_is_not_whole_any_more_is_ended_and_named(run: RunRecord) -> None:
-    engine = FakeEngine(ENDED)
+    """Its MLflow run says so; a retry opens it again. Another follower is not told that somebody cancelled."""
+    engine, tracker = FakeEngine(ENDED), FakeTracker()
     with pytest.raises(InfrastructureError, match=r"without a result: see node0\.log"):
-        follow(run, engine)
-    assert engine.cancelled == [run.run_key]
+        follow(run, engine, tracker)
+    assert (engine.reaped, engine.cancelled, tracker.closed) == ([run.run_key], [], ["FAILED"])
+
+
+def test_run_that_was_given_up_is_not_shown_as_running(run: RunRecord) -> None:
+    run.update(lambda record: replace(record, failure=Failure(kind="InfrastructureError", message="21 restarts")))
+    tracker = FakeTracker()
+    with pytest.raises(InfrastructureError, match="21 restarts"):
+        follow(run, FakeEngine(RUNNING), tracker)
+    assert tracker.closed == ["FAILED"]
 
 
 def test_job_that_the_engine_does_not_know_was_cancelled(run: RunRecord) -> None:

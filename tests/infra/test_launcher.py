@@ -20,7 +20,7 @@ from tests.conftest import Stack
 from tests.infra.conftest import ToyJob
 from tests.infra.probes import is_alive, kill_9
 from tests.waiting import wait_until
-from training.errors import InfrastructureError
+from training.errors import FencedError, InfrastructureError, UserError
 
 MakeJob = Callable[..., ToyJob]
 NUM_AT_ONCE = 4
@@ -188,6 +188,69 @@ def test_cancelled_job_can_be_cancelled_again_and_submitted_again(toy_job: MakeJ
     job.submit()
     job.wait_for_starts(2)
     assert job.launcher.jobs()[job.spec.key] == []
+
+
+def test_cancelled_job_is_never_seen_as_ended(toy_job: MakeJob) -> None:
+    """Or whoever follows it would take it for lost, and submit it again."""
+    job = toy_job(
+        "signal.signal(signal.SIGTERM, signal.SIG_IGN)\n(folder / 'deaf').touch()\nsignal.pause()", num_nodes=2
+    )
+    job.submit()
+    wait_until((job.folder / "deaf").exists, what="the node to be deaf")
+    with ThreadPoolExecutor(1) as pool:
+        cancelled = pool.submit(job.launcher.cancel, job.spec.key)
+        seen = set()
+        while not cancelled.done():
+            seen.add(job.state())
+    assert seen <= {JobState.RUNNING, None}
+    assert job.state() is None
+
+
+def test_what_is_left_of_a_gang_is_reaped_and_stays_ended(toy_job: MakeJob) -> None:
+    job = toy_job("node == '0' and num_starts == 1 and sys.exit(0)\nsignal.pause()", num_nodes=2)
+    job.submit()
+    (left,) = job.wait_for_starts(1, 1)
+    wait_until(lambda: job.state() is JobState.ENDED, what="the job's end")
+    job.launcher.reap(job.spec.key)
+    assert not is_alive(left)
+    assert job.state() is JobState.ENDED
+    job.submit()
+    job.wait_for_starts(2, 0)
+    (pid,) = job.wait_for_starts(2, 1)[1:]
+    job.launcher.reap(job.spec.key)
+    assert is_alive(pid), "a job that runs is left alone"
+
+
+def test_newer_generation_takes_the_place_of_an_older_one_and_not_the_other_way_round(toy_job: MakeJob) -> None:
+    job = toy_job()
+    job.submit()
+    (old,) = job.wait_for_starts(1)
+    older = job.spec
+    job.spec = replace(job.spec, generation=1)
+    job.submit()
+    (new,) = job.wait_for_starts(2)[1:]
+    assert (is_alive(old), is_alive(new)) == (False, True)
+    with pytest.raises(FencedError, match="begun anew"):
+        job.launcher.submit(older)
+    assert is_alive(new)
+
+
+def test_job_of_another_store_is_not_taken_for_ones_own(toy_job: MakeJob) -> None:
+    job = toy_job()
+    job.submit()
+    (pid,) = job.wait_for_starts(1)
+    with pytest.raises(UserError, match="is at work for"):
+        job.launcher.submit(replace(job.spec, store="s3://elsewhere/"))
+    assert is_alive(pid)
+
+
+def test_job_whose_servers_moved_begins_again(toy_job: MakeJob) -> None:
+    job = toy_job()
+    job.submit()
+    job.wait_for_starts(1)
+    job.spec = replace(job.spec, environment={**job.spec.environment, "UNBROKEN_S3_ENDPOINT": "http://127.0.0.1:1"})
+    job.submit()
+    job.wait_for_starts(2)
 
 
 def test_cancelling_an_owner_cancels_its_jobs_alone(toy_job: MakeJob) -> None:

@@ -125,7 +125,7 @@ def test_killed_rank_leaves_no_process_and_no_shared_memory(store: Store, preset
 
 
 @pytest.mark.parametrize("data_workers", [0, 2])
-@pytest.mark.parametrize("damage", ["flipped", "truncated", "missing"])
+@pytest.mark.parametrize("damage", ["flipped", "truncated", "swapped", "missing"])
 def test_damage_is_named_within_seconds_and_never_a_short_epoch(
     store: Store, preset: Preset, manifest: Manifest, data_workers: int, damage: str
 ) -> None:
@@ -134,7 +134,10 @@ def test_damage_is_named_within_seconds_and_never_a_short_epoch(
     if damage == "missing":
         store.delete(shard_key("tiny", victim))
     else:
-        store.put(shard_key("tiny", victim), good[:-1] if damage == "truncated" else flip(good, 99))
+        other = store.get(shard_key("tiny", manifest.splits["train"][4].sha256))
+        store.put(
+            shard_key("tiny", victim), {"flipped": flip(good, 99), "truncated": good[:-1], "swapped": other}[damage]
+        )
     microbatches = feed_of(store, preset, manifest, data_workers).microbatches(workers=range(4), step=0)
     with pytest.raises(DamagedError, match=victim):
         deque(microbatches, maxlen=0)

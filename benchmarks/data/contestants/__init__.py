@@ -1,0 +1,1 @@
+"""One file per contestant. Each runs in an environment of its own, so it imports only its library and `protocol`."""

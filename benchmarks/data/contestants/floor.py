@@ -1,44 +1,81 @@
-"""What physics allows: a bare GET or PUT of the same bytes by the quickest client, and the same decoding."""
+"""The physical floor: the bytes of this library's shards, moved by the fastest client, and nothing proven or promised.
+
+Reading: keep-alive GETs in two threads ahead of the decoder, whole shards in order (or in a random order, each shuffled
+within). Writing: the raw records, PUT as they are in objects of a shard's size by two threads.
+"""
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterator
+import http.client
+import threading
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
-from typing import Any
+from urllib.parse import urlsplit
 
-from benchmarks.data.contestants.ours import open_store
-from benchmarks.data.records import BATCH_SIZE, SHARD_BYTES, Kind
+import numpy as np
+
+from benchmarks.data.contestants import s3
+from benchmarks.data.contestants.protocol import BATCH_SIZE, SEED, Task, serve
+from benchmarks.data.records import Batch, rebatch, source_files
 from training.data.shard import decode_shard
-from training.reduce import owned_range
+
+NUM_THREADS = 2
+NUM_AHEAD = 4
+OBJECT_BYTES = 8 << 20
 
 
-def write(kind: Kind, url: str, cache: Path) -> None:
-    """Make the samples, and PUT as many bytes, from as many threads as the writer has."""
-    store, body = open_store(url), os.urandom(SHARD_BYTES)
-    num_shards = -(-kind.num_samples * kind.sample_bytes // SHARD_BYTES)
-    ranges = [
-        range(n * kind.num_samples // num_shards, (n + 1) * kind.num_samples // num_shards) for n in range(num_shards)
-    ]
+def write(task: Task) -> Callable[[], None]:
+    client = s3.client()
+    paths = source_files(task.source)
+    num_together = max(1, OBJECT_BYTES // paths[0].stat().st_size)
 
-    def make_and_put(number: int) -> None:
-        for index in ranges[number]:
-            kind.sample(index)
-        store.put(f"floor/{number}", body)
+    def put(start: int) -> None:
+        body = b"".join(path.read_bytes() for path in paths[start : start + num_together])
+        client.put_object(Bucket=task.bucket, Key=f"{start:05d}", Body=body)
 
-    with ThreadPoolExecutor(4) as pool:
-        list(pool.map(make_and_put, range(num_shards)))
+    def work() -> None:
+        with ThreadPoolExecutor(NUM_THREADS) as pool:
+            list(pool.map(put, range(0, len(paths), num_together)))
+
+    return work
 
 
-def read(kind: Kind, url: str, cache: Path, *, shuffled: bool) -> Iterator[tuple[Any, Any]]:
-    """In the order of the store; there is no quicker way to shuffle than not to."""
-    store = open_store(url)
-    keys = sorted(key for key, _ in store.list_keys(f"datasets/{kind.name}/shards/"))
-    mine = [keys[n] for n in owned_range(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), len(keys))]
-    with ThreadPoolExecutor(4) as pool:
-        for data in pool.map(store.fetch, mine):
-            columns = decode_shard(data, name="")
-            for start in range(0, len(columns), BATCH_SIZE):
-                stop = min(start + BATCH_SIZE, len(columns))
-                yield tuple(columns.columns[name][start:stop].copy() for name in ("x", "y"))  # type: ignore[index]
+def read(task: Task, rank: int) -> Callable[[], Iterable[Batch]]:
+    random = np.random.default_rng(SEED)
+    names = s3.keys(task.bucket, containing="/shards/")
+    if task.shuffled:
+        random.shuffle(names)
+    urls = s3.signed_urls(task.bucket, names[rank :: task.num_processes])
+
+    def tables() -> Iterator[Batch]:
+        for data in _ahead(urls):
+            shard = decode_shard(data, name="")
+            order = random.permutation(len(shard)) if task.shuffled else slice(None)
+            yield {name: column[order] for name, column in shard.columns.items()}  # type: ignore[index]
+
+    return lambda: rebatch(tables(), BATCH_SIZE)
+
+
+def _ahead(urls: list[str]) -> Iterator[bytes]:
+    with ThreadPoolExecutor(NUM_THREADS) as pool:
+        coming = [pool.submit(_get, url) for url in urls[:NUM_AHEAD]]
+        for number in range(len(urls)):
+            if number + NUM_AHEAD < len(urls):
+                coming.append(pool.submit(_get, urls[number + NUM_AHEAD]))
+            yield coming.pop(0).result()
+
+
+_local = threading.local()
+
+
+def _get(url: str) -> bytes:
+    parts = urlsplit(url)
+    if not hasattr(_local, "connection"):
+        _local.connection = http.client.HTTPConnection(parts.netloc)
+    _local.connection.request("GET", f"{parts.path}?{parts.query}")
+    data: bytes = _local.connection.getresponse().read()
+    return data
+
+
+if __name__ == "__main__":
+    serve(write, read)

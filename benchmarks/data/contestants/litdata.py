@@ -1,46 +1,62 @@
-"""LitData: `optimize` with two workers, `StreamingDataset` and its own loader."""
+"""LitData: `optimize` with one worker, read by `StreamingDataset` and `StreamingDataLoader` with their defaults."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from benchmarks.data.records import BATCH_SIZE, KINDS, Kind
+import litdata
+
+from benchmarks.data.contestants.protocol import BATCH_SIZE, SEED, Task, serve, stack
+from benchmarks.data.records import KINDS, Batch, read_file, samples, source_files
 
 
-def _options() -> dict[str, str]:
-    from litdata.streaming import downloader
+def _samples(kind_name: str, path: str) -> Iterator[dict[str, Any]]:
+    for sample in samples(read_file(path, KINDS[kind_name])):
+        yield {name: int(value) if value.ndim == 0 else value for name, value in sample.items()}
 
-    downloader._OBSTORE_CLIENT_OPTIONS["allow_http"] = True  # else it speaks to no server without TLS
+
+def _storage() -> dict[str, str]:
     return {"endpoint_url": os.environ["AWS_ENDPOINT_URL"]}
 
 
-def write(kind: Kind, url: str, cache: Path) -> None:
-    from functools import partial
+def write(task: Task) -> Callable[[], None]:
+    os.environ["DATA_OPTIMIZER_CACHE_FOLDER"] = str(Path(task.scratch) / "chunks")
+    os.environ["DATA_OPTIMIZER_DATA_CACHE_FOLDER"] = str(Path(task.scratch) / "data")
 
-    from litdata import optimize
+    def work() -> None:
+        litdata.optimize(
+            fn=partial(_samples, task.kind_name),
+            inputs=[str(path) for path in source_files(task.source)],
+            output_dir=f"s3://{task.bucket}/data",
+            chunk_bytes=task.chunk_bytes,
+            num_workers=1,
+            start_method="fork",
+            storage_options=_storage(),
+            verbose=False,
+        )
 
-    optimize(
-        fn=partial(_sample, kind.name),
-        inputs=list(range(kind.num_samples)),
-        output_dir=url,
-        chunk_bytes="8MB",
-        num_workers=2,
-        storage_options=_options(),
-        verbose=False,
-    )
-
-
-def _sample(kind_name: str, index: int) -> dict[str, Any]:
-    _options()  # in the worker's process
-    return KINDS[kind_name].sample(index)
+    return work
 
 
-def read(kind: Kind, url: str, cache: Path, *, shuffled: bool) -> Iterator[tuple[Any, Any]]:
-    from litdata import StreamingDataLoader, StreamingDataset
+def read(task: Task, rank: int) -> Callable[[], Iterable[Batch]]:
+    def work() -> Iterable[Batch]:
+        data = litdata.StreamingDataset(
+            f"s3://{task.bucket}/data",
+            cache_dir=str(Path(task.scratch) / str(rank)),
+            shuffle=task.shuffled,
+            drop_last=False,
+            seed=SEED,
+            storage_options=_storage(),
+        )
+        found: Iterable[Batch] = litdata.StreamingDataLoader(data, batch_size=BATCH_SIZE, collate_fn=stack)
+        return found
 
-    dataset = StreamingDataset(url, cache_dir=str(cache), shuffle=shuffled, storage_options=_options())
-    for batch in StreamingDataLoader(dataset, batch_size=BATCH_SIZE, num_workers=0):
-        yield batch["x"].numpy(), batch["y"].numpy()
+    return work
+
+
+if __name__ == "__main__":
+    serve(write, read)

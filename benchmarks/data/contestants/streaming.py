@@ -1,29 +1,56 @@
-"""MosaicML Streaming: MDS with its defaults, and torch's loader."""
+"""MosaicML Streaming: `MDSWriter`, read by `StreamingDataset` and `StreamingDataLoader` with their defaults."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import os
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from benchmarks.data.records import BATCH_SIZE, SHARD_BYTES, Kind
+from streaming import MDSWriter, StreamingDataLoader, StreamingDataset
+from streaming.base.distributed import maybe_init_dist
+from streaming.base.util import clean_stale_shared_memory
+
+from benchmarks.data.contestants.protocol import BATCH_SIZE, SEED, Task, serve, stack
+from benchmarks.data.records import Batch, Kind, read_file, samples, source_files
 
 
-def write(kind: Kind, url: str, cache: Path) -> None:
-    from streaming import MDSWriter
-
-    shape = ",".join(map(str, kind.shape))
-    columns = {"x": f"ndarray:{kind.dtype}:{shape}", "y": "int"}
-    with MDSWriter(out=url, columns=columns, size_limit=SHARD_BYTES) as writer:
-        for index in range(kind.num_samples):
-            sample = kind.sample(index)
-            writer.write({"x": sample["x"], "y": int(sample["y"])})
+def _columns(kind: Kind) -> dict[str, str]:
+    shaped = {name: (dtype, ",".join(map(str, shape))) for name, dtype, shape in kind.layout}
+    names = {"<i8": "int64", "u1": "uint8", "<i4": "int32"}
+    return {name: f"ndarray:{names[d]}:{shape}" if shape else names[d] for name, (d, shape) in shaped.items()}
 
 
-def read(kind: Kind, url: str, cache: Path, *, shuffled: bool) -> Iterator[tuple[Any, Any]]:
-    from streaming import StreamingDataset
-    from torch.utils.data import DataLoader
+def write(task: Task) -> Callable[[], None]:
+    os.environ["TMPDIR"] = task.scratch
 
-    dataset = StreamingDataset(remote=url, local=str(cache), shuffle=shuffled, batch_size=BATCH_SIZE)
-    for batch in DataLoader(dataset, batch_size=BATCH_SIZE, num_workers=0):
-        yield batch["x"].numpy(), batch["y"].numpy()
+    def work() -> None:
+        out = (str(Path(task.scratch) / "out"), f"s3://{task.bucket}/data")
+        with MDSWriter(out=out, columns=_columns(task.kind), size_limit=task.chunk_bytes) as sink:
+            for path in source_files(task.source):
+                for sample in samples(read_file(path, task.kind)):
+                    sink.write(sample)
+
+    return work
+
+
+def read(task: Task, rank: int) -> Callable[[], Iterable[Batch]]:
+    if rank == 0:
+        clean_stale_shared_memory()
+    maybe_init_dist()
+
+    def work() -> Iterable[Batch]:
+        data: Any = StreamingDataset(
+            remote=f"s3://{task.bucket}/data",
+            local=task.scratch,
+            batch_size=BATCH_SIZE,
+            shuffle=task.shuffled,
+            shuffle_seed=SEED,
+        )
+        return StreamingDataLoader(data, batch_size=BATCH_SIZE, collate_fn=stack)
+
+    return work
+
+
+if __name__ == "__main__":
+    serve(write, read)

@@ -1,56 +1,65 @@
-"""WebDataset: tar shards uploaded when they are full, read as streams, shuffled through its buffer."""
+"""WebDataset: tar shards made by `ShardWriter` and sent by its `post` hook, read through its curl pipe.
+
+As its documentation recommends: `split_by_node`, and batching inside the pipeline. Shuffling is of shards, and then
+of samples in a buffer of 1000.
+"""
 
 from __future__ import annotations
 
-import importlib
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from benchmarks.data.records import BATCH_SIZE, SHARD_BYTES, Kind
+import webdataset as wds
 
-SHUFFLE_BUFFER = 1000
+from benchmarks.data.contestants import s3
+from benchmarks.data.contestants.protocol import BATCH_SIZE, SEED, Task, serve, stack
+from benchmarks.data.records import Batch, read_file, samples, source_files
 
-
-def _client() -> Any:
-    import boto3
-
-    return boto3.client("s3")
+BUFFER = 1000
 
 
-def write(kind: Kind, url: str, cache: Path) -> None:
-    import webdataset
+def write(task: Task) -> Callable[[], None]:
+    client = s3.client()
 
-    client = _client()
-    bucket, _, prefix = url.removeprefix("s3://").partition("/")
-
-    def upload(path: str) -> None:
-        client.upload_file(path, bucket, f"{prefix}/{os.path.basename(path)}")
+    def send(path: str) -> None:
+        client.upload_file(path, task.bucket, Path(path).name)
         os.unlink(path)
 
-    cache.mkdir(parents=True, exist_ok=True)
-    with webdataset.ShardWriter(
-        f"{cache}/%06d.tar", maxsize=SHARD_BYTES, maxcount=10**9, post=upload, verbose=0
-    ) as writer:
-        for index in range(kind.num_samples):
-            sample = kind.sample(index)
-            writer.write({"__key__": f"{index:09}", "x.npy": sample["x"], "y.cls": int(sample["y"])})
+    def work() -> None:
+        pattern = str(Path(task.scratch) / "%05d.tar")
+        with wds.ShardWriter(pattern, maxsize=task.chunk_bytes, post=send, verbose=0) as sink:
+            for path in source_files(task.source):
+                for sample in samples(read_file(path, task.kind)):
+                    sink.write(_encoded(sample, task.kind.payload))
+
+    return work
 
 
-def read(kind: Kind, url: str, cache: Path, *, shuffled: bool) -> Iterator[tuple[Any, Any]]:
-    import webdataset
+def _encoded(sample: dict[str, Any], payload: str) -> dict[str, Any]:
+    label = {"label.cls": int(sample["label"])} if "label" in sample else {}
+    return {"__key__": f"{sample['id']:09d}", f"{payload}.npy": sample[payload], **label}
 
-    client = _client()
-    bucket, _, prefix = url.removeprefix("s3://").partition("/")
-    gopen = importlib.import_module("webdataset.gopen")  # the package has a function of the same name
-    gopen.gopen_schemes["s3"] = lambda url, *_, **__: client.get_object(Bucket=bucket, Key=url.split("/", 3)[3])["Body"]
-    pages = client.get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=prefix + "/")
-    urls = sorted(f"s3://{bucket}/{item['Key']}" for page in pages for item in page["Contents"])
-    rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    dataset = webdataset.WebDataset(
-        urls[rank::world_size], shardshuffle=len(urls) if shuffled else False, nodesplitter=None
-    )
-    if shuffled:
-        dataset = dataset.shuffle(SHUFFLE_BUFFER)
-    yield from dataset.decode().to_tuple("x.npy", "y.cls").batched(BATCH_SIZE)
+
+def read(task: Task, rank: int) -> Callable[[], Iterable[Batch]]:
+    urls = s3.signed_urls(task.bucket, s3.keys(task.bucket))
+    payload = task.kind.payload
+
+    def decoded(sample: dict[str, Any]) -> dict[str, Any]:
+        label = {"label": sample["label.cls"]} if "label.cls" in sample else {}
+        return {"id": int(sample["__key__"]), payload: sample[f"{payload}.npy"], **label}
+
+    def work() -> Iterable[Batch]:
+        shards = len(urls) if task.shuffled else False
+        data = wds.WebDataset(urls, shardshuffle=shards, nodesplitter=wds.split_by_node, seed=SEED, empty_check=False)
+        if task.shuffled:
+            data = data.shuffle(BUFFER, seed=SEED)
+        found: Iterable[Batch] = data.decode().map(decoded).batched(BATCH_SIZE, collation_fn=stack)
+        return found
+
+    return work
+
+
+if __name__ == "__main__":
+    serve(write, read)

@@ -1,0 +1,101 @@
+"""The contestants' processes: each in an environment where its library is installed, made once and kept."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import select
+import signal
+import subprocess
+import sys
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+from benchmarks.data.contestants.protocol import Outcome, Task
+
+ROOT = Path(__file__).parents[2]
+
+
+@dataclass(frozen=True)
+class Contestant:
+    """A file of `contestants/`, and what must be installed for it (nothing: this project's own environment has it)."""
+
+    name: str
+    title: str
+    requirements: tuple[str, ...] = ()
+
+
+FLOOR = Contestant("floor", "floor")
+OURS = Contestant("unbroken", "**Unbroken**")
+CONTESTANTS = (
+    FLOOR,
+    OURS,
+    Contestant("litdata", "LitData", ("litdata==0.2.76", "boto3")),
+    Contestant("streaming", "MosaicML Streaming", ("mosaicml-streaming==0.13.0", "boto3")),
+    Contestant("webdataset", "WebDataset", ("webdataset==1.0.2", "torch", "boto3")),
+    Contestant("parquet", "Parquet", ("pyarrow==26.0.1", "boto3")),
+)
+
+
+def ready_python(contestant: Contestant, environments: Path) -> str:
+    """The interpreter to run it with; its environment is made first if need be."""
+    if not contestant.requirements:
+        return sys.executable
+    folder = environments / contestant.name
+    wanted, noted = "\n".join(contestant.requirements), folder / "requirements.txt"
+    if not noted.exists() or noted.read_text() != wanted:
+        print(f"installing {wanted.split()[0]} …", file=sys.stderr, flush=True)
+        subprocess.run([sys.executable, "-m", "venv", "--clear", folder], check=True)
+        pip = [str(folder / "bin" / "python"), "-m", "pip", "install", "--quiet", *contestant.requirements]
+        subprocess.run(pip, check=True)
+        noted.write_text(wanted)
+    return str(folder / "bin" / "python")
+
+
+@dataclass
+class Runner:
+    """Asks a contestant for one measurement after another; starts it anew if it was stopped."""
+
+    contestant: Contestant
+    python: str
+    log: Path
+    _process: subprocess.Popen[str] | None = field(default=None, init=False)
+
+    def ask(self, task: Task, *, limit_seconds: float) -> Outcome:
+        process = self._process or self._start()
+        assert process.stdin is not None
+        assert process.stdout is not None
+        process.stdin.write(json.dumps(asdict(task)) + "\n")
+        process.stdin.flush()
+        if not select.select([process.stdout], [], [], limit_seconds)[0]:
+            self.stop()
+            return Outcome(error=f"no end after {limit_seconds:.0f} s")
+        line = process.stdout.readline()
+        if not line:
+            self.stop()
+            return Outcome(error=f"it died: see {self.log}")
+        return Outcome(**json.loads(line))
+
+    def _start(self) -> subprocess.Popen[str]:
+        with self.log.open("a") as log:
+            self._process = subprocess.Popen(
+                [self.python, "-m", f"benchmarks.data.contestants.{self.contestant.name}"],
+                cwd=ROOT,
+                env={**os.environ, "PYTHONPATH": str(ROOT)},
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=log,
+                text=True,
+                start_new_session=True,
+            )
+        return self._process
+
+    def stop(self) -> None:
+        """End it and whatever it started: they are a process group of their own."""
+        if self._process is None:
+            return
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.wait()
+        self._process = None
