@@ -61,6 +61,6 @@ class CountingStore(Store):
         self.fetched.append(key)
         return super().get(key)
 
-    def fetch(self, key: str) -> memoryview:
+    def fetch(self, key: str) -> bytes:
         self.fetched.append(key)
         return super().fetch(key)
