@@ -57,7 +57,7 @@ def register(preset: Preset, dataset: Dataset, model: TrainedModel, evaluation: 
     tracker = tracking.Tracker(tracking.connect(settings.mlflow_uri), settings.mlflow_uri, record.tracking_run_id)
     recipe = load_recipe(preset)
     tags = {
-        "unbroken.dataset_digest": dataset.digest,
+        tracking.DATASET_TAG: dataset.digest,
         "unbroken.commit": commit_of(preset),
         "unbroken.preset": preset.name,
         **{f"unbroken.test.{name}": f"{value.value:.6f}" for name, value in evaluation.metrics.items()},

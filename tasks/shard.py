@@ -17,6 +17,7 @@ from tasks.policy import stage_options
 from tasks.results import Dataset
 from tasks.stack import open_stack, store_location
 from training.config import Preset
+from training.data.activity import read_activity
 from training.data.lease import writing
 from training.data.source import Partition, open_source, partitions
 from training.data.withdraw import withdrawn_ids
@@ -30,7 +31,10 @@ NUM_AT_ONCE = 4
 
 
 def shard_cache_key(context: Any, arguments: dict[str, Any]) -> str:
-    """The source's listing (names, sizes, times), the settings and the recipe's source."""
+    """The source's listing (names, sizes, times), the settings and the recipe's source.
+
+    And what `unbroken data` did since: a version that was removed, or found damaged, is not one that is finished.
+    """
     preset: Preset = arguments["preset"]
     settings, store = open_stack()
     source = open_source(preset.data, folder=preset.folder, location=store_location(settings))
@@ -42,6 +46,7 @@ def shard_cache_key(context: Any, arguments: dict[str, Any]) -> str:
             "data": asdict(preset.data),
             "recipe": [source_closure_digest(recipe), asdict(recipe)],
             "withdrawn": sorted(withdrawn_ids(store, preset.data.name)),
+            "generation": read_activity(store, preset.data.name).generation,
         }
     )
 

@@ -26,6 +26,7 @@ T = TypeVar("T")
 
 METRICS = ("loss", "grad_norm", "learning_rate", "samples_per_second")
 RUN_KEY_TAG = "unbroken.run_key"
+DATASET_TAG = "unbroken.dataset_digest"
 WEIGHTS_TAG = "unbroken.weights_sha256"
 BATCH_METRICS = 1000
 MACHINE_LEARNING = "?workflowType=machine_learning"  # else MLflow opens its other face, which has no registry
@@ -176,7 +177,7 @@ def _create_run(
         tags={RUN_KEY_TAG: run.run_key, **tags},
     )
     params = [Param(key, str(value)) for key, value in _flat(preset.to_json())]
-    client.log_batch(made.info.run_id, params=params, tags=[RunTag("unbroken.dataset_digest", dataset["digest"])])
+    client.log_batch(made.info.run_id, params=params, tags=[RunTag(DATASET_TAG, dataset["digest"])])
     source = json.dumps(
         {"uri": run.store.location.uri(f"datasets/{dataset['name']}/manifests/{dataset['digest']}.json")}
     )
@@ -279,10 +280,15 @@ def _first_version(client: MlflowClient, name: str, by_key: str) -> ModelVersion
     return min(versions, key=lambda version: int(version.version), default=None)
 
 
-def versions_of_runs(uri: str, run_keys: Collection[str]) -> list[str]:
-    """The registered versions that came from some runs, as `name version 3`."""
-    rows = list_versions(uri)
-    return [f"{row['name']} version {row['version']}" for row in rows if row["run_key"] in set(run_keys)]
+def versions_trained_on(uri: str, dataset_digests: Collection[str]) -> list[str]:
+    """The registered versions that were trained on one of these dataset versions, as `name version 3`.
+
+    By their tag: a run may have been removed since.
+    """
+    client = connect(uri)
+    queries = [f"tags.`{DATASET_TAG}` = '{digest}'" for digest in dataset_digests]
+    found = [version for query in queries for version in _ask(lambda: client.search_model_versions(query))]  # noqa: B023
+    return [f"{version.name} version {version.version}" for version in found]
 
 
 def aliases_of(client: MlflowClient, name: str, version: str) -> tuple[str, ...]:

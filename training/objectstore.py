@@ -24,6 +24,10 @@ if TYPE_CHECKING:
 
 NUM_TRIES = 6
 FIRST_PAUSE_SECONDS = 0.2
+CONNECT_SECONDS = 5
+READ_SECONDS = 30
+REQUEST_SECONDS = CONNECT_SECONDS + READ_SECONDS
+"""After which a request that is not tried again has ended, one way or another."""
 
 
 class MissingError(InfrastructureError):
@@ -100,8 +104,8 @@ class Store:
 
         config = Config(
             retries={"mode": "standard", "total_max_attempts": num_attempts},
-            connect_timeout=5,
-            read_timeout=30,
+            connect_timeout=CONNECT_SECONDS,
+            read_timeout=READ_SECONDS,
             s3={"addressing_style": "path"} if self.location.endpoint else {},
         )
         session = boto3.session.Session(region_name=self.location.region)
@@ -214,6 +218,11 @@ class Store:
     def delete(self, key: str) -> None:
         with self._typed_errors(key):
             self._client.delete_object(Bucket=self.location.bucket, Key=self._key(key))
+
+    def delete_soon(self, key: str) -> None:
+        """One request, within `REQUEST_SECONDS` or not at all: a later try might come when it is no longer allowed."""
+        with self._typed_errors(key):
+            self._client_without_retries.delete_object(Bucket=self.location.bucket, Key=self._key(key))
 
     # ---- conditional writes --------------------------------------------------------------------------------------
 

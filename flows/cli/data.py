@@ -32,8 +32,8 @@ def add_to(app: App) -> None:
 @data.command(name="ls")
 def ls(*, json: Json = False) -> None:
     """Every dataset version, oldest first."""
-    from training.data.collect import versions
     from training.data.manifest import load_manifest
+    from training.data.versions import versions
 
     store = _store()
     rows: list[dict[str, Any]] = []
@@ -60,7 +60,7 @@ def show(version: Version) -> None:
 @data.command(name="diff")
 def diff(a: Version, b: Version, *, json: Json = False) -> None:
     """What version B has that A has not, and the other way round: shards, bytes and samples of each split."""
-    from training.data.collect import compare
+    from training.data.versions import compare
 
     store = _store()
     (name_a, _, manifest_a), (name_b, _, manifest_b) = _find(store, a), _find(store, b)
@@ -72,26 +72,33 @@ def diff(a: Version, b: Version, *, json: Json = False) -> None:
 
 
 @data.command(name="verify")
-def verify(version: Version) -> None:
+def verify(version: Version, *, json: Json = False) -> None:
     """Read every shard of a version and compare its sha256. Exit code 6 names those that are damaged or missing."""
-    from training.data.collect import verify_version
+    from training.data.activity import distrust
+    from training.data.versions import verify_version
 
     store = _store()
     name, digest, manifest = _find(store, version)
     num_shards = sum(len(shards) for shards in manifest.splits.values())
     live, damages = LiveLine(), []
     for number, damage in enumerate(verify_version(store, name, digest), start=1):
-        live.show(f"{number}/{num_shards} shards read")
         if damage is not None:
             damages.append(damage)
+        if not json:
+            live.show(f"{number}/{num_shards} shards read")
+        if damage is not None and not json:
             live.end(f"{damage.reason}: {store.location.uri(damage.key)}")
     live.end()
+    if json:
+        print_json({"name": name, "digest": digest, "num_shards": num_shards, "damages": [asdict(d) for d in damages]})
     if damages:
+        distrust(store, name)
         raise DamagedError(
-            f"{len(damages)} of {num_shards} shards of {name} {digest[:12]} are damaged or missing: run the shard stage"
-            " again to repair them"
+            f"{len(damages)} of {num_shards} shards of {name} {digest[:12]} are damaged or missing: the next `unbroken"
+            " run` from the same source repairs them"
         )
-    print(f"{name} {digest}: all {num_shards} shards are whole")
+    if not json:
+        print(f"{name} {digest}: all {num_shards} shards are whole")
 
 
 @data.command(name="verify-run")
@@ -117,33 +124,46 @@ def withdraw(
     ids: Annotated[list[str] | None, Parameter(help="Ids of records, as `file:line`.", negative="")] = None,
     *,
     file: Annotated[Path | None, Parameter(help="A file with one id per line.")] = None,
+    reason: Annotated[str, Parameter(help="Why; it is kept beside the ids.")] = "",
     json: Json = False,
 ) -> None:
     """Make a version without some records, and have later ones leave them out too. Says which models used them."""
     from tasks.stack import open_stack
-    from tasks.tracking import versions_of_runs
+    from tasks.tracking import versions_trained_on
     from training.data.withdraw import withdraw as take_out
 
-    wanted = [*(ids or ()), *(file.read_text().split("\n") if file else ())]
-    wanted = [record for record in wanted if record]
+    wanted = [*(ids or ()), *(_lines_of(file) if file else ())]
     if not wanted:
         raise UserError("name at least one record id, or a --file of them")
     settings, store = open_stack()
     name, digest, _ = _find(store, version)
-    done = take_out(store, name, digest, wanted)
-    models = versions_of_runs(settings.mlflow_uri, done.runs_that_used_it) if done.runs_that_used_it else []
+    done = take_out(store, name, digest, wanted, reason=reason)
+    told = asdict(done)
+    try:
+        told["models_that_used_them"] = versions_trained_on(settings.mlflow_uri, done.versions_that_train_on_them)
+    finally:  # what is done is told, although MLflow may be away
+        _print_withdrawal(told, json=json)
+
+
+def _lines_of(file: Path) -> list[str]:
+    try:
+        return [line.removesuffix("\r") for line in file.read_text().split("\n") if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read {file}: {error}") from error
+
+
+def _print_withdrawal(told: dict[str, Any], *, json: bool) -> None:
     if json:
-        print_json({**asdict(done), "models_that_used_it": models})
+        print_json(told)
         return
-    for field, value in asdict(done).items():
-        print(f"{field:20} {', '.join(value) or 'none' if isinstance(value, tuple) else value}")
-    print(f"{'models_that_used_it':20} {', '.join(models) or 'none'}")
+    for field, value in told.items():
+        print(f"{field:27} {', '.join(value) or 'none' if isinstance(value, (list, tuple)) else value}")
 
 
 @data.command(name="rm")
 def rm(version: Version) -> None:
     """Remove a version that no run was trained on. `gc` then removes the shards that no other version has."""
-    from training.data.collect import remove_version
+    from training.data.versions import remove_version
 
     store = _store()
     name, digest, _ = _find(store, version)
@@ -204,8 +224,8 @@ def _store() -> Store:
 
 
 def _find(store: Store, text: str) -> tuple[str, str, Manifest]:
-    from training.data.collect import find_version
     from training.data.manifest import load_manifest
+    from training.data.versions import find_version
 
     name, digest = find_version(store, text)
     return name, digest, load_manifest(store, name, digest)

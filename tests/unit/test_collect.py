@@ -16,9 +16,10 @@ from tests.unit.reading import make_reader
 from tests.unit.test_stream import flip
 from tests.unit.tiny import Tiny, tiny_preset
 from tests.waiting import wait_until
-from training.data.collect import collect, compare, find_version, remove_version, verify_version, versions
+from training.data.collect import collect
 from training.data.lease import writing
 from training.data.manifest import SPLITS, Manifest, load_manifest, shard_key
+from training.data.versions import compare, find_version, remove_version, verify_version, versions
 from training.data.withdraw import withdraw, withdrawn_ids
 from training.data.writer import PartResult, Writer, write_dataset
 from training.errors import InfrastructureError, UserError
@@ -210,7 +211,7 @@ def test_withdrawn_records_are_gone_and_the_rest_is_shared(store: Store, folder:
     assert all_ids(store, first) - all_ids(store, second) == set(train)
     assert (done.num_samples_removed, done.num_shards_rewritten) == (2, 1)
     assert done.num_shards_shared == len(named_by(first) & named_by(second)) == len(named_by(first)) - 1
-    assert done.runs_that_used_it == ("k",)
+    assert done.runs_that_used_them == ("k",)
     assert withdrawn_ids(store, "tiny") == set(ids)
     again = write(store, folder, withdrawn_ids(store, "tiny"))
     assert all_ids(store, again) == all_ids(store, second), "sharding the source again leaves them out too"
@@ -222,7 +223,7 @@ def test_records_of_the_test_split_made_no_model(store: Store, folder: Path) -> 
         store, Job(key="k", generation=0, preset=tiny_preset(), dataset_digest=first.digest, location=store.location)
     )
     sample = make_reader(store, "tiny", first, "test").read([0]).ids[0]
-    assert withdraw(store, "tiny", first.digest, [sample.removesuffix("#0")]).runs_that_used_it == ()
+    assert withdraw(store, "tiny", first.digest, [sample.removesuffix("#0")]).runs_that_used_them == ()
 
 
 def test_an_unknown_record_is_named_before_anything_is_written(store: Store, folder: Path) -> None:

@@ -8,14 +8,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
 from pyarrow import parquet
 
 from training.data.exchange import ABOUT, Format, export, import_folder
-from training.data.manifest import FieldInfo, Manifest, ShardInfo, manifest_key, shard_key
+from training.data.manifest import SPLITS, FieldInfo, Manifest, ShardInfo, manifest_key, shard_key
 from training.data.shard import Column, Ragged, encode_shard
+from training.data.withdraw import withdraw
 from training.documents import fast_digest, sha256_hex
-from training.errors import UserError
+from training.errors import InfrastructureError, UserError
 from training.objectstore import Store
 
 FORMS: tuple[Format, ...] = ("webdataset", "parquet")
@@ -60,11 +62,15 @@ def test_others_read_the_archives_and_the_tables(store: Store, manifest: Manifes
         list(export(store, "d", manifest.digest, tmp_path / form, form=form))
     with tarfile.open(tmp_path / "webdataset/train-00000.tar") as archive:
         names = archive.getnames()
-        image = archive.extractfile("000000001.image_int16.npy")
+        image = archive.extractfile("train-00000-0000001.image_int16.npy")
         assert image is not None
         assert np.load(io.BytesIO(image.read())).tolist() == [[1, 2, 3], [4, 0, 1]]
-    assert all(name.count("/") == 0 and name.split(".")[0].isdigit() for name in names)
+    assert {name.partition(".")[0] for name in names} == {f"train-00000-000000{row}" for row in range(3)}
     table = parquet.read_table(tmp_path / "parquet/train-00000.parquet")
+    assert table.schema.field("image_int16").type == pa.list_(pa.int16(), 6)
+    assert table.schema.field("image_int16").metadata[b"shape"] == b"[2, 3]"
+    assert table.schema.field("pairs").metadata[b"shape"] == b"[null, 2]"
+    assert table["scalar_float16"].to_pylist() == [0.0, 1.0, 2.0]
     assert table["id"].to_pylist()[0] == "ü/train.csv:0#0"
     assert table["text"].to_pylist() == [[0, 1, 2], [], [0, 1]]
 
@@ -82,7 +88,7 @@ def test_a_folder_in_use_is_refused(store: Store, manifest: Manifest, tmp_path: 
 
 
 @pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("damage", ["missing", "cut", "garbage", "about"])
+@pytest.mark.parametrize("damage", ["missing", "cut", "garbage", "about", "flip"])
 def test_what_is_not_as_it_was_is_named(
     store: Store, manifest: Manifest, tmp_path: Path, form: Format, damage: str
 ) -> None:
@@ -90,6 +96,10 @@ def test_what_is_not_as_it_was_is_named(
     victim = tmp_path / "out" / ABOUT if damage == "about" else paths[0]
     if damage == "missing":
         victim.unlink()
+    elif damage == "flip":
+        data = victim.read_bytes()
+        where = data.index("ü/train.csv:0#0".encode())
+        victim.write_bytes(data[:where] + b"x" + data[where + 1 :])
     else:
         victim.write_bytes(victim.read_bytes()[:1500] if damage == "cut" else b"garbage")
     with pytest.raises(UserError, match=victim.name):
@@ -102,8 +112,69 @@ def test_a_pickle_is_not_loaded(store: Store, manifest: Manifest, tmp_path: Path
     file = io.BytesIO()
     np.save(file, np.array([{"run": "me"}], dtype=object), allow_pickle=True)
     with tarfile.open(first, "w") as archive:
-        member = tarfile.TarInfo("000000000.text.npy")
+        member = tarfile.TarInfo("x.text.npy")
         member.size = len(file.getvalue())
         archive.addfile(member, io.BytesIO(file.getvalue()))
-    with pytest.raises(UserError, match=r"train-00000\.tar.*allow_pickle"):
+    with pytest.raises(UserError, match=r"train-00000\.tar.*member 'x\.text\.npy'.*allow_pickle"):
         import_folder(store, "other", tmp_path / "out")
+
+
+def test_rows_in_another_order_are_not_taken_for_the_same(store: Store, manifest: Manifest, tmp_path: Path) -> None:
+    (first, _) = export(store, "d", manifest.digest, tmp_path / "out", form="parquet")
+    parquet.write_table(parquet.read_table(first).take([1, 0, 2]), first)
+    with pytest.raises(UserError, match=r"train-00000\.parquet: not as it was exported: its samples do not give shard"):
+        import_folder(store, "other", tmp_path / "out")
+
+
+@pytest.mark.parametrize("elsewhere", ["../train-00000.tar", "/etc/hosts"])
+def test_files_elsewhere_are_not_read(store: Store, manifest: Manifest, tmp_path: Path, elsewhere: str) -> None:
+    list(export(store, "d", manifest.digest, tmp_path / "out", form="webdataset"))
+    about = tmp_path / "out" / ABOUT
+    about.write_text(about.read_text().replace("train-00000.tar", elsewhere))
+    with pytest.raises(UserError, match="it names files elsewhere"):
+        import_folder(store, "other", tmp_path / "out")
+
+
+def test_withdrawn_records_do_not_come_back(store: Store, manifest: Manifest, tmp_path: Path) -> None:
+    list(export(store, "d", manifest.digest, tmp_path / "out", form="webdataset"))
+    withdraw(store, "d", manifest.digest, ["ü/train.csv:1"])
+    with pytest.raises(UserError, match=r"record 'ü/train\.csv:1' was withdrawn from dataset 'd'"):
+        import_folder(store, "d", tmp_path / "out")
+    assert import_folder(store, "other", tmp_path / "out") == manifest
+
+
+@pytest.mark.parametrize(("form", "field"), [("parquet", "id"), ("webdataset", "a/b")])
+def test_a_field_that_the_format_would_hide_is_named(store: Store, tmp_path: Path, form: Format, field: str) -> None:
+    made = _one_field(store, field)
+    with pytest.raises(UserError, match=f"field '{field}'"):
+        list(export(store, "d", made.digest, tmp_path / "out", form=form))
+    other: Format = "parquet" if form == "webdataset" else "webdataset"
+    list(export(store, "d", made.digest, tmp_path / "out", form=other))
+    assert import_folder(store, "other", tmp_path / "out") == made
+
+
+def test_long_names_and_empty_arrays(store: Store, tmp_path: Path) -> None:
+    made = _one_field(store, "ü" * 200, np.zeros((3, 0, 2), dtype=np.float32))
+    for form in FORMS:
+        list(export(store, "d", made.digest, tmp_path / form, form=form))
+        assert import_folder(store, "other", tmp_path / form) == made
+
+
+def test_a_place_that_cannot_be_written_is_named(store: Store, manifest: Manifest, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(InfrastructureError, match=r"cannot write to .*/file/out: Not a directory"):
+        list(export(store, "d", manifest.digest, tmp_path / "file/out", form="parquet"))
+
+
+def _one_field(store: Store, name: str, column: Column | None = None) -> Manifest:
+    column = np.arange(3) if column is None else column
+    assert isinstance(column, np.ndarray)
+    infos: dict[Any, tuple[ShardInfo, ...]] = {}
+    for split in SPLITS:
+        data = encode_shard([f"{split}:{n}#0" for n in range(3)], {name: column})
+        info = ShardInfo(sha256=sha256_hex(data), xxh3=fast_digest(data), num_samples=3, num_bytes=len(data))
+        store.put(shard_key("d", info.sha256), data)
+        infos[split] = (info,)
+    made = Manifest(fields={name: FieldInfo(dtype=column.dtype.name, shape=column.shape[1:])}, splits=infos)
+    store.put(manifest_key("d", made.digest), made.to_bytes())
+    return made

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import threading
 import time
 
 import pytest
 
 from tests.waiting import wait_until
-from training.data.lease import activity_key, collecting, writing
+from training.data.activity import activity_key
+from training.data.lease import LEASE_SECONDS, MARGIN, collecting, writing
 from training.errors import InfrastructureError, UserError
-from training.objectstore import Store
+from training.objectstore import REQUEST_SECONDS, Store
 
 
 def holders(store: Store) -> list[str]:
@@ -22,11 +24,31 @@ def test_many_writers_or_one_collector(store: Store) -> None:
         with pytest.raises(UserError, match=r"'d': a writer is at work"), collecting(store, "d"):
             pass
     assert holders(store) == []
-    with collecting(store, "d"):
-        for other in (writing, collecting):
-            with pytest.raises(UserError, match="garbage is being collected"), other(store, "d"):
-                pass
+    busy = pytest.raises(UserError, match="garbage is being collected")
+    with collecting(store, "d"), busy, collecting(store, "d"):
+        pass
     assert holders(store) == []
+
+
+def test_a_writer_waits_until_garbage_is_collected(store: Store, caplog: pytest.LogCaptureFixture) -> None:
+    entered: list[list[str]] = []
+
+    def write() -> None:
+        with writing(store, "d", seconds=2.0):
+            entered.append(holders(store))
+
+    writer = threading.Thread(target=write)
+    with collecting(store, "d"):
+        writer.start()
+        wait_until(lambda: "waiting until its garbage is collected" in caplog.text, what="the writer to find it busy")
+        assert not entered
+    writer.join()
+    assert entered == [["writer"]]
+
+
+def test_margin_covers_a_request_and_a_minute_between_the_clocks() -> None:
+    """Deletes are sent once: a later try of the client's own would come after the margin."""
+    assert 2 * MARGIN * LEASE_SECONDS >= REQUEST_SECONDS + 60
 
 
 def test_the_dead_block_nobody_for_long(store: Store) -> None:
@@ -83,6 +105,8 @@ def test_what_happened_before_is_not_hidden_by_a_store_that_is_away(
     monkeypatch.setattr("training.data.lease.Lease.leave", away)
     with pytest.raises(ValueError, match="the cause"), writing(store, "d"):
         raise ValueError("the cause")
+    with writing(store, "d"):
+        pass  # nor is what was done undone by it
 
 
 def test_renewals_go_on_after_the_store_was_away(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:

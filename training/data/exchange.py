@@ -9,9 +9,10 @@ import io
 import json
 import tarfile
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
@@ -23,17 +24,25 @@ from training.data.manifest import (
     ShardInfo,
     Split,
     load_manifest,
+    load_shard,
     manifest_key,
     shard_key,
 )
-from training.data.shard import Array, Column, Ragged, Shard, decode_shard, encode_shard
+from training.data.shard import Array, Column, Ragged, Shard, encode_shard
+from training.data.withdraw import require_none_withdrawn
 from training.documents import fast_digest, parse, sha256_hex
-from training.errors import DamagedError, UserError
+from training.errors import DamagedError, InfrastructureError, UserError
 from training.objectstore import Store
 
+if TYPE_CHECKING:
+    import pyarrow
+
 Format = Literal["webdataset", "parquet"]
+Fields = Mapping[str, FieldInfo]
+Samples = tuple[list[str], dict[str, Column]]
+SUFFIXES: dict[Format, str] = {"webdataset": "tar", "parquet": "parquet"}
 ABOUT = "dataset.json"
-"""Beside the files: what neither format can say (fields, classes, which file belongs to which split)."""
+"""Beside the files: what neither format can say (which file belongs to which split, classes, what it must give)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,86 +51,114 @@ class About:
 
     format: Format
     fields: dict[str, FieldInfo]
-    files: dict[Split, tuple[str, ...]]
+    files: dict[Split, dict[str, str]]
+    """Each file's name, in order, and the sha256 of the shard that it holds."""
     classes: tuple[str, ...] = ()
 
 
 def export(store: Store, dataset: str, digest: str, folder: Path, *, form: Format) -> Iterator[Path]:
     """Write a version's files into an empty or new folder; gives each when it is written."""
     manifest = load_manifest(store, dataset, digest)
-    folder.mkdir(parents=True, exist_ok=True)
-    if any(folder.iterdir()):
-        raise UserError(f"{folder} is not empty: name a new folder")
-    write, suffix = (_write_tar, "tar") if form == "webdataset" else (_write_parquet, "parquet")
-    files: dict[Split, tuple[str, ...]] = {}
+    _require_names(manifest.fields, form)
+    with _errors_of(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        if any(folder.iterdir()):
+            raise UserError(f"{folder} is not empty: name a new folder")
+    write = _write_tar if form == "webdataset" else _write_parquet
+    files: dict[Split, dict[str, str]] = {split: {} for split in SPLITS}
     for split in SPLITS:
-        files[split] = tuple(f"{split}-{n:05}.{suffix}" for n in range(len(manifest.splits[split])))
-        for info, name in zip(manifest.splits[split], files[split], strict=True):
-            data = store.get_proven(shard_key(dataset, info.sha256), sha256=info.sha256)
-            write(folder / name, decode_shard(data, name=info.sha256))
-            yield folder / name
-    about = {"format": form, "fields": manifest.to_json()["fields"], "files": files, "classes": manifest.classes}
-    (folder / ABOUT).write_text(json.dumps(about, indent=1) + "\n")
+        for number, info in enumerate(manifest.splits[split]):
+            path = folder / f"{split}-{number:05}.{SUFFIXES[form]}"
+            shard = load_shard(store, dataset, info)
+            with _errors_of(folder):
+                write(path, shard, manifest.fields)
+            files[split][path.name] = info.sha256
+            yield path
+    about = About(format=form, fields=dict(manifest.fields), files=files, classes=manifest.classes)
+    with _errors_of(folder):
+        (folder / ABOUT).write_text(json.dumps(asdict(about), indent=1) + "\n")
+
+
+def _require_names(fields: Fields, form: Format) -> None:
+    """Raises `UserError` for a field that the format would hide."""
+    if form == "parquet" and "id" in fields:
+        raise UserError("field 'id' would take the place of the samples' ids in Parquet: export as webdataset")
+    for name in fields:
+        if form == "webdataset" and "/" in name:
+            raise UserError(f"field {name!r} would be a folder in a WebDataset archive: export as parquet")
+
+
+@contextmanager
+def _errors_of(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise InfrastructureError(f"cannot write to {folder}: {error.strerror}") from error
 
 
 def import_folder(store: Store, dataset: str, folder: Path) -> Manifest:
-    """Make a version of the files that `export` wrote. Raises `UserError` naming the file that is not as it was."""
+    """Make a version of the files that `export` wrote: the same one, to the last bit.
+
+    Raises `UserError` naming the file that is not as it was, or a record that was withdrawn.
+    """
     about = _about(folder)
     read = _read_tar if about.format == "webdataset" else _read_parquet
     splits: dict[Split, tuple[ShardInfo, ...]] = {}
     with writing(store, dataset) as lease:
         for split in SPLITS:
-            splits[split] = tuple(_send(store, dataset, folder / name, about, read) for name in about.files[split])
+            shards = about.files[split].items()
+            splits[split] = tuple(_send(store, dataset, folder / name, sha, about, read) for name, sha in shards)
         manifest = Manifest(fields=about.fields, splits=splits, classes=about.classes)
         lease.require_sure()
         store.put_immutable(manifest_key(dataset, manifest.digest), manifest.to_bytes())
+        lease.require_sure()
     return manifest
 
 
-Read = Callable[[Path, Mapping[str, FieldInfo]], tuple[list[str], dict[str, Column]]]
+Read = Callable[[Path, Fields], Samples]
 
 
-def _send(store: Store, dataset: str, path: Path, about: About, read: Read) -> ShardInfo:
+def _send(store: Store, dataset: str, path: Path, sha256: str, about: About, read: Read) -> ShardInfo:
     try:
         ids, columns = read(path, about.fields)
         data = encode_shard(ids, columns)
-    except (OSError, ValueError, KeyError, EOFError, tarfile.TarError) as error:
+    except Exception as error:  # whatever a strange file brings about, the file is the place to look
         raise UserError(f"{path}: not as it was exported: {type(error).__name__}: {error}") from error
-    info = ShardInfo(sha256=sha256_hex(data), xxh3=fast_digest(data), num_samples=len(ids), num_bytes=len(data))
-    store.put_immutable(shard_key(dataset, info.sha256), data)
-    return info
+    if sha256_hex(data) != sha256:
+        raise UserError(f"{path}: not as it was exported: its samples do not give shard {sha256[:12]}")
+    require_none_withdrawn(store, dataset, ids)
+    store.put_immutable(shard_key(dataset, sha256), data)
+    return ShardInfo(sha256=sha256, xxh3=fast_digest(data), num_samples=len(ids), num_bytes=len(data))
 
 
 def _about(folder: Path) -> About:
     path = folder / ABOUT
     try:
-        return parse(About, json.loads(path.read_text()))
-    except (OSError, ValueError, DamagedError) as error:
+        about = parse(About, json.loads(path.read_text()))
+        if any(Path(name).name != name for split in SPLITS for name in about.files[split]):
+            raise ValueError("it names files elsewhere")
+    except (OSError, ValueError, KeyError, DamagedError) as error:
         raise UserError(f"{path}: not what an export leaves there: {error}") from error
+    return about
 
 
 def _is_ragged(info: FieldInfo) -> bool:
     return info.shape[:1] == (None,)
 
 
-def _column(rows: list[Array], info: FieldInfo) -> Column:
-    dtype = np.dtype(info.dtype)
-    rows = [np.asarray(row, dtype=dtype) for row in rows]
-    return Ragged.stack(rows) if _is_ragged(info) else np.stack(rows)
-
-
 # ---- WebDataset ------------------------------------------------------------------------------------------------------
 
 
-def _write_tar(path: Path, shard: Shard) -> None:
-    """A sample is KEY.id (its id) and KEY.FIELD.npy; the key is its row, since a key may have no dot."""
-    with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as archive:
+def _write_tar(path: Path, shard: Shard, fields: Fields) -> None:
+    """A sample is KEY.id (its id) and KEY.FIELD.npy; the key is file and row, since it may have no dot."""
+    with tarfile.open(path, "w", format=tarfile.PAX_FORMAT) as archive:
         for row in range(len(shard)):
-            _add(archive, f"{row:09}.id", shard.id_of(row).encode())
-            for name, column in sorted(shard.columns.items()):
+            key = f"{path.stem}-{row:07}"
+            _add(archive, f"{key}.id", shard.id_of(row).encode())
+            for name in sorted(fields):
                 file = io.BytesIO()
-                np.save(file, column[row], allow_pickle=False)
-                _add(archive, f"{row:09}.{name}.npy", file.getvalue())
+                np.save(file, shard.columns[name][row], allow_pickle=False)
+                _add(archive, f"{key}.{name}.npy", file.getvalue())
 
 
 def _add(archive: tarfile.TarFile, name: str, content: bytes) -> None:
@@ -130,50 +167,81 @@ def _add(archive: tarfile.TarFile, name: str, content: bytes) -> None:
     archive.addfile(member, io.BytesIO(content))
 
 
-def _read_tar(path: Path, fields: Mapping[str, FieldInfo]) -> tuple[list[str], dict[str, Column]]:
+def _read_tar(path: Path, fields: Fields) -> Samples:
     ids: list[str] = []
     rows: dict[str, list[Array]] = {name: [] for name in fields}
     with tarfile.open(path, "r:") as archive:
         for member in archive:
-            _, _, extension = member.name.partition(".")
-            content = archive.extractfile(member)
-            if content is None:
-                raise ValueError(f"member {member.name!r} is no file")
-            if extension == "id":
-                ids.append(content.read().decode())
-            else:
-                rows[extension.removesuffix(".npy")].append(np.load(io.BytesIO(content.read()), allow_pickle=False))
+            try:
+                _take_member(archive, member, ids, rows)
+            except (ValueError, KeyError, EOFError) as error:
+                raise ValueError(f"member {member.name!r}: {error}") from error
     if any(len(found) != len(ids) for found in rows.values()):
         raise ValueError("some samples lack a field")
     return ids, {name: _column(rows[name], info) for name, info in fields.items()}
 
 
+def _take_member(
+    archive: tarfile.TarFile, member: tarfile.TarInfo, ids: list[str], rows: dict[str, list[Array]]
+) -> None:
+    _, _, extension = member.name.partition(".")
+    content = archive.extractfile(member)
+    if content is None:
+        raise ValueError("it is no file")
+    if extension == "id":
+        ids.append(content.read().decode())
+    else:
+        rows[extension.removesuffix(".npy")].append(np.load(io.BytesIO(content.read()), allow_pickle=False))
+
+
+def _column(rows: list[Array], info: FieldInfo) -> Column:
+    return Ragged.stack(rows) if _is_ragged(info) else np.stack(rows)
+
+
 # ---- Parquet ---------------------------------------------------------------------------------------------------------
 
 
-def _write_parquet(path: Path, shard: Shard) -> None:
-    """A column `id`, and one per field: scalars as they are, arrays as lists, flat (`dataset.json` has the shapes)."""
+def _write_parquet(path: Path, shard: Shard, fields: Fields) -> None:
+    """A column `id`, and one per field: scalars as they are, arrays as flat lists whose shape is in the metadata."""
     import pyarrow as pa
     from pyarrow import parquet
 
-    columns: dict[str, Any] = {"id": pa.array(shard.ids, pa.string())}
-    for name, column in sorted(shard.columns.items()):
-        flat = column.flat if isinstance(column, Ragged) else column
-        kind = pa.from_numpy_dtype(flat.dtype)
-        if not isinstance(column, Ragged) and column.ndim == 1:
-            columns[name] = pa.array(column, kind)
-        else:
-            columns[name] = pa.array([np.ravel(column[row]) for row in range(len(shard))], pa.list_(kind))
-    parquet.write_table(pa.table(columns), path)
+    arrays = [pa.array(shard.ids, pa.string()), *(_to_arrow(shard.columns[name]) for name in sorted(fields))]
+    about = [
+        pa.field(name, array.type, metadata={"shape": json.dumps(fields[name].shape)} if name in fields else None)
+        for name, array in zip(["id", *sorted(fields)], arrays, strict=True)
+    ]
+    parquet.write_table(pa.Table.from_arrays(arrays, schema=pa.schema(about)), path)
 
 
-def _read_parquet(path: Path, fields: Mapping[str, FieldInfo]) -> tuple[list[str], dict[str, Column]]:
+def _to_arrow(column: Column) -> pyarrow.Array:
+    import pyarrow as pa
+
+    flat = column.flat if isinstance(column, Ragged) else column
+    values = pa.array(np.require(flat, requirements=["C", "A"]).reshape(-1))  # shards do not align columns
+    if not isinstance(column, Ragged) and column.ndim == 1:
+        return values
+    if isinstance(column, Ragged) or not flat.size:
+        ends = column.ends if isinstance(column, Ragged) else np.zeros(len(column), dtype=np.int64)
+        per_row = int(np.prod(flat.shape[1:]))
+        return pa.LargeListArray.from_arrays(np.concatenate([[0], ends * per_row]), values)
+    return pa.FixedSizeListArray.from_arrays(values, flat.size // len(flat))
+
+
+def _read_parquet(path: Path, fields: Fields) -> Samples:
     from pyarrow import parquet
 
-    table = parquet.read_table(path)
-    columns: dict[str, Column] = {}
-    for name, info in fields.items():
-        dtype, shape = np.dtype(info.dtype), [-1 if length is None else length for length in info.shape]
-        rows = [np.asarray(value, dtype=dtype).reshape(shape) for value in table[name].to_pylist()]
-        columns[name] = _column(rows, info)
+    table = parquet.read_table(path).combine_chunks()
+    columns = {name: _from_arrow(table[name].chunk(0), info) for name, info in fields.items()}
     return table["id"].to_pylist(), columns
+
+
+def _from_arrow(array: Any, info: FieldInfo) -> Column:
+    values = array.flatten() if info.shape else array
+    flat = values.to_numpy(zero_copy_only=False).astype(info.dtype, copy=False)
+    inner = [int(length or 0) for length in info.shape[1:]]
+    if not _is_ragged(info):
+        column: Column = flat.reshape(len(array), *info.shape)
+        return column
+    ends = np.cumsum(array.value_lengths().to_numpy(), dtype=np.int64) // max(int(np.prod(inner)), 1)
+    return Ragged(flat.reshape(-1, *inner), ends)

@@ -1,58 +1,83 @@
 """Who works on a dataset: any number of writers, or one collector of garbage, never both.
 
-One conditional document per dataset holds them with the time at which each lapses, so that the dead block
+One conditional document per dataset holds their claims and the time at which each lapses, so that the dead block
 nobody for long (docs/protocols.md, "Collecting garbage").
 """
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from typing import Any
+from dataclasses import replace
+from typing import Literal
 
-from training.errors import InfrastructureError, UserError
+from training.data.activity import Activity, change_activity
+from training.errors import InfrastructureError, UnbrokenError, UserError
 from training.objectstore import Store
 
-FORMAT = 1
 LEASE_SECONDS = 600.0
+WAIT_SECONDS = 0.25
 MARGIN = 0.1
-"""Share of a lease that the clocks of two machines may be apart, and that a request may take to be applied."""
+"""Share of a lease that is given up at its end by this process, and added by all others: together, what the clocks of
+two machines may be apart, and what a request may take to be applied."""
+
+Kind = Literal["writer", "collector"]
+Holders = dict[str, float]
+log = logging.getLogger(__name__)
 
 
-def activity_key(dataset: str) -> str:
-    return f"datasets/{dataset}/activity.json"
+class BusyError(UserError):
+    """Somebody of the other kind is at work."""
 
 
 class Lease:
-    """A claim on a dataset, renewed in the background while it is held."""
+    """A claim on a dataset, renewed in the background while it is held.
 
-    def __init__(self, store: Store, dataset: str, kind: str, *, seconds: float) -> None:
+    A claim that is still in the document was never taken over, whatever the clocks say: who enters strikes out those
+    that have lapsed.
+    """
+
+    def __init__(self, store: Store, dataset: str, kind: Kind, *, seconds: float) -> None:
         self._store = store
         self._dataset = dataset
         self._kind = kind
-        self._id = uuid.uuid4().hex
+        self._name = f"{kind}-{uuid.uuid4().hex}"
         self._seconds = seconds
         self._sure_until = 0.0
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._renew_for_ever, name="lease", daemon=True)
 
     def enter(self) -> None:
-        """Raises `UserError` if the other kind is at work."""
-        self._claim(self._entered)
+        """A writer waits until no garbage is collected; a collector raises `BusyError` if anybody is at work."""
+        self.enter_again()
         self._thread.start()
+
+    def enter_again(self) -> None:
+        """After the claim has lapsed. What was found before must be looked at again: a collector may have been here."""
+        has_told = False
+        while not self._try_to_enter():
+            if not has_told:
+                log.warning("dataset %s: waiting until its garbage is collected", self._dataset)
+                has_told = True
+            time.sleep(WAIT_SECONDS)
 
     def leave(self) -> None:
         self._stopped.set()
         self._thread.join()
         self._change(self._without_me)
 
+    def renew(self) -> None:
+        """Raises `InfrastructureError` if the claim has lapsed."""
+        self._claim(self._renewed)
+
     @property
     def is_sure(self) -> bool:
         """Whether a request that is sent now is applied while the claim holds, whatever other machines' clocks say."""
-        return time.monotonic() < self._sure_until - MARGIN * self._seconds
+        return _now() < self._sure_until - MARGIN * self._seconds
 
     def require_sure(self) -> None:
         """Raises `InfrastructureError` if the claim may have lapsed (this process was stopped, or the store away)."""
@@ -62,82 +87,81 @@ class Lease:
                 " run it again: what is finished is found"
             )
 
-    def renew(self) -> None:
-        """Raises `InfrastructureError` if the claim has lapsed and was taken away."""
-        self._claim(self._renewed)
+    def _try_to_enter(self) -> bool:
+        try:
+            self._claim(self._entered)
+        except BusyError:
+            if self._kind == "collector":
+                raise
+            return False
+        return True
 
-    def _claim(self, change: Callable[[dict[str, float]], dict[str, float]]) -> None:
-        asked = time.monotonic()
+    def _claim(self, change: Callable[[Holders], Holders]) -> None:
+        asked = _now()
         self._change(change)
         self._sure_until = asked + self._seconds
 
     def _renew_for_ever(self) -> None:
         while not self._stopped.wait(self._seconds / 4):
-            try:
+            with suppress(UnbrokenError):  # `is_sure` tells, should it last
                 self.renew()
-            except InfrastructureError:  # `require_sure` tells, should it last
-                continue
 
-    def _entered(self, holders: dict[str, float]) -> dict[str, float]:
-        others = [name for name in holders if not name.startswith(self._kind) or self._kind == "collector"]
+    def _entered(self, holders: Holders) -> Holders:
+        others = {name: lapses for name, lapses in holders.items() if self._excludes(name)}
         if others:
-            who = "a writer is" if others[0].startswith("writer") else "garbage is being collected"
-            raise UserError(
+            who = "a writer is" if next(iter(others)).startswith("writer") else "garbage is being collected"
+            raise BusyError(
                 f"dataset {self._dataset!r}: {who} at work; try again when it is done"
-                f" (if it died, in {max(holders[name] for name in others) - time.time():.0f} s)"
+                f" (if it died, in {max(others.values()) - time.time():.0f} s)"
             )
         return self._with_me(holders)
 
-    def _renewed(self, holders: dict[str, float]) -> dict[str, float]:
+    def _excludes(self, other: str) -> bool:
+        return other != self._name and (self._kind == "collector" or other.startswith("collector"))
+
+    def _renewed(self, holders: Holders) -> Holders:
         if self._name not in holders:
             raise InfrastructureError(f"dataset {self._dataset!r}: this process's claim has lapsed: run it again")
         return self._with_me(holders)
 
-    def _with_me(self, holders: dict[str, float]) -> dict[str, float]:
+    def _with_me(self, holders: Holders) -> Holders:
         return {**holders, self._name: time.time() + (1 + MARGIN) * self._seconds}
 
-    def _without_me(self, holders: dict[str, float]) -> dict[str, float]:
+    def _without_me(self, holders: Holders) -> Holders:
         return {name: lapses for name, lapses in holders.items() if name != self._name}
 
-    @property
-    def _name(self) -> str:
-        return f"{self._kind}-{self._id}"
+    def _change(self, change: Callable[[Holders], Holders]) -> None:
+        def changed(activity: Activity) -> Activity:
+            living = {name: lapses for name, lapses in activity.holders.items() if lapses > time.time()}
+            return replace(activity, holders=change(living))
 
-    def _change(self, change: Callable[[dict[str, float]], dict[str, float]]) -> None:
-        key = activity_key(self._dataset)
-        for attempt in range(200):
-            self._store.create_versioned(key, {"format": FORMAT, "holders": {}})
-            read = self._store.read_versioned(key)
-            after = change(_living(read.document))
-            if self._store.replace_versioned(key, {"format": FORMAT, "holders": after}, read=read):
-                return
-            time.sleep(0.01 * min(attempt, 20))
-        raise InfrastructureError(f"{key} could not be updated: too many writers")
+        change_activity(self._store, self._dataset, changed)
 
 
-def _living(document: Mapping[str, Any]) -> dict[str, float]:
-    """Without those whose claim has lapsed by this machine's clock."""
-    return {name: lapses for name, lapses in document["holders"].items() if lapses > time.time()}
+def _now() -> float:
+    """Seconds of a clock that nobody sets, and that goes on while the machine sleeps."""
+    return time.clock_gettime(time.CLOCK_BOOTTIME)
 
 
 @contextmanager
 def writing(store: Store, dataset: str, *, seconds: float = LEASE_SECONDS) -> Iterator[Lease]:
-    """While shards are sent: no collector begins. Many writers may be at it."""
-    yield from _held(Lease(store, dataset, "writer", seconds=seconds))
+    """While shards are sent, or versions come and go: no collector begins. Many writers may be at it."""
+    with _held(Lease(store, dataset, "writer", seconds=seconds)) as lease:
+        yield lease
 
 
 @contextmanager
 def collecting(store: Store, dataset: str, *, seconds: float = LEASE_SECONDS) -> Iterator[Lease]:
-    """While garbage is deleted: no writer and no other collector begins."""
-    yield from _held(Lease(store, dataset, "collector", seconds=seconds))
+    """While garbage is deleted: no writer and no other collector begins. Raises `BusyError` if one is at work."""
+    with _held(Lease(store, dataset, "collector", seconds=seconds)) as lease:
+        yield lease
 
 
+@contextmanager
 def _held(lease: Lease) -> Iterator[Lease]:
     lease.enter()
     try:
         yield lease
-    except BaseException:
-        with suppress(InfrastructureError):  # what happened before is worse; the claim lapses by itself
+    finally:
+        with suppress(InfrastructureError):  # what was done is done; the claim lapses by itself
             lease.leave()
-        raise
-    lease.leave()

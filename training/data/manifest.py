@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
+from training.data.shard import Shard, decode_shard
 from training.documents import canonical_json, parse, sha256_hex
 from training.errors import DamagedError, UserError
 from training.objectstore import MissingError, Store
@@ -93,3 +94,8 @@ def load_manifest(store: Store, dataset: str, digest: str) -> Manifest:
     except MissingError as error:
         raise UserError(f"dataset {dataset!r} has no version {digest[:12]}: run the shard stage again") from error
     return Manifest.from_bytes(data)
+
+
+def load_shard(store: Store, dataset: str, info: ShardInfo) -> Shard:
+    """A whole shard. Raises `DamagedError` if its bytes are not what its name says."""
+    return decode_shard(store.get_proven(shard_key(dataset, info.sha256), sha256=info.sha256), name=info.sha256)

@@ -32,8 +32,9 @@ from training.data.source import (
     partitions,
     read_records,
 )
+from training.data.withdraw import withdrawn_ids
 from training.documents import canonical_json, digest_of, fast_digest, parse, sha256_hex
-from training.errors import DamagedError, UserError
+from training.errors import DamagedError, InfrastructureError, UserError
 from training.objectstore import MissingError, Store
 from training.recipe import Recipe, Record, Sample, source_closure_digest
 
@@ -143,19 +144,30 @@ class Writer:
     def finish(self, results: Sequence[PartResult], lease: Lease) -> WriteResult:
         """The manifest of the partitions' results, given in their order.
 
-        Raises `UserError` if they do not fit together, `InfrastructureError` if the `lease` may have lapsed since they
-        were written: a collector of garbage may then have taken shards away.
+        Raises `UserError` if they do not fit together, `InfrastructureError` if that must be found out again: the
+        `lease` lapsed once more, or records were withdrawn since they were read.
         """
+        if not lease.is_sure:  # away for so long that a collector may have taken shards
+            lease.enter_again()
+            results = [self.write(part) for part in self.parts]
         receipts = [parse(Receipt, _unsealed(self._store.get(result.receipt))) for result in results]
         manifest = _merge(receipts, self._config, self._classes)
         lease.require_sure()
         self._store.put_immutable(manifest_key(self._config.name, manifest.digest), manifest.to_bytes())
+        lease.require_sure()
+        self._require_withdrawn_left_out()
         return WriteResult(
             manifest=manifest,
             num_partitions=len(results),
             num_partitions_reused=sum(result.is_reused for result in results),
             num_shards_sent=sum(result.num_shards_sent for result in results),
         )
+
+    def _require_withdrawn_left_out(self) -> None:
+        if withdrawn_ids(self._store, self._config.name) - self._withdrawn:
+            raise InfrastructureError(
+                f"dataset {self._config.name!r}: records were withdrawn while it was sharded: run it again"
+            )
 
     def _is_finished(self, receipt: str) -> bool:
         try:

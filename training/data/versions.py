@@ -1,0 +1,133 @@
+"""A dataset's versions: found by name, compared, proven, removed."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+from training.data.activity import distrust
+from training.data.lease import writing
+from training.data.manifest import SPLITS, Manifest, ShardInfo, load_manifest, load_shard, manifest_key, shard_key
+from training.documents import sha256_hex
+from training.errors import UserError
+from training.job import read_jobs
+from training.objectstore import MissingError, Store
+
+NUM_AT_ONCE = 4
+
+
+def versions(store: Store, dataset: str) -> list[str]:
+    """Digests of a dataset's versions, oldest first."""
+    found = list(store.list_entries(f"datasets/{dataset}/manifests/"))
+    newest_last = sorted(found, key=lambda entry: (entry.modified, entry.key))
+    return [entry.key.rpartition("/")[2].removesuffix(".json") for entry in newest_last]
+
+
+def find_version(store: Store, text: str) -> tuple[str, str]:
+    """(dataset, digest) that a dataset's name (its newest version), a digest's beginning, or `NAME@BEGINNING` means.
+
+    Raises `UserError` if that is none, or several.
+    """
+    name, _, beginning = text.partition("@") if "@" in text else (text, "", "")
+    datasets = store.list_folders("datasets/")
+    if name in datasets:
+        found = [(name, digest) for digest in versions(store, name) if digest.startswith(beginning)]
+        found = found if beginning else found[-1:]
+    else:
+        found = [(d, digest) for d in datasets for digest in versions(store, d) if digest.startswith(text)]
+    if len(found) != 1 or not text:
+        some = "no dataset version is" if not found else f"{len(found)} dataset versions are"
+        raise UserError(f"{some} meant by {text!r}: name it as NAME@DIGEST (see `unbroken data ls`)")
+    return found[0]
+
+
+def runs_that_used(store: Store, digests: Collection[str]) -> tuple[str, ...]:
+    """Keys of the runs that were submitted on one of these dataset versions."""
+    keys = store.list_folders("runs/")
+    return tuple(key for key in keys if any(job.dataset_digest in digests for job in read_jobs(store, key)))
+
+
+def remove_version(store: Store, dataset: str, digest: str) -> None:
+    """Delete a version's manifest. Its shards are garbage then, if no other version has them.
+
+    Raises `UserError` if a run was trained on it.
+    """
+    runs = runs_that_used(store, [digest])
+    if runs:
+        raise UserError(
+            f"dataset {dataset!r} version {digest[:12]} was used by run {runs[0][:12]}"
+            + (f" and {len(runs) - 1} more" if len(runs) > 1 else "")
+            + ": remove the run first (`unbroken runs rm`)"
+        )
+    with writing(store, dataset):  # a collector would stumble over a manifest that it listed and cannot read
+        distrust(store, dataset)
+        store.delete(manifest_key(dataset, digest))
+
+
+# ---- proving ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class Damage:
+    """A shard that is not as its version says."""
+
+    key: str
+    reason: str
+
+
+def verify_version(store: Store, dataset: str, digest: str) -> Iterator[Damage | None]:
+    """For each shard of a version: its damage, or None if its bytes are what its name says."""
+    manifest = load_manifest(store, dataset, digest)
+    names = [shard.sha256 for shards in manifest.splits.values() for shard in shards]
+    with ThreadPoolExecutor(NUM_AT_ONCE) as pool:
+        yield from pool.map(lambda name: _damage_of(store, shard_key(dataset, name), name), names)
+
+
+def _damage_of(store: Store, key: str, sha256: str) -> Damage | None:
+    try:
+        data = store.fetch(key)
+    except MissingError:
+        return Damage(key=key, reason="missing")
+    return None if sha256_hex(data) == sha256 else Damage(key=key, reason="damaged")
+
+
+# ---- comparing -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class Difference:
+    """How one split differs from version A to version B."""
+
+    split: str
+    shards_shared: int
+    shards_only_a: int
+    shards_only_b: int
+    bytes_only_a: int
+    bytes_only_b: int
+    samples_only_a: int
+    samples_only_b: int
+
+
+def compare(store: Store, a: tuple[str, Manifest], b: tuple[str, Manifest]) -> Iterator[Difference]:
+    """For each split: what (name, manifest) A and B do not share. Samples go by their ids."""
+    for split in SPLITS:
+        shards_a, shards_b = set(a[1].splits[split]), set(b[1].splits[split])
+        only_a, only_b = shards_a - shards_b, shards_b - shards_a
+        ids_a, ids_b = _ids_in(store, a[0], only_a), _ids_in(store, b[0], only_b)
+        yield Difference(
+            split=split,
+            shards_shared=len(shards_a & shards_b),
+            shards_only_a=len(only_a),
+            shards_only_b=len(only_b),
+            bytes_only_a=sum(shard.num_bytes for shard in only_a),
+            bytes_only_b=sum(shard.num_bytes for shard in only_b),
+            samples_only_a=len(ids_a - ids_b),
+            samples_only_b=len(ids_b - ids_a),
+        )
+
+
+def _ids_in(store: Store, dataset: str, shards: Collection[ShardInfo]) -> set[str]:
+    with ThreadPoolExecutor(NUM_AT_ONCE) as pool:
+        found = pool.map(lambda info: load_shard(store, dataset, info).ids, shards)
+        return {sample_id for ids in found for sample_id in ids}
