@@ -37,7 +37,7 @@ def test_verify_names_damage_with_exit_code_6(stack: Stack, name: str, manifest:
     done = unbroken(stack, "data", "verify", f"{name}@{manifest.digest[:16]}")
     assert done.returncode == 6
     assert victim in done.stdout
-    assert "run the shard stage again to repair them" in done.stderr
+    assert "from the same source repairs them" in done.stderr
 
 
 def test_withdraw_diff_rm_and_gc(stack: Stack, name: str, manifest: Manifest) -> None:
