@@ -18,13 +18,13 @@ from benchmarks.data.report import as_json, as_markdown
 from benchmarks.data.store import running_store
 
 MIB = 1 << 20
-FULL, QUICK = {"image": 256 * MIB, "token": 128 * MIB}, {"image": 32 * MIB, "token": 32 * MIB}
+FULL_BYTES = {"image": 256 * MIB, "token": 64 * MIB}
 
 
 def main() -> None:
     arguments = _arguments()
     bench = _run(arguments)
-    about = {"rounds": arguments.rounds, "quick": arguments.quick, "cpus": os.cpu_count(), "os": platform.platform()}
+    about = {"rounds": arguments.rounds, "share": arguments.share, "cpus": os.cpu_count(), "os": platform.platform()}
     (arguments.out / "data.json").write_text(json.dumps(as_json(bench, about), indent=1) + "\n")
     text = as_markdown(bench)
     (arguments.out / "data.md").write_text(text)
@@ -35,6 +35,7 @@ def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.data", description=__doc__)
     parser.add_argument("--quick", action="store_true", help="little data, one round: a smoke test, not a measurement")
     parser.add_argument("--rounds", type=int, default=None, help="after the warm-up round (7)")
+    parser.add_argument("--share", type=float, default=None, help="of the full data, 256 MiB and 64 MiB (1)")
     parser.add_argument("--only", nargs="+", default=[c.name for c in CONTESTANTS], help="some of the contestants")
     parser.add_argument("--cases", default="", help="only cases whose title holds this text")
     parser.add_argument("--environments", type=Path, default=ROOT / ".bench", help="where peers are installed")
@@ -42,6 +43,7 @@ def _arguments() -> argparse.Namespace:
     arguments = parser.parse_args()
     arguments.out.mkdir(parents=True, exist_ok=True)
     arguments.rounds = arguments.rounds or (1 if arguments.quick else 7)
+    arguments.share = arguments.share or (1 / 8 if arguments.quick else 1)
     return arguments
 
 
@@ -51,7 +53,7 @@ def _run(arguments: argparse.Namespace) -> Bench:
     pythons = {c.name: ready_python(c, arguments.environments) for c in chosen}
     with ExitStack() as stack:
         home = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="unbroken-bench-")))
-        data = make_data(home / "source", QUICK if arguments.quick else FULL)
+        data = make_data(home / "source", {kind: int(size * arguments.share) for kind, size in FULL_BYTES.items()})
         stack.enter_context(running_store(home / "store"))
         runners = {c.name: Runner(c, pythons[c.name], arguments.out / f"{c.name}.log") for c in chosen}
         for runner in runners.values():

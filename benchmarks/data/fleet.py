@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import select
 import signal
 import subprocess
 import sys
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -34,7 +34,7 @@ CONTESTANTS = (
     Contestant("litdata", "LitData", ("litdata==0.2.76", "boto3")),
     Contestant("streaming", "MosaicML Streaming", ("mosaicml-streaming==0.13.0", "boto3")),
     Contestant("webdataset", "WebDataset", ("webdataset==1.0.2", "torch", "boto3")),
-    Contestant("parquet", "Parquet", ("pyarrow==26.0.1", "boto3")),
+    Contestant("parquet", "Parquet", ("pyarrow==26.0.1", "numpy", "boto3")),
 )
 
 
@@ -95,7 +95,7 @@ class Runner:
         """End it and whatever it started: they are a process group of their own."""
         if self._process is None:
             return
-        with contextlib.suppress(ProcessLookupError):
+        with suppress(ProcessLookupError):
             os.killpg(self._process.pid, signal.SIGKILL)
         self._process.wait()
         self._process = None

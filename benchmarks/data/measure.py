@@ -131,9 +131,13 @@ class Bench:
                 flip_byte(_bucket(kind, name), containing="/shards/" if name == OURS.name else "")
                 task = self._task(Case(kind, "read"), name, checked=True)
                 outcome = self._ask(name, task, limit_seconds=DAMAGE_LIMIT_SECONDS)
-                silent = "delivers the damaged sample in silence"
-                whole = "delivers whole data" if not self.data[kind].fault(outcome, checked=True) else silent
-                self.damage[kind, name] = outcome.error or whole
+                self.damage[kind, name] = self._verdict(kind, outcome)
+
+    def _verdict(self, kind: str, outcome: Outcome) -> str:
+        kind_of_error, is_raised, _ = outcome.error.partition(":")
+        if outcome.error:
+            return f"yes: {kind_of_error}" if is_raised else outcome.error
+        return "no: damaged data" if self.data[kind].fault(outcome, checked=True) else "no: whole data"
 
     def _ask(self, name: str, task: Task, *, limit_seconds: float = LIMIT_SECONDS) -> Outcome:
         shutil.rmtree(self.scratch, ignore_errors=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from typing import Any
 
@@ -56,8 +56,8 @@ def _row(cells: list[str]) -> str:
     return f"| {' | '.join(cells)} |"
 
 
-def _table(bench: Bench, corner: str, cell: Any) -> Iterator[str]:
-    names = _names(bench)
+def _table(bench: Bench, corner: str, cell: Callable[[Case, str], str], *, floor: bool) -> Iterator[str]:
+    names = [name for name in _names(bench) if floor or name != FLOOR.name]
     yield _row([corner, *(TITLES[name] for name in names)])
     yield _row(["---"] * (1 + len(names)))
     for case in _cases(bench):
@@ -71,7 +71,7 @@ def _ratios(bench: Bench) -> Iterator[str]:
         ratio = _summary(bench, case, name)["ratio"]
         return f"{ratio['median']:.2f} ({ratio['min']:.2f}–{ratio['max']:.2f})"
 
-    yield from _table(bench, "time / floor, median (min–max)", cell)
+    yield from _table(bench, "time / floor, median (min–max)", cell, floor=False)
 
 
 def _speeds(bench: Bench) -> Iterator[str]:
@@ -84,7 +84,7 @@ def _speeds(bench: Bench) -> Iterator[str]:
         cpu = statistics.median(outcome.cpu_seconds for outcome in outcomes) / megabytes * 1000
         return f"{speed:.0f} MB/s, {cpu:.1f} s/GB"
 
-    yield from _table(bench, "speed, and the client's CPU seconds per GB", cell)
+    yield from _table(bench, "speed, and the client's CPU seconds per GB", cell, floor=True)
 
 
 def _damage(bench: Bench) -> Iterator[str]:

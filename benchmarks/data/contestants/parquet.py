@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 from urllib.parse import urlsplit
 
+import boto3
 import numpy as np
 import pyarrow as pa
 import pyarrow.dataset as ds
@@ -22,9 +23,7 @@ from benchmarks.data.records import Array, Batch, Kind, read_file, rebatch, sour
 
 
 def _filesystem() -> fs.S3FileSystem:
-    import boto3
-
-    keys = boto3.Session().get_credentials()
+    keys: Any = boto3.Session().get_credentials()
     where = urlsplit(os.environ["AWS_ENDPOINT_URL"])
     return fs.S3FileSystem(
         access_key=keys.access_key, secret_key=keys.secret_key, endpoint_override=where.netloc, scheme=where.scheme

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
+import boto3
+from botocore.config import Config
+
 
 def client() -> Any:
     """A client of the bench's store: the environment says where it is. No checksums that nobody asked for."""
-    import boto3
-    from botocore.config import Config
-
     config = Config(request_checksum_calculation="when_required", response_checksum_validation="when_required")
     return boto3.client("s3", config=config)
 

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+import boto3.s3.transfer  # noqa: F401 (imported when first needed, and imports are not timed)
 from streaming import MDSWriter, StreamingDataLoader, StreamingDataset
 from streaming.base.distributed import maybe_init_dist
 from streaming.base.util import clean_stale_shared_memory
@@ -35,9 +36,8 @@ def write(task: Task) -> Callable[[], None]:
 
 
 def read(task: Task, rank: int) -> Callable[[], Iterable[Batch]]:
-    if rank == 0:
-        clean_stale_shared_memory()
     maybe_init_dist()
+    clean_stale_shared_memory()
 
     def work() -> Iterable[Batch]:
         data: Any = StreamingDataset(
@@ -47,7 +47,8 @@ def read(task: Task, rank: int) -> Callable[[], Iterable[Batch]]:
             shuffle=task.shuffled,
             shuffle_seed=SEED,
         )
-        return StreamingDataLoader(data, batch_size=BATCH_SIZE, collate_fn=stack)
+        found: Iterable[Batch] = StreamingDataLoader(data, batch_size=BATCH_SIZE, collate_fn=stack)
+        return found
 
     return work
 

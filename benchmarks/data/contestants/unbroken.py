@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, NoReturn
+from typing import Any, NoReturn, cast
 
 import numpy as np
 
@@ -40,7 +40,7 @@ class Unpack(Recipe):
     """One raw file holds many samples."""
 
     kind_name: str
-    model = loss = scores = inputs = optimizer = _no_model
+    model = loss = scores = inputs = optimizer = cast(Any, _no_model)
 
     def encode(self, record: Record) -> Iterable[Sample]:
         return samples(columns(np.frombuffer(record.data, dtype=KINDS[self.kind_name].dtype)))

@@ -50,12 +50,15 @@ def read(task: Task, rank: int) -> Callable[[], Iterable[Batch]]:
         label = {"label": sample["label.cls"]} if "label.cls" in sample else {}
         return {"id": int(sample["__key__"]), payload: sample[f"{payload}.npy"], **label}
 
+    def together(rows: list[dict[str, Any]]) -> Batch:
+        return stack([decoded(row) for row in rows])
+
     def work() -> Iterable[Batch]:
         shards = len(urls) if task.shuffled else False
         data = wds.WebDataset(urls, shardshuffle=shards, nodesplitter=wds.split_by_node, seed=SEED, empty_check=False)
         if task.shuffled:
             data = data.shuffle(BUFFER, seed=SEED)
-        found: Iterable[Batch] = data.decode().map(decoded).batched(BATCH_SIZE, collation_fn=stack)
+        found: Iterable[Batch] = data.decode().batched(BATCH_SIZE, collation_fn=together)
         return found
 
     return work
