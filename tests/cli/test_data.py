@@ -12,7 +12,10 @@ from tests.cli.commands import complaint, unbroken
 from tests.conftest import Stack
 from tests.unit.data_source import data_config, local_source, write_csv
 from tests.unit.tiny import Tiny
-from training.data.manifest import Manifest, shard_key
+from training.data.activity import read_activity
+from training.data.manifest import Manifest, load_shard, shard_key
+from training.data.versions import versions
+from training.data.withdraw import record_of, withdrawn_key
 from training.data.writer import write_dataset
 
 
@@ -37,13 +40,21 @@ def test_verify_names_damage_with_exit_code_6(stack: Stack, name: str, manifest:
     done = unbroken(stack, "data", "verify", f"{name}@{manifest.digest[:16]}")
     assert done.returncode == 6
     assert victim in done.stdout
-    assert "from the same source repairs them" in done.stderr
+    assert "the next `unbroken run` from the same source repairs them" in done.stderr
+    assert read_activity(stack.store, name).generation == 1, "or the shard stage would take it for finished"
+    done = unbroken(stack, "data", "verify", name, "--json")
+    assert done.returncode == 6
+    assert json.loads(done.stdout)["damages"] == [{"key": victim, "reason": "damaged"}]
 
 
-def test_withdraw_diff_rm_and_gc(stack: Stack, name: str, manifest: Manifest) -> None:
-    done = unbroken(stack, "data", "withdraw", name, "0.csv:5", "0.csv:9", "--json")
+def test_withdraw_diff_rm_and_gc(stack: Stack, name: str, manifest: Manifest, tmp_path: Path) -> None:
+    (tmp_path / "ids").write_bytes(b"0.csv:5\r\n0.csv:9\r\n")
+    done = unbroken(stack, *("data", "withdraw", name, "--file", str(tmp_path / "ids"), "--reason", "asked", "--json"))
     assert done.returncode == 0, done.stderr
     withdrawal = json.loads(done.stdout)
+    assert withdrawal["versions_that_hold_them"] == [manifest.digest]
+    assert withdrawal["models_that_used_them"] == []
+    assert stack.store.read_versioned(withdrawn_key(name)).document["ids"]["0.csv:9"]["reason"] == "asked"
     assert withdrawal["num_samples_removed"] == 2
     new = withdrawal["new_digest"]
     rows = json.loads(unbroken(stack, "data", "diff", f"{name}@{manifest.digest}", f"{name}@{new}", "--json").stdout)
@@ -53,6 +64,20 @@ def test_withdraw_diff_rm_and_gc(stack: Stack, name: str, manifest: Manifest) ->
     assert done.returncode == 0, done.stderr
     assert len(json.loads(done.stdout)["keys"]) >= withdrawal["num_shards_rewritten"]
     assert unbroken(stack, "data", "verify", f"{name}@{new}").returncode == 0
+
+
+def test_withdrawal_is_told_although_mlflow_is_away(stack: Stack, name: str, manifest: Manifest) -> None:
+    away = {"UNBROKEN_MLFLOW_URI": "http://127.0.0.1:9", "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0"}
+    record = record_of(load_shard(stack.store, name, manifest.splits["train"][0]).id_of(0))
+    done = unbroken(stack, "data", "withdraw", name, record, variables=away)
+    assert done.returncode == 3
+    (digest,) = set(versions(stack.store, name)) - {manifest.digest}
+    assert digest in done.stdout
+    assert "MLflow does not answer" in done.stderr
+
+
+def test_bound_in_the_future_is_refused(stack: Stack, name: str, manifest: Manifest) -> None:
+    assert "cannot be older than -1 hours" in complaint(unbroken(stack, "data", "gc", name, "--older-than=-1"))
 
 
 def test_export_and_import(stack: Stack, name: str, manifest: Manifest, tmp_path: Path) -> None:
@@ -69,6 +94,7 @@ def test_export_and_import(stack: Stack, name: str, manifest: Manifest, tmp_path
         (("show", "no-such-dataset"), "no dataset version is meant by 'no-such-dataset'"),
         (("gc", "no-such-dataset"), "no dataset 'no-such-dataset'"),
         (("withdraw", "no-such-dataset"), "name at least one record id"),
+        (("withdraw", "no-such-dataset", "--file", "no-such-file"), "cannot read no-such-file"),
         (("verify-run", "no-such-run"), "no run with a key that begins with"),
         (("import", "x/y", "."), "NAME = 'x/y' must be"),
     ],

@@ -16,6 +16,7 @@ HEAVY = ("torch", "prefect", "mlflow", "boto3", "botocore", "sklearn", "matplotl
 HELPS: tuple[list[str], ...] = (
     *([], ["up"], ["down"], ["status"], ["doctor"], ["init"], ["run"], ["train"]),
     *(["runs"], ["runs", "ls"], ["runs", "cancel"], ["data", "ls"], ["ckpt", "ls"], ["models", "ls"]),
+    *(["data", verb] for verb in ("show", "diff", "verify", "withdraw", "rm", "gc", "export", "import")),
 )
 SHOW_ALL_HELP = f"""
 import contextlib, io, json, sys

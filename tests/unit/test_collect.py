@@ -6,7 +6,7 @@ import random
 import time
 from collections.abc import Collection
 from dataclasses import replace
-from datetime import timedelta
+from datetime import datetime, timedelta
 from pathlib import Path
 
 import pytest
@@ -18,11 +18,11 @@ from tests.unit.tiny import Tiny, tiny_preset
 from tests.waiting import wait_until
 from training.data.collect import collect
 from training.data.lease import writing
-from training.data.manifest import SPLITS, Manifest, load_manifest, shard_key
+from training.data.manifest import SPLITS, Manifest, load_manifest, manifest_key, shard_key
 from training.data.versions import compare, find_version, remove_version, verify_version, versions
-from training.data.withdraw import withdraw, withdrawn_ids
+from training.data.withdraw import record_of, withdraw, withdrawn_ids, withdrawn_key
 from training.data.writer import PartResult, Writer, write_dataset
-from training.errors import InfrastructureError, UserError
+from training.errors import DamagedError, InfrastructureError, UserError
 from training.job import Job, store_job
 from training.objectstore import Store
 
@@ -74,6 +74,21 @@ def test_unfinished_work_is_kept_for_a_while(store: Store, folder: Path) -> None
     write(store, folder)
     store.put("datasets/tiny/shards/stray", b"")
     assert collect(store, "tiny").keys == ()
+
+
+def test_a_dry_run_disturbs_no_writer(store: Store, folder: Path) -> None:
+    remove_version(store, "tiny", write(store, folder).digest)
+    with writing(store, "tiny"):
+        assert set(collect(store, "tiny", older_than=NOW, dry_run=True).keys) >= shards(store)
+
+
+def test_a_damaged_manifest_stops_the_collection(store: Store, folder: Path) -> None:
+    """What it names is not known: nothing may be taken for garbage."""
+    manifest = write(store, folder)
+    store.put(manifest_key("tiny", manifest.digest), b"{}")
+    with pytest.raises(DamagedError, match=manifest.digest):
+        collect(store, "tiny", older_than=NOW)
+    assert shards(store) == named_by(manifest)
 
 
 def test_damaged_receipt_is_left_alone(store: Store, folder: Path) -> None:
@@ -215,6 +230,28 @@ def test_withdrawn_records_are_gone_and_the_rest_is_shared(store: Store, folder:
     assert withdrawn_ids(store, "tiny") == set(ids)
     again = write(store, folder, withdrawn_ids(store, "tiny"))
     assert all_ids(store, again) == all_ids(store, second), "sharding the source again leaves them out too"
+
+
+def test_a_withdrawal_names_every_version_that_holds_the_record_and_its_runs(store: Store, folder: Path) -> None:
+    """The record was appended to other ones since the run was trained, and its shard is another one now."""
+    first = write(store, folder)
+    store_job(
+        store, Job(key="k", generation=0, preset=tiny_preset(), dataset_digest=first.digest, location=store.location)
+    )
+    reader = make_reader(store, "tiny", first, "train")
+    record = reader.read([len(reader) - 1]).ids[0]
+    with (folder / "raw/2.csv").open("a") as file:
+        file.writelines(f"1,2,3,4,{number},1\n" for number in range(7000, 7010))
+    second = write(store, folder)
+    done = withdraw(store, "tiny", second.digest, [record_of(record)], reason="asked")
+    assert set(done.versions_that_hold_them) == set(done.versions_that_train_on_them) == {first.digest, second.digest}
+    assert done.runs_that_used_them == ("k",)
+    (noted,) = store.read_versioned(withdrawn_key("tiny")).document["ids"].values()
+    assert noted["reason"] == "asked"
+    assert abs(datetime.fromisoformat(noted["time"]).timestamp() - time.time()) < 60
+    again = withdraw(store, "tiny", first.digest, [record_of(record)], reason="again")
+    assert done.new_digest not in again.versions_that_hold_them
+    assert store.read_versioned(withdrawn_key("tiny")).document["ids"] == {record_of(record): noted}
 
 
 def test_records_of_the_test_split_made_no_model(store: Store, folder: Path) -> None:
