@@ -107,7 +107,7 @@ def check(data: Dataset, seed: int) -> None:
         assert sorted(read[epoch * len(ids) : (epoch + 1) * len(ids)]) == sorted(ids), "lost or read twice"
 
 
-@pytest.mark.parametrize("num_samples", [2_003, 65_537])
+@pytest.mark.parametrize("num_samples", [2_003, pytest.param(65_537, marks=pytest.mark.soak)])
 def test_batches_are_the_same_through_kills_and_changes_of_size(store: Store, tmp_path: Path, num_samples: int) -> None:
     check(make_dataset(store, tmp_path, num_samples), seed=1)
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from multiprocessing.context import BaseContext
 
 import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
@@ -58,7 +60,7 @@ class Feed:
             _FeedDataset(self, workers, step),
             batch_size=None,
             num_workers=num_processes,
-            multiprocessing_context="forkserver",
+            multiprocessing_context=_fork_server(),
         )
         return iter(loader)
 
@@ -85,6 +87,13 @@ class _FeedDataset(IterableDataset[Microbatch]):
         info = get_worker_info()
         assert info is not None
         return iter(self._feed._stream(self._workers[info.id :: info.num_workers], self._step))
+
+
+def _fork_server() -> BaseContext:
+    """Its processes are forked from one that has imported this module and done nothing else: so they start at once."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__])
+    return context
 
 
 def _even_divisor(num_workers: int, *, at_most: int) -> int:
