@@ -6,6 +6,7 @@ import argparse
 import json
 import os
 import platform
+import signal
 import sys
 import tempfile
 import time
@@ -22,6 +23,7 @@ FULL_BYTES = {"image": 256 * MIB, "token": 64 * MIB}
 
 
 def main() -> None:
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the store is stopped too
     arguments = _arguments()
     bench = _run(arguments)
     about = {"rounds": arguments.rounds, "share": arguments.share, "cpus": os.cpu_count(), "os": platform.platform()}

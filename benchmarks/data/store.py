@@ -53,7 +53,11 @@ def _point_at(url: str, home: Path) -> None:
 
 
 def make_bucket(name: str) -> None:
-    s3.client().create_bucket(Bucket=name)
+    """A new bucket that has seen a PUT: the first one makes SeaweedFS open volumes, which takes about a second."""
+    client = s3.client()
+    client.create_bucket(Bucket=name)
+    client.put_object(Bucket=name, Key="first", Body=bytes(8 << 20))
+    client.delete_object(Bucket=name, Key="first")
 
 
 def drop_bucket(name: str) -> None:
