@@ -72,8 +72,8 @@ def test_there_are_built_in_presets() -> None:
         ("steps = 10", "steps = true", "train.steps = True: input should be a valid integer"),
         (
             'format = "jsonl"',
-            'format = "parquet"',
-            "data.format = 'parquet': input should be 'files', 'jsonl' or 'csv'",
+            'format = "tfrecord"',
+            "data.format = 'tfrecord': input should be 'files', 'folders', 'jsonl', 'csv', 'parquet' or 'webdataset'",
         ),
         ('exclude = ["a", "b"]', "exclude = [1]", "data.exclude"),
         ("steps = 10", "steps = 0", "train.steps must be at least 1"),
