@@ -20,6 +20,7 @@ from tasks.results import Dataset, Estimate, Evaluation, TrainedModel
 from tasks.stack import open_stack
 from training.config import EvaluateConfig, Preset
 from training.data.manifest import load_manifest
+from training.data.opening import open_reader
 from training.documents import digest_of
 from training.errors import UserError
 from training.objectstore import Store
@@ -63,8 +64,6 @@ def evaluate(preset: Preset, dataset: Dataset, model: TrainedModel) -> Evaluatio
 def score_samples(store: Store, preset: Preset, recipe: Recipe, dataset: Dataset, model: TrainedModel) -> Scores:
     """The recipe's scores of the held-out samples, in the order of the manifest: one array [samples] per name."""
     import torch
-
-    from training.data.loader import open_reader
 
     torch.set_num_threads(1)  # more threads give other bits
     manifest = load_manifest(store, dataset.name, dataset.digest)

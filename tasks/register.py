@@ -18,6 +18,7 @@ from tasks.results import Dataset, Evaluation, Registration, TrainedModel
 from tasks.stack import open_stack
 from training.config import Preset
 from training.data.manifest import load_manifest
+from training.data.opening import open_reader
 from training.documents import digest_of
 from training.objectstore import Store
 from training.recipe import load_recipe
@@ -114,8 +115,6 @@ def registered(preset: Preset, dataset: Dataset, model: TrainedModel, evaluation
 def example_inputs(store: Store, preset: Preset, dataset: Dataset) -> np.ndarray[Any, Any]:
     """The model's input for two held-out samples (with one, the exported batch would be fixed to it)."""
     import torch
-
-    from training.data.loader import open_reader
 
     manifest = load_manifest(store, dataset.name, dataset.digest)
     recipe = load_recipe(preset)

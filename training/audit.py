@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,7 +12,9 @@ from training.config import Preset
 from training.data import ledger
 from training.data.cache import ShardCache, fetch_from
 from training.data.manifest import load_manifest
+from training.data.opening import open_order
 from training.data.order import Order
+from training.data.reader import LazyIds
 from training.errors import DamagedError, UserError
 from training.events import EventReader, committed
 from training.job import read_jobs
@@ -66,29 +68,30 @@ def verify_run(store: Store, run_key: str) -> LedgerProof:
 
 def _check(store: Store, preset: Preset, digest: str, lines: Mapping[int, str], num_steps: int) -> Order:
     manifest = load_manifest(store, preset.data.name, digest)
-    train = preset.train
-    order = Order(
-        manifest.shard_sizes("train"), preset.seed, train.batch_size, train.virtual_workers, train.shuffle_window_shards
-    )
+    order = open_order(preset, manifest)
     cache = ShardCache(fetch_from(store, preset.data.name), manifest.splits["train"])
     seen = Seen(order.num_samples)
     try:
         for step in range(num_steps):
             indices = order.batch(step)
             numbers, rows = order.shards_of(indices)
-            ids = [cache.get(number).id_of(row) for number, row in zip(numbers.tolist(), rows.tolist(), strict=True)]
-            found = lines.get(step + 1)
-            if found is None:
-                raise LedgerError(f"step {step + 1} is missing from the ledger")
-            if found != ledger.expected(order, step, ids):
-                raise LedgerError(
-                    f"step {step + 1} did not read the records of the declared order: its line is {found}, where"
-                    f" {ledger.expected(order, step, ids)} was due (records {ids[0]}, {ids[1 % len(ids)]}, …)"
-                )
+            shards = {number: cache.get(number) for number in np.unique(numbers).tolist()}
+            _require_line(step, lines.get(step + 1), order, list(LazyIds(shards, numbers, rows)))
             seen.add(step, indices)
     finally:
         cache.close()
     return order
+
+
+def _require_line(step: int, found: str | None, order: Order, ids: Sequence[str]) -> None:
+    if found is None:
+        raise LedgerError(f"step {step + 1} is missing from the ledger")
+    due = ledger.expected(order, ids)
+    if found != due:
+        raise LedgerError(
+            f"step {step + 1} did not read the records of the declared order: its line is {found}, where {due} was due"
+            f" (records {ids[0]}, {ids[1 % len(ids)]}, …)"
+        )
 
 
 class Seen:

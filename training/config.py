@@ -99,9 +99,9 @@ class LaunchConfig:
     data_workers: int = 0
     """Processes per rank that read and decode (0: threads of the rank itself)."""
     cache_memory_bytes: int = 1 << 30
-    """Shards that a rank keeps in memory."""
+    """Shards kept in memory by a rank, or by each of its `data_workers`."""
     cache_disk_bytes: int = 0
-    """Shards that a rank keeps on disk beyond that, in unnamed files under TMPDIR."""
+    """Shards kept on disk beyond that, in unnamed files under TMPDIR."""
 
     def __post_init__(self) -> None:
         _require(self.nodes >= 1, "launch.nodes", "must be at least 1")

@@ -10,6 +10,7 @@ import json
 import time
 import uuid
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime
 from functools import cached_property
@@ -147,12 +148,10 @@ class Store:
         """
         from urllib3.exceptions import HTTPError
 
-        try:
+        with suppress(HTTPError):
             reply = self._connections.request("GET", self._signed_url(key))
             if reply.status == 200:
                 return reply.data
-        except HTTPError:
-            pass
         return self.get(key)
 
     def get_proven(self, key: str, *, sha256: str) -> bytes:

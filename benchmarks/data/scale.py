@@ -15,12 +15,11 @@ import time
 import numpy as np
 
 from training.data.cache import ShardCache
-from training.data.manifest import FieldInfo, Manifest, ShardInfo
+from training.data.manifest import FieldInfo, Manifest, describe_shard
 from training.data.order import Order
 from training.data.reader import Reader
 from training.data.shard import encode_shard
 from training.data.stream import Stream
-from training.documents import fast_digest, sha256_hex
 
 SHARD_SAMPLES = 4_000
 BATCH_SIZE = 64
@@ -30,7 +29,7 @@ NUM_ROUNDS = 9
 def measure(num_samples: int, start: int) -> dict[str, float]:
     """Seconds to the first batch at sample `start` (median), and the peak resident memory of this process."""
     data = encode_shard([f"f:{n}" for n in range(SHARD_SAMPLES)], {"x": np.zeros((SHARD_SAMPLES, 64), dtype=np.uint8)})
-    info = ShardInfo(sha256=sha256_hex(data), xxh3=fast_digest(data), num_samples=SHARD_SAMPLES, num_bytes=len(data))
+    info = describe_shard(data, num_samples=SHARD_SAMPLES)
     fields = {"x": FieldInfo(dtype="uint8", shape=(64,))}
     manifest = Manifest(fields=fields, splits={"train": (info,) * (num_samples // SHARD_SAMPLES), "test": (info,)})
     manifest = Manifest.from_bytes(manifest.to_bytes())

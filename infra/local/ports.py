@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
 from collections.abc import Collection, Mapping
@@ -77,12 +78,10 @@ def _first_free(candidates: list[int], *, taken: Mapping[str, int]) -> int:
 def listening_ports(process: psutil.Process) -> set[int]:
     """Where a process, or one that descends from it, takes calls."""
     found: set[int] = set()
-    try:
+    with contextlib.suppress(psutil.Error):  # it ended meanwhile
         for member in (process, *process.children(recursive=True)):
             connections = member.net_connections("tcp")
             found |= {c.laddr.port for c in connections if c.status == psutil.CONN_LISTEN}
-    except psutil.Error:  # it ended meanwhile
-        pass
     return found
 
 

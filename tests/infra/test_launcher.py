@@ -250,7 +250,8 @@ def test_job_whose_servers_moved_begins_again(toy_job: MakeJob) -> None:
     job.wait_for_starts(1)
     job.spec = replace(job.spec, environment={**job.spec.environment, "UNBROKEN_S3_ENDPOINT": "http://127.0.0.1:1"})
     job.submit()
-    job.wait_for_starts(2)
+    old, new = job.wait_for_starts(2)
+    assert (is_alive(old), is_alive(new)) == (False, True)
 
 
 def test_cancelling_an_owner_cancels_its_jobs_alone(toy_job: MakeJob) -> None:

@@ -97,6 +97,11 @@ def test_listening_ports_are_seen_of_this_process() -> None:
     with socket.create_server((LOOPBACK, 0)) as server:
         assert server.getsockname()[1] in listening_ports(psutil.Process())
     assert free_port() not in listening_ports(psutil.Process())
+    gone = subprocess.Popen(["sleep", "60"])
+    process = psutil.Process(gone.pid)
+    gone.kill()
+    gone.wait()
+    assert listening_ports(process) == set()
 
 
 def test_socket_path_is_short_and_does_not_follow_tmpdir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

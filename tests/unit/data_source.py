@@ -26,6 +26,12 @@ def write_csv(path: Path, numbers: range) -> None:
         path.write_text(text)
 
 
+def write_files(folder: Path, *, num_files: int) -> None:
+    """Files of 60 records each, a partition each."""
+    for number in range(num_files):
+        write_csv(folder / f"raw/{number}.csv", range(number * 60, (number + 1) * 60))
+
+
 def data_config(**changes: Any) -> DataConfig:
     """Shards of about 20 records, partitions of about one file."""
     settings: dict[str, Any] = {

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.unit.data_source import data_config, local_source, write_csv
+from tests.unit.data_source import data_config, local_source, write_csv, write_files
 from tests.unit.reading import make_reader
 from tests.unit.test_stream import flip
 from tests.unit.tiny import Tiny, tiny_preset
@@ -32,8 +32,7 @@ CONFIG = data_config()
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    for number in range(3):
-        write_csv(tmp_path / f"raw/{number}.csv", range(number * 60, (number + 1) * 60))
+    write_files(tmp_path, num_files=3)
     return tmp_path
 
 

@@ -51,18 +51,19 @@ def test_margin_covers_a_request_and_a_minute_between_the_clocks() -> None:
     assert 2 * MARGIN * LEASE_SECONDS >= REQUEST_SECONDS + 60
 
 
+def a_collector_enters(store: Store) -> bool:
+    try:
+        with collecting(store, "d"):
+            return True
+    except UserError:
+        return False
+
+
 def test_the_dead_block_nobody_for_long(store: Store) -> None:
     store.create_versioned(activity_key("d"), {"format": 1, "holders": {"writer-dead": time.time() + 1.0}})
 
-    def enters() -> bool:
-        try:
-            with collecting(store, "d"):
-                return True
-        except UserError:
-            return False
-
-    assert not enters()
-    wait_until(enters, what="the dead writer's claim to lapse")
+    assert not a_collector_enters(store)
+    wait_until(lambda: a_collector_enters(store), what="the dead writer's claim to lapse")
 
 
 def test_a_claim_is_renewed_while_it_is_held(store: Store) -> None:
@@ -84,14 +85,7 @@ def test_a_writer_that_was_away_too_long_is_told(store: Store, monkeypatch: pyte
         with pytest.raises(InfrastructureError, match="was away for so long"):
             lease.require_sure()
 
-        def taken() -> bool:
-            try:
-                with collecting(store, "d"):
-                    return True
-            except UserError:
-                return False
-
-        wait_until(taken, what="a collector to enter")
+        wait_until(lambda: a_collector_enters(store), what="a collector to enter")
         with pytest.raises(InfrastructureError, match="has lapsed"):
             lease.renew()
 
@@ -122,3 +116,4 @@ def test_renewals_go_on_after_the_store_was_away(store: Store, monkeypatch: pyte
     monkeypatch.setattr(Store, "replace_versioned", sometimes)
     with writing(store, "d", seconds=0.8) as lease:
         wait_until(lambda: len(calls) >= 5 and lease.is_sure, what="a renewal after two failures")
+        assert holders(store) == ["writer"]

@@ -15,8 +15,8 @@ from tests.unit.tiny import Tiny, tiny_preset
 from training.audit import LedgerError, Seen, verify_run
 from training.config import Preset
 from training.data import ledger
-from training.data.loader import open_order
 from training.data.manifest import Manifest, manifest_key
+from training.data.opening import open_order
 from training.data.stream import Stream
 from training.data.writer import write_dataset
 from training.errors import UserError
@@ -78,7 +78,7 @@ def test_a_line_is_the_same_whoever_sums(store: Store, preset: Preset, manifest:
     lines, order = read_lines(store, preset, manifest), open_order(preset, manifest)
     ids = make_reader(store, "tiny", manifest, "train").read(range(order.num_samples)).ids
     for step in range(20):
-        assert ledger.expected(order, step, [ids[index] for index in order.batch(step)]) == lines[step + 1]
+        assert ledger.expected(order, [ids[index] for index in order.batch(step)]) == lines[step + 1]
 
 
 def swapped(lines: dict[int, str]) -> dict[int, str]:

@@ -230,7 +230,7 @@ def test_a_damaged_shard_is_an_error_that_names_it(store: Store, manifest: Manif
     store.put(key, DAMAGES[damage](store.get(key), store.get(shard_key("tiny", other.sha256))))
     reader = make_reader(store, "tiny", manifest, "train")
     reader.read([0])
-    with pytest.raises(DamagedError, match=rf"{victim.sha256} is damaged .*run the shard stage again"):
+    with pytest.raises(DamagedError, match=rf"{victim.sha256} is damaged on the store\. Run `unbroken data verify`"):
         reader.read(range(len(reader)))
 
 
@@ -269,5 +269,5 @@ def test_a_stale_copy_on_disk_is_fetched_again(store: Store, manifest: Manifest)
 def test_a_missing_shard_is_an_error_that_names_it(store: Store, manifest: Manifest) -> None:
     victim = manifest.splits["test"][0]
     store.delete(shard_key("tiny", victim.sha256))
-    with pytest.raises(DamagedError, match=rf"{victim.sha256} is missing.*Run the shard stage again"):
+    with pytest.raises(DamagedError, match=rf"{victim.sha256} is missing.*Run `unbroken data verify`"):
         make_reader(store, "tiny", manifest, "test").read([0])

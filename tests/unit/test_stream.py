@@ -20,8 +20,9 @@ from tests.unit.reading import make_reader
 from tests.unit.tiny import Tiny, tiny_preset
 from tests.waiting import wait_until
 from training.config import Preset
-from training.data.loader import Feed, open_order
+from training.data.loader import Feed
 from training.data.manifest import Manifest, shard_key
+from training.data.opening import open_order
 from training.data.stream import Microbatch, Stream
 from training.data.writer import write_dataset
 from training.errors import DamagedError

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.unit.data_source import data_config, local_source, tiny_line, write_csv
+from tests.unit.data_source import data_config, local_source, tiny_line, write_csv, write_files
 from tests.unit.fakes import FaultyStore
 from tests.unit.reading import make_reader
 from tests.unit.tiny import Tiny
@@ -29,8 +29,7 @@ NUM_FILES = 4
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     """Four files of 60 records each: four partitions."""
-    for number in range(NUM_FILES):
-        write_csv(tmp_path / f"raw/{number}.csv", range(number * 60, (number + 1) * 60))
+    write_files(tmp_path, num_files=NUM_FILES)
     return tmp_path
 
 

@@ -19,6 +19,7 @@ from training.objectstore import MissingError, Store
 
 NUM_THREADS = 4
 MEMORY_BYTES = 1 << 30
+REPAIR = "Run `unbroken data verify` on its dataset: the next run from the same source then repairs it"
 Fetch = Callable[[ShardInfo], bytes | memoryview]
 
 
@@ -102,8 +103,8 @@ class ShardCache:
                 if _is_whole(data, info):
                     return data
         except MissingError as error:
-            raise DamagedError(f"shard {info.sha256} is missing: {error}. Run the shard stage again") from error
-        raise DamagedError(f"shard {info.sha256} is damaged on the store: run the shard stage again to repair it")
+            raise DamagedError(f"shard {info.sha256} is missing: {error}. {REPAIR}") from error
+        raise DamagedError(f"shard {info.sha256} is damaged on the store. {REPAIR}")
 
     def _keep(self, number: int, shard: Shard, data: bytes | memoryview) -> None:
         self._resident[number] = (shard, data)

@@ -16,21 +16,21 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from training.data.lease import writing
+from training.data.lease import publish, writing
 from training.data.manifest import (
     SPLITS,
     FieldInfo,
     Manifest,
     ShardInfo,
     Split,
+    describe_shard,
     load_manifest,
     load_shard,
-    manifest_key,
     shard_key,
 )
 from training.data.shard import Array, Column, Ragged, Shard, encode_shard
 from training.data.withdraw import require_none_withdrawn
-from training.documents import fast_digest, parse, sha256_hex
+from training.documents import parse
 from training.errors import DamagedError, InfrastructureError, UserError
 from training.objectstore import Store
 
@@ -109,9 +109,7 @@ def import_folder(store: Store, dataset: str, folder: Path) -> Manifest:
             shards = about.files[split].items()
             splits[split] = tuple(_send(store, dataset, folder / name, sha, about, read) for name, sha in shards)
         manifest = Manifest(fields=about.fields, splits=splits, classes=about.classes)
-        lease.require_sure()
-        store.put_immutable(manifest_key(dataset, manifest.digest), manifest.to_bytes())
-        lease.require_sure()
+        publish(store, dataset, manifest, lease)
     return manifest
 
 
@@ -124,11 +122,12 @@ def _send(store: Store, dataset: str, path: Path, sha256: str, about: About, rea
         data = encode_shard(ids, columns)
     except Exception as error:  # whatever a strange file brings about, the file is the place to look
         raise UserError(f"{path}: not as it was exported: {type(error).__name__}: {error}") from error
-    if sha256_hex(data) != sha256:
+    info = describe_shard(data, num_samples=len(ids))
+    if info.sha256 != sha256:
         raise UserError(f"{path}: not as it was exported: its samples do not give shard {sha256[:12]}")
     require_none_withdrawn(store, dataset, ids)
     store.put_immutable(shard_key(dataset, sha256), data)
-    return ShardInfo(sha256=sha256, xxh3=fast_digest(data), num_samples=len(ids), num_bytes=len(data))
+    return info
 
 
 def _about(folder: Path) -> About:

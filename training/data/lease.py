@@ -16,6 +16,7 @@ from dataclasses import replace
 from typing import Literal
 
 from training.data.activity import Activity, change_activity
+from training.data.manifest import Manifest, manifest_key
 from training.errors import InfrastructureError, UnbrokenError, UserError
 from training.objectstore import Store
 
@@ -136,6 +137,16 @@ class Lease:
             return replace(activity, holders=change(living))
 
         change_activity(self._store, self._dataset, changed)
+
+
+def publish(store: Store, dataset: str, manifest: Manifest, lease: Lease) -> None:
+    """Write a version's manifest, last, under the claim that its shards were found or sent under.
+
+    Raises `InfrastructureError` if the claim may have lapsed before the manifest is there.
+    """
+    lease.require_sure()
+    store.put_immutable(manifest_key(dataset, manifest.digest), manifest.to_bytes())
+    lease.require_sure()
 
 
 def _now() -> float:

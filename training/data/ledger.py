@@ -33,7 +33,7 @@ def seal(sums: NDArray[np.float32]) -> str:
     return xxhash.xxh3_64_hexdigest(np.asarray(sums, dtype=np.int64).tobytes())
 
 
-def expected(order: Order, step: int, ids: Sequence[str]) -> str:
+def expected(order: Order, ids: Sequence[str]) -> str:
     """The line of a step that read `ids`: the whole batch, in the order of virtual workers."""
     share = order.batch_size // order.virtual_workers
     sums = np.zeros(NUM_ENTRIES, dtype=np.float32)

@@ -1,4 +1,4 @@
-"""From a preset and a dataset version to its readers, and to the microbatches of one rank."""
+"""The microbatches of one rank: by its own threads, or by processes that read for it."""
 
 from __future__ import annotations
 
@@ -12,35 +12,12 @@ import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from training.config import Preset
-from training.data.cache import ShardCache, fetch_from
-from training.data.manifest import Manifest, Split, load_manifest
-from training.data.order import Order
-from training.data.reader import Reader
+from training.data.manifest import load_manifest
+from training.data.opening import open_order, open_reader
 from training.data.stream import Microbatch, Stream
 from training.objectstore import Store, StoreLocation
 from training.processes import die_after
-from training.recipe import Recipe, load_recipe, maybe_decode
-
-
-def open_reader(store: Store, preset: Preset, recipe: Recipe, manifest: Manifest, split: Split) -> Reader:
-    """One split of a dataset version, decoded by the recipe."""
-    launch = preset.launch
-    cache = ShardCache(
-        fetch_from(store, preset.data.name),
-        manifest.splits[split],
-        memory_bytes=launch.cache_memory_bytes,
-        disk_bytes=launch.cache_disk_bytes,
-    )
-    sizes = manifest.shard_sizes(split)
-    return Reader(cache, sizes, manifest.fields, maybe_decode=maybe_decode(recipe), seed=preset.seed)
-
-
-def open_order(preset: Preset, manifest: Manifest) -> Order:
-    """The order in which the preset trains on a dataset version."""
-    train = preset.train
-    return Order(
-        manifest.shard_sizes("train"), preset.seed, train.batch_size, train.virtual_workers, train.shuffle_window_shards
-    )
+from training.recipe import load_recipe
 
 
 @dataclass(frozen=True, kw_only=True)

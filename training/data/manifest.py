@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from training.data.shard import Shard, decode_shard
-from training.documents import canonical_json, parse, sha256_hex
+from training.documents import canonical_json, fast_digest, parse, sha256_hex
 from training.errors import DamagedError, UserError
 from training.objectstore import MissingError, Store
 
@@ -25,6 +25,11 @@ class ShardInfo:
     xxh3: str
     num_samples: int
     num_bytes: int
+
+
+def describe_shard(data: bytes, *, num_samples: int) -> ShardInfo:
+    """What the manifest says of an encoded shard."""
+    return ShardInfo(sha256=sha256_hex(data), xxh3=fast_digest(data), num_samples=num_samples, num_bytes=len(data))
 
 
 @dataclass(frozen=True, kw_only=True)

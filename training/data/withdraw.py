@@ -9,20 +9,19 @@ from datetime import UTC, datetime
 
 import numpy as np
 
-from training.data.lease import Lease, writing
+from training.data.lease import Lease, publish, writing
 from training.data.manifest import (
     SPLITS,
     Manifest,
     ShardInfo,
     Split,
+    describe_shard,
     load_manifest,
     load_shard,
-    manifest_key,
     shard_key,
 )
 from training.data.shard import Column, Ragged, encode_shard
 from training.data.versions import NUM_AT_ONCE, runs_that_used, versions
-from training.documents import fast_digest, sha256_hex
 from training.errors import InfrastructureError, UserError
 from training.objectstore import MissingError, Store
 
@@ -82,9 +81,7 @@ def _withdraw(store: Store, dataset: str, digest: str, wanted: frozenset[str], r
         raise UserError(f"dataset {dataset!r} version {digest[:12]} holds no record {min(missing)!r}")
     new = replace(old, splits={split: _splits_without(store, dataset, old, split, mine) for split in SPLITS})
     _note(store, dataset, wanted, reason)
-    lease.require_sure()
-    store.put_immutable(manifest_key(dataset, new.digest), new.to_bytes())
-    lease.require_sure()
+    publish(store, dataset, new, lease)
     trained = _holding(known, found, ["train"])
     return Withdrawal(
         old_digest=digest,
@@ -149,7 +146,7 @@ def _without(store: Store, dataset: str, info: ShardInfo, rows: Rows) -> ShardIn
         return None
     columns = {name: _take(column, kept) for name, column in shard.columns.items()}
     data = encode_shard([shard.id_of(row) for row in kept], columns)
-    new = ShardInfo(sha256=sha256_hex(data), xxh3=fast_digest(data), num_samples=len(kept), num_bytes=len(data))
+    new = describe_shard(data, num_samples=len(kept))
     store.put_immutable(shard_key(dataset, new.sha256), data)
     return new
 

@@ -11,17 +11,8 @@ from typing import Any
 import numpy as np
 
 from training.config import DataConfig
-from training.data.lease import Lease, writing
-from training.data.manifest import (
-    SPLITS,
-    FieldInfo,
-    Manifest,
-    ShardInfo,
-    Split,
-    manifest_key,
-    receipt_key,
-    shard_key,
-)
+from training.data.lease import Lease, publish, writing
+from training.data.manifest import SPLITS, FieldInfo, Manifest, ShardInfo, Split, describe_shard, receipt_key, shard_key
 from training.data.shard import FORMAT, Array, Column, Ragged, dtype_is_known, encode_shard
 from training.data.source import (
     Partition,
@@ -33,7 +24,7 @@ from training.data.source import (
     read_records,
 )
 from training.data.withdraw import withdrawn_ids
-from training.documents import canonical_json, digest_of, fast_digest, parse, sha256_hex
+from training.documents import canonical_json, digest_of, parse, sha256_hex
 from training.errors import DamagedError, InfrastructureError, UserError
 from training.objectstore import MissingError, Store
 from training.recipe import Recipe, Record, Sample, source_closure_digest
@@ -152,9 +143,7 @@ class Writer:
             results = [self.write(part) for part in self.parts]
         receipts = [parse(Receipt, _unsealed(self._store.get(result.receipt))) for result in results]
         manifest = _merge(receipts, self._config, self._classes)
-        lease.require_sure()
-        self._store.put_immutable(manifest_key(self._config.name, manifest.digest), manifest.to_bytes())
-        lease.require_sure()
+        publish(self._store, self._config.name, manifest, lease)
         self._require_withdrawn_left_out()
         return WriteResult(
             manifest=manifest,
@@ -301,8 +290,6 @@ class _ShardBuilder:
             rows = [sample[name] for sample in self._samples]
             columns[name] = Ragged.stack(rows) if name in self._ragged else np.stack(rows)
         data = encode_shard(self.ids, columns)
-        info = ShardInfo(
-            sha256=sha256_hex(data), xxh3=fast_digest(data), num_samples=len(self.ids), num_bytes=len(data)
-        )
+        info = describe_shard(data, num_samples=len(self.ids))
         self._samples, self.ids, self._num_bytes = [], [], 0
         return info, data
