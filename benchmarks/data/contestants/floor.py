@@ -1,13 +1,15 @@
 """The physical floor: the bytes of this library's shards, moved by the fastest client, and nothing proven or promised.
 
 Reading: keep-alive GETs in two threads ahead of the decoder, whole shards in order (or in a random order, each shuffled
-within). Writing: the raw records, PUT as they are in objects of a shard's size by two threads.
+within). Writing: the samples are made, as by a user's code, and the raw bytes PUT as they are, in objects of a shard's
+size, by two threads.
 """
 
 from __future__ import annotations
 
 import http.client
 import threading
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from urllib.parse import urlsplit
@@ -16,7 +18,7 @@ import numpy as np
 
 from benchmarks.data.contestants import s3
 from benchmarks.data.contestants.protocol import BATCH_SIZE, SEED, Task, serve
-from benchmarks.data.records import Batch, rebatch, source_files
+from benchmarks.data.records import Batch, columns, rebatch, samples, source_files
 from training.data.shard import decode_shard
 
 NUM_THREADS = 2
@@ -30,7 +32,10 @@ def write(task: Task) -> Callable[[], None]:
     num_together = max(1, OBJECT_BYTES // paths[0].stat().st_size)
 
     def put(start: int) -> None:
-        body = b"".join(path.read_bytes() for path in paths[start : start + num_together])
+        files = [path.read_bytes() for path in paths[start : start + num_together]]
+        for data in files:
+            deque(samples(columns(np.frombuffer(data, dtype=task.kind.dtype))), maxlen=0)
+        body = b"".join(files)
         client.put_object(Bucket=task.bucket, Key=f"{start:05d}", Body=body)
 
     def work() -> None:
