@@ -133,6 +133,8 @@ def environment(settings: Settings) -> dict[str, str]:
     }
     if settings.s3_is_local:
         found["AWS_SHARED_CREDENTIALS_FILE"] = str(credentials_path(settings.home))
+    if settings.s3_endpoint:
+        found["AWS_ENDPOINT_URL_S3"] = settings.s3_endpoint
     if settings.maybe_mlflow_uri:
         found["MLFLOW_TRACKING_URI"] = settings.maybe_mlflow_uri
     if settings.maybe_prefect_api_url:

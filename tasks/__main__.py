@@ -13,9 +13,9 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Annotated, Any, TextIO
 
-from cyclopts import App
+from cyclopts import App, Parameter
 
 from tasks.results import Dataset, Evaluation, TrainedModel
 from tasks.stack import open_stack
@@ -27,8 +27,15 @@ app = App(name="python -m tasks", help="Run one stage of the pipeline.", version
 
 
 @app.default
-def run_stage(stage: str, *, preset: str, out: Path = Path("data")) -> None:
-    """Run STAGE: shard, train, evaluate or register."""
+def run_stage(
+    stage: Annotated[str, Parameter(help="shard, train, evaluate or register.")],
+    *,
+    preset: Annotated[str, Parameter(help="A built-in preset's name, or a TOML file.")],
+    out: Annotated[Path, Parameter(help="Each stage leaves its result in OUT/NAME, where the next one looks.")] = Path(
+        "data"
+    ),
+) -> None:
+    """Run one stage of the pipeline, without Prefect: `python -m tasks shard --preset digits`."""
     if stage not in STAGES:
         raise UserError(f"no stage {stage!r}: the stages are {', '.join(STAGES)}")
     config = load_preset(preset)

@@ -19,10 +19,11 @@ from tasks.policy import stage_options
 from tasks.results import Dataset, Estimate, Evaluation, TrainedModel
 from tasks.stack import open_stack
 from training.config import EvaluateConfig, Preset
+from training.data.activity import distrust
 from training.data.manifest import load_manifest
 from training.data.opening import open_reader
 from training.documents import digest_of
-from training.errors import UserError
+from training.errors import DamagedError, UserError
 from training.objectstore import Store
 from training.recipe import Recipe, load_recipe
 from training.record import RunRecord
@@ -46,7 +47,11 @@ def evaluate(preset: Preset, dataset: Dataset, model: TrainedModel) -> Evaluatio
     """Score every held-out sample, and log metrics and figures to the run's MLflow run."""
     settings, store = open_stack()
     recipe = load_recipe(preset)
-    scores = score_samples(store, preset, recipe, dataset, model)
+    try:
+        scores = score_samples(store, preset, recipe, dataset, model)
+    except DamagedError:
+        distrust(store, dataset.name)  # the next run looks at every shard again, and repairs from the source
+        raise
     result = summarize(scores, recipe, preset.evaluate, model.run_key)
     run = RunRecord(store, model.run_key)
     record = run.read()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from training.events import Event, EventReader, committed
 from training.objectstore import Store
@@ -19,6 +19,8 @@ class Progress:
     samples_per_second: float | None = None
     num_ranks: int = 0
     checkpoint_step: int = 0
+    trouble: str = ""
+    """Why the last group of ranks ended, while the next one has done no step yet."""
 
     def line(self) -> str:
         """All of it on one line."""
@@ -26,7 +28,7 @@ class Progress:
         speed = f"{self.samples_per_second:,.0f} samples/s" if self.samples_per_second else "- samples/s"
         return (
             f"step {self.step}/{self.num_steps}  {loss}  {speed}  {self.num_ranks} ranks"
-            f"  checkpoint {self.checkpoint_step}"
+            f"  checkpoint {self.checkpoint_step}{self.trouble and f'  started again: {self.trouble}'}"
         )
 
 
@@ -38,10 +40,14 @@ class Follower:
         self.generation = generation
         self._reader = EventReader(run.store, f"runs/{run.run_key}/{generation}/")
         self.progress = Progress(num_steps=num_steps)
+        self._num_departures = 0
 
     def look(self) -> tuple[Record, list[Event]]:
         """The record as it is, and the events that are new since the last look."""
         record = self._run.read()
+        if len(record.departures) > self._num_departures:
+            self._num_departures = len(record.departures)
+            self.progress = replace(self.progress, trouble=record.departures[-1].cause[:200])
         events = list(self._reader.read_new(newest_token=record.token))
         for event in events:
             self.progress = _after(self.progress, event)
@@ -51,7 +57,10 @@ class Follower:
 def _after(progress: Progress, event: Event) -> Progress:
     changes: dict[str, object] = {}
     if event.kind == "step":
-        changes = {key: event.values[key] for key in ("loss", "samples_per_second")} | {"step": event.step}
+        changes = {key: event.values[key] for key in ("loss", "samples_per_second")} | {
+            "step": event.step,
+            "trouble": "",
+        }
     elif event.kind == "checkpoint":
         changes = {"checkpoint_step": event.step}
     elif event.kind == "attempt":

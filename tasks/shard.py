@@ -20,7 +20,7 @@ from training.config import Preset
 from training.data.activity import read_activity
 from training.data.lease import writing
 from training.data.source import Partition, open_source, partitions
-from training.data.withdraw import withdrawn_ids
+from training.data.withdrawn import withdrawn_records
 from training.data.writer import PartResult, Writer
 from training.documents import digest_of
 from training.recipe import load_recipe, source_closure_digest
@@ -45,7 +45,7 @@ def shard_cache_key(context: Any, arguments: dict[str, Any]) -> str:
             "listing": [asdict(part) for part in partitions(source, preset.data)],
             "data": asdict(preset.data),
             "recipe": [source_closure_digest(recipe), asdict(recipe)],
-            "withdrawn": sorted(withdrawn_ids(store, preset.data.name)),
+            "withdrawn": sorted(withdrawn_records(store, preset.data.name)),
             "generation": read_activity(store, preset.data.name).generation,
         }
     )
@@ -59,7 +59,9 @@ def shard(preset: Preset) -> Dataset:
     """
     settings, store = open_stack()
     source = open_source(preset.data, folder=preset.folder, location=store_location(settings))
-    writer = Writer(store, source, preset.data, load_recipe(preset), withdrawn=withdrawn_ids(store, preset.data.name))
+    writer = Writer(
+        store, source, preset.data, load_recipe(preset), withdrawn=withdrawn_records(store, preset.data.name)
+    )
     with writing(store, preset.data.name) as lease:
         written = writer.finish(write_parts(writer), lease)
     manifest = written.manifest
@@ -70,6 +72,12 @@ def shard(preset: Preset) -> Dataset:
         written.num_partitions,
         written.num_shards_sent,
     )
+    if written.displaced:
+        log.warning(
+            "left out by their ids, although they are not what was withdrawn under these (has the source changed since?"
+            ' docs/data.md, "Withdrawing"): %s',
+            ", ".join(written.displaced[:8]) + (", …" if len(written.displaced) > 8 else ""),
+        )
     return Dataset(
         name=preset.data.name,
         digest=manifest.digest,

@@ -20,8 +20,9 @@ from tasks.results import Dataset, TrainedModel
 from tasks.stack import open_stack, store_location
 from training import errors
 from training.config import Preset
+from training.data.activity import distrust
 from training.documents import digest_of
-from training.errors import CancelledError, InfrastructureError
+from training.errors import CancelledError, DamagedError, InfrastructureError
 from training.job import Job, agent_command, agent_environment, store_job
 from training.objectstore import Store
 from training.recipe import load_recipe
@@ -83,6 +84,9 @@ def train(preset: Preset, dataset: Dataset, *, owner: str | None = None, fresh: 
         assert record.result is not None
     except CancelledError:
         tracker.try_to_finish("KILLED")
+        raise
+    except DamagedError:
+        distrust(store, dataset.name)  # the next run looks at every shard again, and repairs from the source
         raise
     except errors.UnbrokenError:  # unless it has failed for good, the engine trains on, and a retry re-attaches
         raise

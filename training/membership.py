@@ -45,7 +45,7 @@ def failure_to_report(record: Record, latest: Departure, *, max_restarts: int) -
     At once for errors that a restart cannot heal; at the second time for the same error at the same step; and after
     `max_restarts` restarts in a row without a new checkpoint.
     """
-    if latest.class_name in ("UserError", "DeterministicError"):
+    if latest.class_name in ("UserError", "DeterministicError", "DamagedError"):
         return Failure(kind=latest.class_name, message=latest.cause)
     counting = [d for d in record.departures if d.token > record.forgiven_token]
     same = [d for d in counting if (d.cause, d.step) == (latest.cause, latest.step)]

@@ -34,8 +34,10 @@ def runs_ls(*, json: Json = False) -> None:
     if json:
         print_json(rows)
         return
-    columns = ["key", "state", "checkpoint_step", "attempts", "tracking_run_id"]
-    print_table(columns, [[row["key"][:12], *(row[name] for name in columns[1:])] for row in rows])
+    columns = ["key", "state", "checkpoint_step", "attempts", "tracking_run_id", "failure"]
+    print_table(
+        columns, [[row["key"][:12], *("" if row[name] is None else row[name] for name in columns[1:])] for row in rows]
+    )
 
 
 @runs.command(name="logs")

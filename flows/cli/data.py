@@ -31,24 +31,38 @@ def add_to(app: App) -> None:
 
 @data.command(name="ls")
 def ls(*, json: Json = False) -> None:
-    """Every dataset version, oldest first."""
-    from training.data.manifest import load_manifest
-    from training.data.versions import versions
+    """Every version of every dataset; of each dataset, the one that was sharded last comes last."""
+    from training.data.versions import versions_by_time
 
     store = _store()
-    rows: list[dict[str, Any]] = []
-    for name in store.list_folders("datasets/"):
-        for digest in versions(store, name):
-            manifest = load_manifest(store, name, digest)
-            train, test = manifest.num_samples("train"), manifest.num_samples("test")
-            rows.append({"name": name, "digest": digest, "train": train, "test": test, "bytes": manifest.num_bytes()})
+    rows = [
+        _row(store, name, digest, f"{written:%Y-%m-%d %H:%M:%S}")
+        for name in store.list_folders("datasets/")
+        for digest, written in versions_by_time(store, name).items()
+    ]
     if json:
         print_json(rows)
         return
-    print_table(
-        ["name", "digest", "train", "test", "bytes"],
-        [[row["name"], row["digest"][:12], row["train"], row["test"], row["bytes"]] for row in rows],
-    )
+    columns = ["name", "digest", "train", "test", "bytes", "sharded"]
+    print_table(columns, [[row["name"], row["digest"][:12], *(row[c] for c in columns[2:])] for row in rows])
+
+
+def _row(store: Store, name: str, digest: str, sharded: str) -> dict[str, Any]:
+    """A damaged manifest hides no other version."""
+    from training.data.manifest import load_manifest
+
+    try:
+        manifest = load_manifest(store, name, digest)
+    except DamagedError:
+        counts: tuple[Any, ...] = ("damaged", None, None)
+    else:
+        counts = (manifest.num_samples("train"), manifest.num_samples("test"), manifest.num_bytes())
+    return {
+        "name": name,
+        "digest": digest,
+        **dict(zip(("train", "test", "bytes"), counts, strict=True)),
+        "sharded": sharded,
+    }
 
 
 @data.command(name="show")
@@ -88,14 +102,15 @@ def verify(version: Version, *, json: Json = False) -> None:
             live.show(f"{number}/{num_shards} shards read")
         if damage is not None and not json:
             live.end(f"{damage.reason}: {store.location.uri(damage.key)}")
-    live.end()
+    live.end("" if json else f"{num_shards}/{num_shards} shards read")
     if json:
         print_json({"name": name, "digest": digest, "num_shards": num_shards, "damages": [asdict(d) for d in damages]})
     if damages:
         distrust(store, name)
         raise DamagedError(
-            f"{len(damages)} of {num_shards} shards of {name} {digest[:12]} are damaged or missing: the next `unbroken"
-            " run` from the same source repairs them"
+            f"{len(damages)} of {num_shards} shards of {name} {digest[:12]} are damaged or missing. The next `unbroken"
+            " run` from the same source repairs what it needs; `unbroken data import` of an export repairs all. A"
+            " version that holds records withdrawn since is not made again: train on the new one"
         )
     if not json:
         print(f"{name} {digest}: all {num_shards} shards are whole")
@@ -121,7 +136,10 @@ def verify_run(
 @data.command(name="withdraw")
 def withdraw(
     version: Version,
-    ids: Annotated[list[str] | None, Parameter(help="Ids of records, as `file:line`.", negative="")] = None,
+    ids: Annotated[
+        list[str] | None,
+        Parameter(help="Ids of records: the file's name, or `FILE:LINE`, `FILE:ROW`, `ARCHIVE:NAME`.", negative=""),
+    ] = None,
     *,
     file: Annotated[Path | None, Parameter(help="A file with one id per line.")] = None,
     reason: Annotated[str, Parameter(help="Why; it is kept beside the ids.")] = "",
@@ -163,10 +181,10 @@ def _print_withdrawal(told: dict[str, Any], *, json: bool) -> None:
 @data.command(name="rm")
 def rm(version: Version) -> None:
     """Remove a version that no run was trained on. `gc` then removes the shards that no other version has."""
-    from training.data.versions import remove_version
+    from training.data.versions import find_version, remove_version
 
     store = _store()
-    name, digest, _ = _find(store, version)
+    name, digest = find_version(store, version)
     remove_version(store, name, digest)
     print(f"removed {name} {digest}")
 
@@ -190,11 +208,17 @@ def gc(
         print_json(asdict(garbage))
         return
     verb = "would delete" if dry_run else "deleted"
-    print(f"{verb} {len(garbage.keys)} objects, {garbage.num_bytes / 1e6:,.1f} MB")
+    younger = f"; what is younger than {older_than:g} hours is kept" if older_than else ""
+    print(f"{verb} {len(garbage.keys)} objects, {garbage.num_bytes:,} bytes{younger}")
 
 
 @data.command(name="export")
-def export(version: Version, *, to: Path, format: Literal["webdataset", "parquet"]) -> None:
+def export(
+    version: Version,
+    *,
+    to: Annotated[Path, Parameter(help="A new folder.")],
+    format: Literal["webdataset", "parquet"],
+) -> None:
     """Write a version as WebDataset archives or Parquet files, one per shard, into a new folder."""
     from training.data import exchange
 
@@ -207,7 +231,10 @@ def export(version: Version, *, to: Path, format: Literal["webdataset", "parquet
 
 
 @data.command(name="import")
-def import_(name: Annotated[str, Parameter(help="The dataset's name.")], folder: Path) -> None:
+def import_(
+    name: Annotated[str, Parameter(help="The dataset's name.")],
+    folder: Annotated[Path, Parameter(help="What an export wrote, with its dataset.json.")],
+) -> None:
     """Make a version of what `export` wrote: the same one, to the last bit."""
     from training.config import require_name
     from training.data import exchange

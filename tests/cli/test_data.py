@@ -15,7 +15,7 @@ from tests.unit.tiny import Tiny
 from training.data.activity import read_activity
 from training.data.manifest import Manifest, load_shard, shard_key
 from training.data.versions import versions
-from training.data.withdraw import record_of, withdrawn_key
+from training.data.withdrawn import record_of, withdrawn_key
 from training.data.writer import write_dataset
 
 

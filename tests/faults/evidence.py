@@ -14,7 +14,13 @@ ROOT = Path(__file__).parents[2]
 def write_evidence(name: str, *, rows: list[dict[str, Any]]) -> Path:
     """docs/evidence/NAME.json: one row per seed."""
     commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True)
-    dirty = subprocess.run(["git", "status", "--porcelain"], cwd=ROOT, capture_output=True, text=True, check=True)
+    dirty = subprocess.run(
+        ["git", "status", "--porcelain", "--", ".", ":!docs/evidence"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
     document = {
         "commit": commit.stdout.strip(),
         "uncommitted_changes": bool(dirty.stdout.strip()),

@@ -28,7 +28,8 @@ from training.data.lease import BusyError
 from training.data.manifest import SPLITS, load_manifest, shard_key
 from training.data.shard import decode_shard
 from training.data.versions import remove_version, verify_version, versions
-from training.data.withdraw import record_of, withdraw, withdrawn_ids
+from training.data.withdraw import withdraw
+from training.data.withdrawn import record_of, withdrawn_records
 from training.data.writer import write_dataset
 from training.errors import InfrastructureError, UserError
 from training.objectstore import Store
@@ -47,7 +48,7 @@ def folder(tmp_path: Path) -> Path:
 
 def write(store: Store, folder: Path) -> str:
     source = local_source(folder, CONFIG)
-    return write_dataset(store, source, CONFIG, Tiny(), withdrawn=withdrawn_ids(store, "tiny")).manifest.digest
+    return write_dataset(store, source, CONFIG, Tiny(), withdrawn=withdrawn_records(store, "tiny")).manifest.digest
 
 
 def shards(store: Store) -> set[str]:

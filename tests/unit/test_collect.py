@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Collection
 from dataclasses import replace
 from datetime import datetime, timedelta
 from pathlib import Path
@@ -20,7 +19,8 @@ from training.data.collect import collect
 from training.data.lease import writing
 from training.data.manifest import SPLITS, Manifest, load_manifest, manifest_key, shard_key
 from training.data.versions import compare, find_version, remove_version, verify_version, versions
-from training.data.withdraw import record_of, withdraw, withdrawn_ids, withdrawn_key
+from training.data.withdraw import withdraw
+from training.data.withdrawn import Withdrawn, record_of, withdrawn_key, withdrawn_records
 from training.data.writer import PartResult, Writer, write_dataset
 from training.errors import DamagedError, InfrastructureError, UserError
 from training.job import Job, store_job
@@ -36,9 +36,9 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def write(store: Store, folder: Path, withdrawn: Collection[str] = ()) -> Manifest:
+def write(store: Store, folder: Path, withdrawn: Withdrawn | None = None) -> Manifest:
     source = local_source(folder, CONFIG)
-    return write_dataset(store, source, CONFIG, Tiny(), withdrawn=frozenset(withdrawn)).manifest
+    return write_dataset(store, source, CONFIG, Tiny(), withdrawn=withdrawn or {}).manifest
 
 
 def shards(store: Store) -> set[str]:
@@ -139,7 +139,7 @@ def test_every_version_is_whole_after_any_sequence(store: Store, folder: Path, s
         if action == "append":
             write_csv(folder / f"raw/{chance.randrange(3)}.csv", range(chance.randrange(40, 90)))
         if action in ("append", "write") or not known:
-            write(store, folder, withdrawn_ids(store, "tiny"))
+            write(store, folder, withdrawn_records(store, "tiny"))
         elif action == "gc":
             collect(store, "tiny", older_than=NOW)
         elif action == "rm":
@@ -226,9 +226,31 @@ def test_withdrawn_records_are_gone_and_the_rest_is_shared(store: Store, folder:
     assert (done.num_samples_removed, done.num_shards_rewritten) == (2, 1)
     assert done.num_shards_shared == len(named_by(first) & named_by(second)) == len(named_by(first)) - 1
     assert done.runs_that_used_them == ("k",)
-    assert withdrawn_ids(store, "tiny") == set(ids)
-    again = write(store, folder, withdrawn_ids(store, "tiny"))
+    assert set(withdrawn_records(store, "tiny")) == set(ids)
+    again = write(store, folder, withdrawn_records(store, "tiny"))
     assert all_ids(store, again) == all_ids(store, second), "sharding the source again leaves them out too"
+
+
+def test_what_was_withdrawn_stays_out_wherever_its_line_is_by_now(store: Store, folder: Path) -> None:
+    first = write(store, folder)
+    sample_id = make_reader(store, "tiny", first, "train").read([0]).ids[0]
+    file, _, line = record_of(sample_id).rpartition(":")
+    withdraw(store, "tiny", first.digest, [record_of(sample_id)])
+    source = folder / "raw" / file
+    lines = source.read_text().splitlines(keepends=True)
+    source.write_text("9,9,9,9,9,1\n" + "".join(lines))
+    written = write_dataset(
+        store, local_source(folder, CONFIG), CONFIG, Tiny(), withdrawn=withdrawn_records(store, "tiny")
+    )
+    assert f"{file}:{int(line) + 1}#0" not in all_ids(store, written.manifest), "the withdrawn one, a line further down"
+    assert written.displaced == (record_of(sample_id),), "the line that is there now is left out too, and told"
+    lines[int(line) - 1] = "\n"
+    source.write_text("".join(lines))
+    written = write_dataset(
+        store, local_source(folder, CONFIG), CONFIG, Tiny(), withdrawn=withdrawn_records(store, "tiny")
+    )
+    assert written.displaced == (), "an empty line in its place moves nothing"
+    assert all_ids(store, written.manifest) == all_ids(store, first) - {sample_id}
 
 
 def test_a_withdrawal_names_every_version_that_holds_the_record_and_its_runs(store: Store, folder: Path) -> None:
@@ -267,7 +289,7 @@ def test_an_unknown_record_is_named_before_anything_is_written(store: Store, fol
     before = sorted(store.list_keys("datasets/tiny/shards/"))
     with pytest.raises(UserError, match=r"holds no record '9\.csv:1'"):
         withdraw(store, "tiny", first.digest, ["0.csv:1", "9.csv:1"])
-    assert withdrawn_ids(store, "tiny") == frozenset()
+    assert withdrawn_records(store, "tiny") == {}
     assert (sorted(store.list_keys("datasets/tiny/shards/")), versions(store, "tiny")) == (before, [first.digest])
 
 
@@ -277,4 +299,4 @@ def test_a_split_is_not_emptied(store: Store, folder: Path) -> None:
     everything = [sample_id.removesuffix("#0") for sample_id in reader.read(range(len(reader))).ids]
     with pytest.raises(UserError, match="no sample in its test split"):
         withdraw(store, "tiny", first.digest, everything)
-    assert withdrawn_ids(store, "tiny") == frozenset()
+    assert withdrawn_records(store, "tiny") == {}

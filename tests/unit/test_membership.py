@@ -118,7 +118,7 @@ def test_no_two_full_groups_share_a_token(num_nodes: int, moves: list[tuple[int,
 # ---- when to give up -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", ["UserError", "DeterministicError"])
+@pytest.mark.parametrize("kind", ["UserError", "DeterministicError", "DamagedError"])
 def test_an_error_that_no_restart_heals_stops_the_run_at_once(kind: str) -> None:
     latest = departure(1, kind=kind, cause="step 5: samples a, b")
     failure = failure_to_report(replace(EMPTY, departures=(latest,)), latest, max_restarts=20)

@@ -254,7 +254,10 @@ def test_a_file_without_a_folder_has_no_label(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("kind", "complaint"),
-    [("parquet", r"x: not readable as Parquet after row \d+"), ("webdataset", "x: not readable as a tar")],
+    [
+        ("parquet", r"x: not readable as data.format = 'parquet' after row \d+"),
+        ("webdataset", "x: not readable as data.format = 'web"),
+    ],
 )
 @pytest.mark.parametrize("damage", ["cut", "cut between members", "head", "empty"])
 def test_damaged_files_are_named(tmp_path: Path, kind: str, complaint: str, damage: str) -> None:

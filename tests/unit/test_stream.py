@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 from collections import deque
+from collections.abc import Iterator
 from dataclasses import asdict, replace
 from itertools import islice
 from pathlib import Path
@@ -140,8 +141,16 @@ def test_damage_is_named_within_seconds_and_never_a_short_epoch(
             shard_key("tiny", victim), {"flipped": flip(good, 99), "truncated": good[:-1], "swapped": other}[damage]
         )
     microbatches = feed_of(store, preset, manifest, data_workers).microbatches(workers=range(4), step=0)
-    with pytest.raises(DamagedError, match=victim):
+    assert victim in damage_found(microbatches)
+
+
+def damage_found(microbatches: Iterator[Microbatch]) -> str:
+    """What the error says. Its traceback would keep the reading processes until the garbage is collected some time."""
+    try:
         deque(microbatches, maxlen=0)
+    except DamagedError as error:
+        return str(error.with_traceback(None))
+    return "nothing was found"
 
 
 def test_all_ranks_together_fetch_little_more_than_the_dataset(store: Store, preset: Preset, tmp_path: Path) -> None:

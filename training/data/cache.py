@@ -19,7 +19,7 @@ from training.objectstore import MissingError, Store
 
 NUM_THREADS = 4
 MEMORY_BYTES = 1 << 30
-REPAIR = "Run `unbroken data verify` on its dataset: the next run from the same source then repairs it"
+REPAIR = "Start the pipeline again: its shard stage then repairs it from the source"
 Fetch = Callable[[ShardInfo], bytes | memoryview]
 
 

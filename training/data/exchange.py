@@ -29,7 +29,7 @@ from training.data.manifest import (
     shard_key,
 )
 from training.data.shard import Array, Column, Ragged, Shard, encode_shard
-from training.data.withdraw import require_none_withdrawn
+from training.data.withdrawn import require_none_withdrawn
 from training.documents import parse
 from training.errors import DamagedError, InfrastructureError, UserError
 from training.objectstore import Store
@@ -132,6 +132,8 @@ def _send(store: Store, dataset: str, path: Path, sha256: str, about: About, rea
 
 def _about(folder: Path) -> About:
     path = folder / ABOUT
+    if not path.is_file():
+        raise UserError(f"{folder} has no {ABOUT}: name a folder that `unbroken data export` wrote")
     try:
         about = parse(About, json.loads(path.read_text()))
         if any(Path(name).name != name for split in SPLITS for name in about.files[split]):

@@ -142,10 +142,11 @@ class Lease:
 def publish(store: Store, dataset: str, manifest: Manifest, lease: Lease) -> None:
     """Write a version's manifest, last, under the claim that its shards were found or sent under.
 
+    It is written although it is there: a damaged one is so repaired, and what was sharded last is the newest version.
     Raises `InfrastructureError` if the claim may have lapsed before the manifest is there.
     """
     lease.require_sure()
-    store.put_immutable(manifest_key(dataset, manifest.digest), manifest.to_bytes())
+    store.put_proven(manifest_key(dataset, manifest.digest), manifest.to_bytes())
     lease.require_sure()
 
 

@@ -98,6 +98,11 @@ def load_manifest(store: Store, dataset: str, digest: str) -> Manifest:
         data = store.get_proven(manifest_key(dataset, digest), sha256=digest)
     except MissingError as error:
         raise UserError(f"dataset {dataset!r} has no version {digest[:12]}: run the shard stage again") from error
+    except DamagedError as error:
+        raise DamagedError(
+            f"{error}. Shard the source of that version again, and it is written anew; or remove it with"
+            f" `unbroken data rm {dataset}@{digest[:12]}`"
+        ) from error
     return Manifest.from_bytes(data)
 
 

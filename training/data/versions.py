@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
+from datetime import datetime
 
 from training.data.activity import distrust
 from training.data.lease import writing
 from training.data.manifest import SPLITS, Manifest, ShardInfo, load_manifest, load_shard, manifest_key, shard_key
 from training.documents import sha256_hex
-from training.errors import UserError
+from training.errors import DamagedError, UserError
 from training.job import read_jobs
 from training.objectstore import MissingError, Store
 
@@ -18,14 +20,21 @@ NUM_AT_ONCE = 4
 
 
 def versions(store: Store, dataset: str) -> list[str]:
-    """Digests of a dataset's versions, oldest first."""
+    """Digests of a dataset's versions; the one that was sharded last comes last."""
+    return list(versions_by_time(store, dataset))
+
+
+def versions_by_time(store: Store, dataset: str) -> dict[str, datetime]:
+    """The same, and when each was last sharded or imported."""
     found = list(store.list_entries(f"datasets/{dataset}/manifests/"))
     newest_last = sorted(found, key=lambda entry: (entry.modified, entry.key))
-    return [entry.key.rpartition("/")[2].removesuffix(".json") for entry in newest_last]
+    return {entry.key.rpartition("/")[2].removesuffix(".json"): entry.modified for entry in newest_last}
 
 
 def find_version(store: Store, text: str) -> tuple[str, str]:
-    """(dataset, digest) that a dataset's name (its newest version), a digest's beginning, or `NAME@BEGINNING` means.
+    """(dataset, digest) that a dataset's name, a digest's beginning, or `NAME@BEGINNING` means.
+
+    A name means the version that was sharded last, of those whose manifest is whole.
 
     Raises `UserError` if that is none, or several.
     """
@@ -33,13 +42,21 @@ def find_version(store: Store, text: str) -> tuple[str, str]:
     datasets = store.list_folders("datasets/")
     if name in datasets:
         found = [(name, digest) for digest in versions(store, name) if digest.startswith(beginning)]
-        found = found if beginning else found[-1:]
+        found = found if beginning else _last_whole(store, found)
     else:
         found = [(d, digest) for d in datasets for digest in versions(store, d) if digest.startswith(text)]
     if len(found) != 1 or not text:
         some = "no dataset version is" if not found else f"{len(found)} dataset versions are"
         raise UserError(f"{some} meant by {text!r}: name it as NAME@DIGEST (see `unbroken data ls`)")
     return found[0]
+
+
+def _last_whole(store: Store, found: list[tuple[str, str]]) -> list[tuple[str, str]]:
+    for name, digest in reversed(found):
+        with suppress(DamagedError):
+            load_manifest(store, name, digest)
+            return [(name, digest)]
+    return found[-1:]
 
 
 def runs_that_used(store: Store, digests: Collection[str]) -> tuple[str, ...]:

@@ -1,11 +1,10 @@
-"""Records taken out of a dataset: a list of ids that grows, and a new version without them."""
+"""Records taken out of a dataset: a new version without them, and a note so that they do not come back."""
 
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from datetime import UTC, datetime
 
 import numpy as np
 
@@ -22,10 +21,10 @@ from training.data.manifest import (
 )
 from training.data.shard import Column, Ragged, encode_shard
 from training.data.versions import NUM_AT_ONCE, runs_that_used, versions
-from training.errors import InfrastructureError, UserError
-from training.objectstore import MissingError, Store
-
-FORMAT = 1
+from training.data.withdrawn import content_of_samples, note_withdrawn, record_of
+from training.errors import UserError
+from training.objectstore import Store
+from training.recipe import Sample
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,24 +41,6 @@ class Withdrawal:
     versions_that_train_on_them: tuple[str, ...]
     """Those of them that hold the records in their train split."""
     runs_that_used_them: tuple[str, ...]
-
-
-def withdrawn_key(dataset: str) -> str:
-    return f"datasets/{dataset}/withdrawn.json"
-
-
-def withdrawn_ids(store: Store, dataset: str) -> frozenset[str]:
-    """Ids of the records that every later version leaves out."""
-    try:
-        return frozenset(store.read_versioned(withdrawn_key(dataset)).document["ids"])
-    except MissingError:
-        return frozenset()
-
-
-def require_none_withdrawn(store: Store, dataset: str, sample_ids: Iterable[str]) -> None:
-    """Raises `UserError` naming a record that was withdrawn."""
-    for record in sorted({record_of(sample_id) for sample_id in sample_ids} & withdrawn_ids(store, dataset)):
-        raise UserError(f"record {record!r} was withdrawn from dataset {dataset!r}: it does not come back")
 
 
 def withdraw(store: Store, dataset: str, digest: str, record_ids: Collection[str], *, reason: str = "") -> Withdrawal:
@@ -80,7 +61,7 @@ def _withdraw(store: Store, dataset: str, digest: str, wanted: frozenset[str], r
     if missing:
         raise UserError(f"dataset {dataset!r} version {digest[:12]} holds no record {min(missing)!r}")
     new = replace(old, splits={split: _splits_without(store, dataset, old, split, mine) for split in SPLITS})
-    _note(store, dataset, wanted, reason)
+    note_withdrawn(store, dataset, _contents(store, dataset, mine), reason)
     publish(store, dataset, new, lease)
     trained = _holding(known, found, ["train"])
     return Withdrawal(
@@ -93,11 +74,6 @@ def _withdraw(store: Store, dataset: str, digest: str, wanted: frozenset[str], r
         versions_that_train_on_them=trained,
         runs_that_used_them=runs_that_used(store, trained),
     )
-
-
-def record_of(sample_id: str) -> str:
-    """The id of the record that a sample was made of."""
-    return sample_id.rpartition("#")[0]
 
 
 Rows = Mapping[int, str]
@@ -117,6 +93,16 @@ def _find(
     with ThreadPoolExecutor(NUM_AT_ONCE) as pool:
         found = zip(shards, pool.map(rows_of, shards), strict=True)
         return {shard: rows for shard, rows in found if rows}
+
+
+def _contents(store: Store, dataset: str, found: Mapping[ShardInfo, Rows]) -> dict[str, str]:
+    """Each record, and the digest of its samples, which may lie in several shards."""
+    samples: dict[str, list[Sample]] = {}
+    for info, rows in found.items():
+        shard = load_shard(store, dataset, info)
+        for row, record in rows.items():
+            samples.setdefault(record, []).append({name: column[row] for name, column in shard.columns.items()})
+    return {record: content_of_samples(its) for record, its in samples.items()}
 
 
 def _holding(
@@ -155,17 +141,3 @@ def _take(column: Column, rows: list[int]) -> Column:
     if isinstance(column, Ragged):
         return Ragged.stack([column[row] for row in rows])
     return np.take(column, rows, axis=0)
-
-
-def _note(store: Store, dataset: str, ids: frozenset[str], reason: str) -> None:
-    """Add the ids, each with when and why; what is there stays as it is."""
-    key = withdrawn_key(dataset)
-    about = {"time": datetime.now(UTC).isoformat(timespec="seconds"), "reason": reason}
-    noted = dict.fromkeys(ids, about)
-    for _ in range(100):
-        store.create_versioned(key, {"format": FORMAT, "ids": {}})
-        read = store.read_versioned(key)
-        merged = {**noted, **read.document["ids"]}
-        if store.replace_versioned(key, {**read.document, "ids": merged}, read=read):
-            return
-    raise InfrastructureError(f"{key} could not be updated: too many writers")

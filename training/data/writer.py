@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -23,7 +24,7 @@ from training.data.source import (
     partitions,
     read_records,
 )
-from training.data.withdraw import withdrawn_ids
+from training.data.withdrawn import Withdrawn, content_of_samples, withdrawn_records
 from training.documents import canonical_json, digest_of, parse, sha256_hex
 from training.errors import DamagedError, InfrastructureError, UserError
 from training.objectstore import MissingError, Store
@@ -36,6 +37,8 @@ class Receipt:
 
     fields: dict[str, FieldInfo]
     splits: dict[Split, tuple[ShardInfo, ...]]
+    displaced: tuple[str, ...] = ()
+    """Records left out by their id, whose content is not what was withdrawn under it: the source has changed since."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,6 +59,8 @@ class WriteResult:
     num_partitions: int
     num_partitions_reused: int
     num_shards_sent: int
+    displaced: tuple[str, ...]
+    """See `Receipt.displaced`."""
 
 
 Report = Callable[[PartResult], None]
@@ -73,7 +78,7 @@ def write_dataset(
     config: DataConfig,
     recipe: Recipe,
     *,
-    withdrawn: frozenset[str] = frozenset(),
+    withdrawn: Withdrawn = MappingProxyType({}),
     report: Report | None = None,
 ) -> WriteResult:
     """Shard a whole source in this thread. Raises `UserError` naming the file and position of an unreadable record."""
@@ -101,16 +106,17 @@ class Writer:
         config: DataConfig,
         recipe: Recipe,
         *,
-        withdrawn: frozenset[str] = frozenset(),
+        withdrawn: Withdrawn = MappingProxyType({}),
     ) -> None:
-        """`withdrawn` are ids of records to leave out. Raises `UserError` if the source holds nothing."""
+        """`withdrawn` records are left out, by id and by content. Raises `UserError` if the source holds nothing."""
         self.parts = partitions(source, config)
         self._classes = classes_of(self.parts) if config.format == "folders" else ()
         self._store = store
         self._source = source
         self._config = config
         self._recipe = recipe
-        self._withdrawn = withdrawn
+        self._withdrawn = dict(withdrawn)
+        self._withdrawn_contents = frozenset(withdrawn.values())
         encoding = {
             "format": FORMAT,
             "recipe": source_closure_digest(recipe),
@@ -150,10 +156,11 @@ class Writer:
             num_partitions=len(results),
             num_partitions_reused=sum(result.is_reused for result in results),
             num_shards_sent=sum(result.num_shards_sent for result in results),
+            displaced=tuple(record for receipt in receipts for record in receipt.displaced),
         )
 
     def _require_withdrawn_left_out(self) -> None:
-        if withdrawn_ids(self._store, self._config.name) - self._withdrawn:
+        if withdrawn_records(self._store, self._config.name).keys() - self._withdrawn.keys():
             raise InfrastructureError(
                 f"dataset {self._config.name!r}: records were withdrawn while it was sharded: run it again"
             )
@@ -176,25 +183,38 @@ class Writer:
         builders = {split: _ShardBuilder(self._config.shard_bytes, fields, self._recipe.ragged) for split in SPLITS}
         shards: dict[Split, list[ShardInfo]] = {split: [] for split in SPLITS}
         num_sent = 0
-        for split, builder in self._full_builders(part, builders):
+        displaced: list[str] = []
+        for split, builder in self._full_builders(part, builders, displaced):
             info, data = builder.take()
             num_sent += self._store.put_immutable(shard_key(self._config.name, info.sha256), data)
             shards[split].append(info)
-        return Receipt(fields=fields, splits={split: tuple(shards[split]) for split in SPLITS}), num_sent
+        splits = {split: tuple(shards[split]) for split in SPLITS}
+        return Receipt(fields=fields, splits=splits, displaced=tuple(displaced)), num_sent
 
     def _full_builders(
-        self, part: Partition, builders: Mapping[Split, _ShardBuilder]
+        self, part: Partition, builders: Mapping[Split, _ShardBuilder], displaced: list[str]
     ) -> Iterator[tuple[Split, _ShardBuilder]]:
         """Fill the builders with the partition's samples; gives each when it is full, and at the end what is left."""
         for record in read_records(self._source, part, self._config, self._classes):
-            if record.id in self._withdrawn:
-                continue
+            samples = _encode(self._recipe, record)
+            if self._withdrawn:
+                samples = iter(self._unless_withdrawn(record.id, list(samples), displaced))
             split = split_of(record, self._config.test_percent)
-            for number, sample in enumerate(_encode(self._recipe, record)):
+            for number, sample in enumerate(samples):
                 builders[split].add(f"{record.id}#{number}", sample)
                 if builders[split].is_full:
                     yield split, builders[split]
         yield from ((split, builder) for split, builder in builders.items() if builder.ids)
+
+    def _unless_withdrawn(self, record: str, samples: list[Sample], displaced: list[str]) -> list[Sample]:
+        """None of them if their record is withdrawn: by its id, or by what is in it, wherever it lies by now."""
+        content = content_of_samples(samples)
+        if content in self._withdrawn_contents:
+            return []
+        if record in self._withdrawn:
+            displaced.append(record)
+            return []
+        return samples
 
 
 def _merge(receipts: Sequence[Receipt], config: DataConfig, classes: tuple[str, ...]) -> Manifest:

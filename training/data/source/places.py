@@ -121,6 +121,8 @@ def open_source(config: DataConfig, *, folder: str, location: StoreLocation) -> 
             raise UserError(f"data.source = {text!r} names no bucket")
         where = StoreLocation(endpoint=location.endpoint, bucket=bucket, prefix=prefix, region=location.region)
         return Bucket(Store(where), config)
+    if "://" in text and not text.startswith(("stdlib://", "package://")):
+        raise UserError(f"data.source = {text!r}: a source is a path, s3://BUCKET/PREFIX, package://… or stdlib://")
     path = _local_path(text, folder)
     if not path.exists():
         raise UserError(f"data.source = {text!r}: {path} does not exist")

@@ -82,7 +82,7 @@ def _parquet_rows(file: SourceFile, stream: BinaryIO) -> Records:
                     number += 1
                     yield Record(id=f"{file.name}:{number}", data=b"", fields=row)
     except (pa.ArrowException, OSError) as error:
-        raise UserError(f"{file.name}: not readable as Parquet after row {number}: {error}") from error
+        raise UserError(f"{file.name}: not readable as data.format = 'parquet' after row {number}: {error}") from error
 
 
 READERS: dict[str, Callable[[SourceFile, BinaryIO], Records]] = {

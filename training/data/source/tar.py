@@ -41,7 +41,9 @@ def tar_samples(file: SourceFile, stream: BinaryIO) -> Iterator[Record]:
                     raise UserError(f"{file.name}: member '{name}.{extension}' comes twice in its record")
                 fields[extension] = content
     except (tarfile.TarError, EOFError, zlib.error, OSError) as error:
-        raise UserError(f"{file.name}: not readable as a tar archive after record {key!r}: {error}") from error
+        raise UserError(
+            f"{file.name}: not readable as data.format = 'webdataset' after record {key!r}: {error}"
+        ) from error
     if fields:
         yield Record(id=f"{file.name}:{key}", data=b"", fields=fields)
 
