@@ -15,13 +15,13 @@ from typing import TYPE_CHECKING
 
 import safetensors
 import safetensors.torch
-import torch
 from torch import Tensor
 
 from training.documents import canonical_json, parse, sha256_hex
 from training.errors import DamagedError, InfrastructureError
 from training.objectstore import MissingError, Store
 from training.record import CheckpointRef, Record, RunRecord, with_checkpoint, with_quarantined, with_retention
+from training.snapshot import Snapshot
 
 if TYPE_CHECKING:
     from torch.distributed import Store as Rendezvous  # type: ignore[attr-defined]  # public, but not listed
@@ -99,6 +99,7 @@ class CheckpointSaver:
         world_size: int,
         token: int,
         keep: int,
+        keep_every_steps: int | None = None,
         before_commit: Callable[[], None],
     ) -> None:
         self._run = run
@@ -107,6 +108,8 @@ class CheckpointSaver:
         self._world_size = world_size
         self._token = token
         self._keep = keep
+        self._keep_every_steps = keep_every_steps
+        self._snapshot = Snapshot()
         self._before_commit = before_commit
         self._prefix = run.prefix(run.read())
         self._thread: threading.Thread | None = None
@@ -116,7 +119,7 @@ class CheckpointSaver:
         """Copy this rank's share now, and write it in the background. Waits for the one before."""
         self.wait()
         owner = assign_parts({name: t.nbytes for name, t in tensors.items()}, self._world_size)
-        share = {name: _copied(t) for name, t in tensors.items() if owner[name] == self._rank}
+        part = self._snapshot.take({name: t for name, t in tensors.items() if owner[name] == self._rank})
         infos = {
             name: TensorInfo(
                 dtype=str(t.dtype),
@@ -126,7 +129,7 @@ class CheckpointSaver:
             for name, t in tensors.items()
         }
         self._thread = threading.Thread(
-            target=self._write, args=(step, share, infos, on_commit), name="checkpoint", daemon=True
+            target=self._write, args=(step, part, infos, on_commit), name="checkpoint", daemon=True
         )
         self._thread.start()
 
@@ -149,30 +152,28 @@ class CheckpointSaver:
     def _write(
         self,
         step: int,
-        share: Mapping[str, Tensor],
+        part: bytearray,
         infos: Mapping[str, TensorInfo],
         on_commit: Callable[[CheckpointRef], None],
     ) -> None:
         try:
-            self._hand_in(step, share)
+            self._hand_in(step, part)
             if self._rank == 0:
                 on_commit(self._commit(step, infos))
         except Exception as error:  # handed to the training thread, which decides
             self._error = error
 
-    def _hand_in(self, step: int, share: Mapping[str, Tensor]) -> None:
+    def _hand_in(self, step: int, data: bytearray) -> None:
         """Write this rank's part, and tell rank 0: also that it failed, or rank 0 would wait in vain."""
         receipt = FAILED_RECEIPT
         try:
-            part = self._write_proven(step, f"part-{self._rank}.safetensors", safetensors.torch.save(dict(share)))
+            part = self._write_proven(step, f"part-{self._rank}.safetensors", data)
             receipt = canonical_json(asdict(part)).decode()
         finally:
             self._rendezvous.set(_part_receipt(step, self._rank), receipt)
 
-    def _write_proven(self, step: int, name: str, data: bytes) -> PartInfo:
-        key = folder(self._prefix, step, self._token) + name
-        self._run.store.put(key, data)
-        self._run.store.get_proven(key, sha256=sha256_hex(data))
+    def _write_proven(self, step: int, name: str, data: bytes | bytearray) -> PartInfo:
+        self._run.store.put_proven(folder(self._prefix, step, self._token) + name, data)
         return PartInfo(name=name, sha256=sha256_hex(data), num_bytes=len(data))
 
     def _commit(self, step: int, infos: Mapping[str, TensorInfo]) -> CheckpointRef:
@@ -196,15 +197,14 @@ class CheckpointSaver:
 
     def _drop_old(self, before: Record) -> None:
         """First from the record, then from the store: what the record names is always there."""
-        after = self._run.update(lambda record: with_retention(record, token=self._token, keep=self._keep))
+        after = self._run.update(
+            lambda record: with_retention(
+                record, token=self._token, keep=self._keep, keep_every_steps=self._keep_every_steps
+            )
+        )
         for dropped in set(before.checkpoints) - set(after.checkpoints):
             for key, _ in list(self._run.store.list_keys(folder(self._prefix, dropped.step, dropped.token))):
                 self._run.store.delete(key)
-
-
-def _copied(tensor: Tensor) -> Tensor:
-    """A copy of its own, in the plain memory layout: the next step may change the tensor."""
-    return tensor.to("cpu", copy=True, memory_format=torch.contiguous_format)
 
 
 def _part_receipt(step: int, rank: int) -> str:

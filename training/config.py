@@ -44,7 +44,7 @@ class DataConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    """What is computed. Everything here decides the result but for `checkpoint_every_steps` and `keep_checkpoints`."""
+    """What is computed. Everything here decides the result but for the checkpoints' settings."""
 
     steps: int
     batch_size: int
@@ -54,8 +54,15 @@ class TrainConfig:
     shuffle_window_shards: int = 4
     """Each virtual worker shuffles inside windows of so many shards: more mix better, and take more memory."""
     clip_norm: float | None = None
+    mode: Literal["exact", "fast"] = "exact"
+    """`fast` is plain DistributedDataParallel: the same order of data, and no promise on bits."""
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """`bfloat16`: the loss is computed under torch.autocast; weights, gradients and sums stay float32."""
     checkpoint_every_steps: int = 50
     keep_checkpoints: int = 3
+    """So many of the newest are kept."""
+    keep_every_steps: int | None = None
+    """The checkpoints of every so many steps are kept for ever."""
 
     def __post_init__(self) -> None:
         _require(self.steps >= 1, "train.steps", "must be at least 1")
@@ -63,6 +70,14 @@ class TrainConfig:
         _require(self.shuffle_window_shards >= 1, "train.shuffle_window_shards", "must be at least 1")
         _require(self.checkpoint_every_steps >= 1, "train.checkpoint_every_steps", "must be at least 1")
         _require(self.keep_checkpoints >= 1, "train.keep_checkpoints", "must be at least 1")
+        _require(
+            self.keep_every_steps is None or self.keep_every_steps % self.checkpoint_every_steps == 0,
+            "train.keep_every_steps",
+            f"must be a multiple of train.checkpoint_every_steps = {self.checkpoint_every_steps}",
+        )
+        _require(
+            self.keep_every_steps is None or self.keep_every_steps >= 1, "train.keep_every_steps", "must be positive"
+        )
         _require(self.clip_norm is None or self.clip_norm > 0, "train.clip_norm", "must be positive")
         if self.batch_size < 1 or self.batch_size % self.virtual_workers:
             near = max(1, round(self.batch_size / self.virtual_workers)) * self.virtual_workers
@@ -145,7 +160,8 @@ class Preset:
     def determining(self) -> dict[str, Any]:
         """The part that decides the trained weights: what the run key is made of (beside data and code)."""
         train = asdict(self.train)
-        del train["checkpoint_every_steps"], train["keep_checkpoints"]
+        for name in ("checkpoint_every_steps", "keep_checkpoints", "keep_every_steps"):
+            del train[name]
         return {"train": train, "hyperparameters": self.hyperparameters, "seed": self.seed}
 
     def to_json(self) -> dict[str, Any]:

@@ -13,17 +13,18 @@ from typing import Protocol
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 
 from training.checkpoint import CheckpointSaver, newest_proven
 from training.config import Preset
 from training.data import ledger
 from training.data.stream import Microbatch
-from training.errors import DeterministicError, InfrastructureError, UnbrokenError, UserError
+from training.errors import DamagedError, DeterministicError, InfrastructureError, UnbrokenError
 from training.events import EventWriter
+from training.exact import ExactReducer
+from training.fast import FastReducer
 from training.recipe import Recipe
 from training.record import CheckpointRef, Result, RunRecord, with_result, with_resume_step
-from training.reduce import OrderedReducer
 from training.state import TrainState
 
 
@@ -35,6 +36,18 @@ class Rank:
     world_size: int
     token: int
     device: torch.device
+
+
+class Reducer(Protocol):
+    """Mean gradients over all virtual workers: training.exact or training.fast."""
+
+    owned: range
+
+    def forward(self, worker: int, batch: Mapping[str, Tensor]) -> Tensor: ...
+
+    def backward(self, worker: int, loss: Tensor, extras: Tensor) -> None: ...
+
+    def finish(self) -> Tensor: ...
 
 
 class Feed(Protocol):
@@ -78,10 +91,20 @@ class Trainer:
         self.maybe_events = events
         self.rank = rank
         self.state = TrainState(recipe, seed=preset.seed, device=rank.device)
-        self.reducer = OrderedReducer(
-            virtual_workers=preset.train.virtual_workers, rank=rank.rank, world_size=rank.world_size
-        )
-        self.layout = _VectorLayout(self.state.model)
+        self.extras = _Extras(self.state.model)
+        self.reducer = self.make_reducer()
+
+    def make_reducer(self) -> Reducer:
+        train = self.preset.train
+        objective = _Objective(self.recipe, self.state.model, precision=train.precision)
+        group = {
+            "virtual_workers": train.virtual_workers,
+            "rank": self.rank.rank,
+            "world_size": self.rank.world_size,
+        }
+        if train.mode == "fast":
+            return FastReducer(objective, **group)
+        return ExactReducer(objective, num_extras=self.extras.num_elements, **group)
 
     def train(self) -> None:
         """Resume, step to the end, checkpoint on the way, and commit the result."""
@@ -108,38 +131,34 @@ class Trainer:
         self.emit("attempt", world_size=self.rank.world_size, resumed_from=step)
 
     def train_step(self) -> StepOutcome:
-        """One synchronous step: every owned virtual worker's gradient, the ordered sum, one optimizer step."""
+        """One synchronous step: each owned virtual worker's gradient, the mean over all ranks, one optimizer step."""
         step = self.state.step
-        before = self.layout.copy_buffers()
+        before = self.extras.copy_buffers()
         for worker in self.reducer.owned:
-            self.layout.restore_buffers(before)
-            self.reducer.add(worker, self.virtual_worker_step(worker))
-        total = self.reducer.ordered_sum()
-        samples = self.layout.ledger_line(total)
-        mean = total / self.preset.train.virtual_workers
-        loss = self.layout.scatter(mean)
-        grad_norm = self.clip(mean[: self.layout.num_gradients])
+            self.extras.restore_buffers(before)
+            self.virtual_worker_step(worker)
+        total = self.reducer.finish()
+        loss = self.extras.hand_out(total / self.preset.train.virtual_workers)
+        grad_norm = self.clip()
         if not (math.isfinite(loss) and math.isfinite(grad_norm)):
             raise DeterministicError(f"step {step + 1}: the loss is {loss}, the gradient norm {grad_norm}")
         self.state.set_learning_rate_scale(self.recipe.learning_rate_scale(step, self.preset.train.steps))
         self.state.optimizer.step()
         self.state.step = step + 1
-        return StepOutcome(loss=loss, grad_norm=grad_norm, samples=samples)
+        return StepOutcome(loss=loss, grad_norm=grad_norm, samples=self.extras.ledger_line(total))
 
-    def virtual_worker_step(self, worker: int) -> Tensor:
-        """Forward and backward of one virtual worker's microbatch: its vector of gradients, buffers, loss, ledger."""
+    def virtual_worker_step(self, worker: int) -> None:
+        """Forward and backward of one virtual worker's microbatch."""
         torch.manual_seed(stream_seed(self.preset.seed, self.state.step, worker))
         ids, batch = self.microbatch(worker)
-        self.state.optimizer.zero_grad(set_to_none=True)
         with _recipe_errors(self.state.step + 1, worker, ids):
-            loss = self.recipe.loss(self.state.model, batch)
-            loss.backward()  # type: ignore[no-untyped-call]  # torch has no annotation here
-        if not torch.isfinite(loss):
-            raise DeterministicError(
-                f"step {self.state.step + 1}, virtual worker {worker}: the loss is {loss.item()};"
-                f" samples {', '.join(ids[:8])}{', …' if len(ids) > 8 else ''}"
-            )
-        return self.layout.gather(loss.detach(), ledger.entries(worker, ids))
+            loss = self.reducer.forward(worker, batch)
+            if not torch.isfinite(loss):
+                raise DeterministicError(
+                    f"step {self.state.step + 1}, virtual worker {worker}: the loss is {loss.item()};"
+                    f" samples {', '.join(ids[:8])}{', …' if len(ids) > 8 else ''}"
+                )
+            self.reducer.backward(worker, loss, self.extras.gather(loss.detach(), ledger.entries(worker, ids)))
 
     def microbatch(self, worker: int) -> tuple[Sequence[str], Mapping[str, Tensor]]:
         """Ids and tensors of the next microbatch, which is `worker`'s own of this step."""
@@ -149,14 +168,13 @@ class Trainer:
         assert (batch.step, batch.worker) == (self.state.step, worker)
         return batch.ids, {name: torch.from_numpy(array).to(self.rank.device) for name, array in batch.fields.items()}
 
-    def clip(self, gradients: Tensor) -> float:
-        """Scale the gradients in place of their parameters; returns the norm before."""
-        norm = float(torch.linalg.vector_norm(gradients))
+    def clip(self) -> float:
+        """Scale the gradients; returns the norm before. It is taken parameter by parameter, whoever has which."""
+        gradients = [p.grad for p in self.state.model.parameters() if p.grad is not None]
+        norm = float(torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients))))
         limit = self.preset.train.clip_norm
         if limit is not None and norm > limit:
-            for parameter in self.state.model.parameters():
-                if parameter.grad is not None:
-                    parameter.grad.mul_(limit / norm)
+            torch._foreach_mul_(gradients, limit / norm)
         return norm
 
     def report_step(self, outcome: StepOutcome, *, seconds: float) -> None:
@@ -176,7 +194,7 @@ class Trainer:
         """Wait for the one before. A store that is away makes a checkpoint missing, never the training stop."""
         try:
             self.saver.wait()
-        except InfrastructureError as error:
+        except (InfrastructureError, DamagedError) as error:
             self.emit("checkpoint_failed", reason=str(error))
 
     def finish(self) -> None:
@@ -229,17 +247,28 @@ def _recipe_errors(step: int, worker: int, ids: Sequence[str]) -> Iterator[None]
         ) from error
 
 
-class _VectorLayout:
-    """One flat float32 vector per virtual worker: gradients, float buffers, loss and ledger entries, end to end."""
+class _Objective(nn.Module):
+    """The recipe's loss as a module of its own, so that the recipe sees its own model whoever wraps this one."""
 
-    def __init__(self, model: torch.nn.Module) -> None:
-        self._parameters = [p for p in model.parameters() if p.requires_grad]
+    def __init__(self, recipe: Recipe, model: nn.Module, *, precision: str) -> None:
+        super().__init__()
+        self.recipe = recipe
+        self.model = model
+        self.precision = precision
+
+    def forward(self, batch: Mapping[str, Tensor]) -> Tensor:
+        device = next(self.model.parameters()).device.type
+        with torch.autocast(device, dtype=torch.bfloat16, enabled=self.precision == "bfloat16"):
+            return self.recipe.loss(self.model, batch).float()
+
+
+class _Extras:
+    """What is summed over virtual workers beside gradients: float buffers, the loss, and entries of the ledger."""
+
+    def __init__(self, model: nn.Module) -> None:
         self._buffers = [b for b in model.buffers() if b.is_floating_point()]
         self._counters = [b for b in model.buffers() if not b.is_floating_point()]
-        wrong = [p.dtype for p in self._parameters if p.dtype != torch.float32]
-        if wrong:
-            raise UserError(f"the recipe's model has parameters of {wrong[0]}; exact mode needs float32")
-        self.num_gradients = sum(p.numel() for p in self._parameters)
+        self.num_elements = sum(b.numel() for b in self._buffers) + 1 + ledger.NUM_ENTRIES
 
     def copy_buffers(self) -> list[Tensor]:
         return [b.clone() for b in (*self._buffers, *self._counters)]
@@ -250,23 +279,18 @@ class _VectorLayout:
             buffer.copy_(copy)
 
     def gather(self, loss: Tensor, entries: NDArray[np.float32]) -> Tensor:
-        """A parameter that the loss does not reach counts as zeros."""
-        pieces = [p.grad.flatten() if p.grad is not None else p.new_zeros(p.numel()) for p in self._parameters]
-        pieces += [b.flatten().to(torch.float32) for b in self._buffers]
-        return torch.cat([*pieces, loss.reshape(1), torch.from_numpy(entries).to(loss.device)])
+        """One virtual worker's, shape [num_elements]."""
+        buffers = [b.flatten().to(torch.float32) for b in self._buffers]
+        return torch.cat([*buffers, loss.reshape(1), torch.from_numpy(entries).to(loss.device)])
 
-    def ledger_line(self, total: Tensor) -> str:
-        """From the sum over all virtual workers."""
-        return ledger.seal(total[-ledger.NUM_ENTRIES :].cpu().numpy())
-
-    def scatter(self, mean: Tensor) -> float:
-        """Put the mean gradients and buffers where they belong; returns the mean loss."""
+    def hand_out(self, mean: Tensor) -> float:
+        """Put the mean buffers where they belong; returns the mean loss."""
         offset = 0
-        for parameter in self._parameters:
-            size = parameter.numel()
-            parameter.grad = mean[offset : offset + size].view_as(parameter).clone()
-            offset += size
         for buffer in self._buffers:
             buffer.copy_(mean[offset : offset + buffer.numel()].view_as(buffer))
             offset += buffer.numel()
         return float(mean[offset])
+
+    def ledger_line(self, total: Tensor) -> str:
+        """From the sum over all virtual workers."""
+        return ledger.seal(total[-ledger.NUM_ENTRIES :].cpu().numpy())

@@ -161,10 +161,17 @@ class Store:
             raise DamagedError(f"{self.location.uri(key)} is damaged: its sha256 is not {sha256}")
         return data
 
-    def put(self, key: str, data: bytes) -> None:
+    def put(self, key: str, data: bytes | bytearray) -> None:
         """One PUT, overwriting."""
         with self._typed_errors(key):
-            self._client.put_object(Bucket=self.location.bucket, Key=self._key(key), Body=data)
+            body: Any = data
+            self._client.put_object(Bucket=self.location.bucket, Key=self._key(key), Body=body)
+
+    def put_proven(self, key: str, data: bytes | bytearray) -> None:
+        """One PUT, and what it left read back. Raises `DamagedError` if that differs."""
+        self.put(key, data)
+        if self.fetch(key) != data:
+            raise DamagedError(f"{self.location.uri(key)} was read back with other bytes than were written")
 
     def put_immutable(self, key: str, data: bytes) -> bool:
         """Create an object whose name decides its bytes; False if it is there already.

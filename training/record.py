@@ -208,10 +208,13 @@ def with_quarantined(record: Record, checkpoint: CheckpointRef, reason: str, *, 
     )
 
 
-def with_retention(record: Record, *, token: int, keep: int) -> Record:
-    """Keep the newest `keep` checkpoints (at least one: the last proven one is never dropped)."""
+def with_retention(record: Record, *, token: int, keep: int, keep_every_steps: int | None = None) -> Record:
+    """Keep the newest `keep` checkpoints (at least one: the last proven one is never dropped), and those of every
+    `keep_every_steps`-th step."""
     record.require_token(token)
-    return replace(record, checkpoints=record.checkpoints[-max(1, keep) :])
+    newest = record.checkpoints[-max(1, keep) :]
+    kept = tuple(c for c in record.checkpoints if c in newest or (keep_every_steps and c.step % keep_every_steps == 0))
+    return replace(record, checkpoints=kept)
 
 
 def with_resume_step(record: Record, step: int, *, token: int) -> Record:

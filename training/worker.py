@@ -114,6 +114,7 @@ def _train(order: WorkerOrder, step: list[int]) -> None:
         world_size=order.world_size,
         token=order.token,
         keep=job.preset.train.keep_checkpoints,
+        keep_every_steps=job.preset.train.keep_every_steps,
         before_commit=events.flush if events else lambda: None,
     )
     trainer = Trainer(

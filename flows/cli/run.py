@@ -40,28 +40,61 @@ def run(preset: str, *, set_: Set = None, fresh: Fresh = False, json: Json = Fal
         print_json(result)
 
 
-def train(preset: str, *, set_: Set = None, fresh: Fresh = False, json: Json = False) -> None:
-    """Shard and train PRESET alone, without Prefect.
+def train(
+    preset: str,
+    *,
+    ranks: Annotated[int | None, Parameter(help="Train with so many processes of this machine.")] = None,
+    steps: Annotated[int | None, Parameter(help="The same as --set train.steps=STEPS.")] = None,
+    set_: Set = None,
+    resume: Annotated[bool, Parameter(negative="", help="Only go on with a run that was begun.")] = False,
+    fresh: Fresh = False,
+    json: Json = False,
+) -> None:
+    """Shard and train PRESET alone, without Prefect. A run that was begun goes on, on any number of ranks.
 
     Ctrl-C cancels the training. If this command is killed, the training goes on.
     """
     import logging
     import uuid
 
-    config = load_preset(preset, overrides_of(set_))
+    if resume and fresh:
+        raise UserError("--resume goes on and --fresh begins anew: give one of them")
+    config = load_preset(preset, {**_shortcuts(ranks, steps), **overrides_of(set_)})
     check_input(config)
     from tasks.shard import shard as shard_stage
+    from tasks.train import key_of
     from tasks.train import train as train_stage
 
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     logging.getLogger("tasks").setLevel(logging.WARNING if json else logging.INFO)
     dataset = shard_stage.fn(config)
+    if resume:
+        _require_begun(key_of(config, dataset))
     model = train_stage.fn(config, dataset, fresh=uuid.uuid4().hex if fresh else None)
+    shown = {**asdict(model), "num_samples": model.step * config.train.batch_size}
     if json:
-        print_json(asdict(model))
-    else:
-        for name, value in asdict(model).items():
-            print(f"{name:15} {value}")
+        print_json(shown)
+        return
+    for name, value in shown.items():
+        print(f"{name:15} {value}")
+
+
+def _shortcuts(ranks: int | None, steps: int | None) -> dict[str, Any]:
+    """Raises `UserError` for a number that makes no sense."""
+    for name, number in (("--ranks", ranks), ("--steps", steps)):
+        if number is not None and number < 1:
+            raise UserError(f"{name} {number}: must be at least 1")
+    found = {"launch.nodes": 1, "launch.processes_per_node": ranks} if ranks is not None else {}
+    return {**found, **({"train.steps": steps} if steps is not None else {})}
+
+
+def _require_begun(key: str) -> None:
+    from tasks.stack import open_stack
+    from training.record import RunRecord
+
+    record = RunRecord(open_stack()[1], key).find()
+    if record is None or not record.attempt_starts:
+        raise UserError(f"--resume: run {key[:12]} was never begun; leave the option out to begin it")
 
 
 def check_input(preset: Preset) -> None:

@@ -1,56 +1,62 @@
-"""One, two or three real ranks: the same bits with the ordered reduction, other bits with plain averaging."""
+"""One to five real ranks: the same bits in exact mode, other bits with DistributedDataParallel."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import pytest
 
 from tests.distributed.ranks import RankPool
-from tests.distributed.work import PlainReducer, sum_digests, train_digests
-from training.reduce import OrderedReducer
+from tests.distributed.work import sum_digests, train_digests
 
-WORLD_SIZES = (1, 2, 3)
-SIZES = [(3, 1), (4, 7), (5, 1000), (7, 2), (8, 1001), (12, 64), (33, 5)]
+MAX_RANKS = 5
+SIZES = [(5, 1000), (7, 2), (8, 1001), (12, 64), (33, 5)]
 NUM_STEPS = 4
 
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RankPool]:
-    with RankPool(max(WORLD_SIZES), tmp_path_factory.mktemp("ranks")) as pool:
+    with RankPool(MAX_RANKS, tmp_path_factory.mktemp("ranks")) as pool:
         yield pool
 
 
-def on_each_world(ranks: RankPool, function: Any, *arguments: Any) -> list[Any]:
+def on_each_world(ranks: RankPool, world_sizes: Sequence[int], function: Any, *arguments: Any) -> list[Any]:
     """One answer for each world size; all ranks of one world must give the same."""
     answers = []
-    for world_size in WORLD_SIZES:
+    for world_size in world_sizes:
         found = ranks.run(function, world_size, *arguments)
         assert all(answer == found[0] for answer in found)
         answers.append(found[0])
     return answers
 
 
-def test_an_ordered_sum_has_the_same_bits_on_any_number_of_ranks(ranks: RankPool) -> None:
-    one, two, three = on_each_world(ranks, sum_digests, OrderedReducer, SIZES)
-    assert one == two == three
-    assert len(set(one)) == len(SIZES)
+@pytest.mark.parametrize("bucket_bytes", [16, 1 << 20], ids=["many buckets", "one bucket"])
+def test_sums_have_the_same_bits_on_any_number_of_ranks(ranks: RankPool, bucket_bytes: int) -> None:
+    first, *others = on_each_world(ranks, (1, 2, 3, 5), sum_digests, SIZES, bucket_bytes)
+    assert all(answer == first for answer in others)
+    assert len(set(first)) == len(SIZES)
 
 
-def test_a_plain_sum_does_not(ranks: RankPool) -> None:
-    """So the test above can fail."""
-    one, two, three = on_each_world(ranks, sum_digests, PlainReducer, SIZES)
-    assert one != two
-    assert one != three
+WORKLOADS = [
+    ("tiny", {}, (1, 2, 3, 5)),
+    ("digits", {"virtual_workers": 8, "batch_size": 32, "clip_norm": 0.5}, (1, 2, 3, 4)),
+    ("digits", {"virtual_workers": 12, "batch_size": 36, "clip_norm": 0.5}, (1, 2, 3, 5)),
+    ("stdlib", {"virtual_workers": 8, "batch_size": 16, "precision": "bfloat16"}, (1, 3)),
+]
 
 
-@pytest.mark.parametrize("recipe", ["tiny", "digits"])
-def test_training_gives_the_same_bits_on_any_number_of_ranks(ranks: RankPool, recipe: str) -> None:
-    one, two, three = on_each_world(ranks, train_digests, recipe, NUM_STEPS, OrderedReducer)
-    assert one == two == three
+@pytest.mark.parametrize(("recipe", "train", "world_sizes"), WORKLOADS, ids=["tiny", "digits-8", "digits-12", "bf16"])
+def test_training_gives_the_same_bits_on_any_number_of_ranks(
+    ranks: RankPool, recipe: str, train: dict[str, Any], world_sizes: Sequence[int]
+) -> None:
+    first, *others = on_each_world(ranks, world_sizes, train_digests, recipe, NUM_STEPS, train)
+    assert all(answer == first for answer in others)
 
 
-def test_training_with_plain_averaging_gives_other_bits_on_each(ranks: RankPool) -> None:
-    answers = on_each_world(ranks, train_digests, "digits", NUM_STEPS, PlainReducer)
-    assert len({answer["weights"] for answer in answers}) == len(WORLD_SIZES)
+def test_plain_data_parallel_training_gives_other_bits_on_each(ranks: RankPool) -> None:
+    """So the tests above can fail. The order of the data is the same even so."""
+    train = {"mode": "fast", "virtual_workers": 8, "batch_size": 32}
+    answers = on_each_world(ranks, (1, 2, 3), train_digests, "digits", NUM_STEPS, train)
+    assert len({answer["weights"] for answer in answers}) == 3
+    assert all(answer["ledger"] == answers[0]["ledger"] for answer in answers)

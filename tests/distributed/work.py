@@ -2,36 +2,33 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from tests.unit.tiny import MemoryReader, Tiny, make_trainer, tiny_preset, tiny_reader
 from training.config import LaunchConfig, Preset, load_preset
+from training.exact import ExactReducer
 from training.loop import Trainer
 from training.recipe import Recipe
 from training.recipes.digits import Digits
-from training.reduce import OrderedReducer, owned_range
+from training.recipes.stdlib import ByteTransformer
 from training.state import tensors_sha256
 
 
-class PlainReducer(OrderedReducer):
-    """What DDP does: each rank adds its own gradients from left to right, and the backend adds those of the ranks."""
+class Gives(nn.Module):
+    """A model whose gradient is its input."""
 
-    def add(self, leaf: int, vector: Tensor) -> None:
-        if leaf == self.owned.start:
-            self._total = vector
-        else:
-            self._total += vector
+    def __init__(self, num_elements: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(num_elements))
 
-    def ordered_sum(self) -> Tensor:
-        total = self._total.clone()
-        dist.all_reduce(total)
-        return total
+    def forward(self, batch: Mapping[str, Tensor]) -> Tensor:
+        return (self.weight * batch["gradient"]).sum()
 
 
 def wild_leaf(seed: int, leaf: int, num_elements: int) -> Tensor:
@@ -41,15 +38,42 @@ def wild_leaf(seed: int, leaf: int, num_elements: int) -> Tensor:
     return torch.randn(num_elements, generator=generator) * torch.pow(2.0, exponents)
 
 
-def sum_digests(rank: int, world_size: int, kind: type[OrderedReducer], sizes: list[tuple[int, int]]) -> list[str]:
-    """A digest of the sum for each (virtual workers, elements)."""
+def sum_digests(rank: int, world_size: int, sizes: list[tuple[int, int]], bucket_bytes: int) -> list[str]:
+    """A digest of the mean gradient and the sum of extras for each (virtual workers, elements)."""
     digests = []
     for seed, (virtual_workers, num_elements) in enumerate(sizes):
-        reducer = kind(virtual_workers=virtual_workers, rank=rank, world_size=world_size)
-        for leaf in owned_range(rank, world_size, virtual_workers):
-            reducer.add(leaf, wild_leaf(seed, leaf, num_elements))
-        digests.append(tensors_sha256({"sum": reducer.ordered_sum()}))
+        model = nn.ModuleList([Gives(num_elements), Gives(3)])
+        reducer = ExactReducer(
+            _Both(model),
+            num_extras=2,
+            virtual_workers=virtual_workers,
+            rank=rank,
+            world_size=world_size,
+            bucket_bytes=bucket_bytes,
+        )
+        for worker in reducer.owned:
+            leaf = wild_leaf(seed, worker, num_elements + 5)
+            loss = reducer.forward(worker, {"gradient": leaf[:-5], "other": leaf[-5:-2]})
+            reducer.backward(worker, loss, leaf[-2:].clone())
+        extras = reducer.finish()
+        gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+        assert len(gradients) == 2
+        digests.append(tensors_sha256({"extras": extras, **gradients}))
     return digests
+
+
+class _Both(nn.Module):
+    """The second is not reached where its input is positive: so that gradients are missing in some virtual workers."""
+
+    def __init__(self, models: nn.ModuleList) -> None:
+        super().__init__()
+        self.models = models
+
+    def forward(self, batch: Mapping[str, Tensor]) -> Tensor:
+        loss: Tensor = self.models[0](batch)
+        if batch["other"][0] > 0:
+            return loss
+        return loss + self.models[1]({"gradient": batch["other"]})
 
 
 def digits_reader() -> MemoryReader:
@@ -59,24 +83,31 @@ def digits_reader() -> MemoryReader:
     return MemoryReader({"pixels": pixels, "label": np.arange(200, dtype=np.int64) * 7 % 10})
 
 
-def trainer_of(recipe_name: str, rank: int, world_size: int) -> Trainer:
+def text_reader() -> MemoryReader:
+    """Texts made by arithmetic."""
+    numbers = np.arange(100 * 129, dtype=np.int64)
+    return MemoryReader({"bytes": (numbers * numbers * 7919 % 10007 % 251).astype(np.uint8).reshape(100, 129)})
+
+
+def trainer_of(recipe_name: str, rank: int, world_size: int, train: Mapping[str, Any]) -> Trainer:
+    """A trainer of one of the workloads, its `[train]` section changed."""
     preset: Preset
     recipe: Recipe
     if recipe_name == "digits":
         preset, recipe, reader = load_preset("digits"), Digits(), digits_reader()
-        preset = replace(preset, launch=LaunchConfig(nodes=1))
+    elif recipe_name == "stdlib":
+        preset, recipe, reader = load_preset("stdlib"), ByteTransformer(width=32, num_layers=1), text_reader()
     else:
         preset, recipe, reader = tiny_preset(), Tiny(), tiny_reader()
+    preset = replace(preset, launch=LaunchConfig(nodes=1), train=replace(preset.train, **train))
     return make_trainer(preset=preset, recipe=recipe, reader=reader, rank=rank, world_size=world_size)
 
 
 def train_digests(
-    rank: int, world_size: int, recipe_name: str, num_steps: int, kind: type[OrderedReducer]
+    rank: int, world_size: int, recipe_name: str, num_steps: int, train: Mapping[str, Any]
 ) -> dict[str, Any]:
     """Digests and losses after a few steps."""
-    trainer = trainer_of(recipe_name, rank, world_size)
-    virtual_workers = trainer.preset.train.virtual_workers
-    trainer.reducer = kind(virtual_workers=virtual_workers, rank=rank, world_size=world_size)
+    trainer = trainer_of(recipe_name, rank, world_size, train)
     outcomes = [trainer.train_step() for _ in range(num_steps)]
     return {
         "weights": trainer.state.weights_sha256(),

@@ -41,7 +41,7 @@ class FaultyStore(Store):
         self._apply_first = apply_first
         self.num_faults = 0
 
-    def put(self, key: str, data: bytes) -> None:
+    def put(self, key: str, data: bytes | bytearray) -> None:
         fails = self._fault(key)
         if not fails or self._apply_first:
             super().put(key, data)

@@ -51,6 +51,7 @@ class Group:
     world_size: int = 1
     token: int = 1
     keep: int = 9
+    keep_every_steps: int | None = None
     before_commit: Callable[[], None] = lambda: None
     rendezvous: DictRendezvous = field(default_factory=DictRendezvous)
 
@@ -63,6 +64,7 @@ class Group:
                 world_size=self.world_size,
                 token=self.token,
                 keep=self.keep,
+                keep_every_steps=self.keep_every_steps,
                 before_commit=self.before_commit,
             )
             for rank in range(self.world_size)
@@ -217,7 +219,7 @@ def test_a_part_that_cannot_be_written_commits_nothing(run: RunRecord, store: St
 
 def test_a_part_that_reads_back_wrong_commits_nothing(run: RunRecord, store: Store) -> None:
     class Corrupting(Store):
-        def put(self, key: str, data: bytes) -> None:
+        def put(self, key: str, data: bytes | bytearray) -> None:
             super().put(key, data[:-1] + bytes([data[-1] ^ 1]) if "part-0" in key else data)
 
     with pytest.raises(DamagedError, match="part-0"):
@@ -245,6 +247,14 @@ def test_old_checkpoints_leave_the_record_and_the_store(run: RunRecord) -> None:
         group.save(step)
     assert [c.step for c in run.read().checkpoints] == [6, 8]
     assert {key.split("/")[-2] for key in objects(run)} == {"00000006-000001", "00000008-000001"}
+
+
+def test_those_of_every_so_many_steps_stay_for_ever(run: RunRecord) -> None:
+    group = Group(run=run, keep=1, keep_every_steps=4)
+    for step in (2, 4, 6, 8, 10):
+        group.save(step)
+    assert [c.step for c in run.read().checkpoints] == [4, 8, 10]
+    assert {key.split("/")[-2] for key in objects(run)} == {f"{step:08d}-000001" for step in (4, 8, 10)}
 
 
 def test_a_step_committed_again_leaves_nothing_behind(run: RunRecord) -> None:

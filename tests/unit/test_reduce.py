@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from training.reduce import OrderedReducer, Subtree, TreeSum, owned_range, subtrees
+from training.reduce import Subtree, TreeSum, fold, owned_range, places, subtrees
 
 groups = st.integers(1, 33).flatmap(lambda v: st.tuples(st.just(v), st.integers(1, v)))
 
@@ -23,24 +23,31 @@ def wild_leaves(virtual_workers: int, seed: int, num_elements: int = 7) -> list[
     return list(torch.randn(shape, generator=generator) * torch.pow(2.0, exponents))
 
 
+def rank_sums(leaves: list[Tensor], owned: range) -> list[Tensor]:
+    """The sums of a rank's subtrees, added up as a rank does: siblings first, then along the tree."""
+    sums: list[Tensor] = []
+    tree = TreeSum()
+    for leaf, place in places(owned).items():
+        assert place.subtree == len(sums)
+        value = leaves[leaf].clone()
+        if place.joins_sibling:
+            value = left.add_(value)  # noqa: F821  # as autograd accumulates
+        elif not place.ends_subtree:
+            left = value  # noqa: F841
+            continue
+        tree.push(int(place.joins_sibling), [value])
+        if place.ends_subtree:
+            sums += tree.total()
+    return sums
+
+
 def sum_on_ranks(leaves: list[Tensor], world_size: int) -> Tensor:
     """What W ranks do, in one process: each adds its own leaves, slices change hands, each folds its slice."""
-    num_elements = leaves[0].numel()
-    slice_size = -(-num_elements // world_size)
-    padding = slice_size * world_size - num_elements
-    reducers = [
-        OrderedReducer(virtual_workers=len(leaves), rank=rank, world_size=world_size) for rank in range(world_size)
-    ]
-    rows: list[Tensor] = []
-    for reducer in reducers:
-        for leaf in reducer.owned:
-            reducer.add(leaf, leaves[leaf].clone())
-        rows += [torch.nn.functional.pad(partial, (0, padding)) for partial in reducer._sums]
-    slices = [
-        reducer._fold([row[rank * slice_size : (rank + 1) * slice_size].clone() for row in rows])
-        for rank, reducer in enumerate(reducers)
-    ]
-    return torch.cat(slices)[:num_elements]
+    ranges = [owned_range(rank, world_size, len(leaves)) for rank in range(world_size)]
+    plan = [subtree for owned in ranges for subtree in subtrees(owned)]
+    rows = [row for owned in ranges for row in rank_sums(leaves, owned)]
+    slices = zip(*(row.tensor_split(world_size) for row in rows), strict=True)
+    return torch.cat([fold(plan, [piece.clone() for piece in pieces]) for pieces in slices])
 
 
 def bits(tensor: Tensor) -> list[int]:
@@ -79,11 +86,11 @@ def test_tree_sum_adds_along_the_tree_and_not_from_left_to_right() -> None:
     leaves = [torch.tensor([value]) for value in (big, 1.0, 1.0, 1.0)]
     tree = TreeSum()
     for leaf in leaves:
-        tree.push(0, leaf.clone())
+        tree.push(0, [leaf.clone()])
     plain = torch.zeros(1)
     for leaf in leaves:
         plain = plain + leaf
-    assert tree.total().item() == big + 2
+    assert tree.total()[0].item() == big + 2
     assert plain.item() == big
 
 
@@ -91,8 +98,8 @@ def test_the_right_edge_is_folded_from_the_right() -> None:
     big = 2.0**24
     tree = TreeSum()
     for level, value in ((2, big), (1, 1.0), (0, 1.0)):
-        tree.push(level, torch.tensor([value]))
-    assert tree.total().item() == big + 2
+        tree.push(level, [torch.tensor([value])])
+    assert tree.total()[0].item() == big + 2
 
 
 @given(groups, st.integers(0, 2**32))
@@ -100,10 +107,10 @@ def test_the_right_edge_is_folded_from_the_right() -> None:
 def test_the_sum_has_the_same_bits_on_any_number_of_ranks(group: tuple[int, int], seed: int) -> None:
     virtual_workers, world_size = group
     leaves = wild_leaves(virtual_workers, seed)
-    single = OrderedReducer(virtual_workers=virtual_workers, rank=0, world_size=1)
-    for leaf in single.owned:
-        single.add(leaf, leaves[leaf].clone())
-    assert bits(sum_on_ranks(leaves, world_size)) == bits(single.ordered_sum())
+    tree = TreeSum()
+    for leaf in leaves:
+        tree.push(0, [leaf.clone()])
+    assert bits(sum_on_ranks(leaves, world_size)) == bits(tree.total()[0])
 
 
 def test_plain_sums_on_ranks_give_other_bits() -> None:
@@ -120,11 +127,14 @@ def test_plain_sums_on_ranks_give_other_bits() -> None:
     assert len({tuple(plain(world_size)) for world_size in (1, 2, 3, 4)}) > 1
 
 
-def test_a_reducer_starts_anew_after_each_sum() -> None:
-    reducer = OrderedReducer(virtual_workers=5, rank=0, world_size=1)
-    sums = []
-    for _ in range(2):
-        for leaf in reducer.owned:
-            reducer.add(leaf, torch.full((3,), float(leaf)))
-        sums.append(reducer.ordered_sum().tolist())
-    assert sums == [[10.0, 10.0, 10.0]] * 2
+@given(groups)
+@settings(derandomize=True, max_examples=200)
+def test_each_leaf_has_one_place(group: tuple[int, int]) -> None:
+    virtual_workers, world_size = group
+    for rank in range(world_size):
+        owned = owned_range(rank, world_size, virtual_workers)
+        found = places(owned)
+        assert list(found) == list(owned)
+        assert [place.ends_rank for place in found.values()] == [False] * (len(owned) - 1) + [True]
+        assert sum(place.ends_subtree for place in found.values()) == len(subtrees(owned))
+        assert all(leaf % 2 == 1 and leaf - 1 in found for leaf, place in found.items() if place.joins_sibling)

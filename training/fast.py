@@ -1,0 +1,46 @@
+"""Fast mode: plain DistributedDataParallel with the same order of data. No promise on bits."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from training.reduce import owned_range
+
+
+class FastReducer:
+    """Mean gradients over all virtual workers, summed as the backend likes. Used like `training.exact.ExactReducer`."""
+
+    def __init__(self, objective: nn.Module, *, virtual_workers: int, rank: int, world_size: int) -> None:
+        self.owned = owned_range(rank, world_size, virtual_workers)
+        self._parameters = [p for p in objective.parameters() if p.requires_grad]
+        self._objective = DistributedDataParallel(objective) if world_size > 1 else objective
+        self._scale = world_size / virtual_workers  # DDP takes the mean over ranks
+        self._world_size = world_size
+        self._extras: Tensor | None = None
+
+    def forward(self, worker: int, batch: Mapping[str, Tensor]) -> Tensor:
+        """The loss of one virtual worker's microbatch."""
+        if worker == self.owned.start:
+            self._extras = None
+            for parameter in self._parameters:
+                parameter.grad = None
+        if isinstance(self._objective, DistributedDataParallel):  # as its no_sync() does
+            self._objective.require_backward_grad_sync = worker == self.owned.stop - 1
+        loss: Tensor = self._objective(batch)
+        return loss
+
+    def backward(self, worker: int, loss: Tensor, extras: Tensor) -> None:
+        """Its gradients, added to those before."""
+        self._extras = extras if self._extras is None else self._extras.add_(extras)
+        (loss * self._scale).backward()  # type: ignore[no-untyped-call]  # torch has no annotation here
+
+    def finish(self) -> Tensor:
+        """The mean gradients are in their places; returns the sum of all extras."""
+        assert self._extras is not None
+        if self._world_size > 1:
+            dist.all_reduce(self._extras)
+        return self._extras
