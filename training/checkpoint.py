@@ -211,12 +211,22 @@ def _part_receipt(step: int, rank: int) -> str:
     return f"checkpoint/{step}/part/{rank}"
 
 
+def load_manifest(store: Store, prefix: str, reference: CheckpointRef) -> CheckpointManifest:
+    """What a proven checkpoint holds. Raises `DamagedError`."""
+    try:
+        data = store.get_proven(
+            folder(prefix, reference.step, reference.token) + "manifest.json", sha256=reference.sha256
+        )
+    except MissingError as error:
+        raise DamagedError(f"checkpoint {reference.step} is not whole: {error}") from error
+    return parse(CheckpointManifest, json.loads(data))
+
+
 def load_checkpoint(store: Store, prefix: str, reference: CheckpointRef) -> dict[str, Tensor]:
     """Every tensor of a proven checkpoint, each object checked. Raises `DamagedError` naming the object."""
     base = folder(prefix, reference.step, reference.token)
+    manifest = load_manifest(store, prefix, reference)
     try:
-        data = store.get_proven(base + "manifest.json", sha256=reference.sha256)
-        manifest = parse(CheckpointManifest, json.loads(data))
         tensors: dict[str, Tensor] = {}
         for part in manifest.parts:
             tensors.update(safetensors.torch.load(store.get_proven(base + part.name, sha256=part.sha256)))

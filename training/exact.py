@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from training.errors import UserError
 from training.reduce import Place, TreeSum, fold, owned_range, places, subtrees
 
-BUCKET_BYTES = 8 << 20
+BUCKET_BYTES = 25 << 20
 
 
 def plan_buckets(sizes: Sequence[int], max_elements: int) -> list[list[int]]:

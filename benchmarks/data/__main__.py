@@ -13,10 +13,11 @@ import time
 from contextlib import ExitStack
 from pathlib import Path
 
-from benchmarks.data.fleet import CONTESTANTS, ROOT, Runner, ready_python
+from benchmarks.data.fleet import CONTESTANTS, Runner
 from benchmarks.data.measure import Bench, all_cases, make_data
 from benchmarks.data.report import as_json, as_markdown
 from benchmarks.data.store import running_store
+from benchmarks.environments import ENVIRONMENTS, ready_python
 
 MIB = 1 << 20
 FULL_BYTES = {"image": 256 * MIB, "token": 64 * MIB}
@@ -40,8 +41,8 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--share", type=float, default=None, help="of the full data, 256 MiB and 64 MiB (1)")
     parser.add_argument("--only", nargs="+", default=[c.name for c in CONTESTANTS], help="some of the contestants")
     parser.add_argument("--cases", default="", help="only cases whose title holds this text")
-    parser.add_argument("--environments", type=Path, default=ROOT / ".bench", help="where peers are installed")
-    parser.add_argument("--out", type=Path, default=ROOT / ".bench" / "results")
+    parser.add_argument("--environments", type=Path, default=ENVIRONMENTS, help="where peers are installed")
+    parser.add_argument("--out", type=Path, default=ENVIRONMENTS / "results")
     arguments = parser.parse_args()
     arguments.out.mkdir(parents=True, exist_ok=True)
     arguments.rounds = arguments.rounds or (1 if arguments.quick else 7)

@@ -1,4 +1,4 @@
-"""The contestants' processes: each in an environment where its library is installed, made once and kept."""
+"""The contestants and their processes."""
 
 from __future__ import annotations
 
@@ -7,24 +7,12 @@ import os
 import select
 import signal
 import subprocess
-import sys
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from benchmarks.data.contestants.protocol import Outcome, Task
-
-ROOT = Path(__file__).parents[2]
-
-
-@dataclass(frozen=True)
-class Contestant:
-    """A file of `contestants/`, and what must be installed for it (nothing: this project's own environment has it)."""
-
-    name: str
-    title: str
-    requirements: tuple[str, ...] = ()
-
+from benchmarks.environments import ROOT, Contestant
 
 FLOOR = Contestant("floor", "floor")
 OURS = Contestant("unbroken", "**Unbroken**")
@@ -36,21 +24,6 @@ CONTESTANTS = (
     Contestant("webdataset", "WebDataset", ("webdataset==1.0.2", "torch", "boto3")),
     Contestant("parquet", "Parquet", ("pyarrow==26.0.1", "numpy", "boto3")),
 )
-
-
-def ready_python(contestant: Contestant, environments: Path) -> str:
-    """The interpreter to run it with; its environment is made first if need be."""
-    if not contestant.requirements:
-        return sys.executable
-    folder = environments / contestant.name
-    wanted, noted = "\n".join(contestant.requirements), folder / "requirements.txt"
-    if not noted.exists() or noted.read_text() != wanted:
-        print(f"installing {wanted.split()[0]} …", file=sys.stderr, flush=True)
-        subprocess.run([sys.executable, "-m", "venv", "--clear", folder], check=True)
-        pip = [str(folder / "bin" / "python"), "-m", "pip", "install", "--quiet", *contestant.requirements]
-        subprocess.run(pip, check=True)
-        noted.write_text(wanted)
-    return str(folder / "bin" / "python")
 
 
 @dataclass

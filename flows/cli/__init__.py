@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from cyclopts import App
 
-from flows.cli import browse, data, run, scaffold, stack
+from flows.cli import browse, checkpoints, data, run, scaffold, stack
 from training.errors import UnbrokenError
 
 app = App(
@@ -21,6 +21,7 @@ scaffold.add_to(app)
 run.add_to(app)
 data.add_to(app)
 browse.add_to(app)
+checkpoints.add_to(app)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

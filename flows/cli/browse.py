@@ -1,8 +1,7 @@
-"""`runs`, `ckpt`, `models`: look at what is stored."""
+"""`runs`, `models`: look at what is stored."""
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import App, Parameter
@@ -18,12 +17,11 @@ if TYPE_CHECKING:
 Key = Annotated[str, Parameter(help="A run key, or the beginning of one.")]
 
 runs = App(name="runs", help="Look at runs, their logs, and cancel or remove them.")
-ckpt = App(name="ckpt", help="Look at a run's checkpoints.")
 models = App(name="models", help="Look at registered models.")
 
 
 def add_to(app: App) -> None:
-    for group in (runs, ckpt, models):
+    for group in (runs, models):
         app.command(group)
 
 
@@ -97,23 +95,6 @@ def _require_no_version(key: str) -> None:
                 f"run {key[:12]} gave model {version['name']!r} version {version['version']}, which could then prove no"
                 " more where it came from: give --force to delete it all the same"
             )
-
-
-@ckpt.command(name="ls")
-def ckpt_ls(key: Key, *, json: Json = False) -> None:
-    """A run's proven checkpoints, and those found damaged."""
-    record = find_run(_store(), key).read()
-    if json:
-        print_json(
-            {
-                "checkpoints": [asdict(c) for c in record.checkpoints],
-                "quarantined": [asdict(q) for q in record.quarantined],
-            }
-        )
-        return
-    rows = [[c.step, c.token, c.sha256[:12], "proven"] for c in record.checkpoints]
-    rows += [[q.checkpoint.step, q.checkpoint.token, q.checkpoint.sha256[:12], q.reason] for q in record.quarantined]
-    print_table(["step", "token", "sha256", "state"], rows)
 
 
 @models.command(name="ls")

@@ -6,9 +6,12 @@ import json
 import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -24,7 +27,7 @@ from training.checkpoint import (
 )
 from training.documents import parse, sha256_hex
 from training.errors import DamagedError, FencedError, InfrastructureError
-from training.objectstore import Store
+from training.objectstore import Store, Versioned
 from training.record import CheckpointRef, RunRecord
 from training.state import tensors_sha256
 
@@ -401,3 +404,60 @@ def test_a_takeover_between_the_parts_and_the_commit_is_seen(run: RunRecord) -> 
     with pytest.raises(FencedError):
         Group(run=run, before_commit=take_over).save(4)
     assert run.read().checkpoints == ()
+
+
+class Remembering(Store):
+    """Keeps every document that was ever written by compare-and-set."""
+
+    def __init__(self, store: Store) -> None:
+        self.__dict__.update(store.__dict__)
+        self.history: list[list[CheckpointRef]] = []
+
+    def replace_versioned(self, key: str, document: dict[str, Any], *, read: Versioned) -> bool:
+        done = super().replace_versioned(key, document, read=read)
+        if done:
+            self.history.append([parse(CheckpointRef, c) for c in document["checkpoints"]])
+        return done
+
+
+@pytest.mark.parametrize("num_races", [3, pytest.param(200, marks=[pytest.mark.soak, pytest.mark.timeout(1800)])])
+def test_a_zombie_woken_after_the_takeover_commits_nothing_ever(run: RunRecord, num_races: int) -> None:
+    """It stopped between its read-back and its commit; its bytes are those that the new owner writes."""
+    store = Remembering(run.store)
+    for race in range(num_races):
+        run.update(lambda r: replace(r, token=r.token + 1, checkpoints=()))
+        token = run.read().token
+        stopped, go_on = threading.Event(), threading.Event()
+
+        def stop(stopped: threading.Event = stopped, go_on: threading.Event = go_on) -> None:
+            stopped.set()
+            assert go_on.wait(60)
+
+        zombie = Group(run=RunRecord(store, "k"), token=token, before_commit=stop).savers[0]
+        zombie.save(4, tensors_of(race), on_commit=lambda reference: pytest.fail("the zombie committed"))
+        assert stopped.wait(60)
+        run.update(lambda r: replace(r, token=r.token + 1))
+        owner = Group(run=RunRecord(store, "k"), token=token + 1)
+        waking = threading.Thread(target=go_on.set)
+        waking.start()  # both commit at the same time
+        committed = owner.save(4, tensors_of(race))
+        waking.join()
+        with pytest.raises(FencedError):
+            zombie.wait()
+        assert run.read().checkpoints == (committed,)
+    assert all(c.token % 2 == 1 for checkpoints in store.history for c in checkpoints), "never one of the zombie's"
+    assert sum(len(checkpoints) for checkpoints in store.history) >= num_races
+
+
+def test_torch_distributed_checkpoint_loads_a_flipped_byte_without_a_word(tmp_path: Path) -> None:
+    """So that it is known what ours are compared with."""
+    weights = {"weight": torch.arange(1000.0)}
+    dcp.save(weights, checkpoint_id=tmp_path, no_dist=True)
+    (data,) = tmp_path.glob("*.distcp")
+    content = bytearray(data.read_bytes())
+    place = content.index(torch.tensor(500.0).numpy().tobytes() + torch.tensor(501.0).numpy().tobytes())
+    content[place + 2] ^= 1
+    data.write_bytes(content)
+    found = {"weight": torch.zeros(1000)}
+    dcp.load(found, checkpoint_id=tmp_path, no_dist=True)
+    assert (found["weight"] != weights["weight"]).sum() == 1

@@ -1,0 +1,1 @@
+"""Training steps and checkpoints, beside other libraries and plain PyTorch."""

@@ -1,0 +1,42 @@
+"""One rank of a contestant: told by JSON lines on standard input how many steps to time, replies with the seconds."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from benchmarks.training.workload import Workload
+
+Make = Callable[[Workload], Iterator[None]]
+"""What does one training step each time it is asked for the next value."""
+
+
+def serve(make: Make) -> None:
+    """Until standard input closes. What libraries print goes to stderr."""
+    replies = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    torch.set_num_threads(1)
+    if not dist.is_initialized():
+        dist.init_process_group("gloo", timeout=timedelta(seconds=120))
+    workload = Workload(size=sys.argv[1], rank=dist.get_rank(), world_size=dist.get_world_size())
+    steps = make(workload)
+    for line in sys.stdin:
+        replies.write(json.dumps(_timed(steps, int(line))) + "\n")
+        replies.flush()
+    os._exit(0)
+
+
+def _timed(steps: Iterator[None], num_steps: int) -> float:
+    dist.barrier()
+    started = time.perf_counter()
+    for _ in range(num_steps):
+        next(steps)
+    dist.barrier()
+    return time.perf_counter() - started

@@ -1,0 +1,125 @@
+"""`ckpt`: look at a run's checkpoints, prove them, carry one elsewhere."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+from cyclopts import App, Parameter
+
+from flows.cli.browse import Key, find_run
+from flows.cli.output import print_json, print_table
+from flows.cli.stack import Json
+from training.errors import DamagedError, InfrastructureError, UserError
+
+if TYPE_CHECKING:
+    from training.objectstore import Store
+    from training.record import CheckpointRef, RunRecord
+
+Step = Annotated[int | None, Parameter(help="The checkpoint of this step; else the newest.")]
+
+ckpt = App(name="ckpt", help="Look at a run's checkpoints, prove them, carry one elsewhere.")
+
+
+def add_to(app: App) -> None:
+    app.command(ckpt)
+
+
+@ckpt.command(name="ls")
+def ckpt_ls(key: Key, *, json: Json = False) -> None:
+    """A run's proven checkpoints, and those found damaged."""
+    record = find_run(_store(), key).read()
+    if json:
+        print_json(
+            {
+                "checkpoints": [asdict(c) for c in record.checkpoints],
+                "quarantined": [asdict(q) for q in record.quarantined],
+            }
+        )
+        return
+    rows = [[c.step, c.token, c.sha256[:12], "proven"] for c in record.checkpoints]
+    rows += [[q.checkpoint.step, q.checkpoint.token, q.checkpoint.sha256[:12], q.reason] for q in record.quarantined]
+    print_table(["step", "token", "sha256", "state"], rows)
+
+
+@ckpt.command(name="show")
+def ckpt_show(key: Key, *, step: Step = None) -> None:
+    """Print a checkpoint's manifest: every tensor's dtype and shape, and which part holds which slice of it."""
+    from training.checkpoint import load_manifest
+
+    run, reference = _find(_store(), key, step)
+    print_json(asdict(load_manifest(run.store, run.prefix(run.read()), reference)))
+
+
+@ckpt.command(name="verify")
+def ckpt_verify(key: Key, *, json: Json = False) -> None:
+    """Read every object of every checkpoint of a run, and compare its sha256. Exit code 6 names what is damaged."""
+    from training.checkpoint import load_checkpoint
+
+    run = find_run(_store(), key)
+    record = run.read()
+    rows = []
+    for reference in record.checkpoints:
+        try:
+            load_checkpoint(run.store, run.prefix(record), reference)
+            rows.append({"step": reference.step, "sha256": reference.sha256, "damage": None})
+        except DamagedError as error:
+            rows.append({"step": reference.step, "sha256": reference.sha256, "damage": str(error)})
+    if json:
+        print_json(rows)
+    else:
+        print_table(["step", "sha256", "state"], [[r["step"], r["sha256"], r["damage"] or "whole"] for r in rows])
+    damaged = [str(row["step"]) for row in rows if row["damage"]]
+    if damaged:
+        raise DamagedError(f"damaged checkpoints of steps {', '.join(damaged)}: a run that goes on takes one before")
+
+
+@ckpt.command(name="export")
+def ckpt_export(
+    key: Key,
+    *,
+    to: Annotated[Path, Parameter(help="A new file, NAME.safetensors.")],
+    step: Step = None,
+    state: Annotated[bool, Parameter(negative="", help="The optimizer's state as well, under its full names.")] = False,
+) -> None:
+    """Write a checkpoint's weights as one safetensors file: a state dict that plain PyTorch loads.
+
+    `model.load_state_dict(safetensors.torch.load_file(FILE))`
+    """
+    import safetensors.torch
+
+    from training.checkpoint import load_checkpoint
+
+    run, reference = _find(_store(), key, step)
+    if to.exists():
+        raise UserError(f"{to} exists: name a new file")
+    tensors = load_checkpoint(run.store, run.prefix(run.read()), reference)
+    if not state:
+        tensors = {n.removeprefix("model."): tensor for n, tensor in tensors.items() if n.startswith("model.")}
+    about = {"run": run.run_key, "step": str(reference.step), "checkpoint": reference.sha256}
+    try:
+        safetensors.torch.save_file(tensors, to, metadata=about)
+    except (OSError, safetensors.SafetensorError) as error:
+        raise InfrastructureError(f"cannot write {to}: {error}") from error
+    print(f"{len(tensors)} tensors of step {reference.step} are in {to}")
+
+
+def _store() -> Store:
+    from tasks.stack import open_stack
+
+    return open_stack()[1]
+
+
+def _find(store: Store, key: str, step: int | None) -> tuple[RunRecord, CheckpointRef]:
+    run = find_run(store, key)
+    found = run.read().checkpoints
+    wanted = [reference for reference in found if step in (None, reference.step)]
+    if not wanted:
+        there = ", ".join(str(reference.step) for reference in found) or "none"
+        raise UserError(
+            f"run {run.run_key[:12]} has no checkpoint of step {step}: there is {there}"
+            if step is not None
+            else f"run {run.run_key[:12]} has no checkpoint yet"
+        )
+    return run, wanted[-1]
