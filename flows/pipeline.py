@@ -10,9 +10,11 @@ from prefect.task_runners import ThreadPoolTaskRunner
 from flows import publish
 from flows.hooks import cancel_jobs_of, log_user_errors_in_one_line
 from tasks.evaluate import evaluate
+from tasks.initial import pinned
 from tasks.register import registered
 from tasks.results import PipelineResult
 from tasks.shard import NUM_AT_ONCE, shard
+from tasks.stack import open_stack
 from tasks.train import key_of, train
 from training.config import load_preset
 
@@ -35,7 +37,7 @@ def pipeline(preset: str, overrides: dict[str, Any] | None = None, fresh: bool =
         fresh: train again from step 0, although this run is finished or begun.
     """
     log_user_errors_in_one_line()
-    config = load_preset(preset, overrides)
+    config = pinned(open_stack()[0], load_preset(preset, overrides))
     dataset = shard(config)
     publish.run_key(key_of(config, dataset))
     model = train(config, dataset, owner=publish.flow_run_id(), fresh=publish.flow_run_id() if fresh else None)

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from training.config import Preset
-from training.errors import FencedError, InfrastructureError
+from training.errors import FencedError, InfrastructureError, UserError
 from training.events import Event
 from training.record import Record, RunRecord
 
@@ -67,10 +67,10 @@ class Tracker:
 
         new = {event.step: event for event in reversed(list(events)) if event.kind == "step"}
         points = [
-            Metric(name, float(event.values[name]), int(event.time * 1000), step)
+            Metric(name, value, int(event.time * 1000), step)
             for step, event in sorted(new.items())
             if step > self._last_step
-            for name in METRICS
+            for name, value in _metrics(event).items()
         ]
         for start in range(0, len(points), BATCH_METRICS):
             batch = points[start : start + BATCH_METRICS]
@@ -329,3 +329,37 @@ def list_versions(uri: str) -> list[dict[str, Any]]:
             run_key = version.tags.get(RUN_KEY_TAG, "")
             rows.append({"name": model.name, "version": number, "aliases": aliases.get(number, []), "run_key": run_key})
     return rows
+
+
+def find_version(uri: str, text: str) -> tuple[str, str]:
+    """(name, version) that `NAME@ALIAS` or `NAME/VERSION` means. Raises `UserError` if the registry has none."""
+    from mlflow.exceptions import MlflowException
+
+    name, at, alias = text.partition("@")
+    number = alias
+    if not at:
+        name, _, number = text.partition("/")
+    if not name or not number:
+        raise UserError(f"train.warm_start = {text!r}: must read NAME@ALIAS or NAME/VERSION")
+    client = connect(uri)
+    find = client.get_model_version_by_alias if at else client.get_model_version
+    try:
+        return name, str(find(name, number).version)
+    except MlflowException as error:
+        if error.error_code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
+            raise UserError(f"train.warm_start = {text!r}: the registry has no such model version") from error
+        raise InfrastructureError(f"MLflow does not answer as it should: {error}") from error
+
+
+def run_key_of(uri: str, name: str, version: str) -> str:
+    """The run that gave a version. Raises `UserError` if none of this project's did."""
+    found = _ask(lambda: connect(uri).get_model_version(name, version))
+    if RUN_KEY_TAG not in found.tags:
+        raise UserError(f"model {name!r} version {version} was not made by Unbroken: it has no tag {RUN_KEY_TAG}")
+    return str(found.tags[RUN_KEY_TAG])
+
+
+def _metrics(event: Event) -> dict[str, float]:
+    """What a step's event says, as MLflow's metrics."""
+    found = {name: float(event.values[name]) for name in METRICS}
+    return found | {f"validation.{name}": value for name, value in event.values.get("validation", {}).items()}

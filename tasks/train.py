@@ -14,6 +14,7 @@ from infra.launcher import JobSpec, JobState, Launcher
 from infra.settings import Settings
 from tasks import tracking
 from tasks.follow import Follower
+from tasks.initial import initial_weights
 from tasks.policy import stage_options
 from tasks.provenance import commit_of
 from tasks.results import Dataset, TrainedModel
@@ -54,7 +55,10 @@ def train_cache_key(context: Any, arguments: dict[str, Any]) -> str:
 
 def key_of(preset: Preset, dataset: Dataset) -> str:
     """The run key of a preset on a dataset version."""
-    return run_key(recipe=load_recipe(preset), preset=preset, dataset_digest=dataset.digest)
+    settings, store = open_stack()
+    maybe_initial = initial_weights(settings, store, preset)
+    weights = maybe_initial.weights_sha256 if maybe_initial else None
+    return run_key(recipe=load_recipe(preset), preset=preset, dataset_digest=dataset.digest, initial_weights=weights)
 
 
 @task(name="train", cache_key_fn=train_cache_key, **stage_options(timeout_seconds=7 * 24 * 3600))
@@ -147,6 +151,7 @@ def _submit(
         preset=preset,
         dataset_digest=dataset.digest,
         location=location,
+        initial=initial_weights(settings, store, preset),
     )
     digest = store_job(store, job)
     launcher.submit(

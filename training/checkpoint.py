@@ -20,8 +20,18 @@ from torch import Tensor
 from training.documents import canonical_json, parse, sha256_hex
 from training.errors import DamagedError, InfrastructureError
 from training.objectstore import MissingError, Store
-from training.record import CheckpointRef, Record, RunRecord, with_checkpoint, with_quarantined, with_retention
+from training.record import (
+    CheckpointRef,
+    InitialWeights,
+    Record,
+    RunRecord,
+    generation_prefix,
+    with_checkpoint,
+    with_quarantined,
+    with_retention,
+)
 from training.snapshot import Snapshot
+from training.state import tensors_sha256
 
 if TYPE_CHECKING:
     from torch.distributed import Store as Rendezvous  # type: ignore[attr-defined]  # public, but not listed
@@ -237,6 +247,16 @@ def load_checkpoint(store: Store, prefix: str, reference: CheckpointRef) -> dict
     if set(tensors) != set(manifest.tensors):
         raise DamagedError(f"checkpoint {reference.step} is damaged: its parts do not hold what its manifest names")
     return tensors
+
+
+def load_initial(store: Store, initial: InitialWeights) -> dict[str, Tensor]:
+    """The weights that another run ended with. Raises `DamagedError` if they are not what they were."""
+    prefix = generation_prefix(initial.run_key, initial.generation)
+    tensors = load_checkpoint(store, prefix, initial.checkpoint)
+    weights = {name: tensor for name, tensor in tensors.items() if name.startswith("model.")}
+    if tensors_sha256(weights) != initial.weights_sha256:
+        raise DamagedError(f"checkpoint {initial.checkpoint.step} of run {initial.run_key[:12]} holds other weights")
+    return weights
 
 
 def newest_proven(run: RunRecord, *, token: int) -> tuple[CheckpointRef, dict[str, Tensor]] | None:

@@ -44,7 +44,8 @@ class DataConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    """What is computed. Everything here decides the result but for the checkpoints' settings."""
+    """What is computed. Everything here decides the result but for when checkpoints and
+    validations are made."""
 
     steps: int
     batch_size: int
@@ -58,6 +59,10 @@ class TrainConfig:
     """`fast` is plain DistributedDataParallel: the same order of data, and no promise on bits."""
     precision: Literal["float32", "bfloat16"] = "float32"
     """`bfloat16`: the loss is computed under torch.autocast; weights, gradients and sums stay float32."""
+    warm_start: str | None = None
+    """Begin with the weights of a registered model: `NAME@ALIAS` or `NAME/VERSION`. What decides is these weights."""
+    validate_every_steps: int | None = None
+    """Score the held-out samples every so many steps; the `[evaluate]` table says how many, and in which batches."""
     checkpoint_every_steps: int = 50
     keep_checkpoints: int = 3
     """So many of the newest are kept."""
@@ -77,6 +82,11 @@ class TrainConfig:
         )
         _require(
             self.keep_every_steps is None or self.keep_every_steps >= 1, "train.keep_every_steps", "must be positive"
+        )
+        _require(
+            self.validate_every_steps is None or self.validate_every_steps >= 1,
+            "train.validate_every_steps",
+            "must be at least 1",
         )
         _require(self.clip_norm is None or self.clip_norm > 0, "train.clip_norm", "must be positive")
         if self.batch_size < 1 or self.batch_size % self.virtual_workers:
@@ -158,9 +168,15 @@ class Preset:
         )
 
     def determining(self) -> dict[str, Any]:
-        """The part that decides the trained weights: what the run key is made of (beside data and code)."""
+        """The part that decides the trained weights: the run key is made of it, data, code and initial weights."""
         train = asdict(self.train)
-        for name in ("checkpoint_every_steps", "keep_checkpoints", "keep_every_steps"):
+        for name in (
+            "checkpoint_every_steps",
+            "keep_checkpoints",
+            "keep_every_steps",
+            "validate_every_steps",
+            "warm_start",
+        ):
             del train[name]
         return {"train": train, "hyperparameters": self.hyperparameters, "seed": self.seed}
 

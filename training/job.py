@@ -10,7 +10,7 @@ from typing import Any
 from training.config import Preset
 from training.documents import canonical_json, parse, sha256_hex
 from training.objectstore import Store, StoreLocation
-from training.record import RunRecord
+from training.record import InitialWeights, RunRecord
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,6 +22,7 @@ class Job:
     preset: Preset
     dataset_digest: str
     location: StoreLocation
+    initial: InitialWeights | None = None
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)

@@ -7,7 +7,8 @@ import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Protocol
 
 import numpy as np
@@ -15,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from training.checkpoint import CheckpointSaver, newest_proven
+from training.checkpoint import CheckpointSaver, load_initial, newest_proven
 from training.config import Preset
 from training.data import ledger
 from training.data.stream import Microbatch
@@ -24,8 +25,9 @@ from training.events import EventWriter
 from training.exact import ExactReducer
 from training.fast import FastReducer
 from training.recipe import Recipe
-from training.record import CheckpointRef, Result, RunRecord, with_result, with_resume_step
+from training.record import CheckpointRef, InitialWeights, Result, RunRecord, with_result, with_resume_step
 from training.state import TrainState
+from training.validation import HeldOut, validate
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,10 +53,14 @@ class Reducer(Protocol):
 
 
 class Feed(Protocol):
-    """Where a rank's microbatches come from (training.data.loader has the real one)."""
+    """Where a rank's samples come from (training.data.loader has the real one)."""
 
     def microbatches(self, *, workers: Sequence[int], step: int) -> Iterator[Microbatch]:
         """Of the given virtual workers, from `step` on, in the order of (step, worker)."""
+        ...
+
+    def held_out(self) -> HeldOut:
+        """The samples of the test split."""
         ...
 
 
@@ -66,6 +72,8 @@ class StepOutcome:
     grad_norm: float
     samples: str
     """The step's line in the ledger (training.data.ledger)."""
+    validation: Mapping[str, float] = MappingProxyType({})
+    """The means of the held-out scores, if they were due after this step."""
 
 
 class Trainer:
@@ -77,6 +85,7 @@ class Trainer:
         preset: Preset,
         recipe: Recipe,
         feed: Feed,
+        initial: InitialWeights | None = None,
         run: RunRecord,
         saver: CheckpointSaver,
         events: EventWriter | None,
@@ -86,6 +95,8 @@ class Trainer:
         self.recipe = recipe
         self.feed = feed
         self._maybe_microbatches: Iterator[Microbatch] | None = None
+        self._maybe_held_out: HeldOut | None = None
+        self.initial = initial
         self.run = run
         self.saver = saver
         self.maybe_events = events
@@ -119,11 +130,13 @@ class Trainer:
         self.finish()
 
     def resume(self) -> None:
-        """Take up the newest proven checkpoint, or begin at step 0; rank 0 notes which in the record."""
+        """Take up the newest proven checkpoint, or begin at step 0, as a rule with new weights; rank 0 notes which."""
         found = newest_proven(self.run, token=self.rank.token)
         if found is not None:
             reference, tensors = found
             self.state.load(tensors, step=reference.step)
+        elif self.initial is not None:
+            self.state.load_weights(load_initial(self.run.store, self.initial))
         self.saver.require_agreement(self.state.step)
         step, token = self.state.step, self.rank.token
         if self.rank.rank == 0:
@@ -145,7 +158,24 @@ class Trainer:
         self.state.set_learning_rate_scale(self.recipe.learning_rate_scale(step, self.preset.train.steps))
         self.state.optimizer.step()
         self.state.step = step + 1
-        return StepOutcome(loss=loss, grad_norm=grad_norm, samples=self.extras.ledger_line(total))
+        samples = self.extras.ledger_line(total)
+        return StepOutcome(loss=loss, grad_norm=grad_norm, samples=samples, validation=self.maybe_validate())
+
+    def maybe_validate(self) -> Mapping[str, float]:
+        """Held-out scores, every so many steps."""
+        every = self.preset.train.validate_every_steps
+        if every is None or self.state.step % every:
+            return {}
+        self._maybe_held_out = self._maybe_held_out or self.feed.held_out()
+        return validate(
+            self.recipe,
+            self.state.model,
+            self._maybe_held_out,
+            batch_size=self.preset.evaluate.batch_size,
+            max_samples=self.preset.evaluate.max_samples,
+            rank=self.rank.rank,
+            world_size=self.rank.world_size,
+        )
 
     def virtual_worker_step(self, worker: int) -> None:
         """Forward and backward of one virtual worker's microbatch."""
@@ -180,7 +210,7 @@ class Trainer:
     def report_step(self, outcome: StepOutcome, *, seconds: float) -> None:
         self.emit(
             "step",
-            **asdict(outcome),
+            **{**vars(outcome), "validation": dict(outcome.validation)},
             learning_rate=self.state.optimizer.param_groups[0]["lr"],
             samples_per_second=self.preset.train.batch_size / seconds,
         )

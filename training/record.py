@@ -79,6 +79,16 @@ class Result:
 
 
 @dataclass(frozen=True, kw_only=True)
+class InitialWeights:
+    """What a run begins with, if not with new weights: the result of another run."""
+
+    run_key: str
+    generation: int
+    checkpoint: CheckpointRef
+    weights_sha256: str
+
+
+@dataclass(frozen=True, kw_only=True)
 class Record:
     """The state of a run that all its processes agree on."""
 
@@ -129,6 +139,11 @@ def run_key(*, recipe: Recipe, preset: Preset, dataset_digest: str, initial_weig
     )
 
 
+def generation_prefix(key: str, generation: int) -> str:
+    """Where the objects of one generation of a run lie."""
+    return f"runs/{key}/{generation}/"
+
+
 class RunRecord:
     """The record of one run on the object store."""
 
@@ -139,7 +154,7 @@ class RunRecord:
 
     def prefix(self, record: Record) -> str:
         """Where the objects of this generation lie."""
-        return f"runs/{self.run_key}/{record.generation}/"
+        return generation_prefix(self.run_key, record.generation)
 
     def create_if_missing(self) -> Record:
         """The record, made if this is the first to ask."""

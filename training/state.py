@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from training.errors import DamagedError
+from training.errors import DamagedError, UserError
 from training.recipe import Recipe
 
 
@@ -49,6 +49,16 @@ class TrainState:
             self.optimizer.state[parameter][key] = tensor.to(device, copy=True)
         self.step = step
 
+    def load_weights(self, tensors: Mapping[str, Tensor]) -> None:
+        """Begin with these weights (`model.NAME`). Raises `UserError` if they do not fit the model."""
+        weights = {name.removeprefix("model."): tensor for name, tensor in tensors.items()}
+        own = self.model.state_dict()
+        for name in sorted({*own, *weights}):
+            mine, theirs = (found[name].shape if name in found else None for found in (own, weights))
+            if mine != theirs:
+                raise UserError(f"train.warm_start: {name} has shape {_shown(theirs)} there, and {_shown(mine)} here")
+        self.model.load_state_dict(weights)
+
     def _require_fit(self, weights: Mapping[str, Tensor], moments: Mapping[str, Tensor]) -> None:
         """Every weight, and for every parameter the same entries of the optimizer: each a scalar or of its shape."""
         shapes = {name: tensor.shape for name, tensor in self.model.state_dict().items()}
@@ -72,6 +82,10 @@ class TrainState:
 
     def state_sha256(self) -> str:
         return tensors_sha256(self.tensors())
+
+
+def _shown(maybe_shape: torch.Size | None) -> str:
+    return "none (it is missing)" if maybe_shape is None else str(list(maybe_shape))
 
 
 def tensors_sha256(tensors: Mapping[str, Tensor]) -> str:

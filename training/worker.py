@@ -88,7 +88,8 @@ def _train(order: WorkerOrder, step: list[int]) -> None:
     device = torch.device("cuda", order.local_rank) if torch.cuda.is_available() else torch.device("cpu")
     job = Job.from_json(order.job)
     recipe = load_recipe(job.preset)
-    if run_key(recipe=recipe, preset=job.preset, dataset_digest=job.dataset_digest) != job.key:
+    weights = job.initial.weights_sha256 if job.initial else None
+    if run_key(recipe=recipe, preset=job.preset, dataset_digest=job.dataset_digest, initial_weights=weights) != job.key:
         raise UserError("the recipe's source changed since this run was submitted: start the pipeline again")
     run = job.open_run()
     record = run.read()
@@ -121,6 +122,7 @@ def _train(order: WorkerOrder, step: list[int]) -> None:
         preset=job.preset,
         recipe=recipe,
         feed=Feed(preset=job.preset, location=job.location, dataset_digest=job.dataset_digest),
+        initial=job.initial,
         run=run,
         saver=saver,
         events=events,

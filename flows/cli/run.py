@@ -61,12 +61,15 @@ def train(
         raise UserError("--resume goes on and --fresh begins anew: give one of them")
     config = load_preset(preset, {**_shortcuts(ranks, steps), **overrides_of(set_)})
     check_input(config)
+    from tasks.initial import pinned
     from tasks.shard import shard as shard_stage
+    from tasks.stack import open_stack
     from tasks.train import key_of
     from tasks.train import train as train_stage
 
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     logging.getLogger("tasks").setLevel(logging.WARNING if json else logging.INFO)
+    config = pinned(open_stack()[0], config)
     dataset = shard_stage.fn(config)
     if resume:
         _require_begun(key_of(config, dataset))

@@ -39,7 +39,7 @@ def test_sums_have_the_same_bits_on_any_number_of_ranks(ranks: RankPool, bucket_
 
 
 WORKLOADS = [
-    ("tiny", {}, (1, 2, 3, 5)),
+    ("tiny", {"validate_every_steps": 2}, (1, 2, 3, 5)),
     ("digits", {"virtual_workers": 8, "batch_size": 32, "clip_norm": 0.5}, (1, 2, 3, 4)),
     ("digits", {"virtual_workers": 12, "batch_size": 36, "clip_norm": 0.5}, (1, 2, 3, 5)),
     ("stdlib", {"virtual_workers": 8, "batch_size": 16, "precision": "bfloat16"}, (1, 3)),
@@ -52,6 +52,15 @@ def test_training_gives_the_same_bits_on_any_number_of_ranks(
 ) -> None:
     first, *others = on_each_world(ranks, world_sizes, train_digests, recipe, NUM_STEPS, train)
     assert all(answer == first for answer in others)
+
+
+def test_validation_has_the_same_bits_on_any_number_of_ranks(ranks: RankPool) -> None:
+    """Also with fewer batches than ranks, and where the last batch is not full."""
+    for batch_size in (7, 19, 64):
+        train = {"validate_every_steps": 1}
+        first, *others = on_each_world(ranks, (1, 2, 5), train_digests, "tiny", 1, train, batch_size)
+        assert first["validation"][0]["loss"] > 0
+        assert all(answer == first for answer in others)
 
 
 def test_plain_data_parallel_training_gives_other_bits_on_each(ranks: RankPool) -> None:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from tests.unit.tiny import MemoryReader, Tiny, make_trainer, tiny_preset, tiny_reader
-from training.config import LaunchConfig, Preset, load_preset
+from training.config import EvaluateConfig, LaunchConfig, Preset, load_preset
 from training.exact import ExactReducer
 from training.loop import Trainer
 from training.recipe import Recipe
@@ -104,14 +104,21 @@ def trainer_of(recipe_name: str, rank: int, world_size: int, train: Mapping[str,
 
 
 def train_digests(
-    rank: int, world_size: int, recipe_name: str, num_steps: int, train: Mapping[str, Any]
+    rank: int,
+    world_size: int,
+    recipe_name: str,
+    num_steps: int,
+    train: Mapping[str, Any],
+    evaluate_batch_size: int = 256,
 ) -> dict[str, Any]:
     """Digests and losses after a few steps."""
     trainer = trainer_of(recipe_name, rank, world_size, train)
+    trainer.preset = replace(trainer.preset, evaluate=EvaluateConfig(batch_size=evaluate_batch_size))
     outcomes = [trainer.train_step() for _ in range(num_steps)]
     return {
         "weights": trainer.state.weights_sha256(),
         "state": trainer.state.state_sha256(),
         "losses": [(outcome.loss, outcome.grad_norm) for outcome in outcomes],
         "ledger": [outcome.samples for outcome in outcomes],
+        "validation": [dict(outcome.validation) for outcome in outcomes],
     }

@@ -25,6 +25,7 @@ from tests.flows.runs import last_json, loss_history, mlflow_runs, run_keys
 from tests.unit.reading import make_reader
 from tests.waiting import wait_until
 from training.data.manifest import load_manifest
+from training.job import read_jobs
 from training.record import RunRecord
 
 
@@ -84,6 +85,34 @@ def test_second_run_reuses_every_stage(stack: Stack, digits: dict[str, Any]) -> 
     assert len(client.search_model_versions("name = 'digits'")) == versions
     assert run_keys(stack) == keys
     assert len(mlflow_runs(stack, digits["model"]["run_key"])) == 1
+
+
+def test_training_begins_with_a_registered_models_weights(stack: Stack, digits: dict[str, Any]) -> None:
+    warm = ("--steps", "1", "--set", "train.validate_every_steps=1", "--set", "train.warm_start=digits@champion")
+    done = stack.command("train", "digits", "--json", *warm)
+    assert done.returncode == 0, done.stdout + done.stderr
+    result = last_json(done.stdout)
+    client = connect(stack.settings.mlflow_uri)
+    champion = client.get_model_version_by_alias("digits", "champion")
+    (job,) = read_jobs(stack.store, result["run_key"])
+    assert job.initial is not None
+    assert job.initial.weights_sha256 == champion.tags["unbroken.weights_sha256"]
+    assert job.preset.train.warm_start == f"digits/{champion.version}", "an alias may move"
+    (run,) = mlflow_runs(stack, result["run_key"])
+    (point,) = client.get_metric_history(run.info.run_id, "validation.accuracy")
+    assert point.step == 1
+    assert point.value >= 0.9, "a new model would guess"
+    assert result["num_samples"] == 64
+
+
+@pytest.mark.parametrize("model", ["digits@nobody", "digits/9999", "digits", "nothing@champion"])
+def test_warm_start_from_no_model_is_refused(stack: Stack, digits: dict[str, Any], model: str) -> None:
+    keys = run_keys(stack)
+    done = stack.command("train", "digits", "--steps", "1", "--set", f"train.warm_start={model}")
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert f"train.warm_start = '{model}'" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert run_keys(stack) == keys
 
 
 def test_run_that_gave_a_model_is_not_removed_by_a_slip(stack: Stack, digits: dict[str, Any]) -> None:

@@ -66,6 +66,16 @@ def test_what_determines_the_result_shows_in_it(change: dict[str, object]) -> No
     assert other != base
 
 
+def test_validation_shows_and_changes_nothing() -> None:
+    calm = step_through(make_trainer(), 3).state.state_sha256()
+    trainer = make_trainer(preset=tiny_preset(validate_every_steps=2))
+    with exact_arithmetic():
+        outcomes = [trainer.train_step() for _ in range(3)]
+    assert trainer.state.state_sha256() == calm
+    assert [sorted(outcome.validation) for outcome in outcomes] == [[], ["loss"], []]
+    assert trainer.state.model.training
+
+
 def test_random_streams_are_keyed_by_seed_step_and_virtual_worker() -> None:
     seeds = {stream_seed(*key) for key in np.ndindex(5, 5, 5)}
     assert len(seeds) == 125

@@ -19,6 +19,7 @@ from torch.optim import AdamW, Optimizer
 from training.checkpoint import CheckpointSaver
 from training.config import DataConfig, LaunchConfig, Preset, TrainConfig
 from training.data.order import Order
+from training.data.reader import Rows
 from training.data.stream import Microbatch
 from training.events import EventWriter
 from training.loop import Rank, Trainer
@@ -90,11 +91,26 @@ class MemoryReader:
 
 
 @dataclass(frozen=True)
+class MemoryHeldOut:
+    reader: MemoryReader
+
+    def __len__(self) -> int:
+        return len(self.reader)
+
+    def read(self, indices: Sequence[int]) -> Rows:
+        ids, fields = self.reader.read(np.asarray(indices))
+        return Rows(ids=ids, fields=fields)
+
+
+@dataclass(frozen=True)
 class MemoryFeed:
-    """Gives the microbatches of a dataset in memory, in the true order."""
+    """Gives the microbatches of a dataset in memory, in the true order, and the same samples as held out."""
 
     reader: MemoryReader
     preset: Preset
+
+    def held_out(self) -> MemoryHeldOut:
+        return MemoryHeldOut(self.reader)
 
     def microbatches(self, *, workers: Sequence[int], step: int) -> Iterator[Microbatch]:
         train = self.preset.train

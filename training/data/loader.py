@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from training.config import Preset
 from training.data.manifest import load_manifest
 from training.data.opening import open_order, open_reader
+from training.data.reader import Reader
 from training.data.stream import Microbatch, Stream
 from training.objectstore import Store, StoreLocation
 from training.processes import die_after
@@ -40,6 +41,12 @@ class Feed:
             multiprocessing_context=_fork_server(),
         )
         return iter(loader)
+
+    def held_out(self) -> Reader:
+        """The samples of the test split."""
+        store = Store(self.location)
+        manifest = load_manifest(store, self.preset.data.name, self.dataset_digest)
+        return open_reader(store, self.preset, load_recipe(self.preset), manifest, "test")
 
     def _stream(self, workers: Sequence[int], step: int) -> Stream:
         store = Store(self.location)

@@ -27,6 +27,7 @@ from training.data.stream import Microbatch
 from training.loop import Rank, Trainer
 from training.recipe import Recipe
 from training.record import RunRecord
+from training.validation import HeldOut
 
 NUM_STEPS = 10**6
 
@@ -58,6 +59,9 @@ class MemoryFeed:
     """The workload's samples, with ids."""
 
     workload: Workload
+
+    def held_out(self) -> HeldOut:
+        raise NotImplementedError("the bench validates nothing")
 
     def microbatches(self, *, workers: Sequence[int], step: int) -> Iterator[Microbatch]:
         ids = {
