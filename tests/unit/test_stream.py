@@ -123,7 +123,7 @@ def test_killed_rank_leaves_no_process_and_no_shared_memory(store: Store, preset
     rank.kill()
     rank.communicate(timeout=30)
     wait_until(lambda: not any(psutil.pid_exists(pid) for pid in children), what="its children to die")
-    assert set(os.listdir("/dev/shm")) <= shared
+    wait_until(lambda: set(os.listdir("/dev/shm")) <= shared, what="nothing new to be left in shared memory")
 
 
 @pytest.mark.parametrize("data_workers", [0, 2])
