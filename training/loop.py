@@ -7,8 +7,7 @@ import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from types import MappingProxyType
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import numpy as np
@@ -72,7 +71,7 @@ class StepOutcome:
     grad_norm: float
     samples: str
     """The step's line in the ledger (training.data.ledger)."""
-    validation: Mapping[str, float] = MappingProxyType({})
+    validation: Mapping[str, float] = field(default_factory=dict)
     """The means of the held-out scores, if they were due after this step."""
 
 

@@ -14,6 +14,7 @@ import pytest
 from tests.faults.proxy import LosingProxy
 from tests.unit.fake_s3 import FakeS3
 from training import objectstore
+from training.documents import sha256_hex
 from training.errors import DamagedError, InfrastructureError, UserError
 from training.objectstore import MissingError, Store
 
@@ -89,6 +90,16 @@ def test_get_proven_refuses_other_bytes_by_name(store: Store) -> None:
     store.put("x", b"abd")
     with pytest.raises(DamagedError, match="/x is damaged"):
         store.get_proven("x", sha256=digest)
+
+
+def test_what_is_sent_with_its_digest_arrives_whole_or_not_at_all(store: Store) -> None:
+    store.send("quick/ü ~x", b"abc", sha256=sha256_hex(b"abc"))
+    assert store.get("quick/ü ~x") == b"abc"
+    headers = store._signed_headers("PUT", f"{store.location.endpoint}/{store.location.bucket}/wrong", "0" * 64)
+    url = f"{store.location.endpoint}/{store.location.bucket}/wrong"
+    assert store._connections.request("PUT", url, body=b"abc", headers=headers).status == 400, "the store looks"
+    store.send("fallback", b"abc", sha256="0" * 64)
+    assert store.get("fallback") == b"abc", "what is refused there goes the patient way"
 
 
 def test_put_immutable_sends_once_and_repairs_damage(store: Store) -> None:

@@ -25,6 +25,7 @@ from training.data.source import (
     Source,
     SourceFile,
     classes_of,
+    content_digests,
     content_of,
     open_source,
     partition_fingerprint,
@@ -173,7 +174,7 @@ def test_the_fingerprint_is_of_the_bytes_and_the_encoding_alone(raw: Path) -> No
     source = local_source(raw.parent, config)
 
     def fingerprint(encoding: str = "e") -> str:
-        return partition_fingerprint(source, partitions(source, config)[0], encoding=encoding)
+        return partition_fingerprint(content_digests(source, partitions(source, config)[0]), encoding=encoding)
 
     before = fingerprint()
     (raw / "b.csv").touch()
@@ -394,6 +395,6 @@ def test_disk_and_s3_give_the_same_records_and_fingerprints(store: Store, raw: P
             store.put(f"raw/{path.relative_to(raw).as_posix()}", path.read_bytes())
     sources = [local_source(raw.parent, config), s3_source(store, config, "raw")]
     records = [all_records(source, config) for source in sources]
-    prints = [[partition_fingerprint(s, part, encoding="e") for part in partitions(s, config)] for s in sources]
+    prints = [[content_digests(s, part) for part in partitions(s, config)] for s in sources]
     assert records[0] == records[1]
     assert prints[0] == prints[1]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -19,6 +18,7 @@ from training.data.source import (
     Partition,
     Source,
     classes_of,
+    content_digests,
     content_of,
     partition_fingerprint,
     partitions,
@@ -64,11 +64,13 @@ class WriteResult:
 
 
 Report = Callable[[PartResult], None]
+WHOLE_FILES = ("files", "folders")
+"""Formats whose records are files: a file's digest is its record's."""
 
 
-def split_of(record: Record, test_percent: int) -> Split:
-    """Which split a record belongs to: a hash of its bytes decides, so equal records never part."""
-    bucket = int.from_bytes(hashlib.sha256(content_of(record)).digest()[:8], "big") % 100
+def split_of(record: Record, test_percent: int, *, sha256: str | None = None) -> Split:
+    """Which split a record belongs to: the sha256 of its bytes decides, so equal records never part."""
+    bucket = int((sha256 or sha256_hex(content_of(record)))[:16], 16) % 100
     return "test" if bucket < test_percent else "train"
 
 
@@ -129,12 +131,13 @@ class Writer:
 
     def write(self, part: Partition) -> PartResult:
         """Shard a partition and leave its receipt; nothing is done if it is finished and its shards are whole."""
-        fingerprint = partition_fingerprint(self._source, part, encoding=self._encoding, withdrawn=self._withdrawn)
+        digests = content_digests(self._source, part)
+        fingerprint = partition_fingerprint(digests, encoding=self._encoding, withdrawn=self._withdrawn)
         key = receipt_key(self._config.name, fingerprint)
         is_reused = self._is_finished(key)
         num_sent = 0
         if not is_reused:
-            receipt, num_sent = self._write(part)
+            receipt, num_sent = self._write(part, digests if self._config.format in WHOLE_FILES else {})
             self._store.put_immutable(key, _sealed(asdict(receipt)))
         return PartResult(receipt=key, num_bytes=part.num_bytes, is_reused=is_reused, num_shards_sent=num_sent)
 
@@ -178,28 +181,34 @@ class Writer:
         except MissingError:
             return False
 
-    def _write(self, part: Partition) -> tuple[Receipt, int]:
+    def _write(self, part: Partition, digests: Mapping[str, str]) -> tuple[Receipt, int]:
+        """`digests` are those of records, where they are known already."""
         fields: dict[str, FieldInfo] = {}
         builders = {split: _ShardBuilder(self._config.shard_bytes, fields, self._recipe.ragged) for split in SPLITS}
         shards: dict[Split, list[ShardInfo]] = {split: [] for split in SPLITS}
         num_sent = 0
         displaced: list[str] = []
-        for split, builder in self._full_builders(part, builders, displaced):
+        for split, builder in self._full_builders(part, builders, digests, displaced):
             info, data = builder.take()
-            num_sent += self._store.put_immutable(shard_key(self._config.name, info.sha256), data)
+            key = shard_key(self._config.name, info.sha256)
+            num_sent += self._store.put_immutable(key, data, sha256=info.sha256)
             shards[split].append(info)
         splits = {split: tuple(shards[split]) for split in SPLITS}
         return Receipt(fields=fields, splits=splits, displaced=tuple(displaced)), num_sent
 
     def _full_builders(
-        self, part: Partition, builders: Mapping[Split, _ShardBuilder], displaced: list[str]
+        self,
+        part: Partition,
+        builders: Mapping[Split, _ShardBuilder],
+        digests: Mapping[str, str],
+        displaced: list[str],
     ) -> Iterator[tuple[Split, _ShardBuilder]]:
         """Fill the builders with the partition's samples; gives each when it is full, and at the end what is left."""
         for record in read_records(self._source, part, self._config, self._classes):
             samples = _encode(self._recipe, record)
             if self._withdrawn:
                 samples = iter(self._unless_withdrawn(record.id, list(samples), displaced))
-            split = split_of(record, self._config.test_percent)
+            split = split_of(record, self._config.test_percent, sha256=digests.get(record.id))
             for number, sample in enumerate(samples):
                 builders[split].add(f"{record.id}#{number}", sample)
                 if builders[split].is_full:

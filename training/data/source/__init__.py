@@ -3,6 +3,7 @@
 from training.data.source.partition import (
     Partition,
     classes_of,
+    content_digests,
     partition_fingerprint,
     partitions,
 )
@@ -16,6 +17,7 @@ __all__ = [
     "Source",
     "SourceFile",
     "classes_of",
+    "content_digests",
     "content_of",
     "open_source",
     "partition_fingerprint",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import xxhash
@@ -68,11 +68,13 @@ def classes_of(parts: Sequence[Partition]) -> tuple[str, ...]:
     return tuple(sorted({file.name.partition("/")[0] for part in parts for file in part.files}))
 
 
-def partition_fingerprint(
-    source: Source, partition: Partition, *, encoding: str, withdrawn: Collection[str] = ()
-) -> str:
+def content_digests(source: Source, partition: Partition) -> dict[str, str]:
+    """The sha256 of each of a partition's files, by name."""
+    return {file.name: source.content_digest(file) for file in partition.files}
+
+
+def partition_fingerprint(digests: Mapping[str, str], *, encoding: str, withdrawn: Collection[str] = ()) -> str:
     """Names a partition's input bytes, what encodes them, and which of its records are left out."""
-    files = [[file.name, source.content_digest(file)] for file in partition.files]
-    names = {file.name for file in partition.files}
-    left_out = sorted(record for record in withdrawn if record in names or record.rpartition(":")[0] in names)
+    files = [list(item) for item in digests.items()]
+    left_out = sorted(record for record in withdrawn if record in digests or record.rpartition(":")[0] in digests)
     return digest_of({"files": files, "encoding": encoding, **({"withdrawn": left_out} if left_out else {})})
