@@ -6,6 +6,7 @@ otherwise come back as a false refusal of one's own write (docs/protocols.md, "C
 
 from __future__ import annotations
 
+import base64
 import json
 import time
 import uuid
@@ -208,7 +209,8 @@ class Store:
 
         if self._credentials is None:
             return {}
-        request = AWSRequest(method, url)
+        checksum = base64.b64encode(bytes.fromhex(sha256)).decode()
+        request = AWSRequest(method, url, headers={"x-amz-checksum-sha256": checksum})
         KnownBody(self._credentials.get_frozen_credentials(), "s3", self.location.region).add_auth(request)
         return dict(request.headers.items())
 

@@ -253,6 +253,66 @@ def test_what_was_withdrawn_stays_out_wherever_its_line_is_by_now(store: Store, 
     assert all_ids(store, written.manifest) == all_ids(store, first) - {sample_id}
 
 
+def equal_lines(folder: Path) -> None:
+    """One line that two files hold, at other places."""
+    for name, number in (("a", 1), ("b", 40)):
+        lines = [f"{n},{name == 'a':d},1,1,1,1\n" for n in range(60)]
+        lines[number - 1] = "7,7,7,7,7,2\n"
+        (folder / f"raw/{name}.csv").write_text("".join(lines))
+
+
+def sharded(store: Store, folder: Path) -> Manifest:
+    return write(store, folder, withdrawn_records(store, "tiny"))
+
+
+def test_equal_records_go_together_whatever_was_sharded_before(store: Store, folder: Path, tmp_path: Path) -> None:
+    equal_lines(folder)
+    first = write(store, folder)
+    done = withdraw(store, "tiny", first.digest, ["a.csv:1"])
+    assert done.num_samples_removed == 2
+    again = sharded(store, folder)
+    assert again.digest == done.new_digest or all_ids(store, again) == all_ids(
+        store, load_manifest(store, "tiny", done.new_digest)
+    )
+    elsewhere = Store(replace(store.location, prefix=store.location.prefix + "elsewhere/"))
+    known = withdrawn_records(store, "tiny")
+    fresh = write_dataset(elsewhere, local_source(folder, CONFIG), CONFIG, Tiny(), withdrawn=known).manifest
+    assert fresh.digest == again.digest, "the same source and the same list give the same version"
+
+
+def test_what_is_withdrawn_does_not_come_back_under_the_name_that_its_file_had_before(
+    store: Store, folder: Path
+) -> None:
+    first = write(store, folder)
+    (folder / "raw/0.csv").rename(folder / "raw/new.csv")
+    second = write(store, folder)
+    done = withdraw(store, "tiny", second.digest, ["new.csv:1"])
+    assert first.digest in done.versions_that_hold_them, "although it has another id there"
+    (folder / "raw/new.csv").rename(folder / "raw/0.csv")
+    assert "0.csv:1#0" not in all_ids(store, sharded(store, folder))
+
+
+def test_a_second_withdrawal_from_an_old_version_does_not_bring_the_first_back(store: Store, folder: Path) -> None:
+    first = write(store, folder)
+    withdraw(store, "tiny", first.digest, ["0.csv:1"])
+    done = withdraw(store, "tiny", first.digest, ["0.csv:2"])
+    gone = all_ids(store, first) - all_ids(store, load_manifest(store, "tiny", done.new_digest))
+    assert gone == {"0.csv:1#0", "0.csv:2#0"}
+
+
+def test_what_two_versions_hold_under_one_id_may_both_be_withdrawn(store: Store, folder: Path) -> None:
+    first = write(store, folder)
+    source = folder / "raw/0.csv"
+    lines = source.read_text().splitlines(keepends=True)
+    source.write_text("".join(["8,8,8,8,8,1\n", *lines[1:]]))
+    second = write(store, folder)
+    withdraw(store, "tiny", first.digest, ["0.csv:1"])
+    withdraw(store, "tiny", second.digest, ["0.csv:1"])
+    source.write_text("".join(["9,9,9,9,9,1\n", lines[0], "8,8,8,8,8,1\n", *lines[1:]]))
+    held = all_ids(store, sharded(store, folder))
+    assert not held & {"0.csv:2#0", "0.csv:3#0"}
+
+
 def test_a_withdrawal_names_every_version_that_holds_the_record_and_its_runs(store: Store, folder: Path) -> None:
     """The record was appended to other ones since the run was trained, and its shard is another one now."""
     first = write(store, folder)

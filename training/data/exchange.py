@@ -29,7 +29,7 @@ from training.data.manifest import (
     shard_key,
 )
 from training.data.shard import Array, Column, Ragged, Shard, encode_shard
-from training.data.withdrawn import require_none_withdrawn
+from training.data.withdrawn import require_none_withdrawn, require_none_withdrawn_since, withdrawn_records
 from training.documents import parse
 from training.errors import DamagedError, InfrastructureError, UserError
 from training.objectstore import Store
@@ -102,14 +102,17 @@ def import_folder(store: Store, dataset: str, folder: Path) -> Manifest:
     Raises `UserError` naming the file that is not as it was, or a record that was withdrawn.
     """
     about = _about(folder)
+    withdrawn = withdrawn_records(store, dataset)
     read = _read_tar if about.format == "webdataset" else _read_parquet
     splits: dict[Split, tuple[ShardInfo, ...]] = {}
     with writing(store, dataset) as lease:
         for split in SPLITS:
             shards = about.files[split].items()
             splits[split] = tuple(_send(store, dataset, folder / name, sha, about, read) for name, sha in shards)
+            require_none_withdrawn(dataset, (load_shard(store, dataset, s) for s in splits[split]), withdrawn)
         manifest = Manifest(fields=about.fields, splits=splits, classes=about.classes)
         publish(store, dataset, manifest, lease)
+    require_none_withdrawn_since(store, dataset, withdrawn)
     return manifest
 
 
@@ -125,7 +128,6 @@ def _send(store: Store, dataset: str, path: Path, sha256: str, about: About, rea
     info = describe_shard(data, num_samples=len(ids))
     if info.sha256 != sha256:
         raise UserError(f"{path}: not as it was exported: its samples do not give shard {sha256[:12]}")
-    require_none_withdrawn(store, dataset, ids)
     store.put_immutable(shard_key(dataset, sha256), data)
     return info
 

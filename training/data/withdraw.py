@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections import deque
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -19,9 +20,18 @@ from training.data.manifest import (
     load_shard,
     shard_key,
 )
-from training.data.shard import Column, Ragged, encode_shard
+from training.data.shard import Column, Ragged, Shard, encode_shard
 from training.data.versions import NUM_AT_ONCE, runs_that_used, versions
-from training.data.withdrawn import content_of_samples, note_withdrawn, record_of
+from training.data.withdrawn import (
+    Withdrawn,
+    contents_of,
+    note_withdrawn,
+    record_of,
+    records_in,
+    require_none_withdrawn_since,
+    sample_number,
+    withdrawn_records,
+)
 from training.errors import UserError
 from training.objectstore import Store
 from training.recipe import Sample
@@ -54,64 +64,108 @@ def withdraw(store: Store, dataset: str, digest: str, record_ids: Collection[str
 
 def _withdraw(store: Store, dataset: str, digest: str, wanted: frozenset[str], reason: str, lease: Lease) -> Withdrawal:
     old = load_manifest(store, dataset, digest)
-    known = {other: load_manifest(store, dataset, other) for other in versions(store, dataset)}
-    found = _find(store, dataset, known.values(), wanted)
-    mine = {shard: rows for shard, rows in found.items() if any(shard in old.splits[split] for split in SPLITS)}
-    missing = wanted - {record for rows in mine.values() for record in rows.values()}
+    records = _contents(store, dataset, old, wanted)
+    missing = wanted - records.keys()
     if missing:
         raise UserError(f"dataset {dataset!r} version {digest[:12]} holds no record {min(missing)!r}")
-    new = replace(old, splits={split: _splits_without(store, dataset, old, split, mine) for split in SPLITS})
-    note_withdrawn(store, dataset, _contents(store, dataset, mine), reason)
+    known = _merged(withdrawn_records(store, dataset), records)
+    doomed = _doomed(store, dataset, old, known)
+    new = replace(old, splits={split: _splits_without(store, dataset, old, split, doomed) for split in SPLITS})
+    note_withdrawn(store, dataset, records, reason)
     publish(store, dataset, new, lease)
-    trained = _holding(known, found, ["train"])
+    require_none_withdrawn_since(store, dataset, known)
+    holding = _versions_holding(store, dataset, wanted, _numbers(store, dataset, doomed))
+    trained = tuple(digest for digest, splits in holding.items() if "train" in splits)
     return Withdrawal(
         old_digest=digest,
         new_digest=new.digest,
         num_samples_removed=sum(old.num_samples(split) - new.num_samples(split) for split in SPLITS),
-        num_shards_rewritten=len(mine),
-        num_shards_shared=sum(len(shards) for shards in old.splits.values()) - len(mine),
-        versions_that_hold_them=_holding(known, found, SPLITS),
+        num_shards_rewritten=len(doomed),
+        num_shards_shared=sum(len(shards) for shards in old.splits.values()) - len(doomed),
+        versions_that_hold_them=tuple(holding),
         versions_that_train_on_them=trained,
         runs_that_used_them=runs_that_used(store, trained),
     )
 
 
-Rows = Mapping[int, str]
-"""Rows of a shard that are to go, and their records."""
+Rows = set[int]
+"""Rows of a shard that are to go."""
 
 
-def _find(
-    store: Store, dataset: str, manifests: Iterable[Manifest], wanted: frozenset[str]
-) -> dict[ShardInfo, dict[int, str]]:
-    """The shards that hold one of the records, each read once however many versions share it."""
+def _merged(first: Withdrawn, second: Withdrawn) -> dict[str, tuple[str, ...]]:
+    return {key: tuple(sorted({*first.get(key, ()), *second.get(key, ())})) for key in {**first, **second}}
 
-    def rows_of(info: ShardInfo) -> dict[int, str]:
-        records = map(record_of, load_shard(store, dataset, info).ids)
-        return {row: record for row, record in enumerate(records) if record in wanted}
 
-    shards = list(dict.fromkeys(shard for m in manifests for split in SPLITS for shard in m.splits[split]))
+def _shards(store: Store, dataset: str, infos: Iterable[ShardInfo]) -> Iterator[Shard]:
+    """Loaded one after another, the next ones being fetched meanwhile."""
     with ThreadPoolExecutor(NUM_AT_ONCE) as pool:
-        found = zip(shards, pool.map(rows_of, shards), strict=True)
-        return {shard: rows for shard, rows in found if rows}
+        waiting: deque[Future[Shard]] = deque()
+        for info in infos:
+            waiting.append(pool.submit(load_shard, store, dataset, info))
+            if len(waiting) > NUM_AT_ONCE:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
 
 
-def _contents(store: Store, dataset: str, found: Mapping[ShardInfo, Rows]) -> dict[str, str]:
-    """Each record, and the digest of its samples, which may lie in several shards."""
-    samples: dict[str, list[Sample]] = {}
-    for info, rows in found.items():
-        shard = load_shard(store, dataset, info)
-        for row, record in rows.items():
-            samples.setdefault(record, []).append({name: column[row] for name, column in shard.columns.items()})
-    return {record: content_of_samples(its) for record, its in samples.items()}
+def _contents(store: Store, dataset: str, manifest: Manifest, wanted: frozenset[str]) -> dict[str, tuple[str, ...]]:
+    """The digest of each record's samples, of those that the version holds."""
+    return {
+        found.id: (found.content,)
+        for split in SPLITS
+        for found in records_in(_shards(store, dataset, manifest.splits[split]))
+        if found.id in wanted
+    }
 
 
-def _holding(
-    manifests: Mapping[str, Manifest], found: Collection[ShardInfo], splits: Iterable[Split]
-) -> tuple[str, ...]:
-    wanted = list(splits)
-    return tuple(
-        d for d, m in manifests.items() if any(shard in found for split in wanted for shard in m.splits[split])
-    )
+def _doomed(store: Store, dataset: str, manifest: Manifest, withdrawn: Withdrawn) -> dict[ShardInfo, Rows]:
+    """What a sharding of the same source would leave out now: by id, and by content."""
+    contents = contents_of(withdrawn)
+    doomed: dict[ShardInfo, Rows] = {}
+    for split in SPLITS:
+        shards = manifest.splits[split]
+        for found in records_in(_shards(store, dataset, shards)):
+            if found.id in withdrawn or found.content in contents:
+                for number, row in found.places:
+                    doomed.setdefault(shards[number], set()).add(row)
+    return doomed
+
+
+def _numbers(store: Store, dataset: str, doomed: Mapping[ShardInfo, Rows]) -> set[int]:
+    """The digests of the samples that go."""
+    return {
+        sample_number(_sample(shard, row))
+        for info, shard in zip(doomed, _shards(store, dataset, doomed), strict=True)
+        for row in doomed[info]
+    }
+
+
+def _versions_holding(
+    store: Store, dataset: str, records: Collection[str], numbers: Collection[int]
+) -> dict[str, set[Split]]:
+    """Every version with one of these records, or of these samples under another id, and the splits it has them in.
+
+    Each shard is read once, however many versions share it.
+    """
+    manifests = {digest: load_manifest(store, dataset, digest) for digest in versions(store, dataset)}
+    infos = list(dict.fromkeys(info for m in manifests.values() for split in SPLITS for info in m.splits[split]))
+    found = {
+        info
+        for info, shard in zip(infos, _shards(store, dataset, infos), strict=True)
+        if any(
+            record_of(shard.id_of(row)) in records or sample_number(_sample(shard, row)) in numbers
+            for row in range(len(shard))
+        )
+    }
+    holding = {
+        digest: {split for split in SPLITS if not found.isdisjoint(manifest.splits[split])}
+        for digest, manifest in manifests.items()
+    }
+    return {digest: splits for digest, splits in holding.items() if splits}
+
+
+def _sample(shard: Shard, row: int) -> Sample:
+    return {name: column[row] for name, column in shard.columns.items()}
 
 
 def _splits_without(

@@ -12,7 +12,17 @@ import numpy as np
 
 from training.config import DataConfig
 from training.data.lease import Lease, publish, writing
-from training.data.manifest import SPLITS, FieldInfo, Manifest, ShardInfo, Split, describe_shard, receipt_key, shard_key
+from training.data.manifest import (
+    SPLITS,
+    FieldInfo,
+    Manifest,
+    ShardInfo,
+    Split,
+    describe_shard,
+    load_shard,
+    receipt_key,
+    shard_key,
+)
 from training.data.shard import FORMAT, Array, Column, Ragged, dtype_is_known, encode_shard
 from training.data.source import (
     Partition,
@@ -24,9 +34,15 @@ from training.data.source import (
     partitions,
     read_records,
 )
-from training.data.withdrawn import Withdrawn, content_of_samples, withdrawn_records
+from training.data.withdrawn import (
+    Withdrawn,
+    content_of_samples,
+    contents_of,
+    records_in,
+    require_none_withdrawn_since,
+)
 from training.documents import canonical_json, digest_of, parse, sha256_hex
-from training.errors import DamagedError, InfrastructureError, UserError
+from training.errors import DamagedError, UserError
 from training.objectstore import MissingError, Store
 from training.recipe import Recipe, Record, Sample, source_closure_digest
 
@@ -118,7 +134,7 @@ class Writer:
         self._config = config
         self._recipe = recipe
         self._withdrawn = dict(withdrawn)
-        self._withdrawn_contents = frozenset(withdrawn.values())
+        self._withdrawn_contents = contents_of(withdrawn)
         encoding = {
             "format": FORMAT,
             "recipe": source_closure_digest(recipe),
@@ -163,23 +179,24 @@ class Writer:
         )
 
     def _require_withdrawn_left_out(self) -> None:
-        if withdrawn_records(self._store, self._config.name).keys() - self._withdrawn.keys():
-            raise InfrastructureError(
-                f"dataset {self._config.name!r}: records were withdrawn while it was sharded: run it again"
-            )
+        require_none_withdrawn_since(self._store, self._config.name, self._withdrawn)
 
     def _is_finished(self, receipt: str) -> bool:
         try:
             found = parse(Receipt, _unsealed(self._store.get(receipt)))
+            return all(self._is_whole(found.splits[split]) for split in SPLITS)
         except (MissingError, DamagedError):
             return False
-        return all(self._is_whole(shard) for split in SPLITS for shard in found.splits[split])
 
-    def _is_whole(self, shard: ShardInfo) -> bool:
-        try:
-            return sha256_hex(self._store.fetch(shard_key(self._config.name, shard.sha256))) == shard.sha256
-        except MissingError:
-            return False
+    def _is_whole(self, shards: Sequence[ShardInfo]) -> bool:
+        """Whether the shards are what their names say, and hold nothing that was withdrawn elsewhere since.
+
+        Raises `MissingError` or `DamagedError` if they are not.
+        """
+        loaded = (load_shard(self._store, self._config.name, shard) for shard in shards)
+        if self._withdrawn_contents:
+            return all(record.content not in self._withdrawn_contents for record in records_in(loaded))
+        return all(len(shard) for shard in loaded)
 
     def _write(self, part: Partition, digests: Mapping[str, str]) -> tuple[Receipt, int]:
         """`digests` are those of records, where they are known already."""

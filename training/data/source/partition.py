@@ -73,8 +73,13 @@ def content_digests(source: Source, partition: Partition) -> dict[str, str]:
     return {file.name: source.content_digest(file) for file in partition.files}
 
 
+def _is_in(record: str, files: Collection[str]) -> bool:
+    """Whether a record's id (`file`, `file:place`) is in one of these files. Both may have colons of their own."""
+    return record in files or any(record[:end] in files for end, sign in enumerate(record) if sign == ":")
+
+
 def partition_fingerprint(digests: Mapping[str, str], *, encoding: str, withdrawn: Collection[str] = ()) -> str:
     """Names a partition's input bytes, what encodes them, and which of its records are left out."""
     files = [list(item) for item in digests.items()]
-    left_out = sorted(record for record in withdrawn if record in digests or record.rpartition(":")[0] in digests)
+    left_out = sorted(record for record in withdrawn if _is_in(record, digests))
     return digest_of({"files": files, "encoding": encoding, **({"withdrawn": left_out} if left_out else {})})
