@@ -125,8 +125,8 @@ class LaunchConfig:
     """Processes per rank that read and decode (0: threads of the rank itself)."""
     cache_memory_bytes: int = 1 << 30
     """Shards kept in memory by a rank, or by each of its `data_workers`."""
-    cache_disk_bytes: int = 0
-    """Shards kept on disk beyond that, in unnamed files under TMPDIR."""
+    cache_disk_bytes: int = 16 << 30
+    """Shards kept on disk beyond that, in unnamed files under TMPDIR; the last tenth of the disk is left alone."""
 
     def __post_init__(self) -> None:
         _require(self.nodes >= 1, "launch.nodes", "must be at least 1")

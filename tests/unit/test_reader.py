@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import io
 import pickle
 import threading
 from collections.abc import Callable
@@ -149,6 +151,21 @@ def test_a_shard_that_many_want_at_once_is_fetched_once(store: Store, manifest: 
     assert len(counting.fetched) == 1
 
 
+def test_too_many_open_files_only_mean_another_fetch(
+    store: Store, manifest: Manifest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    num_refused = 0
+
+    def refuse() -> io.FileIO:
+        nonlocal num_refused
+        num_refused += 1
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    monkeypatch.setattr(cache_module, "_unnamed_file", refuse)
+    assert fetches(store, manifest, disk_bytes=1 << 20) == [0, 1, 2, 1, 2]
+    assert num_refused > 0
+
+
 def fetches(store: Store, manifest: Manifest, *, disk_bytes: int) -> list[int]:
     """Which shards are fetched in a fixed sequence of uses, with memory for two."""
     shards = manifest.splits["train"]
@@ -230,7 +247,7 @@ def test_a_damaged_shard_is_an_error_that_names_it(store: Store, manifest: Manif
     store.put(key, DAMAGES[damage](store.get(key), store.get(shard_key("tiny", other.sha256))))
     reader = make_reader(store, "tiny", manifest, "train")
     reader.read([0])
-    with pytest.raises(DamagedError, match=rf"{victim.sha256} is damaged on the store\. Run `unbroken data verify`"):
+    with pytest.raises(DamagedError, match=rf"{victim.sha256} is damaged on the store\. Start the pipeline again"):
         reader.read(range(len(reader)))
 
 
@@ -269,5 +286,5 @@ def test_a_stale_copy_on_disk_is_fetched_again(store: Store, manifest: Manifest)
 def test_a_missing_shard_is_an_error_that_names_it(store: Store, manifest: Manifest) -> None:
     victim = manifest.splits["test"][0]
     store.delete(shard_key("tiny", victim.sha256))
-    with pytest.raises(DamagedError, match=rf"{victim.sha256} is missing.*Run `unbroken data verify`"):
+    with pytest.raises(DamagedError, match=rf"{victim.sha256} is missing.*Start the pipeline again"):
         make_reader(store, "tiny", manifest, "test").read([0])

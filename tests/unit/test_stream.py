@@ -9,10 +9,11 @@ import sys
 import threading
 from collections import deque
 from collections.abc import Iterator
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from pathlib import Path
 
+import numpy as np
 import psutil
 import pytest
 
@@ -26,8 +27,9 @@ from training.data.manifest import Manifest, shard_key
 from training.data.opening import open_order
 from training.data.stream import Microbatch, Stream
 from training.data.writer import write_dataset
-from training.errors import DamagedError
+from training.errors import DamagedError, DeterministicError
 from training.objectstore import Store
+from training.recipe import Sample
 from training.reduce import owned_range
 
 STEPS = 12
@@ -168,6 +170,50 @@ def test_all_ranks_together_fetch_little_more_than_the_dataset(store: Store, pre
             deque(Stream(reader, order, workers=workers, step=0, num_steps=num_steps), maxlen=0)
             num_fetched += reader.cache.num_bytes_fetched
         assert num_fetched <= 1.1 * sum(shard.num_bytes for shard in manifest.splits["train"])
+
+
+def test_two_windows_per_worker_in_memory_are_enough(store: Store, preset: Preset, tmp_path: Path) -> None:
+    """As docs/data.md says."""
+    write_csv(tmp_path / "raw/0.csv", range(1800))
+    config = data_config()
+    manifest = write_dataset(store, local_source(tmp_path, config), config, Tiny()).manifest
+    order = open_order(preset, manifest)
+    largest = max(shard.num_bytes for shard in manifest.splits["train"])
+    reader = make_reader(store, "tiny", manifest, "train", memory_bytes=2 * order.virtual_workers * largest)
+    num_steps = order.num_samples // order.batch_size
+    deque(Stream(reader, order, workers=range(4), step=0, num_steps=num_steps), maxlen=0)
+    assert reader.cache.num_bytes_fetched <= 1.3 * sum(shard.num_bytes for shard in manifest.splits["train"])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Growing(Tiny):
+    """Decodes a sample of some bytes to one of a megabyte, or fails."""
+
+    fails_at: int = -1
+
+    def decode(self, sample: Sample, random: np.random.Generator | None) -> Sample:
+        if int(sample["label"]) == self.fails_at:
+            raise ValueError("bad picture")
+        return {"x": np.zeros(1 << 18, dtype=np.float32), "label": sample["label"]}
+
+
+def growing_stream(store: Store, preset: Preset, manifest: Manifest, *, fails_at: int = -1) -> Stream:
+    decode = Growing(fails_at=fails_at).decode
+    reader = make_reader(store, "tiny", manifest, "train", maybe_decode=decode)
+    return Stream(reader, open_order(preset, manifest), workers=range(4), step=0, num_steps=10**7)
+
+
+def test_blocks_are_sized_by_decoded_samples(store: Store, preset: Preset, manifest: Manifest) -> None:
+    stream = growing_stream(store, preset, manifest)
+    assert stream._block_steps() == 1
+    microbatches = iter(stream)
+    assert next(microbatches).fields["x"].nbytes == 6 << 20
+    microbatches.close()  # type: ignore[attr-defined]
+
+
+def test_a_decode_that_fails_names_the_sample(store: Store, preset: Preset, manifest: Manifest) -> None:
+    with pytest.raises(DeterministicError, match=r"sample 0\.csv:\d+#0: decode\(\) failed: ValueError: bad picture"):
+        deque(growing_stream(store, preset, manifest, fails_at=1), maxlen=0)
 
 
 def test_a_stream_that_is_left_leaves_no_thread(store: Store, preset: Preset, manifest: Manifest) -> None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import mmap
 import os
+import resource
 import tempfile
 import threading
 from collections import OrderedDict
@@ -19,6 +21,8 @@ from training.objectstore import MissingError, Store
 
 NUM_THREADS = 4
 MEMORY_BYTES = 1 << 30
+MAX_FILES = 1 << 16
+MIN_FREE_SHARE = 0.1
 REPAIR = "Start the pipeline again: its shard stage then repairs it from the source"
 Fetch = Callable[[ShardInfo], bytes | memoryview]
 
@@ -31,8 +35,8 @@ def fetch_from(store: Store, dataset: str) -> Fetch:
 class ShardCache:
     """Shards of one split. Safe to use from many threads; a shard that several want is fetched once.
 
-    What does not fit into `memory_bytes` goes to unnamed files (at most `disk_bytes`), which the kernel removes with
-    this process, however that ends. A copy from there is verified again.
+    What does not fit into `memory_bytes` goes to unnamed files (at most `disk_bytes`, and never the last tenth of the
+    disk), which the kernel removes with this process, however that ends. A copy from there is verified again.
 
     Raises `DamagedError` naming the shard if its bytes are wrong twice in a row, or if it is missing.
     """
@@ -61,10 +65,19 @@ class ShardCache:
         return loading.result()
 
     def prefetch(self, numbers: Iterable[int]) -> None:
-        """Begin to load shards that will be wanted soon. What goes wrong is told to whoever gets the shard."""
+        """Begin to load shards that will be wanted soon, the most urgent first, as many as fit into memory together.
+
+        More of them would only push one another out. What goes wrong is told to whoever gets the shard.
+        """
+        num_bytes = 0
         with self._lock:
             for number in numbers:
-                if number not in self._resident:
+                num_bytes += self._shards[number].num_bytes
+                if num_bytes > self._memory_bytes:
+                    return
+                if number in self._resident:
+                    self._resident.move_to_end(number)
+                else:
                     self._start(number)
 
     def close(self) -> None:
@@ -90,8 +103,12 @@ class ShardCache:
 
     def _copy_on_disk(self, number: int) -> memoryview | None:
         with self._lock:
-            copy = self._disk.take(number)
-        return copy if copy is not None and _is_whole(copy, self._shards[number]) else None
+            copy = self._disk.get(number)
+        if copy is None or _is_whole(copy, self._shards[number]):
+            return copy
+        with self._lock:
+            self._disk.drop(number)
+        return None
 
     def _fetched(self, info: ShardInfo) -> bytes | memoryview:
         """Twice if need be: the first copy may have been damaged on its way."""
@@ -124,39 +141,58 @@ class _Disk:
 
     def __init__(self, max_bytes: int) -> None:
         self._max_bytes = max_bytes
+        self._max_files = _allow_many_files() // 2 if max_bytes else 0
         self._files: OrderedDict[int, io.FileIO] = OrderedDict()
         self._num_bytes = 0
 
     def put(self, number: int, data: bytes | memoryview) -> None:
-        if len(data) > self._max_bytes or number in self._files:
+        """Keep a copy, if there is room: it is fetched again if not."""
+        if number in self._files or len(data) > self._max_bytes or not self._max_files:
             return
-        while self._num_bytes + len(data) > self._max_bytes:
-            self._drop(next(iter(self._files)))
-        file = _unnamed_file()
+        while self._num_bytes + len(data) > self._max_bytes or len(self._files) >= self._max_files:
+            self.drop(next(iter(self._files)))
         try:
+            file = _unnamed_file()
+        except OSError:  # no folder for it, or too many files are open
+            return
+        try:
+            _require_room(file, len(data))
             _write_all(file, data)
-        except OSError:  # the disk is full: then this shard is fetched again
+        except OSError:  # the disk is full, or nearly
             file.close()
             return
         self._files[number] = file
         self._num_bytes += len(data)
 
-    def take(self, number: int) -> memoryview | None:
-        """The bytes, which then are no longer here."""
+    def get(self, number: int) -> memoryview | None:
         if number not in self._files:
             return None
-        mapped = mmap.mmap(self._files[number].fileno(), 0, prot=mmap.PROT_READ)
-        self._drop(number)
-        return memoryview(mapped)
+        return memoryview(mmap.mmap(self._files[number].fileno(), 0, prot=mmap.PROT_READ))
 
-    def _drop(self, number: int) -> None:
+    def drop(self, number: int) -> None:
         file = self._files.pop(number)
         self._num_bytes -= os.fstat(file.fileno()).st_size
         file.close()
 
     def close(self) -> None:
         for number in list(self._files):
-            self._drop(number)
+            self.drop(number)
+
+
+def _allow_many_files() -> int:
+    """Raise this process's limit as far as it may itself; returns the limit."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = MAX_FILES if hard == resource.RLIM_INFINITY else min(hard, MAX_FILES)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+        return wanted
+    return MAX_FILES if soft == resource.RLIM_INFINITY else soft
+
+
+def _require_room(file: io.FileIO, num_bytes: int) -> None:
+    disk = os.fstatvfs(file.fileno())
+    if disk.f_bavail * disk.f_frsize - num_bytes < MIN_FREE_SHARE * disk.f_blocks * disk.f_frsize:
+        raise OSError(errno.ENOSPC, "the last tenth of the disk is left to others")
 
 
 def _unnamed_file() -> io.FileIO:

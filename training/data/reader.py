@@ -12,7 +12,7 @@ from training.data.cache import ShardCache
 from training.data.manifest import FieldInfo
 from training.data.order import Integers
 from training.data.shard import Array, Column, Ragged, Shard
-from training.errors import UserError
+from training.errors import DeterministicError, UnbrokenError, UserError
 from training.recipe import Decode, Sample
 
 NUM_SHARDS_AHEAD = 6
@@ -110,10 +110,19 @@ class Reader:
         if self._maybe_decode is None:
             return Rows(ids=ids, fields=_gather(shards, numbers, rows))
         samples = [
-            self._maybe_decode(_sample(shards[number], row), self._maybe_random(indices, maybe_epochs, k))
+            _decoded(
+                self._maybe_decode, ids[k], _sample(shards[number], row), self._maybe_random(indices, maybe_epochs, k)
+            )
             for k, (number, row) in enumerate(zip(numbers.tolist(), rows.tolist(), strict=True))
         ]
         return Rows(ids=ids, fields=_stack(samples, ids))
+
+    def decoded_bytes(self, indices: Integers, epochs: Integers) -> int:
+        """How large a sample is when the recipe has decoded it; 0 if it decodes nothing."""
+        if self._maybe_decode is None:
+            return 0
+        fields = self.read(indices, maybe_epochs=epochs).fields
+        return sum(array.nbytes for array in fields.values()) // max(1, len(indices))
 
     def _maybe_random(self, indices: Integers, maybe_epochs: Integers | None, k: int) -> np.random.Generator | None:
         return None if maybe_epochs is None else sample_random(self._seed, int(maybe_epochs[k]), int(indices[k]))
@@ -170,6 +179,19 @@ def _plain(column: Column) -> Array:
 
 def _is_run(rows: Integers) -> bool:
     return bool((np.diff(rows) == 1).all())
+
+
+def _decoded(decode: Decode, sample_id: str, sample: Sample, random: np.random.Generator | None) -> Sample:
+    """Raises `DeterministicError` naming the sample if the recipe's own code fails."""
+    try:
+        decoded = decode(sample, random)
+    except (MemoryError, UnbrokenError):
+        raise
+    except Exception as error:
+        raise DeterministicError(f"sample {sample_id}: decode() failed: {type(error).__name__}: {error}") from error
+    if not isinstance(decoded, Mapping):
+        raise UserError(f"sample {sample_id}: decode() gave {type(decoded).__name__}, not arrays by name")
+    return decoded
 
 
 def _sample(shard: Shard, row: int) -> Sample:

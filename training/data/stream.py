@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import zip_longest
 
 from training.data.order import Order
 from training.data.reader import BLOCK_BYTES, Reader, Rows
@@ -47,26 +48,40 @@ class Stream:
         self._workers = workers
         self._steps = range(step, num_steps)
         self._share = order.batch_size // order.virtual_workers
-        half_shard = order.num_samples // len(order.shard_sizes) // 2  # or a block would need many shards at once
-        fitting = min(BLOCK_BYTES // max(1, reader.sample_bytes), half_shard) // self._share
-        self._block_steps = max(1, min(max_block_steps, fitting))
+        self._max_block_steps = max_block_steps
 
     def __iter__(self) -> Iterator[Microbatch]:
         pool = ThreadPoolExecutor(NUM_THREADS, thread_name_prefix="blocks")
         try:
-            blocks = [self._steps[i : i + self._block_steps] for i in range(0, len(self._steps), self._block_steps)]
-            waiting = self._begin(pool, blocks[0]) if blocks else []
-            for number, block in enumerate(blocks):
-                ready, waiting = waiting, self._begin(pool, blocks[number + 1]) if number + 1 < len(blocks) else []
+            block_steps = self._block_steps() if self._steps else 1
+            block = self._steps[:block_steps]
+            waiting = self._begin(pool, block)
+            while block:
+                following = self._steps[block.stop - self._steps.start :][:block_steps]
+                ready, waiting = waiting, self._begin(pool, following)
                 yield from self._cut(block, ready)
+                block = following
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
             self._reader.close()
 
+    def _block_steps(self) -> int:
+        """How many steps make a block of some megabytes, as the samples are when they are decoded."""
+        first, epochs = self._order.samples(self._workers[0], step=self._steps.start)
+        sample_bytes = max(self._reader.sample_bytes, self._reader.decoded_bytes(first[:1], epochs[:1]))
+        half_shard = (
+            self._order.num_samples // len(self._order.shard_sizes) // 2
+        )  # or a block needs many shards at once
+        fitting = min(BLOCK_BYTES // max(1, sample_bytes), half_shard) // self._share
+        return max(1, min(self._max_block_steps, fitting))
+
     def _begin(self, pool: ThreadPoolExecutor, block: range) -> list[Future[Rows]]:
         """Have the block's rows made for each worker, and the shards fetched that are due by its end."""
-        for worker in self._workers:
-            self._reader.cache.prefetch(self._order.shards_ahead(worker, step=block[-1]))
+        if not block:
+            return []
+        ahead = [self._order.shards_ahead(worker, step=block[-1]) for worker in self._workers]
+        due = (number for numbers in zip_longest(*ahead) for number in numbers if number is not None)
+        self._reader.cache.prefetch(dict.fromkeys(due))
         return [pool.submit(self._make, worker, block) for worker in self._workers]
 
     def _make(self, worker: int, block: range) -> Rows:
