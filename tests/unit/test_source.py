@@ -245,6 +245,60 @@ def test_each_format_gives_the_same_from_disk_and_s3(store: Store, tmp_path: Pat
         assert labels == [("cat/1.png", 0), ("cat/deep/2.png", 0), ("dog/1.png", 1), ("emu/9.png", 2)]
 
 
+def test_a_damaged_header_is_no_end_of_an_archive(tmp_path: Path) -> None:
+    path = tmp_path / "raw/x.tar"
+    write_tar(path, [(f"{n:03}.txt", b"x") for n in range(50)])
+    data = bytearray(path.read_bytes())
+    data[20 * 1024 + 3] ^= 1
+    path.write_bytes(data)
+    config = data_config(format="webdataset")
+    with pytest.raises(UserError, match=r"x\.tar: not readable as .* after record '019': a member's header is damaged"):
+        read_all(local_source(tmp_path, config), config)
+
+
+def test_members_of_a_record_must_be_neighbours(tmp_path: Path) -> None:
+    write_tar(tmp_path / "raw/x.tar", [("a.txt", b"1"), ("b.txt", b"2"), ("a.cls", b"3")])
+    config = data_config(format="webdataset")
+    with pytest.raises(UserError, match=r"x\.tar: the members of record 'a' are not neighbours"):
+        read_all(local_source(tmp_path, config), config)
+
+
+def test_links_are_followed_and_what_cannot_be_read_is_named(tmp_path: Path) -> None:
+    raw = tmp_path / "raw"
+    (raw / "dog").mkdir(parents=True)
+    (raw / "dog/1.png").touch()
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere/2.png").touch()
+    (raw / "cat").symlink_to(tmp_path / "elsewhere")
+    config = data_config(format="folders")
+    assert [file.name for file in local_source(tmp_path, config).list_files()] == ["cat/2.png", "dog/1.png"]
+    (raw / "cat/loop").symlink_to(raw)
+    with pytest.raises(UserError, match=r"cat/loop leads back to .*raw"):
+        list(local_source(tmp_path, config).list_files())
+    (raw / "cat/loop").unlink()
+    (raw / "dog/gone.png").symlink_to(raw / "nowhere")
+    with pytest.raises(UserError, match=r"cannot read .*dog/gone\.png"):
+        list(local_source(tmp_path, config).list_files())
+
+
+def test_two_columns_of_one_name_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "raw").mkdir()
+    table = pa.Table.from_arrays([pa.array([1]), pa.array([2])], names=["x", "x"])
+    parquet.write_table(table, tmp_path / "raw/x.parquet")
+    config = data_config(format="parquet")
+    with pytest.raises(UserError, match=r"x\.parquet: two columns have the name 'x'"):
+        read_all(local_source(tmp_path, config), config)
+
+
+def test_values_that_python_does_not_know_are_named(tmp_path: Path) -> None:
+    (tmp_path / "raw").mkdir()
+    far = pa.array([0, 2**59], pa.int64()).cast(pa.timestamp("ms"))
+    parquet.write_table(pa.table({"when": far}), tmp_path / "raw/x.parquet")
+    config = data_config(format="parquet")
+    with pytest.raises(UserError, match=r"x\.parquet: not readable as data\.format = 'parquet' after row 0"):
+        read_all(local_source(tmp_path, config), config)
+
+
 def test_a_file_without_a_folder_has_no_label(tmp_path: Path) -> None:
     (tmp_path / "raw").mkdir()
     (tmp_path / "raw/stray.png").touch()

@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -322,3 +323,47 @@ def test_withdrawn_records_are_left_out_and_only_their_partition_is_written_agai
     gone = {i for ids in all_ids(store, first.manifest).values() for i in ids}
     gone -= {i for ids in all_ids(store, second.manifest).values() for i in ids}
     assert gone == {"1.csv:7#0"}
+
+
+NO_SAMPLES: dict[str, Any] = {
+    "list": [1, 2],
+    "number": 7,
+    "number in a field": {"x": 7},
+    "list in a field": {"x": [1.0]},
+    "number as a name": {1: np.zeros(2)},
+    "reserved name": {"__metadata__": np.zeros(2)},
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Careless(Tiny):
+    """Gives something else than a dict of arrays."""
+
+    gives: str
+
+    def encode(self, record: Record) -> Iterable[Sample]:
+        return [NO_SAMPLES[self.gives]]
+
+
+@pytest.mark.parametrize("gives", NO_SAMPLES)
+def test_what_is_no_sample_is_named_by_its_record(store: Store, folder: Path, gives: str) -> None:
+    config = data_config()
+    with pytest.raises(UserError, match=r"record 0\.csv:\d+#0: "):
+        write_dataset(store, local_source(folder, config), config, Careless(gives=gives))
+
+
+def test_a_file_that_changes_while_it_is_read_leaves_no_receipt(store: Store, folder: Path) -> None:
+    config = data_config()
+    source = local_source(folder, config)
+    changed = folder / "raw/1.csv"
+    before = changed.read_bytes()
+
+    class Changing(Tiny):
+        def encode(self, record: Record) -> Iterable[Sample]:
+            changed.write_bytes(before + b"1,2,3,4,5,1\n")
+            return super().encode(record)
+
+    with pytest.raises(UserError, match=r"1\.csv was changed while it was read"):
+        write_dataset(store, source, config, Changing())
+    changed.write_bytes(before)
+    assert write(store, folder).manifest == write(corner(store, "clean"), folder).manifest

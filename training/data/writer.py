@@ -154,6 +154,8 @@ class Writer:
         num_sent = 0
         if not is_reused:
             receipt, num_sent = self._write(part, digests if self._config.format in WHOLE_FILES else {})
+            for file in part.files:  # or the receipt would say that other bytes gave these shards
+                self._source.require_unchanged(file)
             self._store.put_immutable(key, _sealed(asdict(receipt)))
         return PartResult(receipt=key, num_bytes=part.num_bytes, is_reused=is_reused, num_shards_sent=num_sent)
 
@@ -302,10 +304,13 @@ class _ShardBuilder:
         return self._num_bytes >= self._shard_bytes
 
     def add(self, sample_id: str, sample: Sample) -> None:
-        signature = {
-            name: (array.dtype, array.shape[1:] if name in self._ragged else array.shape)
-            for name, array in sample.items()
-        }
+        try:
+            signature = {
+                name: (array.dtype, array.shape[1:] if name in self._ragged else array.shape)
+                for name, array in sample.items()
+            }
+        except AttributeError as error:
+            raise UserError(f"record {sample_id}: encode() must give dicts of numpy arrays: {error}") from error
         if signature != self._signature:  # comparing is a hundred times quicker than describing
             self._require_same_fields(sample_id, sample)
             self._signature = signature
@@ -324,10 +329,12 @@ class _ShardBuilder:
             raise UserError(f"record {sample_id}: its fields are {fields}, where those before had {self.fields}")
 
     def _declared(self, sample_id: str, name: str, array: Array) -> FieldInfo:
+        if not isinstance(name, str) or not isinstance(array, np.ndarray | np.generic):
+            raise UserError(f"record {sample_id}: field {name!r} is a {type(array).__name__}, not a numpy array")
         if not dtype_is_known(array.dtype):
             raise UserError(f"record {sample_id}: field {name!r} has dtype {array.dtype}")
-        if not name or "." in name:
-            raise UserError(f"record {sample_id}: field {name!r} must have a name without a dot")
+        if not name or "." in name or name == "__metadata__":
+            raise UserError(f"record {sample_id}: field {name!r} must have another name, without a dot")
         if name not in self._ragged:
             return FieldInfo(dtype=array.dtype.name, shape=array.shape)
         if array.ndim == 0:

@@ -6,10 +6,12 @@ import fnmatch
 import hashlib
 import importlib.util
 import io
+import os
 import sysconfig
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from stat import S_ISREG
 from typing import BinaryIO, Protocol, cast
 
 from training.config import DataConfig
@@ -39,6 +41,8 @@ class Source(Protocol):
 
     def content_digest(self, file: SourceFile) -> str: ...
 
+    def require_unchanged(self, file: SourceFile) -> None: ...
+
 
 class Folder:
     """A file, or every matching file below a folder, on this machine."""
@@ -51,10 +55,32 @@ class Folder:
         if self._root.is_file():
             yield _source_file(self._root, self._root.name)
             return
-        for path in sorted(self._root.rglob("*"), key=lambda path: path.relative_to(self._root).as_posix()):
-            name = path.relative_to(self._root).as_posix()
-            if path.is_file() and _counts(name, self._config):
-                yield _source_file(path, name)
+        for name in sorted(self._names(self._root, "", frozenset({self._root.resolve()}))):
+            yield _source_file(self._root / name, name)
+
+    def _names(self, folder: Path, prefix: str, above: frozenset[Path]) -> Iterator[str]:
+        """Every matching file below a folder, through links too. Raises `UserError` for what cannot be looked into."""
+        try:
+            entries = list(os.scandir(folder))
+        except OSError as error:
+            raise UserError(f"cannot list {folder}: {error.strerror}") from error
+        for entry in entries:
+            name, path = prefix + entry.name, Path(entry.path)
+            if entry.is_dir():
+                if entry.name.startswith(".") or entry.name in self._config.exclude:
+                    continue
+                real = path.resolve()
+                if real in above:
+                    raise UserError(f"{path} leads back to {real}: name it in data.exclude")
+                yield from self._names(path, f"{name}/", above | {real})
+            elif _counts(name, self._config):
+                yield name
+
+    def require_unchanged(self, file: SourceFile) -> None:
+        """Raises `UserError` if the file is not the one that was listed."""
+        path = self._root if self._root.is_file() else self._root / file.name
+        if _source_file(path, file.name) != file:
+            raise UserError(f"{path} was changed while it was read: start again once nobody writes there")
 
     def open(self, file: SourceFile) -> BinaryIO:
         path = self._root if self._root.is_file() else self._root / file.name
@@ -76,7 +102,15 @@ def _sha256_of(stream: BinaryIO) -> str:
 
 
 def _source_file(path: Path, name: str) -> SourceFile:
-    stat = path.stat()
+    try:
+        name.encode()
+        stat = path.stat()
+    except UnicodeEncodeError as error:
+        raise UserError(f"{name!a}: a file's name must be UTF-8") from error
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from error
+    if not S_ISREG(stat.st_mode):
+        raise UserError(f"{path} is no file: name it in data.exclude, or choose data.glob so that it does not count")
     return SourceFile(name=name, num_bytes=stat.st_size, changed=str(stat.st_mtime_ns))
 
 
@@ -111,6 +145,9 @@ class Bucket:
         with self.open(file) as stream:
             return _sha256_of(stream)
 
+    def require_unchanged(self, file: SourceFile) -> None:
+        """Nothing to do: each request names the ETag that was listed."""
+
 
 def open_source(config: DataConfig, *, folder: str, location: StoreLocation) -> Source:
     """The source that `config.source` names. Raises `UserError` naming it if nothing is there."""
@@ -134,7 +171,10 @@ def _local_path(text: str, folder: str) -> Path:
         return Path(sysconfig.get_path("stdlib")) / text.removeprefix("stdlib://")
     if text.startswith("package://"):
         package, _, inside = text.removeprefix("package://").partition("/")
-        spec = importlib.util.find_spec(package)
+        try:
+            spec = importlib.util.find_spec(package)
+        except (ImportError, ValueError):
+            spec = None
         if spec is None or not spec.submodule_search_locations:
             raise UserError(f"data.source = {text!r}: no installed package {package!r}")
         return Path(spec.submodule_search_locations[0]) / inside

@@ -5,7 +5,8 @@ from __future__ import annotations
 import base64
 import gzip
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, BinaryIO
 
 from training.config import DataConfig
@@ -17,6 +18,8 @@ from training.errors import UserError
 from training.recipe import Record
 
 Records = Iterator[Record]
+MAX_ROWS = 1024
+PARQUET_BYTES = 8 << 20
 
 
 def read_records(source: Source, partition: Partition, config: DataConfig, classes: tuple[str, ...] = ()) -> Records:
@@ -77,12 +80,26 @@ def _parquet_rows(file: SourceFile, stream: BinaryIO) -> Records:
     number = 0
     try:
         with parquet.ParquetFile(stream, buffer_size=1 << 20, pre_buffer=False) as table:
-            for batch in table.iter_batches(batch_size=1024):
+            _require_different_names(file, table.schema_arrow.names)
+            for batch in table.iter_batches(batch_size=_num_rows_at_once(table.metadata)):
                 for row in batch.to_pylist():
                     number += 1
                     yield Record(id=f"{file.name}:{number}", data=b"", fields=row)
-    except (pa.ArrowException, OSError) as error:
+    except (pa.ArrowException, OSError, OverflowError, ValueError, LookupError) as error:
         raise UserError(f"{file.name}: not readable as data.format = 'parquet' after row {number}: {error}") from error
+
+
+def _require_different_names(file: SourceFile, names: Sequence[str]) -> None:
+    twice = [name for name, number in Counter(names).items() if number > 1]
+    if twice:
+        raise UserError(f"{file.name}: two columns have the name {twice[0]!r}")
+
+
+def _num_rows_at_once(about: Any) -> int:
+    """Some megabytes of them, as Python's own objects."""
+    num_rows, num_groups = int(about.num_rows), int(about.num_row_groups)
+    num_bytes = sum(int(about.row_group(number).total_byte_size) for number in range(num_groups))
+    return max(1, min(MAX_ROWS, PARQUET_BYTES * max(1, num_rows) // max(1, num_bytes)))
 
 
 READERS: dict[str, Callable[[SourceFile, BinaryIO], Records]] = {

@@ -11,13 +11,15 @@ import zlib
 from collections.abc import Iterator
 from typing import BinaryIO, Self
 
+import xxhash
+
 from training.data.source.places import SourceFile
 from training.errors import UserError
 from training.recipe import Record
 
 
 class _StrictTarInfo(tarfile.TarInfo):
-    """The library takes an archive that was cut between two members for a whole one; here it must have its end mark."""
+    """The library takes a cut, or a damaged header, for an archive's end; here it must have its end mark."""
 
     @classmethod
     def fromtarfile(cls, archive: tarfile.TarFile) -> Self:
@@ -25,17 +27,21 @@ class _StrictTarInfo(tarfile.TarInfo):
             return super().fromtarfile(archive)
         except (tarfile.TruncatedHeaderError, tarfile.EmptyHeaderError) as error:  # type: ignore[attr-defined]  # public, but not in the stubs
             raise tarfile.ReadError("it ends without its end mark") from error
+        except tarfile.InvalidHeaderError as error:  # type: ignore[attr-defined]  # public, but not in the stubs
+            raise tarfile.ReadError(f"a member's header is damaged: {error}") from error
 
 
 def tar_samples(file: SourceFile, stream: BinaryIO) -> Iterator[Record]:
     """The archive's records, read as a stream. Raises `UserError` naming the file and the last whole record."""
-    key, fields = "", dict[str, bytes]()
+    key, fields, seen = "", dict[str, bytes](), set[int]()
     try:
         with tarfile.open(fileobj=stream, mode="r|*", tarinfo=_StrictTarInfo) as archive:
             for name, extension, content in _members(archive):
                 if name != key and fields:
                     yield Record(id=f"{file.name}:{key}", data=b"", fields=fields)
                     fields = {}
+                if name != key:
+                    _require_new(file, name, seen)
                 key = name
                 if extension in fields:
                     raise UserError(f"{file.name}: member '{name}.{extension}' comes twice in its record")
@@ -46,6 +52,14 @@ def tar_samples(file: SourceFile, stream: BinaryIO) -> Iterator[Record]:
         ) from error
     if fields:
         yield Record(id=f"{file.name}:{key}", data=b"", fields=fields)
+
+
+def _require_new(file: SourceFile, key: str, seen: set[int]) -> None:
+    """Raises `UserError` if a key comes back after another one: its two records would have one id."""
+    digest = xxhash.xxh3_64_intdigest(key.encode(errors="surrogateescape"))
+    if digest in seen:
+        raise UserError(f"{file.name}: the members of record {key!r} are not neighbours")
+    seen.add(digest)
 
 
 def _members(archive: tarfile.TarFile) -> Iterator[tuple[str, str, bytes]]:
