@@ -203,6 +203,8 @@ def gc(
     store = _store()
     if name not in store.list_folders("datasets/"):
         raise UserError(f"no dataset {name!r}: see `unbroken data ls`")
+    if not 0 <= older_than < 1e6:  # more than a timedelta holds, and nan
+        raise UserError(f"--older-than {older_than:g}: name 0 hours or more, and at most some years")
     garbage = collect(store, name, older_than=timedelta(hours=older_than), dry_run=dry_run)
     if json:
         print_json(asdict(garbage))

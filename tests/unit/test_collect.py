@@ -165,7 +165,7 @@ def test_version_is_found_by_name_by_digest_and_by_both(store: Store, folder: Pa
     for text in (first.digest, first.digest[:9], f"tiny@{first.digest[:9]}"):
         assert find_version(store, text) == ("tiny", first.digest)
     for text in ("", "nothing", "tiny@ff00", "other@"):
-        with pytest.raises(UserError, match=r"no dataset version is meant|2 dataset versions are meant"):
+        with pytest.raises(UserError, match=r"no dataset version is meant|name a dataset"):
             find_version(store, text)
 
 
@@ -251,6 +251,26 @@ def test_what_was_withdrawn_stays_out_wherever_its_line_is_by_now(store: Store, 
     )
     assert written.displaced == (), "an empty line in its place moves nothing"
     assert all_ids(store, written.manifest) == all_ids(store, first) - {sample_id}
+
+
+def test_what_was_sharded_last_is_the_newest_within_one_second_too(store: Store, folder: Path) -> None:
+    first = write(store, folder)
+    digests = [first.digest]
+    for record in ("0.csv:1", "0.csv:2", "0.csv:3"):
+        digests.append(withdraw(store, "tiny", digests[-1], [record]).new_digest)
+        assert find_version(store, "tiny") == ("tiny", digests[-1])
+    store.put("datasets/tiny/manifests/README.txt", b"not one of ours")
+    assert versions(store, "tiny")[-1] == digests[-1]
+
+
+def test_a_damaged_activity_document_is_named_with_its_cure(store: Store, folder: Path) -> None:
+    first = write(store, folder)
+    for damage in (b"{", b"[]", b'{"format": 1, "holders": 7}'):
+        store.put("datasets/tiny/activity.json", damage)
+        with pytest.raises(DamagedError, match=r"datasets/tiny/activity\.json is damaged.*delete that object"):
+            write(store, folder)
+    store.delete("datasets/tiny/activity.json")
+    assert write(store, folder) == first
 
 
 def equal_lines(folder: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import tarfile
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from pyarrow import parquet
 from training.data.exchange import ABOUT, Format, export, import_folder
 from training.data.manifest import SPLITS, FieldInfo, Manifest, ShardInfo, manifest_key, shard_key
 from training.data.shard import Column, Ragged, encode_shard
+from training.data.versions import versions
 from training.data.withdraw import withdraw
 from training.documents import fast_digest, sha256_hex
 from training.errors import InfrastructureError, UserError
@@ -133,6 +135,17 @@ def test_files_elsewhere_are_not_read(store: Store, manifest: Manifest, tmp_path
     about.write_text(about.read_text().replace("train-00000.tar", elsewhere))
     with pytest.raises(UserError, match="it names files elsewhere"):
         import_folder(store, "other", tmp_path / "out")
+
+
+def test_a_file_left_out_of_the_list_is_noticed(store: Store, manifest: Manifest, tmp_path: Path) -> None:
+    list(export(store, "d", manifest.digest, tmp_path / "out", form="webdataset"))
+    about = tmp_path / "out/dataset.json"
+    document = json.loads(about.read_text())
+    document["files"]["train"].popitem()
+    about.write_text(json.dumps(document))
+    with pytest.raises(UserError, match=rf"dataset\.json: not as it was exported: .*{manifest.digest[:12]}"):
+        import_folder(store, "other", tmp_path / "out")
+    assert versions(store, "other") == []
 
 
 def test_withdrawn_records_do_not_come_back(store: Store, manifest: Manifest, tmp_path: Path) -> None:

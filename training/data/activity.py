@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any
 
 from training.documents import parse
 from training.errors import DamagedError, InfrastructureError
-from training.objectstore import MissingError, Store
+from training.objectstore import MissingError, Store, Versioned
 
 FORMAT = 1
 
@@ -21,6 +20,8 @@ class Activity:
     format: int = FORMAT
     holders: dict[str, float] = field(default_factory=dict)
     """Claims by name (`writer-…`, `collector-…`), with the time at which each lapses."""
+    newest: str = ""
+    """The version that was sharded or imported last."""
     generation: int = 0
     """Grows when a version was removed or found damaged: a result remembered from before may name what is gone."""
 
@@ -30,17 +31,20 @@ def activity_key(dataset: str) -> str:
 
 
 def read_activity(store: Store, dataset: str) -> Activity:
-    try:
-        return _parsed(store.read_versioned(activity_key(dataset)).document)
-    except MissingError:
-        return Activity()
+    return _read(store, dataset)[0]
 
 
 def change_activity(store: Store, dataset: str, change: Callable[[Activity], Activity]) -> None:
     """Replace the document by `change(document)`, which sees the newest each time and may raise to refuse."""
     key = activity_key(dataset)
     for attempt in range(200):
-        if _try_to_change(store, key, change):
+        activity, maybe_read = _read(store, dataset)
+        document = asdict(change(activity))
+        if maybe_read is None:
+            done = store.create_versioned(key, document)
+        else:
+            done = store.replace_versioned(key, document, read=maybe_read)
+        if done:
             return
         time.sleep(0.01 * min(attempt, 20))
     raise InfrastructureError(f"{store.location.uri(key)} could not be updated: too many writers")
@@ -51,16 +55,23 @@ def distrust(store: Store, dataset: str) -> None:
     change_activity(store, dataset, lambda activity: replace(activity, generation=activity.generation + 1))
 
 
-def _try_to_change(store: Store, key: str, change: Callable[[Activity], Activity]) -> bool:
+def note_newest(store: Store, dataset: str, digest: str) -> None:
+    change_activity(store, dataset, lambda activity: replace(activity, newest=digest))
+
+
+def _read(store: Store, dataset: str) -> tuple[Activity, Versioned | None]:
+    """The document, and what its replacement must name. Raises `DamagedError` with a cure."""
+    key = activity_key(dataset)
     try:
         read = store.read_versioned(key)
+        activity = parse(Activity, read.document)
+        if activity.format != FORMAT:
+            raise DamagedError(f"it has another format than {FORMAT}")
     except MissingError:
-        return store.create_versioned(key, asdict(change(Activity())))
-    return store.replace_versioned(key, asdict(change(_parsed(read.document))), read=read)
-
-
-def _parsed(document: Mapping[str, Any]) -> Activity:
-    activity = parse(Activity, document)
-    if activity.format != FORMAT:
-        raise DamagedError(f"a dataset's activity.json has another format than {FORMAT}: it needs another release")
-    return activity
+        return Activity(), None
+    except DamagedError as error:
+        raise DamagedError(
+            f"{store.location.uri(key)} is damaged ({error}): while nobody works on dataset {dataset!r}, delete that"
+            " object; it is made anew"
+        ) from error
+    return activity, read

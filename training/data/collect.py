@@ -13,6 +13,8 @@ from training.data.versions import versions
 from training.errors import UserError
 from training.objectstore import Store
 
+MAX_AGE = timedelta(days=3650)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Garbage:
@@ -34,8 +36,11 @@ def collect(
 
     Raises `UserError` if a writer, or another collector, is at work; a dry run disturbs nobody.
     """
-    if older_than < timedelta(0):
-        raise UserError(f"garbage cannot be older than {older_than / timedelta(hours=1):g} hours: name 0 or more")
+    if not timedelta(0) <= older_than <= MAX_AGE:
+        raise UserError(
+            f"garbage cannot be older than {older_than / timedelta(hours=1):g} hours: name 0 to"
+            f" {MAX_AGE / timedelta(hours=1):g}"
+        )
     if dry_run:
         return _sum_of(list(_garbage(store, dataset, older_than)))
     with collecting(store, dataset, seconds=lease_seconds) as lease:

@@ -53,6 +53,8 @@ class About:
     fields: dict[str, FieldInfo]
     files: dict[Split, dict[str, str]]
     """Each file's name, in order, and the sha256 of the shard that it holds."""
+    digest: str
+    """Of the version that was exported."""
     classes: tuple[str, ...] = ()
 
 
@@ -74,7 +76,7 @@ def export(store: Store, dataset: str, digest: str, folder: Path, *, form: Forma
                 write(path, shard, manifest.fields)
             files[split][path.name] = info.sha256
             yield path
-    about = About(format=form, fields=dict(manifest.fields), files=files, classes=manifest.classes)
+    about = About(format=form, fields=dict(manifest.fields), files=files, digest=digest, classes=manifest.classes)
     with _errors_of(folder):
         (folder / ABOUT).write_text(json.dumps(asdict(about), indent=1) + "\n")
 
@@ -111,6 +113,8 @@ def import_folder(store: Store, dataset: str, folder: Path) -> Manifest:
             splits[split] = tuple(_send(store, dataset, folder / name, sha, about, read) for name, sha in shards)
             require_none_withdrawn(dataset, (load_shard(store, dataset, s) for s in splits[split]), withdrawn)
         manifest = Manifest(fields=about.fields, splits=splits, classes=about.classes)
+        if manifest.digest != about.digest:
+            raise UserError(f"{folder / ABOUT}: not as it was exported: it does not give version {about.digest[:12]}")
         publish(store, dataset, manifest, lease)
     require_none_withdrawn_since(store, dataset, withdrawn)
     return manifest

@@ -15,7 +15,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import replace
 from typing import Literal
 
-from training.data.activity import Activity, change_activity
+from training.data.activity import Activity, change_activity, note_newest
 from training.data.manifest import Manifest, manifest_key
 from training.errors import InfrastructureError, UnbrokenError, UserError
 from training.objectstore import Store
@@ -148,6 +148,7 @@ def publish(store: Store, dataset: str, manifest: Manifest, lease: Lease) -> Non
     lease.require_sure()
     store.put_proven(manifest_key(dataset, manifest.digest), manifest.to_bytes())
     lease.require_sure()
+    note_newest(store, dataset, manifest.digest)
 
 
 def _now() -> float:

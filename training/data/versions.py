@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime
 
-from training.data.activity import distrust
+from training.data.activity import distrust, read_activity
 from training.data.lease import writing
 from training.data.manifest import SPLITS, Manifest, ShardInfo, load_manifest, load_shard, manifest_key, shard_key
 from training.documents import sha256_hex
@@ -17,6 +18,7 @@ from training.job import read_jobs
 from training.objectstore import MissingError, Store
 
 NUM_AT_ONCE = 4
+_IS_MANIFEST = re.compile(r"[0-9a-f]{64}\.json")
 
 
 def versions(store: Store, dataset: str) -> list[str]:
@@ -26,9 +28,11 @@ def versions(store: Store, dataset: str) -> list[str]:
 
 def versions_by_time(store: Store, dataset: str) -> dict[str, datetime]:
     """The same, and when each was last sharded or imported."""
-    found = list(store.list_entries(f"datasets/{dataset}/manifests/"))
-    newest_last = sorted(found, key=lambda entry: (entry.modified, entry.key))
-    return {entry.key.rpartition("/")[2].removesuffix(".json"): entry.modified for entry in newest_last}
+    prefix = f"datasets/{dataset}/manifests/"
+    found = [entry for entry in store.list_entries(prefix) if _IS_MANIFEST.fullmatch(entry.key.removeprefix(prefix))]
+    newest = read_activity(store, dataset).newest  # times have whole seconds
+    newest_last = sorted(found, key=lambda e: (e.modified, e.key == manifest_key(dataset, newest), e.key))
+    return {entry.key.removeprefix(prefix).removesuffix(".json"): entry.modified for entry in newest_last}
 
 
 def find_version(store: Store, text: str) -> tuple[str, str]:
@@ -38,6 +42,8 @@ def find_version(store: Store, text: str) -> tuple[str, str]:
 
     Raises `UserError` if that is none, or several.
     """
+    if not text:
+        raise UserError("name a dataset, or one of its versions as NAME@DIGEST (see `unbroken data ls`)")
     name, _, beginning = text.partition("@") if "@" in text else (text, "", "")
     datasets = store.list_folders("datasets/")
     if name in datasets:
@@ -45,7 +51,7 @@ def find_version(store: Store, text: str) -> tuple[str, str]:
         found = found if beginning else _last_whole(store, found)
     else:
         found = [(d, digest) for d in datasets for digest in versions(store, d) if digest.startswith(text)]
-    if len(found) != 1 or not text:
+    if len(found) != 1:
         some = "no dataset version is" if not found else f"{len(found)} dataset versions are"
         raise UserError(f"{some} meant by {text!r}: name it as NAME@DIGEST (see `unbroken data ls`)")
     return found[0]
@@ -70,14 +76,14 @@ def remove_version(store: Store, dataset: str, digest: str) -> None:
 
     Raises `UserError` if a run was trained on it.
     """
-    runs = runs_that_used(store, [digest])
-    if runs:
-        raise UserError(
-            f"dataset {dataset!r} version {digest[:12]} was used by run {runs[0][:12]}"
-            + (f" and {len(runs) - 1} more" if len(runs) > 1 else "")
-            + ": remove the run first (`unbroken runs rm`)"
-        )
     with writing(store, dataset):  # a collector would stumble over a manifest that it listed and cannot read
+        runs = runs_that_used(store, [digest])
+        if runs:
+            raise UserError(
+                f"dataset {dataset!r} version {digest[:12]} was used by run {runs[0][:12]}"
+                + (f" and {len(runs) - 1} more" if len(runs) > 1 else "")
+                + ": remove the run first (`unbroken runs rm`)"
+            )
         distrust(store, dataset)
         store.delete(manifest_key(dataset, digest))
 
