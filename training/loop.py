@@ -178,7 +178,7 @@ class Trainer:
 
     def virtual_worker_step(self, worker: int) -> None:
         """Forward and backward of one virtual worker's microbatch."""
-        torch.manual_seed(stream_seed(self.preset.seed, self.state.step, worker))
+        seed_streams(stream_seed(self.preset.seed, self.state.step, worker), self.rank.device)
         ids, batch = self.microbatch(worker)
         with _recipe_errors(self.state.step + 1, worker, ids):
             loss = self.reducer.forward(worker, batch)
@@ -258,6 +258,13 @@ def stream_seed(seed: int, step: int, worker: int) -> int:
     """The seed of the random stream of one virtual worker in one step."""
     digest = hashlib.sha256(f"{seed}/{step}/{worker}".encode()).digest()
     return int.from_bytes(digest[:8], "big") >> 1
+
+
+def seed_streams(seed: int, device: torch.device) -> None:
+    """As torch.manual_seed, which also tells devices that are not there, at milliseconds a time."""
+    torch.default_generator.manual_seed(seed)
+    if device.type == "cuda":
+        torch.cuda.manual_seed(seed)
 
 
 @contextmanager

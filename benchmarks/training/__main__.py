@@ -10,6 +10,7 @@ import socket
 import statistics
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -55,6 +56,8 @@ class Group:
         module, _, argument = name.partition(" ")
         command = [python, "-m", f"benchmarks.training.contestants.{module}", case.size, argument]
         address = {"MASTER_ADDR": LOOPBACK, "MASTER_PORT": str(_free_port()), "WORLD_SIZE": str(case.world_size)}
+        self._folder = tempfile.TemporaryDirectory(prefix="unbroken-bench-")
+        address["RENDEZVOUS"] = str(Path(self._folder.name) / "rendezvous")
         with log.open("a") as errors:
             self._ranks = [
                 subprocess.Popen(
@@ -89,6 +92,7 @@ class Group:
         for rank in self._ranks:
             rank.kill()
             rank.wait()
+        self._folder.cleanup()
 
 
 @contextmanager

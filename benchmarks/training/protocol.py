@@ -23,8 +23,13 @@ def serve(make: Make) -> None:
     replies = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     torch.set_num_threads(1)
-    if not dist.is_initialized():
-        dist.init_process_group("gloo", timeout=timedelta(seconds=120))
+    dist.init_process_group(  # a file, since a free port may be taken by another group before this one listens
+        "gloo",
+        init_method=f"file://{os.environ['RENDEZVOUS']}",
+        rank=int(os.environ["RANK"]),
+        world_size=int(os.environ["WORLD_SIZE"]),
+        timeout=timedelta(seconds=120),
+    )
     workload = Workload(size=sys.argv[1], rank=dist.get_rank(), world_size=dist.get_world_size())
     steps = make(workload)
     for line in sys.stdin:
