@@ -46,8 +46,11 @@ test: check ## All checks and tests that this machine can run
 soak: install ## The full counts; writes evidence under docs/evidence
 	$(BIN)/python -m pytest -m soak
 
-bench: install ## Sharding and reading against other libraries and the floor (their environments in .bench)
+bench: install ## Data, training steps and checkpoints beside other libraries (their environments in .bench)
 	$(BIN)/python -m benchmarks.data
+	$(BIN)/python -m benchmarks.data.scale
+	$(BIN)/python -m benchmarks.training
+	$(BIN)/python -m benchmarks.training.checkpoints
 
 screenshots: install ## Take the README's screenshots with a headless Chromium
 	$(BIN)/python docs/images/take.py

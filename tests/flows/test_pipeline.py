@@ -19,12 +19,13 @@ from prefect.client.orchestration import get_client
 from prefect.client.schemas.filters import ArtifactFilter, ArtifactFilterFlowRunId
 
 from infra.local.ports import LOOPBACK, free_port
-from tasks.tracking import connect
+from tasks.tracking import connect, find_version
 from tests.conftest import Stack
 from tests.flows.runs import last_json, loss_history, mlflow_runs, run_keys
 from tests.unit.reading import make_reader
 from tests.waiting import wait_until
 from training.data.manifest import load_manifest
+from training.errors import UserError
 from training.job import read_jobs
 from training.record import RunRecord
 
@@ -105,12 +106,17 @@ def test_training_begins_with_a_registered_models_weights(stack: Stack, digits: 
     assert result["num_samples"] == 64
 
 
-@pytest.mark.parametrize("model", ["digits@nobody", "digits/9999", "digits", "nothing@champion"])
-def test_warm_start_from_no_model_is_refused(stack: Stack, digits: dict[str, Any], model: str) -> None:
+@pytest.mark.parametrize("model", ["digits/9999", "digits", "nothing@champion"])
+def test_warm_start_from_no_model_is_named(stack: Stack, digits: dict[str, Any], model: str) -> None:
+    with pytest.raises(UserError, match=f"train.warm_start = '{model}'"):
+        find_version(stack.settings.mlflow_uri, model)
+
+
+def test_warm_start_from_no_model_is_refused(stack: Stack, digits: dict[str, Any]) -> None:
     keys = run_keys(stack)
-    done = stack.command("train", "digits", "--steps", "1", "--set", f"train.warm_start={model}")
+    done = stack.command("train", "digits", "--steps", "1", "--set", "train.warm_start=digits@nobody")
     assert done.returncode == 2, done.stdout + done.stderr
-    assert f"train.warm_start = '{model}'" in done.stderr
+    assert "train.warm_start = 'digits@nobody'" in done.stderr
     assert "Traceback" not in done.stderr
     assert run_keys(stack) == keys
 
