@@ -143,7 +143,9 @@ def test_damage_is_named_within_seconds_and_never_a_short_epoch(
             shard_key("tiny", victim), {"flipped": flip(good, 99), "truncated": good[:-1], "swapped": other}[damage]
         )
     microbatches = feed_of(store, preset, manifest, data_workers).microbatches(workers=range(4), step=0)
-    assert victim in damage_found(microbatches)
+    message = damage_found(microbatches)
+    assert victim in message
+    assert "\n" not in message, "a line, also from another process"
 
 
 def damage_found(microbatches: Iterator[Microbatch]) -> str:

@@ -367,3 +367,18 @@ def test_a_file_that_changes_while_it_is_read_leaves_no_receipt(store: Store, fo
         write_dataset(store, source, config, Changing())
     changed.write_bytes(before)
     assert write(store, folder).manifest == write(corner(store, "clean"), folder).manifest
+
+
+def test_a_recipe_may_use_one_array_for_all_its_samples(store: Store, folder: Path) -> None:
+    class Reusing(Tiny):
+        def encode(self, record: Record) -> Iterable[Sample]:
+            (sample,) = super().encode(record)
+            array = np.array(sample["x"])
+            for number in range(3):
+                array[:] = number
+                yield {**sample, "x": array}
+
+    config = data_config()
+    manifest = write_dataset(store, local_source(folder, config), config, Reusing()).manifest
+    found = make_reader(store, "tiny", manifest, "train").read([0, 1, 2]).fields["x"]
+    assert found[:, 0].tolist() == [0.0, 1.0, 2.0]

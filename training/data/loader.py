@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from multiprocessing.context import BaseContext
 
@@ -16,6 +16,7 @@ from training.data.manifest import load_manifest
 from training.data.opening import open_order, open_reader
 from training.data.reader import Reader
 from training.data.stream import Microbatch, Stream
+from training.errors import UnbrokenError
 from training.objectstore import Store, StoreLocation
 from training.processes import die_after
 from training.recipe import load_recipe
@@ -40,7 +41,7 @@ class Feed:
             num_workers=num_processes,
             multiprocessing_context=_fork_server(),
         )
-        return iter(loader)
+        return _received(loader)
 
     def held_out(self) -> Reader:
         """The samples of the test split."""
@@ -56,7 +57,22 @@ class Feed:
         return Stream(reader, order, workers=workers, step=step, num_steps=self.preset.train.steps)
 
 
-class _FeedDataset(IterableDataset[Microbatch]):
+@dataclass(frozen=True)
+class _Failed:
+    """An error of ours on its way to the rank: torch would send its traceback as its message."""
+
+    kind: type[UnbrokenError]
+    message: str
+
+
+def _received(loader: Iterable[Microbatch | _Failed]) -> Iterator[Microbatch]:
+    for item in loader:
+        if isinstance(item, _Failed):
+            raise item.kind(item.message)
+        yield item
+
+
+class _FeedDataset(IterableDataset["Microbatch | _Failed"]):
     """The share of one DataLoader process: every n-th virtual worker, which is every n-th microbatch."""
 
     def __init__(self, feed: Feed, workers: Sequence[int], step: int) -> None:
@@ -65,12 +81,15 @@ class _FeedDataset(IterableDataset[Microbatch]):
         self._step = step
         self._rank_pid = os.getpid()
 
-    def __iter__(self) -> Iterator[Microbatch]:
+    def __iter__(self) -> Iterator[Microbatch | _Failed]:
         die_after(self._rank_pid)
         torch.set_num_threads(1)
         info = get_worker_info()
         assert info is not None
-        return iter(self._feed._stream(self._workers[info.id :: info.num_workers], self._step))
+        try:
+            yield from self._feed._stream(self._workers[info.id :: info.num_workers], self._step)
+        except UnbrokenError as error:
+            yield _Failed(type(error), str(error))
 
 
 def _fork_server() -> BaseContext:

@@ -285,6 +285,11 @@ def _encode(recipe: Recipe, record: Record) -> Iterator[Sample]:
         raise UserError(f"cannot read record {record.id}: {type(error).__name__}: {error}") from error
 
 
+def _own(array: Array) -> Array:
+    """Kept until the shard is full: a recipe may write its next sample into the same array."""
+    return array.copy() if array.flags.writeable else array
+
+
 class _ShardBuilder:
     """Collects samples until they fill a shard. Boundaries depend on the samples alone."""
 
@@ -316,7 +321,7 @@ class _ShardBuilder:
             self._signature = signature
             self._fixed_bytes = sum(array.nbytes for name, array in sample.items() if name not in self._ragged)
         self.ids.append(sample_id)
-        self._samples.append(sample)
+        self._samples.append({name: _own(array) for name, array in sample.items()})
         self._num_bytes += self._fixed_bytes + len(sample_id)
         for name in self._ragged:
             self._num_bytes += sample[name].nbytes if name in sample else 0
