@@ -77,7 +77,7 @@ def test_withdrawal_is_told_although_mlflow_is_away(stack: Stack, name: str, man
 
 
 def test_bound_in_the_future_is_refused(stack: Stack, name: str, manifest: Manifest) -> None:
-    assert "cannot be older than -1 hours" in complaint(unbroken(stack, "data", "gc", name, "--older-than=-1"))
+    assert "--older-than -1: name 0 hours or more" in complaint(unbroken(stack, "data", "gc", name, "--older-than=-1"))
 
 
 def test_export_and_import(stack: Stack, name: str, manifest: Manifest, tmp_path: Path) -> None:

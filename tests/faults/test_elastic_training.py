@@ -15,9 +15,10 @@ from tests.faults.evidence import write_evidence
 from tests.flows.runs import last_json, loss_history, processes, run_keys, wait_for_step
 from training.record import RunRecord
 
-STEPS = 120
+STEPS = 600
+LAST_STOP = 200  # what is seen of a run lags behind it: so that no run is over before it is stopped
 MAX_RANKS = 4
-SHORT = ("--steps", str(STEPS), "--set", "train.checkpoint_every_steps=5")
+SHORT = ("--steps", str(STEPS), "--set", "train.checkpoint_every_steps=10")
 
 
 def start(stack: Stack, *, seed: int, num_ranks: int) -> subprocess.Popen[str]:
@@ -46,7 +47,7 @@ def elastic(stack: Stack, *, seed: int, num_stops: int) -> dict[str, Any]:
     chance = random.Random(seed)
     before = run_keys(stack)
     num_ranks = [chance.randint(1, MAX_RANKS) for _ in range(num_stops + 1)]
-    stops = sorted(chance.sample(range(10, STEPS - 10), num_stops))
+    stops = sorted(chance.sample(range(10, LAST_STOP), num_stops))
     killed = []
     for count, stop in zip(num_ranks, stops, strict=False):
         command = start(stack, seed=seed, num_ranks=count)
