@@ -173,6 +173,26 @@ def test_long_names_and_empty_arrays(store: Store, tmp_path: Path) -> None:
         assert import_folder(store, "other", tmp_path / form) == made
 
 
+def test_rows_without_values_go_by_webdataset_only(store: Store, tmp_path: Path) -> None:
+    rows = Ragged.stack([np.zeros((n, 0), dtype=np.float32) for n in (3, 0, 2)])
+    made = _one_field(store, "boxes", rows)
+    with pytest.raises(UserError, match=r"field 'boxes' has no values.*export as webdataset"):
+        list(export(store, "d", made.digest, tmp_path / "parquet", form="parquet"))
+    assert not (tmp_path / "parquet").exists()
+    list(export(store, "d", made.digest, tmp_path / "tar", form="webdataset"))
+    assert import_folder(store, "other", tmp_path / "tar") == made
+
+
+def test_exports_of_earlier_releases_are_to_be_made_again(store: Store, manifest: Manifest, tmp_path: Path) -> None:
+    list(export(store, "d", manifest.digest, tmp_path / "out", form="webdataset"))
+    about = tmp_path / "out" / ABOUT
+    document = json.loads(about.read_text())
+    del document["digest"]
+    about.write_text(json.dumps(document))
+    with pytest.raises(UserError, match=r"dataset\.json: .*digest: Field required; export the version again"):
+        import_folder(store, "other", tmp_path / "out")
+
+
 def test_a_place_that_cannot_be_written_is_named(store: Store, manifest: Manifest, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(InfrastructureError, match=r"cannot write to .*/file/out: Not a directory"):
@@ -181,13 +201,13 @@ def test_a_place_that_cannot_be_written_is_named(store: Store, manifest: Manifes
 
 def _one_field(store: Store, name: str, column: Column | None = None) -> Manifest:
     column = np.arange(3) if column is None else column
-    assert isinstance(column, np.ndarray)
+    flat, first = (column.flat, (None,)) if isinstance(column, Ragged) else (column, ())
     infos: dict[Any, tuple[ShardInfo, ...]] = {}
     for split in SPLITS:
         data = encode_shard([f"{split}:{n}#0" for n in range(3)], {name: column})
         info = ShardInfo(sha256=sha256_hex(data), xxh3=fast_digest(data), num_samples=3, num_bytes=len(data))
         store.put(shard_key("d", info.sha256), data)
         infos[split] = (info,)
-    made = Manifest(fields={name: FieldInfo(dtype=column.dtype.name, shape=column.shape[1:])}, splits=infos)
+    made = Manifest(fields={name: FieldInfo(dtype=flat.dtype.name, shape=(*first, *flat.shape[1:]))}, splits=infos)
     store.put(manifest_key("d", made.digest), made.to_bytes())
     return made

@@ -61,7 +61,7 @@ class About:
 def export(store: Store, dataset: str, digest: str, folder: Path, *, form: Format) -> Iterator[Path]:
     """Write a version's files into an empty or new folder; gives each when it is written."""
     manifest = load_manifest(store, dataset, digest)
-    _require_names(manifest.fields, form)
+    _require_holds(form, manifest.fields)
     with _errors_of(folder):
         folder.mkdir(parents=True, exist_ok=True)
         if any(folder.iterdir()):
@@ -81,13 +81,15 @@ def export(store: Store, dataset: str, digest: str, folder: Path, *, form: Forma
         (folder / ABOUT).write_text(json.dumps(asdict(about), indent=1) + "\n")
 
 
-def _require_names(fields: Fields, form: Format) -> None:
-    """Raises `UserError` for a field that the format would hide."""
+def _require_holds(form: Format, fields: Fields) -> None:
+    """Raises `UserError` for a field that the format would hide, or not give back."""
     if form == "parquet" and "id" in fields:
         raise UserError("field 'id' would take the place of the samples' ids in Parquet: export as webdataset")
-    for name in fields:
+    for name, info in fields.items():
         if form == "webdataset" and "/" in name:
             raise UserError(f"field {name!r} would be a folder in a WebDataset archive: export as parquet")
+        if form == "parquet" and _is_ragged(info) and 0 in info.shape:
+            raise UserError(f"field {name!r} has no values, and Parquet loses its rows' lengths: export as webdataset")
 
 
 @contextmanager
@@ -145,7 +147,7 @@ def _about(folder: Path) -> About:
         if any(Path(name).name != name for split in SPLITS for name in about.files[split]):
             raise ValueError("it names files elsewhere")
     except (OSError, ValueError, KeyError, DamagedError) as error:
-        raise UserError(f"{path}: not what an export leaves there: {error}") from error
+        raise UserError(f"{path}: not what an export leaves there: {error}; export the version again") from error
     return about
 
 
