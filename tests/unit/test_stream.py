@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 import threading
 from collections import deque
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -27,7 +27,7 @@ from training.data.manifest import Manifest, shard_key
 from training.data.opening import open_order
 from training.data.stream import Microbatch, Stream
 from training.data.writer import write_dataset
-from training.errors import DamagedError, DeterministicError
+from training.errors import DamagedError, DeterministicError, UnbrokenError, UserError
 from training.objectstore import Store
 from training.recipe import Sample
 from training.reduce import owned_range
@@ -142,19 +142,43 @@ def test_damage_is_named_within_seconds_and_never_a_short_epoch(
         store.put(
             shard_key("tiny", victim), {"flipped": flip(good, 99), "truncated": good[:-1], "swapped": other}[damage]
         )
-    microbatches = feed_of(store, preset, manifest, data_workers).microbatches(workers=range(4), step=0)
-    message = damage_found(microbatches)
+    kind, message = failure(feed_of(store, preset, manifest, data_workers))
+    assert kind is DamagedError
     assert victim in message
     assert "\n" not in message, "a line, also from another process"
 
 
-def damage_found(microbatches: Iterator[Microbatch]) -> str:
-    """What the error says. Its traceback would keep the reading processes until the garbage is collected some time."""
+def failure(feed: Feed) -> tuple[type, str]:
+    """The error, without its traceback: that would keep the reading processes until the garbage is collected."""
     try:
-        deque(microbatches, maxlen=0)
-    except DamagedError as error:
-        return str(error.with_traceback(None))
-    return "nothing was found"
+        deque(feed.microbatches(workers=range(4), step=0), maxlen=0)
+    except UnbrokenError as error:
+        return type(error), str(error)
+    return type(None), "nothing was found"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Refusing(Tiny):
+    """Decodes nothing."""
+
+    def decode(self, sample: Sample, random: np.random.Generator | None) -> Sample:
+        raise ValueError("bad picture")
+
+
+@pytest.mark.parametrize("data_workers", [0, 2])
+def test_other_errors_of_ours_come_as_they_are_from_another_process(
+    store: Store, preset: Preset, manifest: Manifest, data_workers: int
+) -> None:
+    feed = feed_of(store, preset, manifest, data_workers)
+    refusing = replace(feed, preset=replace(feed.preset, recipe="tests.unit.test_stream:Refusing"))
+    gone = replace(feed, dataset_digest="0" * 64)
+    for bad, kind, says in (
+        (refusing, DeterministicError, r"sample .*: decode\(\) failed: ValueError: bad picture"),
+        (gone, UserError, "dataset 'tiny' has no version 000000000000: run the shard stage again"),
+    ):
+        found, message = failure(bad)
+        assert found is kind
+        assert re.fullmatch(says, message)
 
 
 def test_all_ranks_together_fetch_little_more_than_the_dataset(store: Store, preset: Preset, tmp_path: Path) -> None:
