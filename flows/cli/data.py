@@ -198,13 +198,14 @@ def gc(
     json: Json = False,
 ) -> None:
     """Delete shards and receipts that no version names. Safe beside readers; refused while a writer is at work."""
-    from training.data.collect import collect
+    from training.data.collect import MAX_AGE, collect
 
+    max_hours = MAX_AGE / timedelta(hours=1)
+    if not 0 <= older_than <= max_hours:  # nor is nan
+        raise UserError(f"--older-than {older_than:g}: name 0 to {max_hours:g} hours")
     store = _store()
     if name not in store.list_folders("datasets/"):
         raise UserError(f"no dataset {name!r}: see `unbroken data ls`")
-    if not 0 <= older_than < 1e6:  # more than a timedelta holds, and nan
-        raise UserError(f"--older-than {older_than:g}: name 0 hours or more, and at most some years")
     garbage = collect(store, name, older_than=timedelta(hours=older_than), dry_run=dry_run)
     if json:
         print_json(asdict(garbage))
