@@ -15,6 +15,7 @@ from tests.unit.reading import make_reader
 from tests.unit.test_stream import flip
 from tests.unit.tiny import Tiny, tiny_preset
 from tests.waiting import wait_until
+from training.data.activity import activity_key, distrust, read_activity
 from training.data.collect import collect
 from training.data.lease import writing
 from training.data.manifest import SPLITS, Manifest, load_manifest, manifest_key, shard_key
@@ -191,6 +192,21 @@ def test_a_version_that_a_run_was_trained_on_is_not_removed(store: Store, folder
     assert versions(store, "tiny") == [manifest.digest]
 
 
+def test_runs_are_looked_for_while_the_version_is_claimed(
+    store: Store, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    manifest = write(store, folder)
+    seen: list[str] = []
+
+    def look(store: Store, digests: object) -> tuple[str, ...]:
+        seen.extend(read_activity(store, "tiny").holders)
+        return ()
+
+    monkeypatch.setattr("training.data.versions.runs_that_used", look)
+    remove_version(store, "tiny", manifest.digest)
+    assert [name.partition("-")[0] for name in seen] == ["writer"]
+
+
 @pytest.mark.parametrize("damage", ["flipped", "truncated", "missing", "swapped"])
 def test_verify_names_each_bad_shard(store: Store, folder: Path, damage: str) -> None:
     manifest = write(store, folder)
@@ -259,18 +275,64 @@ def test_what_was_sharded_last_is_the_newest_within_one_second_too(store: Store,
     for record in ("0.csv:1", "0.csv:2", "0.csv:3"):
         digests.append(withdraw(store, "tiny", digests[-1], [record]).new_digest)
         assert find_version(store, "tiny") == ("tiny", digests[-1])
-    store.put("datasets/tiny/manifests/README.txt", b"not one of ours")
     assert versions(store, "tiny")[-1] == digests[-1]
 
 
-def test_a_damaged_activity_document_is_named_with_its_cure(store: Store, folder: Path) -> None:
+def test_what_was_sharded_last_is_the_newest_whatever_the_times_say(store: Store, folder: Path) -> None:
     first = write(store, folder)
-    for damage in (b"{", b"[]", b'{"format": 1, "holders": 7}'):
-        store.put("datasets/tiny/activity.json", damage)
-        with pytest.raises(DamagedError, match=r"datasets/tiny/activity\.json is damaged.*delete that object"):
-            write(store, folder)
-    store.delete("datasets/tiny/activity.json")
+    second = withdraw(store, "tiny", first.digest, ["0.csv:1"]).new_digest
+    (last,) = [e for e in store.list_entries("datasets/tiny/manifests/") if second in e.key]
+    wait_until(lambda: time.time() > last.modified.timestamp() + 1, what="the next second: stores tell no more")
+    store.put(manifest_key("tiny", first.digest), first.to_bytes())  # as copying a bucket does
+    assert find_version(store, "tiny") == ("tiny", second)
+    remove_version(store, "tiny", second)
+    assert find_version(store, "tiny") == ("tiny", first.digest)
+
+
+def test_strange_objects_beside_the_manifests_are_no_versions(store: Store, folder: Path) -> None:
+    first = write(store, folder)
+    for name in ("README.txt", "notes.json", first.digest, f"old/{first.digest}.json", f"{first.digest}.json.bak"):
+        store.put(f"datasets/tiny/manifests/{name}", b"not one of ours")
+    assert versions(store, "tiny") == [first.digest]
+    assert find_version(store, "tiny") == ("tiny", first.digest)
+    assert collect(store, "tiny", older_than=NOW).keys == ()
+
+
+ACTIVITY_DAMAGE = {
+    "no_json": b"{",
+    "no_text": b"\xff",
+    "a_list": b"[]",
+    "other_format": b'{"format": 2}',
+    "other_shape": b'{"format": 1, "holders": 7}',
+    "no_count": b'{"format": 1, "version": "x"}',
+}
+
+
+@pytest.mark.parametrize("damage", ACTIVITY_DAMAGE)
+def test_a_damaged_activity_document_is_named_with_its_cure(store: Store, folder: Path, damage: str) -> None:
+    first = write(store, folder)
+    store.put(activity_key("tiny"), ACTIVITY_DAMAGE[damage])
+    cure = r"datasets/tiny/activity\.json is damaged.* on dataset 'tiny', delete that object; it is made anew"
+    for work in (lambda: write(store, folder), lambda: collect(store, "tiny"), lambda: distrust(store, "tiny")):
+        with pytest.raises(DamagedError, match=cure):
+            work()
+    assert find_version(store, "tiny") == ("tiny", first.digest), "who only looks is not stopped"
+    store.delete(activity_key("tiny"))
     assert write(store, folder) == first
+
+
+def test_what_was_remembered_does_not_count_after_the_activity_document_was_lost(store: Store, folder: Path) -> None:
+    assert read_activity(store, "tiny").generation == 0
+    first = write(store, folder)
+    generations = {read_activity(store, "tiny").generation}
+    assert generations == {0}, "as it was read before there was a document"
+    remove_version(store, "tiny", withdraw(store, "tiny", first.digest, ["0.csv:1"]).new_digest)
+    generations.add(read_activity(store, "tiny").generation)
+    store.delete(activity_key("tiny"))
+    anew = read_activity(store, "tiny").generation
+    assert anew not in generations
+    with writing(store, "tiny"):
+        assert read_activity(store, "tiny").generation == anew, "or what the next run does is never remembered"
 
 
 def equal_lines(folder: Path) -> None:

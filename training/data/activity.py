@@ -24,6 +24,8 @@ class Activity:
     """The version that was sharded or imported last."""
     generation: int = 0
     """Grows when a version was removed or found damaged: a result remembered from before may name what is gone."""
+    version: int = 0
+    """Counts the writes (`Store.replace_versioned`)."""
 
 
 def activity_key(dataset: str) -> str:
@@ -68,10 +70,19 @@ def _read(store: Store, dataset: str) -> tuple[Activity, Versioned | None]:
         if activity.format != FORMAT:
             raise DamagedError(f"it has another format than {FORMAT}")
     except MissingError:
-        return Activity(), None
+        return Activity(generation=_first_generation(store, dataset)), None
     except DamagedError as error:
         raise DamagedError(
             f"{store.location.uri(key)} is damaged ({error}): while nobody works on dataset {dataset!r}, delete that"
-            " object; it is made anew"
+            " object; it is made anew, and the next run looks at every shard again"
         ) from error
     return activity, read
+
+
+def _first_generation(store: Store, dataset: str) -> int:
+    """None that counted before: where versions are, the document was lost, and what was remembered under it is too.
+
+    Who reads it before the document is there, and who makes it, must find the same.
+    """
+    entries = store.list_entries(f"datasets/{dataset}/manifests/")
+    return max((int(entry.modified.timestamp()) for entry in entries), default=0)

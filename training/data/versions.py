@@ -30,9 +30,19 @@ def versions_by_time(store: Store, dataset: str) -> dict[str, datetime]:
     """The same, and when each was last sharded or imported."""
     prefix = f"datasets/{dataset}/manifests/"
     found = [entry for entry in store.list_entries(prefix) if _IS_MANIFEST.fullmatch(entry.key.removeprefix(prefix))]
-    newest = read_activity(store, dataset).newest  # times have whole seconds
-    newest_last = sorted(found, key=lambda e: (e.modified, e.key == manifest_key(dataset, newest), e.key))
+    noted = manifest_key(dataset, _noted_last(store, dataset))
+    newest_last = sorted(found, key=lambda e: (e.key == noted, e.modified, e.key))
     return {entry.key.removeprefix(prefix).removesuffix(".json"): entry.modified for entry in newest_last}
+
+
+def _noted_last(store: Store, dataset: str) -> str:
+    """What the times cannot tell: they have whole seconds, and are those of the copying once a bucket was copied.
+
+    A damaged note stops whoever shards, and names its cure there; who only looks goes by the times.
+    """
+    with suppress(DamagedError):
+        return read_activity(store, dataset).newest
+    return ""
 
 
 def find_version(store: Store, text: str) -> tuple[str, str]:
