@@ -171,6 +171,7 @@ def _create_run(
     client: MlflowClient, run: RunRecord, preset: Preset, *, dataset: Mapping[str, Any], tags: Mapping[str, str]
 ) -> str:
     from mlflow.entities import Dataset, DatasetInput, InputTag, Param, RunTag
+    from mlflow.exceptions import MlflowException
 
     made = client.create_run(
         _experiment_id(client, preset.name),
@@ -190,7 +191,11 @@ def _create_run(
         profile=json.dumps({"num_train_samples": dataset["num_train_samples"]}),
     )
     context = InputTag("mlflow.data.context", "training")
-    client.log_inputs(made.info.run_id, datasets=[DatasetInput(dataset=used, tags=[context])])
+    inputs = [DatasetInput(dataset=used, tags=[context])]
+    try:
+        client.log_inputs(made.info.run_id, datasets=inputs)
+    except MlflowException:  # another starter noted the same dataset at the same moment: by now it is there
+        client.log_inputs(made.info.run_id, datasets=inputs)
     return str(made.info.run_id)
 
 
