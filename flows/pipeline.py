@@ -11,11 +11,12 @@ from flows import publish
 from flows.hooks import cancel_jobs_of, log_user_errors_in_one_line
 from tasks.evaluate import evaluate
 from tasks.initial import pinned
+from tasks.opening import identify
 from tasks.register import registered
 from tasks.results import PipelineResult
 from tasks.shard import NUM_AT_ONCE, shard
 from tasks.stack import open_stack
-from tasks.train import key_of, train
+from tasks.train import train
 from training.config import load_preset
 
 PARTITIONS_AT_ONCE: Any = ThreadPoolTaskRunner(max_workers=NUM_AT_ONCE)
@@ -39,7 +40,7 @@ def pipeline(preset: str, overrides: dict[str, Any] | None = None, fresh: bool =
     log_user_errors_in_one_line()
     config = pinned(open_stack()[0], load_preset(preset, overrides))
     dataset = shard(config)
-    publish.run_key(key_of(config, dataset))
+    publish.run_key(identify(config, dataset).run_key)
     model = train(config, dataset, owner=publish.flow_run_id(), fresh=publish.flow_run_id() if fresh else None)
     evaluation = evaluate(config, dataset, model)
     version = registered(config, dataset, model, evaluation)

@@ -52,12 +52,14 @@ def _shard(preset: Preset, folder: Path) -> None:
 
 
 def _train(preset: Preset, folder: Path) -> None:
-    from tasks.follow import training_history
     from tasks.train import train
+    from training.history import committed_steps
+    from training.record import RunRecord
 
     model = train.fn(preset, _dataset(folder))
     _write_json(folder / "model.json", asdict(model))
-    rows = [(event.step, event.values["loss"]) for event in training_history(open_stack()[1], model.run_key)]
+    run = RunRecord(open_stack()[1], model.run_key)
+    rows = [(event.step, event.values["loss"]) for event in committed_steps(run, run.read())]
     _write_csv(folder / "loss.csv", ("step", "loss"), rows)
 
 

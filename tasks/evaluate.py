@@ -13,7 +13,6 @@ from prefect import task
 
 from tasks import tracking
 from tasks.figures import confusion_figure, loss_figure
-from tasks.follow import training_history
 from tasks.models import load_model
 from tasks.policy import stage_options
 from tasks.results import Dataset, Estimate, Evaluation, TrainedModel
@@ -24,6 +23,7 @@ from training.data.manifest import load_manifest
 from training.data.opening import open_reader
 from training.documents import digest_of
 from training.errors import DamagedError, UserError
+from training.history import committed_steps
 from training.objectstore import Store
 from training.recipe import Recipe, load_recipe
 from training.record import RunRecord
@@ -56,7 +56,7 @@ def evaluate(preset: Preset, dataset: Dataset, model: TrainedModel) -> Evaluatio
     run = RunRecord(store, model.run_key)
     record = run.read()
     assert record.tracking_run_id is not None
-    figures = {"loss": loss_figure(training_history(store, model.run_key))}
+    figures = {"loss": loss_figure(committed_steps(run, record))}
     if result.confusion is not None:
         figures["confusion"] = confusion_figure(result.confusion)
     tracker = tracking.Tracker(tracking.connect(settings.mlflow_uri), settings.mlflow_uri, record.tracking_run_id)

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from training.events import Event, EventReader, committed
-from training.objectstore import Store
+from training.events import Event, EventReader
 from training.record import Record, RunRecord
 
 
@@ -66,11 +65,3 @@ def _after(progress: Progress, event: Event) -> Progress:
     elif event.kind == "attempt":
         changes = {"num_ranks": event.values["world_size"], "step": event.step}
     return Progress(**{**vars(progress), **changes})
-
-
-def training_history(store: Store, run_key: str) -> list[Event]:
-    """The run's step events that count, one per step, in order."""
-    run = RunRecord(store, run_key)
-    record = run.read()
-    events = EventReader(store, run.prefix(record)).read_new(newest_token=record.token)
-    return committed(events, record.resume_steps)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from typing import Any
 
 from prefect import task
@@ -14,7 +14,7 @@ from infra.launcher import JobSpec, JobState, Launcher
 from infra.settings import Settings
 from tasks import tracking
 from tasks.follow import Follower
-from tasks.initial import initial_weights
+from tasks.opening import Identity, identify, open_run
 from tasks.policy import stage_options
 from tasks.provenance import commit_of
 from tasks.results import Dataset, TrainedModel
@@ -26,8 +26,7 @@ from training.documents import digest_of
 from training.errors import CancelledError, DamagedError, InfrastructureError
 from training.job import Job, agent_command, agent_environment, store_job
 from training.objectstore import Store
-from training.recipe import load_recipe
-from training.record import Record, RunRecord, run_key, start_fresh, without_failure
+from training.record import Record, RunRecord
 
 log = logging.getLogger(__name__)
 
@@ -39,7 +38,7 @@ CATCH_UP_SECONDS = 600.0
 def train_cache_key(context: Any, arguments: dict[str, Any]) -> str:
     preset: Preset = arguments["preset"]
     settings, store = open_stack()
-    run = RunRecord(store, key_of(preset, arguments["dataset"]))
+    run = RunRecord(store, identify(preset, arguments["dataset"]).run_key)
     record = run.create_if_missing()  # a removed run, or one begun anew, is another one
     return digest_of(
         {
@@ -53,14 +52,6 @@ def train_cache_key(context: Any, arguments: dict[str, Any]) -> str:
     )
 
 
-def key_of(preset: Preset, dataset: Dataset) -> str:
-    """The run key of a preset on a dataset version."""
-    settings, store = open_stack()
-    maybe_initial = initial_weights(settings, store, preset)
-    weights = maybe_initial.weights_sha256 if maybe_initial else None
-    return run_key(recipe=load_recipe(preset), preset=preset, dataset_digest=dataset.digest, initial_weights=weights)
-
-
 @task(name="train", cache_key_fn=train_cache_key, **stage_options(timeout_seconds=7 * 24 * 3600))
 def train(preset: Preset, dataset: Dataset, *, owner: str | None = None, fresh: str | None = None) -> TrainedModel:
     """Train on the engine's nodes, or find that it is done.
@@ -71,8 +62,11 @@ def train(preset: Preset, dataset: Dataset, *, owner: str | None = None, fresh: 
     Raises the error class that the run failed with; `InfrastructureError` if the engine lost the job.
     """
     settings, store = open_stack()
-    run, record = _open_run(store, key_of(preset, dataset), fresh)
+    identity = identify(preset, dataset)
+    run, record = open_run(store, identity, fresh)
     tags = {"unbroken.commit": commit_of(preset), "unbroken.recipe": preset.recipe, "unbroken.preset": preset.name}
+    if record.continued is not None:
+        tags["unbroken.continued"] = f"{record.continued.run_key} from step {record.continued.step}"
     tracker = tracking.ensure_run(settings.mlflow_uri, run, record, preset, dataset=asdict(dataset), tags=tags)
     log.info("run key %s", run.run_key)
     log.info("MLflow run %s", tracker.url)
@@ -83,7 +77,7 @@ def train(preset: Preset, dataset: Dataset, *, owner: str | None = None, fresh: 
             _cancel(launcher, run, record)  # the agents of the generation before
         if record.result is None:
             tracker.reopen()
-            _submit(launcher, settings, store, preset, dataset, record, owner)
+            _submit(launcher, settings, store, identity, record, owner)
         record = _follow(follower, tracker, launcher, run.run_key)
         assert record.result is not None
     except CancelledError:
@@ -111,19 +105,6 @@ def train(preset: Preset, dataset: Dataset, *, owner: str | None = None, fresh: 
     )
 
 
-def _open_run(store: Store, key: str, fresh: str | None) -> tuple[RunRecord, Record]:
-    """The run's record, made if missing. A failure of before is struck: to start again is to try again."""
-    run = RunRecord(store, key)
-    run.create_if_missing()
-
-    def change(record: Record) -> Record:
-        if fresh is not None and record.fresh_mark != fresh:
-            return replace(start_fresh(record), fresh_mark=fresh)
-        return without_failure(record)
-
-    return run, run.update(change)
-
-
 def _cancel(launcher: Launcher, run: RunRecord, record: Record) -> None:
     """Leave no process of this generation. The job of a newer one, begun by somebody else, is not ours to stop."""
     try:
@@ -139,8 +120,7 @@ def _submit(
     launcher: Launcher,
     settings: Settings,
     store: Store,
-    preset: Preset,
-    dataset: Dataset,
+    identity: Identity,
     record: Record,
     owner: str | None,
 ) -> None:
@@ -148,16 +128,16 @@ def _submit(
     job = Job(
         key=record.key,
         generation=record.generation,
-        preset=preset,
-        dataset_digest=dataset.digest,
+        preset=identity.preset,
+        dataset_digest=identity.dataset_digest,
         location=location,
-        initial=initial_weights(settings, store, preset),
+        initial=identity.initial,
     )
     digest = store_job(store, job)
     launcher.submit(
         JobSpec(
             key=record.key,
-            num_nodes=preset.launch.nodes,
+            num_nodes=identity.preset.launch.nodes,
             command=agent_command(record.key, digest),
             environment=agent_environment(location),
             store=location.uri(),

@@ -173,7 +173,7 @@ def _bound_socket(address: str) -> socket.socket:
 
 
 def _start_worker(order: WorkerOrder, listener: socket.socket) -> subprocess.Popen[bytes]:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     worker = subprocess.Popen(
         [sys.executable, "-m", "training.worker"],
         stdin=subprocess.PIPE,

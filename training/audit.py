@@ -16,7 +16,7 @@ from training.data.opening import open_order
 from training.data.order import Order
 from training.data.reader import LazyIds
 from training.errors import DamagedError, UserError
-from training.events import EventReader, committed
+from training.history import committed_steps
 from training.job import read_jobs
 from training.objectstore import Store
 from training.record import RunRecord
@@ -50,8 +50,7 @@ def verify_run(store: Store, run_key: str) -> LedgerProof:
     if not jobs:
         raise UserError(f"run {run_key[:12]} has no job document: it never trained")
     preset, digest = jobs[0].preset, jobs[0].dataset_digest  # what decides the result is the same in all of them
-    events = EventReader(store, run.prefix(record)).read_new(newest_token=record.token)
-    lines = {event.step: str(event.values.get("samples")) for event in committed(events, record.resume_steps)}
+    lines = {event.step: str(event.values.get("samples")) for event in committed_steps(run, record)}
     num_steps = record.result.step if record.result is not None else max(lines, default=0)
     if num_steps == 0:
         raise UserError(f"run {run_key[:12]} has committed no step yet")

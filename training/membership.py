@@ -25,6 +25,13 @@ def join(record: Record, me: Member, *, num_nodes: int, maybe_departure: Departu
     return replace(record, token=record.token + 1, members=(me,), num_nodes=num_nodes)
 
 
+def launched_elsewhere(record: Record) -> Record:
+    """The record with a new token for a group that another launcher formed. A finished run has no next group."""
+    if record.result is not None:
+        return record
+    return replace(record, token=record.token + 1, members=(), num_nodes=0)
+
+
 def is_complete(record: Record) -> bool:
     return record.num_nodes > 0 and len(record.members) == record.num_nodes
 

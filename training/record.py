@@ -89,6 +89,15 @@ class InitialWeights:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Continued:
+    """The run whose first steps this one took over, instead of doing them again."""
+
+    run_key: str
+    generation: int
+    step: int
+
+
+@dataclass(frozen=True, kw_only=True)
 class Record:
     """The state of a run that all its processes agree on."""
 
@@ -111,6 +120,7 @@ class Record:
     """Departures up to this token count no more: somebody started the run again after it had failed."""
     environment: dict[str, str] = field(default_factory=dict)
     tracking_run_id: str | None = None
+    continued: Continued | None = None
     result: Result | None = None
     failure: Failure | None = None
 
@@ -127,16 +137,25 @@ class Record:
 
 def run_key(*, recipe: Recipe, preset: Preset, dataset_digest: str, initial_weights: str | None = None) -> str:
     """sha256 over the canonical JSON of all that determines the result."""
-    return digest_of(
-        {
-            "recipe": preset.recipe,
-            "recipe_source": source_closure_digest(recipe),
-            "numerics_version": NUMERICS_VERSION,
-            "preset": {**preset.determining(), "hyperparameters": asdict(recipe)},
-            "dataset": dataset_digest,
-            "initial_weights": initial_weights,
-        }
-    )
+    return digest_of(_determining(recipe, preset, dataset_digest, initial_weights))
+
+
+def trajectory_key(*, recipe: Recipe, preset: Preset, dataset_digest: str, initial_weights: str | None = None) -> str:
+    """What all runs share that differ in their number of steps alone (training.continuation)."""
+    document = _determining(recipe, preset, dataset_digest, initial_weights)
+    del document["preset"]["train"]["steps"]
+    return digest_of(document)
+
+
+def _determining(recipe: Recipe, preset: Preset, dataset_digest: str, initial_weights: str | None) -> dict[str, Any]:
+    return {
+        "recipe": preset.recipe,
+        "recipe_source": source_closure_digest(recipe),
+        "numerics_version": NUMERICS_VERSION,
+        "preset": {**preset.determining(), "hyperparameters": asdict(recipe)},
+        "dataset": dataset_digest,
+        "initial_weights": initial_weights,
+    }
 
 
 def generation_prefix(key: str, generation: int) -> str:
@@ -237,6 +256,14 @@ def with_resume_step(record: Record, step: int, *, token: int) -> Record:
     record.require_token(token)
     padded = record.resume_steps + (None,) * (token - len(record.resume_steps))
     return replace(record, resume_steps=(*padded[: token - 1], step))
+
+
+def with_continued(
+    record: Record, continued: Continued, checkpoint: CheckpointRef, environment: dict[str, str]
+) -> Record:
+    """Begin where another run stands: its history counts as the first attempt, under the checkpoint's token."""
+    record = with_checkpoint(with_resume_step(record, 0, token=checkpoint.token), checkpoint)
+    return replace(record, continued=continued, environment=environment)
 
 
 def with_result(record: Record, result: Result, *, token: int) -> Record:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from training.documents import canonical_json, parse
-from training.errors import UnbrokenError, UserError
+from training.errors import UnbrokenError
 from training.job import Job
 from training.processes import die_with
 
@@ -72,67 +72,10 @@ def _class_name(error: Exception) -> str:
 
 
 def _train(order: WorkerOrder, step: list[int]) -> None:
-    import torch
-    import torch.distributed as dist
+    from training.rank import Seat, train
 
-    from training import environment
-    from training.checkpoint import CheckpointSaver
-    from training.data.loader import Feed
-    from training.events import EventWriter
-    from training.loop import Rank, Trainer
-    from training.recipe import load_recipe
-    from training.record import run_key, with_environment
-
-    torch.set_num_threads(environment.THREADS_PER_RANK)
-    torch.use_deterministic_algorithms(True)
-    device = torch.device("cuda", order.local_rank) if torch.cuda.is_available() else torch.device("cpu")
-    job = Job.from_json(order.job)
-    recipe = load_recipe(job.preset)
-    weights = job.initial.weights_sha256 if job.initial else None
-    if run_key(recipe=recipe, preset=job.preset, dataset_digest=job.dataset_digest, initial_weights=weights) != job.key:
-        raise UserError("the recipe's source changed since this run was submitted: start the pipeline again")
-    run = job.open_run()
-    record = run.read()
-    record.require_token(order.token)
-    here = environment.fingerprint()
-    record = run.update(lambda newest: with_environment(newest, here, token=order.token))
-    environment.require_same(record.environment, here)
-
-    store = _rendezvous(order)
-    timeout = timedelta(seconds=job.preset.launch.collective_timeout_seconds)
-    dist.init_process_group(
-        "nccl" if device.type == "cuda" else "gloo",
-        store=store,
-        rank=order.rank,
-        world_size=order.world_size,
-        timeout=timeout,
-    )
-    events = EventWriter(run.store, run.prefix(record), order.token) if order.rank == 0 else None
-    saver = CheckpointSaver(
-        run=run,
-        rendezvous=store.clone(),
-        rank=order.rank,
-        world_size=order.world_size,
-        token=order.token,
-        keep=job.preset.train.keep_checkpoints,
-        keep_every_steps=job.preset.train.keep_every_steps,
-        before_commit=events.flush if events else lambda: None,
-    )
-    trainer = Trainer(
-        preset=job.preset,
-        recipe=recipe,
-        feed=Feed(preset=job.preset, location=job.location, dataset_digest=job.dataset_digest),
-        initial=job.initial,
-        run=run,
-        saver=saver,
-        events=events,
-        rank=Rank(rank=order.rank, world_size=order.world_size, token=order.token, device=device),
-    )
-    try:
-        trainer.train()
-    finally:
-        step[0] = trainer.state.step
-    _leave_together(store, order)
+    seat = Seat(rank=order.rank, local_rank=order.local_rank, world_size=order.world_size, token=order.token)
+    train(Job.from_json(order.job), seat, _rendezvous(order), step)
 
 
 def _rendezvous(order: WorkerOrder) -> Any:
@@ -149,16 +92,6 @@ def _rendezvous(order: WorkerOrder) -> Any:
         wait_for_workers=False,
         master_listen_fd=order.maybe_listen_fd,
     )
-
-
-def _leave_together(store: Any, order: WorkerOrder) -> None:
-    """Rank 0 holds the store: it leaves last, and the others only once the result is committed."""
-    if order.rank == 0:
-        store.set("result-committed", "1")
-        store.wait([f"left/{rank}" for rank in range(1, order.world_size)] or ["result-committed"])
-    else:
-        store.wait(["result-committed"])
-        store.set(f"left/{order.rank}", "1")
 
 
 if __name__ == "__main__":

@@ -62,17 +62,18 @@ def train(
     config = load_preset(preset, {**_shortcuts(ranks, steps), **overrides_of(set_)})
     check_input(config)
     from tasks.initial import pinned
+    from tasks.opening import identify, require_begun
     from tasks.shard import shard as shard_stage
     from tasks.stack import open_stack
-    from tasks.train import key_of
     from tasks.train import train as train_stage
 
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     logging.getLogger("tasks").setLevel(logging.WARNING if json else logging.INFO)
-    config = pinned(open_stack()[0], config)
+    settings, store = open_stack()
+    config = pinned(settings, config)
     dataset = shard_stage.fn(config)
     if resume:
-        _require_begun(key_of(config, dataset))
+        require_begun(store, identify(config, dataset))
     model = train_stage.fn(config, dataset, fresh=uuid.uuid4().hex if fresh else None)
     shown = {**asdict(model), "num_samples": model.step * config.train.batch_size}
     if json:
@@ -89,15 +90,6 @@ def _shortcuts(ranks: int | None, steps: int | None) -> dict[str, Any]:
             raise UserError(f"{name} {number}: must be at least 1")
     found = {"launch.nodes": 1, "launch.processes_per_node": ranks} if ranks is not None else {}
     return {**found, **({"train.steps": steps} if steps is not None else {})}
-
-
-def _require_begun(key: str) -> None:
-    from tasks.stack import open_stack
-    from training.record import RunRecord
-
-    record = RunRecord(open_stack()[1], key).find()
-    if record is None or not record.attempt_starts:
-        raise UserError(f"--resume: run {key[:12]} was never begun; leave the option out to begin it")
 
 
 def check_input(preset: Preset) -> None:

@@ -14,12 +14,14 @@ from infra.launcher import JobSpec, JobState, JobStatus
 from infra.local.ports import free_port
 from tasks import train as stage
 from tasks.follow import Follower
+from tasks.opening import identify, open_run, require_begun
 from tasks.results import Dataset
 from tests.conftest import Stack
 from training.config import load_preset
-from training.errors import CancelledError, InfrastructureError
+from training.environment import fingerprint
+from training.errors import CancelledError, InfrastructureError, UserError
 from training.objectstore import Store
-from training.record import Failure, Record, RunRecord, start_fresh
+from training.record import CheckpointRef, Failure, Record, RunRecord, start_fresh
 
 DATASET = Dataset(name="digits", digest="", num_train_samples=1, num_test_samples=1, num_shards=2, num_bytes=2)
 
@@ -69,7 +71,7 @@ def run(stack: Stack) -> RunRecord:
 
 def test_cached_training_is_that_of_this_very_run(stack: Stack, arguments: dict[str, Any]) -> None:
     """The key stays while the run does; a run that was removed, or begun anew, has another one."""
-    run = RunRecord(stack.store, stage.key_of(arguments["preset"], arguments["dataset"]))
+    run = RunRecord(stack.store, identify(arguments["preset"], arguments["dataset"]).run_key)
     first = stage.train_cache_key(None, arguments)
     assert stage.train_cache_key(None, arguments) == first
     assert stage.train_cache_key(None, {**arguments, "fresh": "me"}) != first
@@ -78,6 +80,20 @@ def test_cached_training_is_that_of_this_very_run(stack: Stack, arguments: dict[
     stack.store.delete(run.object_key)
     removed = stage.train_cache_key(None, arguments)
     assert len({first, anew, removed}) == 3
+
+
+def test_resuming_says_why_there_is_nothing_to_go_on_with(stack: Stack, arguments: dict[str, Any]) -> None:
+    """A cosine ends with the run: one of more steps has other learning rates from the second step on."""
+    preset, dataset = arguments["preset"], arguments["dataset"]
+    shorter = identify(replace(preset, train=replace(preset.train, steps=100)), dataset)
+    with pytest.raises(UserError, match=r"was never begun; leave the option out to begin it$"):
+        require_begun(stack.store, shorter)
+    run, _ = open_run(stack.store, shorter, None)
+    proven = CheckpointRef(step=100, token=1, sha256="")
+    run.update(lambda record: replace(record, checkpoints=(proven,), environment=fingerprint()))
+    with pytest.raises(UserError, match=f"run {run.run_key[:12]} .* has no checkpoint of its first 1 steps"):
+        require_begun(stack.store, identify(preset, dataset))
+    open_run(stack.store, identify(preset, dataset), None)  # it begins at step 0 then
 
 
 def test_job_of_a_newer_generation_is_left_alone(run: RunRecord) -> None:

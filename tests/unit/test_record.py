@@ -16,6 +16,7 @@ from training.errors import FencedError
 from training.objectstore import MissingError, Store
 from training.record import (
     CheckpointRef,
+    Continued,
     Departure,
     Failure,
     Member,
@@ -149,6 +150,7 @@ FULL = Record(
     forgiven_token=1,
     environment={"torch": "2"},
     tracking_run_id="t",
+    continued=Continued(run_key="o", generation=0, step=5),
     result=RESULT,
     failure=Failure(kind="UserError", message="x"),
 )

@@ -51,6 +51,8 @@ class Tiny(Recipe):
 
     learning_rate: float = 0.05
     scale: float = 1.0
+    is_level: bool = False
+    """Whether the learning rate is the same at every step, however many there are."""
 
     def encode(self, record: Record) -> Iterable[Sample]:
         *inputs, label = (float(text) for text in record.data.split(b","))
@@ -74,7 +76,7 @@ class Tiny(Recipe):
         return AdamW(model.parameters(), lr=self.learning_rate, foreach=False)
 
     def learning_rate_scale(self, step: int, num_steps: int) -> float:
-        return (step + 1) / num_steps
+        return 1.0 if self.is_level else (step + 1) / num_steps
 
 
 class MemoryReader:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import ClassVar
@@ -14,6 +13,7 @@ from torch.nn import functional as F
 from torch.optim import AdamW, Optimizer
 
 from training.recipe import Recipe, Record, Sample
+from training.recipes.schedules import Schedule, warmup_then
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,6 +24,7 @@ class Digits(Recipe):
     dropout: float = 0.1
     learning_rate: float = 3e-3
     warmup_steps: int = 20
+    schedule: Schedule = "cosine"
 
     metrics: ClassVar[Mapping[str, str]] = {"accuracy": "max", "loss": "min"}
 
@@ -70,5 +71,4 @@ class Digits(Recipe):
         return AdamW(model.parameters(), lr=self.learning_rate, weight_decay=0.01, foreach=False)
 
     def learning_rate_scale(self, step: int, num_steps: int) -> float:
-        warmup = min(1.0, (step + 1) / self.warmup_steps)
-        return warmup * 0.5 * (1 + math.cos(math.pi * step / num_steps))
+        return warmup_then(self.schedule, step, num_steps, warmup_steps=self.warmup_steps)

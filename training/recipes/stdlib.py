@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from torch.optim import AdamW, Optimizer
 
 from training.recipe import Recipe, Record, Sample
+from training.recipes.schedules import Schedule, warmup_then
 
 
 class Block(nn.Module):
@@ -65,6 +66,7 @@ class ByteTransformer(Recipe):
     num_heads: int = 4
     learning_rate: float = 2e-3
     warmup_steps: int = 40
+    schedule: Schedule = "cosine"
 
     metrics: ClassVar[Mapping[str, str]] = {"bits_per_byte": "min", "accuracy": "max", "loss": "min"}
 
@@ -102,5 +104,4 @@ class ByteTransformer(Recipe):
         return AdamW(model.parameters(), lr=self.learning_rate, weight_decay=0.05, foreach=False)
 
     def learning_rate_scale(self, step: int, num_steps: int) -> float:
-        warmup = min(1.0, (step + 1) / self.warmup_steps)
-        return warmup * 0.5 * (1 + math.cos(math.pi * step / num_steps))
+        return warmup_then(self.schedule, step, num_steps, warmup_steps=self.warmup_steps)
