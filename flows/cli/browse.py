@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from cyclopts import App, Parameter
 
 from flows.cli.output import print_json, print_table
-from flows.cli.stack import Json
+from flows.cli.stack import Json, open_store
 from training.errors import UserError
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ def add_to(app: App) -> None:
 @runs.command(name="ls")
 def runs_ls(*, json: Json = False) -> None:
     """Every run: its key, state, steps and restarts."""
-    rows = [_summary(run.read()) for run in _all_runs(_store())]
+    rows = [_summary(run.read()) for run in _all_runs(open_store())]
     if json:
         print_json(rows)
         return
@@ -44,7 +44,7 @@ def runs_logs(key: Key) -> None:
     from infra.engines import make_launcher
     from infra.settings import load_settings
 
-    run = find_run(_store(), key)
+    run = find_run(open_store(), key)
     logs = make_launcher(load_settings()).logs(run.run_key)
     if not logs:
         raise UserError(f"run {run.run_key[:12]} left no log on this machine")
@@ -58,7 +58,7 @@ def runs_cancel(key: Key) -> None:
     from infra.engines import make_launcher
     from infra.settings import load_settings
 
-    run = find_run(_store(), key)
+    run = find_run(open_store(), key)
     make_launcher(load_settings()).cancel(run.run_key)
     print(f"run {run.run_key[:12]} has no process left")
 
@@ -73,7 +73,7 @@ def runs_rm(
     from infra.engines import make_launcher
     from infra.settings import load_settings
 
-    store = _store()
+    store = open_store()
     run = find_run(store, key)
     if make_launcher(load_settings()).find(run.run_key) is not None:
         raise UserError(f"run {run.run_key[:12]} is at work: cancel it first with `unbroken runs cancel {key}`")
@@ -112,12 +112,6 @@ def models_ls(*, json: Json = False) -> None:
         ["model", "version", "aliases", "run key"],
         [[row["name"], row["version"], ",".join(row["aliases"]), row["run_key"][:12]] for row in rows],
     )
-
-
-def _store() -> Store:
-    from tasks.stack import open_stack
-
-    return open_stack()[1]
 
 
 def _all_runs(store: Store) -> list[RunRecord]:

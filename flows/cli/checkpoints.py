@@ -10,7 +10,7 @@ from cyclopts import App, Parameter
 
 from flows.cli.browse import Key, find_run
 from flows.cli.output import print_json, print_table
-from flows.cli.stack import Json
+from flows.cli.stack import Json, open_store
 from training.errors import DamagedError, InfrastructureError, UserError
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ def add_to(app: App) -> None:
 @ckpt.command(name="ls")
 def ckpt_ls(key: Key, *, json: Json = False) -> None:
     """A run's proven checkpoints, and those found damaged."""
-    record = find_run(_store(), key).read()
+    record = find_run(open_store(), key).read()
     if json:
         print_json(
             {
@@ -48,7 +48,7 @@ def ckpt_show(key: Key, *, step: Step = None) -> None:
     """Print a checkpoint's manifest: every tensor's dtype and shape, and which part holds which slice of it."""
     from training.checkpoint import load_manifest
 
-    run, reference = _find(_store(), key, step)
+    run, reference = _find(open_store(), key, step)
     print_json(asdict(load_manifest(run.store, run.prefix(run.read()), reference)))
 
 
@@ -57,7 +57,7 @@ def ckpt_verify(key: Key, *, json: Json = False) -> None:
     """Read every object of every checkpoint of a run, and compare its sha256. Exit code 6 names what is damaged."""
     from training.checkpoint import load_checkpoint
 
-    run = find_run(_store(), key)
+    run = find_run(open_store(), key)
     record = run.read()
     rows = []
     for reference in record.checkpoints:
@@ -91,7 +91,7 @@ def ckpt_export(
 
     from training.checkpoint import load_checkpoint
 
-    run, reference = _find(_store(), key, step)
+    run, reference = _find(open_store(), key, step)
     if to.exists():
         raise UserError(f"{to} exists: name a new file")
     tensors = load_checkpoint(run.store, run.prefix(run.read()), reference)
@@ -103,12 +103,6 @@ def ckpt_export(
     except (OSError, safetensors.SafetensorError) as error:
         raise InfrastructureError(f"cannot write {to}: {error}") from error
     print(f"{len(tensors)} tensors of step {reference.step} are in {to}")
-
-
-def _store() -> Store:
-    from tasks.stack import open_stack
-
-    return open_stack()[1]
 
 
 def _find(store: Store, key: str, step: int | None) -> tuple[RunRecord, CheckpointRef]:

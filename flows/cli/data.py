@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import sys
 from dataclasses import asdict
-from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from cyclopts import App, Parameter
 
 from flows.cli.output import LiveLine, print_json, print_table
-from flows.cli.stack import Json
+from flows.cli.stack import Json, open_store
 from training.errors import DamagedError, UserError
 
 if TYPE_CHECKING:
@@ -34,7 +33,7 @@ def ls(*, json: Json = False) -> None:
     """Every version of every dataset; of each dataset, the one that was sharded last comes last."""
     from training.data.versions import versions_by_time
 
-    store = _store()
+    store = open_store()
     rows = [
         _row(store, name, digest, f"{written:%Y-%m-%d %H:%M:%S}")
         for name in store.list_folders("datasets/")
@@ -68,7 +67,7 @@ def _row(store: Store, name: str, digest: str, sharded: str) -> dict[str, Any]:
 @data.command(name="show")
 def show(version: Version) -> None:
     """Print a version's manifest: fields, splits and shards."""
-    print_json(_find(_store(), version)[2].to_json())
+    print_json(_find(open_store(), version)[2].to_json())
 
 
 @data.command(name="diff")
@@ -76,7 +75,7 @@ def diff(a: Version, b: Version, *, json: Json = False) -> None:
     """What version B has that A has not, and the other way round: shards, bytes and samples of each split."""
     from training.data.versions import compare
 
-    store = _store()
+    store = open_store()
     (name_a, _, manifest_a), (name_b, _, manifest_b) = _find(store, a), _find(store, b)
     rows = [asdict(row) for row in compare(store, (name_a, manifest_a), (name_b, manifest_b))]
     if json:
@@ -91,7 +90,7 @@ def verify(version: Version, *, json: Json = False) -> None:
     from training.data.activity import distrust
     from training.data.versions import verify_version
 
-    store = _store()
+    store = open_store()
     name, digest, manifest = _find(store, version)
     num_shards = sum(len(shards) for shards in manifest.splits.values())
     live, damages = LiveLine(), []
@@ -124,7 +123,7 @@ def verify_run(
     from flows.cli.browse import find_run
     from training import audit
 
-    store = _store()
+    store = open_store()
     proof = audit.verify_run(store, find_run(store, key).run_key)
     if json:
         print_json(asdict(proof))
@@ -183,7 +182,7 @@ def rm(version: Version) -> None:
     """Remove a version that no run was trained on. `gc` then removes the shards that no other version has."""
     from training.data.versions import find_version, remove_version
 
-    store = _store()
+    store = open_store()
     name, digest = find_version(store, version)
     remove_version(store, name, digest)
     print(f"removed {name} {digest}")
@@ -198,15 +197,9 @@ def gc(
     json: Json = False,
 ) -> None:
     """Delete shards and receipts that no version names. Safe beside readers; refused while a writer is at work."""
-    from training.data.collect import MAX_AGE, collect
+    from training.data.collect import collect
 
-    max_hours = MAX_AGE / timedelta(hours=1)
-    if not 0 <= older_than <= max_hours:  # nor is nan
-        raise UserError(f"--older-than {older_than:g}: name 0 to {max_hours:g} hours")
-    store = _store()
-    if name not in store.list_folders("datasets/"):
-        raise UserError(f"no dataset {name!r}: see `unbroken data ls`")
-    garbage = collect(store, name, older_than=timedelta(hours=older_than), dry_run=dry_run)
+    garbage = collect(open_store(), name, older_than_hours=older_than, dry_run=dry_run)
     if json:
         print_json(asdict(garbage))
         return
@@ -225,7 +218,7 @@ def export(
     """Write a version as WebDataset archives or Parquet files, one per shard, into a new folder."""
     from training.data import exchange
 
-    store = _store()
+    store = open_store()
     name, digest, _ = _find(store, version)
     live = LiveLine()
     for path in exchange.export(store, name, digest, to, form=format):
@@ -243,14 +236,8 @@ def import_(
     from training.data import exchange
 
     require_name("NAME", name)
-    manifest = exchange.import_folder(_store(), name, folder)
+    manifest = exchange.import_folder(open_store(), name, folder)
     print(f"{name} {manifest.digest}", file=sys.stdout)
-
-
-def _store() -> Store:
-    from tasks.stack import open_stack
-
-    return open_stack()[1]
 
 
 def _find(store: Store, text: str) -> tuple[str, str, Manifest]:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import sys
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import App, Parameter
 
 from flows.cli.output import print_json, print_table
 from training.errors import InfrastructureError
+
+if TYPE_CHECKING:
+    from training.objectstore import Store
 
 Json = Annotated[bool, Parameter(name="--json", negative="", help="Print JSON, for scripts.")]
 
@@ -66,3 +69,10 @@ def doctor(*, json: Json = False) -> None:
         print_table(["check", "", "found"], [[c.name, "ok" if c.is_good else "WRONG", c.found] for c in checks])
     if not all(check.is_good for check in checks):
         raise InfrastructureError("something is wrong: see above")
+
+
+def open_store() -> Store:
+    """The stack's object store. Raises `InfrastructureError` if no stack is running and none is named."""
+    from tasks.stack import open_stack
+
+    return open_stack()[1]

@@ -15,7 +15,6 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict
-from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -34,7 +33,6 @@ from training.data.writer import write_dataset
 from training.errors import InfrastructureError, UserError
 from training.objectstore import Store
 
-NOW = timedelta(0)
 CONFIG = data_config()
 LEASE_SECONDS = 2.0
 
@@ -58,7 +56,7 @@ def shards(store: Store) -> set[str]:
 def try_to_collect(store: Store) -> Garbage | None:
     """None if a writer is at work, or another collector."""
     try:
-        return collect(store, "tiny", older_than=NOW, lease_seconds=LEASE_SECONDS)
+        return collect(store, "tiny", older_than_hours=0, lease_seconds=LEASE_SECONDS)
     except BusyError:
         return None
 
@@ -132,7 +130,7 @@ def test_a_collector_that_was_away_too_long_deletes_nothing_more(
     monkeypatch.setattr("training.data.lease._now", lambda: 1e6 if away.is_set() else 0.0)
     monkeypatch.setattr(Store, "delete_soon", lambda self, key: (deleted.append(key), away.set()))
     with pytest.raises(InfrastructureError, match="was away for so long"):
-        collect(store, "tiny", older_than=NOW)
+        collect(store, "tiny", older_than_hours=0)
     assert len(deleted) == 1
 
 

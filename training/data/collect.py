@@ -13,7 +13,7 @@ from training.data.versions import versions
 from training.errors import UserError
 from training.objectstore import Store
 
-MAX_AGE = timedelta(days=3650)
+MAX_AGE_HOURS = 87_600.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,19 +28,20 @@ def collect(
     store: Store,
     dataset: str,
     *,
-    older_than: timedelta = timedelta(days=1),
+    older_than_hours: float = 24.0,
     dry_run: bool = False,
     lease_seconds: float = LEASE_SECONDS,
 ) -> Garbage:
     """Delete a dataset's garbage that is older than a bound: the unfinished work of a writer that died is kept so long.
 
-    Raises `UserError` if a writer, or another collector, is at work; a dry run disturbs nobody.
+    Raises `UserError` if there is no such dataset, if the bound makes no sense, or if a writer or another collector is
+    at work; a dry run disturbs nobody.
     """
-    if not timedelta(0) <= older_than <= MAX_AGE:
-        raise UserError(
-            f"garbage cannot be older than {older_than / timedelta(hours=1):g} hours: name 0 to"
-            f" {MAX_AGE / timedelta(hours=1):g}"
-        )
+    if not 0 <= older_than_hours <= MAX_AGE_HOURS:  # nor is nan
+        raise UserError(f"older than {older_than_hours:g} hours: name 0 to {MAX_AGE_HOURS:g}")
+    if dataset not in store.list_folders("datasets/"):
+        raise UserError(f"no dataset {dataset!r}: see `unbroken data ls`")
+    older_than = timedelta(hours=older_than_hours)
     if dry_run:
         return _sum_of(list(_garbage(store, dataset, older_than)))
     with collecting(store, dataset, seconds=lease_seconds) as lease:
