@@ -107,7 +107,9 @@ def run(store: Store) -> RunRecord:
     return record
 
 
-def attempt(run: RunRecord, *, token: int, store: Store | None = None, steps: int = 6) -> Trainer:
+def attempt(
+    run: RunRecord, *, token: int, store: Store | None = None, steps: int = 6, recipe: Tiny | None = None
+) -> Trainer:
     """A trainer of one rank under `token`, which the record is set to."""
     run.update(lambda record: replace(record, token=token))
     on = RunRecord(store or run.store, run.run_key)
@@ -121,7 +123,8 @@ def attempt(run: RunRecord, *, token: int, store: Store | None = None, steps: in
         keep=3,
         before_commit=events.flush,
     )
-    return make_trainer(preset=tiny_preset(steps=steps), run=on, saver=saver, events=events, token=token)
+    preset = tiny_preset(steps=steps)
+    return make_trainer(preset=preset, recipe=recipe, run=on, saver=saver, events=events, token=token)
 
 
 def train(trainer: Trainer) -> None:
@@ -243,6 +246,8 @@ class Broken(Tiny):
             return batch["none"].sum()
         if self.mistake == "memory":
             return torch.empty(2**60, dtype=torch.uint8).sum()
+        if self.mistake == "uninitialized":
+            return super().loss(model, batch) + torch.empty(1000).sum()
         if self.mistake == "shape":
             return (batch["x"] @ torch.zeros(7, 3)).sum()
         return super().loss(model, batch) * float(self.mistake)
@@ -252,6 +257,12 @@ class Broken(Tiny):
 def test_a_failure_of_the_recipe_is_deterministic_and_names_the_step_and_the_samples(mistake: str) -> None:
     with pytest.raises(DeterministicError, match=r"step 1, virtual worker 0: .*samples memory:\d+"):
         step_through(make_trainer(recipe=Broken(mistake=mistake)), 1)
+
+
+def test_memory_that_was_never_written_is_found_in_the_first_step(run: RunRecord) -> None:
+    """It may hold the same as before for a while, and other bits on another machine."""
+    with pytest.raises(DeterministicError, match="step 1, virtual worker 0: the loss is nan"):
+        train(attempt(run, token=1, recipe=Broken(mistake="uninitialized")))
 
 
 def test_a_failure_inside_torch_names_the_step_and_the_samples_too() -> None:

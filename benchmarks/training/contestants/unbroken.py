@@ -24,7 +24,7 @@ from benchmarks.training.workload import (
 from training.checkpoint import CheckpointSaver
 from training.config import DataConfig, LaunchConfig, Preset, TrainConfig
 from training.data.stream import Microbatch
-from training.loop import Rank, Trainer
+from training.loop import Rank, Trainer, fill_new_memory
 from training.recipe import Recipe
 from training.record import RunRecord
 from training.validation import HeldOut
@@ -77,6 +77,7 @@ class MemoryFeed:
 
 def steps(workload: Workload, mode: Literal["exact", "fast"]) -> Iterator[None]:
     torch.use_deterministic_algorithms(True)
+    fill_new_memory(False)  # as Trainer.train does after its first step
     train = TrainConfig(
         steps=NUM_STEPS,
         batch_size=VIRTUAL_WORKERS * SAMPLES_PER_MICROBATCH,
