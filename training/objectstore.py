@@ -132,7 +132,10 @@ class Store:
 
     def get_range(self, key: str, start: int, stop: int, *, etag: str) -> bytes:
         """Bytes [start, stop) of an object that must still be the one with this ETag. Raises `UserError` if not."""
-        return self._read(key, Range=f"bytes={start}-{stop - 1}", IfMatch=etag)
+        try:
+            return self._read(key, Range=f"bytes={start}-{stop - 1}", IfMatch=etag)
+        except MissingError as error:
+            raise UserError(f"{self.location.uri(key)} was removed while it was read: start again") from error
 
     def _read(self, key: str, **request: str) -> bytes:
         """A body cut short is fetched again: boto3 itself would not."""
@@ -384,6 +387,8 @@ class Store:
         status = response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
         if code == "NoSuchBucket":
             return UserError(f"bucket {self.location.bucket!r} does not exist at {self.location.endpoint or 'AWS'}")
+        if code == "ParamValidationError":
+            return UserError(f"{uri}: {' '.join(str(error).split())}")
         if status == 412:
             return UserError(f"{uri} was replaced while it was read: start again once nobody writes there")
         if code in ("NoSuchKey", "404", "NotFound"):

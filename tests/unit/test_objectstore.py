@@ -267,6 +267,20 @@ def test_reading_a_missing_bucket_of_the_real_store_is_the_users_error(store: St
             operations(other)[operation]()
 
 
+def test_a_bucket_that_cannot_be_is_the_users_error(store: Store) -> None:
+    with pytest.raises(UserError, match="s3://no bucket/x: Parameter validation failed: Invalid bucket name"):
+        Store(replace(store.location, bucket="no bucket", prefix="")).get("x")
+
+
+def test_an_object_that_goes_while_it_is_read_is_the_users_error(store: Store) -> None:
+    store.put("x", b"0123456789")
+    (entry,) = store.list_entries("x")
+    assert store.get_range("x", 2, 4, etag=entry.etag) == b"23"
+    store.delete("x")
+    with pytest.raises(UserError, match="x was removed while it was read"):
+        store.get_range("x", 4, 6, etag=entry.etag)
+
+
 def test_no_credentials_are_the_users_error(store: Store, monkeypatch: pytest.MonkeyPatch, tmp_path: object) -> None:
     for name in ("AWS_SHARED_CREDENTIALS_FILE", "AWS_CONFIG_FILE"):
         monkeypatch.setenv(name, f"{tmp_path}/none")
