@@ -2,27 +2,25 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Protocol
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import Tensor
 
 from training.checkpoint import CheckpointSaver, load_initial, newest_proven
 from training.config import Preset
 from training.data import ledger
 from training.data.stream import Microbatch
-from training.errors import DamagedError, DeterministicError, InfrastructureError, UnbrokenError
+from training.errors import DamagedError, DeterministicError, InfrastructureError
 from training.events import EventWriter
 from training.exact import ExactReducer
+from training.extras import Extras
 from training.fast import FastReducer
+from training.objective import Objective, fill_new_memory, recipe_errors, seed_streams, stream_seed
 from training.recipe import Recipe
 from training.record import CheckpointRef, InitialWeights, Result, RunRecord, with_result, with_resume_step
 from training.state import TrainState
@@ -101,12 +99,12 @@ class Trainer:
         self.maybe_events = events
         self.rank = rank
         self.state = TrainState(recipe, seed=preset.seed, device=rank.device)
-        self.extras = _Extras(self.state.model)
+        self.extras = Extras(self.state.model)
         self.reducer = self.make_reducer()
 
     def make_reducer(self) -> Reducer:
         train = self.preset.train
-        objective = _Objective(self.recipe, self.state.model, precision=train.precision)
+        objective = Objective(self.recipe, self.state.model, precision=train.precision)
         group = {
             "virtual_workers": train.virtual_workers,
             "rank": self.rank.rank,
@@ -182,7 +180,7 @@ class Trainer:
         """Forward and backward of one virtual worker's microbatch."""
         seed_streams(stream_seed(self.preset.seed, self.state.step, worker), self.rank.device)
         ids, batch = self.microbatch(worker)
-        with _recipe_errors(self.state.step + 1, worker, ids):
+        with recipe_errors(self.state.step + 1, worker, ids):
             loss = self.reducer.forward(worker, batch)
             if not torch.isfinite(loss):
                 raise DeterministicError(
@@ -254,86 +252,3 @@ class Trainer:
     def _note_commit(self, checkpoint: CheckpointRef) -> None:
         if self.maybe_events is not None:
             self.maybe_events.add("checkpoint", step=checkpoint.step, sha256=checkpoint.sha256)
-
-
-def stream_seed(seed: int, step: int, worker: int) -> int:
-    """The seed of the random stream of one virtual worker in one step."""
-    digest = hashlib.sha256(f"{seed}/{step}/{worker}".encode()).digest()
-    return int.from_bytes(digest[:8], "big") >> 1
-
-
-def seed_streams(seed: int, device: torch.device) -> None:
-    """As torch.manual_seed, which also tells devices that are not there, at milliseconds a time."""
-    torch.default_generator.manual_seed(seed)
-    if device.type == "cuda":
-        torch.cuda.manual_seed(seed)
-
-
-def fill_new_memory(is_on: bool) -> None:
-    """Whether torch fills what it allocates, as it does by default under deterministic algorithms."""
-    torch.utils.deterministic.fill_uninitialized_memory = is_on  # type: ignore[attr-defined]  # public, but not listed
-
-
-@contextmanager
-def _recipe_errors(step: int, worker: int, ids: Sequence[str]) -> Iterator[None]:
-    """Name the step and samples when the recipe's own code fails. Memory that runs out is not its doing."""
-    try:
-        yield
-    except (MemoryError, torch.OutOfMemoryError, UnbrokenError):
-        raise
-    except Exception as error:
-        if "allocate memory" in str(error):  # how torch says on a CPU that memory ran out
-            raise
-        raise DeterministicError(
-            f"step {step}, virtual worker {worker}: the recipe failed: {type(error).__name__}: {error};"
-            f" samples {', '.join(ids[:8])}"
-        ) from error
-
-
-class _Objective(nn.Module):
-    """The recipe's loss as a module of its own, so that the recipe sees its own model whoever wraps this one."""
-
-    def __init__(self, recipe: Recipe, model: nn.Module, *, precision: str) -> None:
-        super().__init__()
-        self.recipe = recipe
-        self.model = model
-        self.precision = precision
-
-    def forward(self, batch: Mapping[str, Tensor]) -> Tensor:
-        device = next(self.model.parameters()).device.type
-        with torch.autocast(device, dtype=torch.bfloat16, enabled=self.precision == "bfloat16"):
-            return self.recipe.loss(self.model, batch).float()
-
-
-class _Extras:
-    """What is summed over virtual workers beside gradients: float buffers, the loss, and entries of the ledger."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self._buffers = [b for b in model.buffers() if b.is_floating_point()]
-        self._counters = [b for b in model.buffers() if not b.is_floating_point()]
-        self.num_elements = sum(b.numel() for b in self._buffers) + 1 + ledger.NUM_ENTRIES
-
-    def copy_buffers(self) -> list[Tensor]:
-        return [b.clone() for b in (*self._buffers, *self._counters)]
-
-    def restore_buffers(self, copies: list[Tensor]) -> None:
-        """Each virtual worker starts from the step's own buffers; counters so advance once per step."""
-        for buffer, copy in zip((*self._buffers, *self._counters), copies, strict=True):
-            buffer.copy_(copy)
-
-    def gather(self, loss: Tensor, entries: NDArray[np.float32]) -> Tensor:
-        """One virtual worker's, shape [num_elements]."""
-        buffers = [b.flatten().to(torch.float32) for b in self._buffers]
-        return torch.cat([*buffers, loss.reshape(1), torch.from_numpy(entries).to(loss.device)])
-
-    def hand_out(self, mean: Tensor) -> float:
-        """Put the mean buffers where they belong; returns the mean loss."""
-        offset = 0
-        for buffer in self._buffers:
-            buffer.copy_(mean[offset : offset + buffer.numel()].view_as(buffer))
-            offset += buffer.numel()
-        return float(mean[offset])
-
-    def ledger_line(self, total: Tensor) -> str:
-        """From the sum over all virtual workers."""
-        return ledger.seal(total[-ledger.NUM_ENTRIES :].cpu().numpy())

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from training.errors import DamagedError, UserError
+from training.objective import seed_streams
 from training.recipe import Recipe
 
 
@@ -21,7 +22,7 @@ class TrainState:
     """Model, optimizer and the number of finished steps."""
 
     def __init__(self, recipe: Recipe, *, seed: int, device: torch.device) -> None:
-        torch.manual_seed(seed)
+        seed_streams(seed, device)
         self.model: nn.Module = recipe.model().to(device)
         self.optimizer: Optimizer = recipe.optimizer(self.model)
         self.step = 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,7 +19,8 @@ from training.checkpoint import CheckpointSaver
 from training.environment import NUMERICS_VERSION, fingerprint
 from training.errors import DeterministicError, FencedError, UserError
 from training.events import EventReader, EventWriter, committed
-from training.loop import StepOutcome, Trainer, stream_seed
+from training.loop import StepOutcome, Trainer
+from training.objective import stream_seed
 from training.objectstore import Store
 from training.record import RunRecord
 
@@ -81,6 +83,20 @@ def test_random_streams_are_keyed_by_seed_step_and_virtual_worker() -> None:
     assert len(seeds) == 125
     assert all(0 <= seed < 2**63 for seed in seeds)
     assert stream_seed(1, 12, 3) != stream_seed(11, 2, 3)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Chancy(Tiny):
+    """Uses every random generator there is."""
+
+    def loss(self, model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
+        return super().loss(model, batch) * float(1 + random.random() + np.random.rand() + torch.rand(()))
+
+
+def test_every_global_random_generator_is_keyed() -> None:
+    first = step_through(make_trainer(recipe=Chancy()), 3).state.weights_sha256()
+    random.random(), np.random.rand(), torch.rand(())
+    assert step_through(make_trainer(recipe=Chancy()), 3).state.weights_sha256() == first
 
 
 def test_counters_advance_once_per_step_and_not_per_virtual_worker() -> None:

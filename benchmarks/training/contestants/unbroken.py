@@ -24,7 +24,8 @@ from benchmarks.training.workload import (
 from training.checkpoint import CheckpointSaver
 from training.config import DataConfig, LaunchConfig, Preset, TrainConfig
 from training.data.stream import Microbatch
-from training.loop import Rank, Trainer, fill_new_memory
+from training.loop import Rank, Trainer
+from training.objective import fill_new_memory
 from training.recipe import Recipe
 from training.record import RunRecord
 from training.validation import HeldOut
