@@ -38,7 +38,7 @@ def test_other_launchers_and_more_steps(stack: Stack, tmp_path: Path, python: st
     sharded = stack.execute([python, "-m", "tasks", "shard", "--preset", "digits", "--out", str(tmp_path)])
     assert sharded.returncode == 0, sharded.stderr
     before = run_keys(stack)
-    launched = start_torchrun(stack, num_steps=250, num_ranks=3)
+    launched = start_torchrun(stack, num_steps=250, num_ranks=2)
     run = wait_for_step(stack, before, step=25)
     kill_one_rank(psutil.Process(launched.pid))
     output, _ = launched.communicate(timeout=150)
