@@ -9,7 +9,8 @@ from tasks import tracking
 from training.config import Preset
 from training.errors import UserError
 from training.objectstore import Store
-from training.record import InitialWeights, RunRecord
+from training.recipe import Recipe
+from training.record import InitialWeights, RunRecord, generation_prefix
 
 
 def pinned(settings: Settings, preset: Preset) -> Preset:
@@ -25,15 +26,33 @@ def pinned(settings: Settings, preset: Preset) -> Preset:
 
 
 def initial_weights(settings: Settings, store: Store, preset: Preset) -> InitialWeights | None:
-    """Raises `UserError` if the model's run, or its result, is gone."""
+    """Raises `UserError` if the model's run is gone, or was trained anew and holds other weights now."""
     text = preset.train.warm_start
     if text is None:
         return None
-    key = tracking.run_key_of(settings.mlflow_uri, *tracking.find_version(settings.mlflow_uri, text))
+    version = tracking.find_version(settings.mlflow_uri, text)
+    key, weights_sha256 = tracking.origin_of(settings.mlflow_uri, *version)
     record = RunRecord(store, key).find()
-    if record is None or record.result is None:
-        raise UserError(f"train.warm_start = {text!r}: the run {key[:12]} that gave this model is not on this store")
-    result = record.result
+    if record is None or record.result is None or record.result.weights_sha256 != weights_sha256:
+        raise UserError(
+            f"train.warm_start = {text!r}: its weights {weights_sha256[:12]} are no more the result of run {key[:12]}"
+            " on this store: the run was removed, or trained anew"
+        )
     return InitialWeights(
-        run_key=key, generation=record.generation, checkpoint=result.checkpoint, weights_sha256=result.weights_sha256
+        run_key=key,
+        generation=record.generation,
+        checkpoint=record.result.checkpoint,
+        weights_sha256=weights_sha256,
     )
+
+
+def require_fitting(store: Store, recipe: Recipe, initial: InitialWeights) -> None:
+    """Raises `UserError` naming a weight of the recipe's model that has another shape there: before anything starts."""
+    from training.checkpoint import load_manifest
+    from training.state import require_fit
+
+    manifest = load_manifest(store, generation_prefix(initial.run_key, initial.generation), initial.checkpoint)
+    weights = {
+        name.removeprefix("model."): i.shape for name, i in manifest.tensors.items() if name.startswith("model.")
+    }
+    require_fit(recipe.model(), weights)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
-from tasks.initial import initial_weights
+from tasks.initial import initial_weights, require_fitting
 from tasks.results import Dataset
 from tasks.stack import open_stack
 from training import continuation
@@ -51,14 +51,16 @@ class Identity:
 
 
 def identify(preset: Preset, dataset: Dataset) -> Identity:
-    """The run of a preset on a dataset version. Raises `UserError` if the model that it starts with is gone."""
+    """The run of a preset on a dataset version.
+
+    Raises `UserError` if the model that it starts with is gone, or does not fit.
+    """
     settings, store = open_stack()
-    return Identity(
-        preset=preset,
-        recipe=load_recipe(preset),
-        dataset_digest=dataset.digest,
-        initial=initial_weights(settings, store, preset),
-    )
+    recipe = load_recipe(preset)
+    maybe_initial = initial_weights(settings, store, preset)
+    if maybe_initial is not None:
+        require_fitting(store, recipe, maybe_initial)
+    return Identity(preset=preset, recipe=recipe, dataset_digest=dataset.digest, initial=maybe_initial)
 
 
 def open_run(store: Store, identity: Identity, fresh: str | None) -> tuple[RunRecord, Record]:

@@ -356,15 +356,15 @@ def find_version(uri: str, text: str) -> tuple[str, str]:
         raise InfrastructureError(f"MLflow does not answer as it should: {error}") from error
 
 
-def run_key_of(uri: str, name: str, version: str) -> str:
-    """The run that gave a version. Raises `UserError` if none of this project's did."""
+def origin_of(uri: str, name: str, version: str) -> tuple[str, str]:
+    """The run that gave a version, and its weights' digest. Raises `UserError` if none of this project's did."""
     found = _ask(lambda: connect(uri).get_model_version(name, version))
-    if RUN_KEY_TAG not in found.tags:
+    if not {RUN_KEY_TAG, WEIGHTS_TAG} <= found.tags.keys():
         raise UserError(f"model {name!r} version {version} was not made by Unbroken: it has no tag {RUN_KEY_TAG}")
-    return str(found.tags[RUN_KEY_TAG])
+    return str(found.tags[RUN_KEY_TAG]), str(found.tags[WEIGHTS_TAG])
 
 
 def _metrics(event: Event) -> dict[str, float]:
     """What a step's event says, as MLflow's metrics."""
     found = {name: float(event.values[name]) for name in METRICS}
-    return found | {f"validation.{name}": value for name, value in event.values.get("validation", {}).items()}
+    return found | {f"validation.{name}": float(mean) for name, mean in event.values.get("validation", {}).items()}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import math
 import tomllib
 from collections.abc import Mapping
 from dataclasses import MISSING, Field, asdict, dataclass, field, fields, is_dataclass, replace
@@ -109,6 +110,7 @@ class EvaluateConfig:
 
     def __post_init__(self) -> None:
         _require(self.batch_size >= 1, "evaluate.batch_size", "must be at least 1")
+        _require(self.max_samples is None or self.max_samples >= 1, "evaluate.max_samples", "must be at least 1")
         _require(self.bootstrap_samples >= 100, "evaluate.bootstrap_samples", "must be at least 100")
         _require(0.5 <= self.confidence < 1, "evaluate.confidence", "must lie between 0.5 and 1")
 
@@ -269,6 +271,7 @@ def build(kind: type[T], document: Any, *, where: str) -> T:
         except ValidationError as error:
             reason = error.errors()[0]["msg"]
             raise UserError(f"{prefix + key} = {value!r}: {reason[0].lower()}{reason[1:]}") from error
+        _require(not isinstance(value, float) or math.isfinite(value), prefix + key, f"= {value}: must be finite")
     missing = [prefix + item.name for item in fields(kind) if _is_required(item) and item.name not in values]  # type: ignore[arg-type]
     if missing:
         raise UserError(f"missing key{'s' * (len(missing) > 1)}: {', '.join(missing)}")

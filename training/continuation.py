@@ -13,7 +13,7 @@ from training.errors import DamagedError, FencedError
 from training.events import chunk_key
 from training.history import committed_steps
 from training.objectstore import MissingError, Store
-from training.recipe import Recipe
+from training.recipe import Recipe, learning_rate_scale
 from training.record import CheckpointRef, Continued, Record, RunRecord, with_continued
 
 
@@ -58,8 +58,11 @@ def find_siblings(store: Store, trajectory: str, *, run_key: str, recipe: Recipe
 def _num_common_steps(recipe: Recipe, num_steps: int, other: int) -> int:
     """How many first steps of two runs with so many steps have the same learning rates. A pure function."""
     shorter = min(num_steps, other)
-    scale = recipe.learning_rate_scale
-    return next((step for step in range(shorter) if scale(step, num_steps) != scale(step, other)), shorter)
+
+    def differ(step: int) -> bool:
+        return learning_rate_scale(recipe, step, num_steps) != learning_rate_scale(recipe, step, other)
+
+    return next((step for step in range(shorter) if differ(step)), shorter)
 
 
 def is_new(record: Record) -> bool:

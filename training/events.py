@@ -6,6 +6,7 @@ runs/KEY/GENERATION/events/TOKEN/N.jsonl: one writer per token (rank 0), chunks 
 from __future__ import annotations
 
 import json
+import math
 import threading
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -34,6 +35,11 @@ class Event:
         return canonical_json(fields) + b"\n"
 
 
+def json_number(value: float) -> float | str:
+    """As JSON can hold it: "nan" and "inf" are strings, which float() reads."""
+    return value if math.isfinite(value) else str(value)
+
+
 def chunk_key(prefix: str, token: int, number: int) -> str:
     return f"{prefix}events/{token:06d}/{number:06d}.jsonl"
 
@@ -48,8 +54,8 @@ class EventWriter:
         self._store = store
         self._prefix = prefix
         self._token = token
-        self._pending: list[Event] = []
-        self._in_flight: list[Event] = []
+        self._pending: list[bytes] = []
+        self._in_flight: list[bytes] = []
         self._next_chunk = 0
         self._lock = threading.Lock()
         self._sending = threading.Lock()
@@ -59,8 +65,9 @@ class EventWriter:
 
     def add(self, kind: str, *, step: int, **values: Any) -> None:
         event = Event(kind=kind, time=time.time(), token=self._token, step=step, values=values)
+        line = event.to_line()
         with self._lock:
-            self._pending.append(event)
+            self._pending.append(line)
 
     def flush(self) -> None:
         """Return when everything added so far is on the store. Raises `InfrastructureError`."""
@@ -72,8 +79,7 @@ class EventWriter:
 
     def _send(self) -> None:
         if self._in_flight:
-            body = b"".join(event.to_line() for event in self._in_flight)
-            self._store.put(chunk_key(self._prefix, self._token, self._next_chunk), body)
+            self._store.put(chunk_key(self._prefix, self._token, self._next_chunk), b"".join(self._in_flight))
             self._next_chunk += 1
             self._in_flight = []
 

@@ -161,6 +161,13 @@ class _Bucket:
         self._extras = extras if self._extras is None else self._extras.add_(extras)
 
     def _arrived(self, parameter: Tensor) -> None:
+        if parameter not in self._missing:
+            raise UserError(
+                f"a parameter of shape {list(parameter.shape)} gets its gradient in two goes, as under reentrant"
+                " activation checkpointing: use torch.utils.checkpoint with use_reentrant=False"
+            )
+        if parameter.grad is not None and parameter.grad.is_sparse:
+            raise UserError(f"a parameter of shape {list(parameter.shape)} has a sparse gradient: use sparse=False")
         self._missing.discard(parameter)
         if not self._missing:
             self._end_leaf()

@@ -8,6 +8,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from training.errors import UserError
 from training.reduce import owned_range
 
 
@@ -30,7 +31,15 @@ class FastReducer:
                 parameter.grad = None
         if isinstance(self._objective, DistributedDataParallel):  # as its no_sync() does
             self._objective.require_backward_grad_sync = worker == self.owned.stop - 1
-        loss: Tensor = self._objective(batch)
+        try:
+            loss: Tensor = self._objective(batch)
+        except RuntimeError as error:
+            if "find_unused_parameters" in str(error):
+                raise UserError(
+                    "train.mode = 'fast' needs a loss that reaches every parameter in each step, and this one did not:"
+                    " freeze those that it does not reach, or use train.mode = 'exact'"
+                ) from error
+            raise
         return loss
 
     def backward(self, worker: int, loss: Tensor, extras: Tensor) -> None:

@@ -16,12 +16,12 @@ from training.config import Preset
 from training.data import ledger
 from training.data.stream import Microbatch
 from training.errors import DamagedError, DeterministicError, InfrastructureError
-from training.events import EventWriter
+from training.events import EventWriter, json_number
 from training.exact import ExactReducer
 from training.extras import Extras
 from training.fast import FastReducer
 from training.objective import Objective, fill_new_memory, recipe_errors, seed_streams, stream_seed
-from training.recipe import Recipe
+from training.recipe import Recipe, learning_rate_scale
 from training.record import CheckpointRef, InitialWeights, Result, RunRecord, with_result, with_resume_step
 from training.state import TrainState
 from training.validation import HeldOut, validate
@@ -145,17 +145,18 @@ class Trainer:
     def train_step(self) -> StepOutcome:
         """One synchronous step: each owned virtual worker's gradient, the mean over all ranks, one optimizer step."""
         step = self.state.step
-        before = self.extras.copy_buffers()
+        self.state.require_same_parameters()
+        self.extras.begin_step()
         for worker in self.reducer.owned:
-            self.extras.restore_buffers(before)
             self.virtual_worker_step(worker)
         total = self.reducer.finish()
         loss = self.extras.hand_out(total / self.preset.train.virtual_workers)
         grad_norm = self.clip()
         if not (math.isfinite(loss) and math.isfinite(grad_norm)):
             raise DeterministicError(f"step {step + 1}: the loss is {loss}, the gradient norm {grad_norm}")
-        self.state.set_learning_rate_scale(self.recipe.learning_rate_scale(step, self.preset.train.steps))
-        self.state.optimizer.step()
+        self.state.set_learning_rate_scale(learning_rate_scale(self.recipe, step, self.preset.train.steps))
+        with recipe_errors(f"step {step + 1}, optimizer.step()"):
+            self.state.optimizer.step()
         self.state.step = step + 1
         samples = self.extras.ledger_line(total)
         return StepOutcome(loss=loss, grad_norm=grad_norm, samples=samples, validation=self.maybe_validate())
@@ -178,9 +179,10 @@ class Trainer:
 
     def virtual_worker_step(self, worker: int) -> None:
         """Forward and backward of one virtual worker's microbatch."""
-        seed_streams(stream_seed(self.preset.seed, self.state.step, worker), self.rank.device)
         ids, batch = self.microbatch(worker)
-        with recipe_errors(self.state.step + 1, worker, ids):
+        self.extras.begin_worker()
+        seed_streams(stream_seed(self.preset.seed, self.state.step, worker), self.rank.device)
+        with recipe_errors(f"step {self.state.step + 1}, virtual worker {worker}", ids):
             loss = self.reducer.forward(worker, batch)
             if not torch.isfinite(loss):
                 raise DeterministicError(
@@ -209,8 +211,8 @@ class Trainer:
     def report_step(self, outcome: StepOutcome, *, seconds: float) -> None:
         self.emit(
             "step",
-            **{**vars(outcome), "validation": dict(outcome.validation)},
-            learning_rate=self.state.optimizer.param_groups[0]["lr"],
+            **{**vars(outcome), "validation": {name: json_number(mean) for name, mean in outcome.validation.items()}},
+            learning_rate=float(self.state.optimizer.param_groups[0]["lr"]),
             samples_per_second=self.preset.train.batch_size / seconds,
         )
 

@@ -25,9 +25,22 @@ class Objective(nn.Module):
         self.precision = precision
 
     def forward(self, batch: Mapping[str, Tensor]) -> Tensor:
+        """A scalar."""
         device = next(self.model.parameters()).device.type
         with torch.autocast(device, dtype=torch.bfloat16, enabled=self.precision == "bfloat16"):
-            return self.recipe.loss(self.model, batch).float()
+            loss: object = self.recipe.loss(self.model, batch)
+        if not isinstance(loss, Tensor) or loss.numel() != 1 or not loss.requires_grad:
+            raise DeterministicError(
+                f"the recipe's loss() gave {_described(loss)}: it must be a scalar tensor that depends on the model's"
+                " parameters"
+            )
+        return loss.reshape(()).float()
+
+
+def _described(loss: object) -> str:
+    if not isinstance(loss, Tensor):
+        return type(loss).__name__
+    return f"a tensor of shape {list(loss.shape)}{'' if loss.requires_grad else ' that depends on no parameter'}"
 
 
 def stream_seed(seed: int, step: int, worker: int) -> int:
@@ -52,8 +65,8 @@ def fill_new_memory(is_on: bool) -> None:
 
 
 @contextmanager
-def recipe_errors(step: int, worker: int, ids: Sequence[str]) -> Iterator[None]:
-    """Name the step and samples when the recipe's own code fails. Memory that runs out is not its doing."""
+def recipe_errors(where: str, ids: Sequence[str] = ()) -> Iterator[None]:
+    """Say where the recipe's own code failed, and on which samples. Memory that runs out is not its doing."""
     try:
         yield
     except (MemoryError, torch.OutOfMemoryError, UnbrokenError):
@@ -61,7 +74,5 @@ def recipe_errors(step: int, worker: int, ids: Sequence[str]) -> Iterator[None]:
     except Exception as error:
         if "allocate memory" in str(error):  # how torch says on a CPU that memory ran out
             raise
-        raise DeterministicError(
-            f"step {step}, virtual worker {worker}: the recipe failed: {type(error).__name__}: {error};"
-            f" samples {', '.join(ids[:8])}"
-        ) from error
+        samples = f"; samples {', '.join(ids[:8])}" if ids else ""
+        raise DeterministicError(f"{where}: the recipe failed: {type(error).__name__}: {error}{samples}") from error

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import importlib
 import importlib.util
+import math
 import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -14,7 +15,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from training.config import Preset, build
 from training.documents import digest_of, sha256_hex
-from training.errors import UnbrokenError, UserError
+from training.errors import DeterministicError, UnbrokenError, UserError
 
 if TYPE_CHECKING:
     import numpy as np
@@ -92,6 +93,18 @@ class Recipe(ABC):
 def maybe_decode(recipe: Recipe) -> Decode | None:
     """The recipe's own `decode`; None if it has none, so that whole arrays can be copied at once."""
     return recipe.decode if type(recipe).decode is not Recipe.decode else None
+
+
+def learning_rate_scale(recipe: Recipe, step: int, num_steps: int) -> float:
+    """The recipe's own, checked. Raises `DeterministicError` unless it is a finite number, and not negative."""
+    where = f"the recipe's learning_rate_scale({step}, {num_steps})"
+    try:
+        scale = float(recipe.learning_rate_scale(step, num_steps))
+    except Exception as error:
+        raise DeterministicError(f"{where} failed: {type(error).__name__}: {error}") from error
+    if not 0 <= scale < math.inf:
+        raise DeterministicError(f"{where} is {scale}: it must be finite, and not negative")
+    return scale
 
 
 def load_recipe(preset: Preset) -> Recipe:

@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from training.errors import DamagedError, UserError
-from training.objective import seed_streams
+from training.errors import DamagedError, DeterministicError, UserError
+from training.objective import recipe_errors, seed_streams
+from training.optimizer_state import changed_settings, load_entries, load_settings, named_entries, settings_of
 from training.recipe import Recipe
 
 
@@ -22,56 +24,71 @@ class TrainState:
     """Model, optimizer and the number of finished steps."""
 
     def __init__(self, recipe: Recipe, *, seed: int, device: torch.device) -> None:
+        """Raises `DeterministicError` if the recipe gives neither."""
         seed_streams(seed, device)
-        self.model: nn.Module = recipe.model().to(device)
-        self.optimizer: Optimizer = recipe.optimizer(self.model)
+        with recipe_errors("model()"):
+            self.model: nn.Module = recipe.model().to(device)
+        with recipe_errors("optimizer()"):
+            self.optimizer: Optimizer = recipe.optimizer(self.model)
+            self._first_settings = settings_of(self.optimizer)
+        self._trained = self._parameters_to_train()
         self.step = 0
 
     def tensors(self) -> dict[str, Tensor]:
-        """Every tensor by name: `model.NAME` (parameters and buffers) and `optimizer.KEY.NAME`. Not copies."""
-        found = {f"model.{name}": tensor for name, tensor in self.model.state_dict().items()}
-        for name, parameter in self.model.named_parameters():
-            for key, value in self.optimizer.state.get(parameter, {}).items():
-                if isinstance(value, Tensor):
-                    found[f"optimizer.{key}.{name}"] = value
+        """Every tensor by name, not copied: `model.NAME` (parameters and buffers), `buffer.NAME` (those that are not in
+        the model's state dict), and the optimizer's (training.optimizer_state).
+
+        Raises `UserError` naming what a checkpoint cannot hold.
+        """
+        found = {f"model.{name}": tensor for name, tensor in self._weights().items()}
+        found |= {f"buffer.{name}": tensor for name, tensor in self._other_buffers().items()}
+        found |= named_entries(self.optimizer, dict(self.model.named_parameters()))
+        found |= changed_settings(self.optimizer, self._first_settings)
         return {name: found[name].detach() for name in sorted(found)}
 
     def load(self, tensors: Mapping[str, Tensor], *, step: int) -> None:
-        """Become the state that `tensors()` was taken from. Raises `DamagedError` if the names or shapes differ."""
-        weights = {name.removeprefix("model."): t for name, t in tensors.items() if name.startswith("model.")}
-        moments = {name: tensor for name, tensor in tensors.items() if not name.startswith("model.")}
-        self._require_fit(weights, moments)
-        self.model.load_state_dict(weights)
+        """Become the state that `tensors()` was taken from. Raises `DamagedError` if it does not fit the model."""
+        weights = _below("model.", tensors)
         parameters = dict(self.model.named_parameters())
-        for full_name, tensor in moments.items():
-            _, key, name = full_name.split(".", 2)
-            parameter = parameters[name]
-            device = torch.device("cpu") if key == "step" else parameter.device
-            self.optimizer.state[parameter][key] = tensor.to(device, copy=True)
+        own, buffers = self._weights(), self._other_buffers()
+        kept = _below("buffer.", tensors)
+        if _shapes(weights) != _shapes(own) or _shapes(kept) != _shapes(buffers):
+            raise DamagedError("the checkpoint does not fit this recipe's model: other names or shapes")
+        self.model.load_state_dict(weights)
+        for name, tensor in kept.items():
+            buffers[name].copy_(tensor)
+        load_entries(self.optimizer, parameters, tensors)
+        load_settings(self.optimizer, tensors)
         self.step = step
 
     def load_weights(self, tensors: Mapping[str, Tensor]) -> None:
         """Begin with these weights (`model.NAME`). Raises `UserError` if they do not fit the model."""
-        weights = {name.removeprefix("model."): tensor for name, tensor in tensors.items()}
-        own = self.model.state_dict()
-        for name in sorted({*own, *weights}):
-            mine, theirs = (found[name].shape if name in found else None for found in (own, weights))
-            if mine != theirs:
-                raise UserError(f"train.warm_start: {name} has shape {_shown(theirs)} there, and {_shown(mine)} here")
+        weights = _below("model.", tensors)
+        require_fit(self.model, _shapes(weights))
         self.model.load_state_dict(weights)
 
-    def _require_fit(self, weights: Mapping[str, Tensor], moments: Mapping[str, Tensor]) -> None:
-        """Every weight, and for every parameter the same entries of the optimizer: each a scalar or of its shape."""
-        shapes = {name: tensor.shape for name, tensor in self.model.state_dict().items()}
-        if {name: tensor.shape for name, tensor in weights.items()} != shapes:
-            raise DamagedError("the checkpoint does not fit this recipe's model: other names or shapes")
-        trained = [name for name, parameter in self.model.named_parameters() if parameter.requires_grad]
-        keys = {name.split(".", 2)[1] for name in moments}
-        if set(moments) != {f"optimizer.{key}.{name}" for key in keys for name in trained}:
-            raise DamagedError("the checkpoint does not hold the same optimizer entries for every parameter")
-        for full_name, tensor in moments.items():
-            if tensor.dim() and tensor.shape != shapes[full_name.split(".", 2)[2]]:
-                raise DamagedError(f"the checkpoint's {full_name} has another shape than its parameter")
+    def _weights(self) -> dict[str, Tensor]:
+        found: dict[str, Any] = self.model.state_dict()
+        other = [name for name, value in found.items() if not isinstance(value, Tensor)]
+        if other:
+            raise UserError(f"the recipe's model keeps {other[0]}, which is no tensor: a checkpoint cannot hold it")
+        return found
+
+    def _other_buffers(self) -> dict[str, Tensor]:
+        """Those registered with `persistent=False`."""
+        saved = self.model.state_dict().keys()
+        return {name: buffer for name, buffer in self.model.named_buffers() if name not in saved}
+
+    def _parameters_to_train(self) -> list[str]:
+        return [name for name, parameter in self.model.named_parameters() if parameter.requires_grad]
+
+    def require_same_parameters(self) -> None:
+        """Raises `DeterministicError` if the recipe trains other parameters than at first."""
+        changed = set(self._parameters_to_train()) ^ set(self._trained)
+        if changed:
+            raise DeterministicError(
+                f"step {self.step + 1}: {min(changed)} was frozen or unfrozen during training: decide in model()"
+            )
 
     def set_learning_rate_scale(self, scale: float) -> None:
         for group in self.optimizer.param_groups:
@@ -85,7 +102,24 @@ class TrainState:
         return tensors_sha256(self.tensors())
 
 
-def _shown(maybe_shape: torch.Size | None) -> str:
+def require_fit(model: nn.Module, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Raises `UserError` naming a weight that a model of these shapes does not have alike."""
+    own = _shapes(model.state_dict())
+    for name in sorted({*own, *shapes}):
+        if own.get(name) != shapes.get(name):
+            theirs, mine = _shown(shapes.get(name)), _shown(own.get(name))
+            raise UserError(f"train.warm_start: {name} has shape {theirs} there, and {mine} here")
+
+
+def _below(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+
+
+def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+
+
+def _shown(maybe_shape: tuple[int, ...] | None) -> str:
     return "none (it is missing)" if maybe_shape is None else str(list(maybe_shape))
 
 

@@ -12,8 +12,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from training.buffers import judged
 from training.data.reader import Rows
 from training.errors import UserError
+from training.objective import recipe_errors
 from training.recipe import Recipe
 from training.reduce import owned_range
 
@@ -44,14 +46,12 @@ def validate(
     batches = [range(start, min(start + batch_size, num_samples)) for start in range(0, num_samples, batch_size)]
     device = next(model.parameters()).device
     mine = torch.zeros(-(-len(batches) // world_size), len(recipe.metrics), dtype=torch.float64)
-    was_training = model.training
-    model.eval()
-    with torch.no_grad():
+    with judged(model):
         for place, number in enumerate(owned_range(rank, world_size, len(batches))):
             fields = held_out.read(batches[number]).fields
             batch = {name: torch.from_numpy(array).to(device) for name, array in fields.items()}
-            mine[place] = _sums(recipe, recipe.scores(model, batch))
-    model.train(was_training)
+            with recipe_errors("scores() on held-out samples"):
+                mine[place] = _sums(recipe, recipe.scores(model, batch))
     total = torch.zeros(len(recipe.metrics), dtype=torch.float64)
     for row in _in_order(mine.to(device), len(batches), world_size).cpu():
         total += row

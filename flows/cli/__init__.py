@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 
@@ -28,11 +29,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Exit codes: 0 done, 1 a bug, 2 your input, 3 a server is away, 4 it would fail again, 6 damage, 130 cancelled."""
     try:
         app(arguments)
+        sys.stdout.flush()
     except UnbrokenError as error:
         print(f"unbroken: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
         sys.exit(130)
+    except BrokenPipeError:  # whoever read along has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)
 
 
 if __name__ == "__main__":

@@ -127,7 +127,8 @@ def find_run(store: Store, beginning: str) -> RunRecord:
     matches = [run for run in _all_runs(store) if run.run_key.startswith(beginning)]
     if len(matches) != 1:
         some = "no run" if not matches else f"{len(matches)} runs"
-        raise UserError(f"{some} with a key that begins with {beginning!r}: see `unbroken runs ls`")
+        which = f" ({', '.join(run.run_key[:12] for run in matches[:8])})" if matches else ""
+        raise UserError(f"{some} with a key that begins with {beginning!r}{which}: see `unbroken runs ls`")
     return matches[0]
 
 

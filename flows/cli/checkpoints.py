@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -61,11 +63,14 @@ def ckpt_verify(key: Key, *, json: Json = False) -> None:
     record = run.read()
     rows = []
     for reference in record.checkpoints:
+        maybe_damage = None
         try:
             load_checkpoint(run.store, run.prefix(record), reference)
-            rows.append({"step": reference.step, "sha256": reference.sha256, "damage": None})
         except DamagedError as error:
-            rows.append({"step": reference.step, "sha256": reference.sha256, "damage": str(error)})
+            if reference not in run.read().checkpoints:  # the run goes on, and has let go of it since
+                continue
+            maybe_damage = str(error)
+        rows.append({"step": reference.step, "sha256": reference.sha256, "damage": maybe_damage})
     if json:
         print_json(rows)
     else:
@@ -92,15 +97,19 @@ def ckpt_export(
     from training.checkpoint import load_checkpoint
 
     run, reference = _find(open_store(), key, step)
-    if to.exists():
+    if to.name and os.path.lexists(to):
         raise UserError(f"{to} exists: name a new file")
+    if not to.name or not to.parent.is_dir():
+        raise UserError(f"--to {str(to)!r}: name a file in a folder that is there")
     tensors = load_checkpoint(run.store, run.prefix(run.read()), reference)
     if not state:
         tensors = {n.removeprefix("model."): tensor for n, tensor in tensors.items() if n.startswith("model.")}
     about = {"run": run.run_key, "step": str(reference.step), "checkpoint": reference.sha256}
     try:
-        safetensors.torch.save_file(tensors, to, metadata=about)
-    except (OSError, safetensors.SafetensorError) as error:
+        to.write_bytes(safetensors.torch.save(tensors, metadata=about))
+    except OSError as error:
+        with suppress(OSError):
+            to.unlink()
         raise InfrastructureError(f"cannot write {to}: {error}") from error
     print(f"{len(tensors)} tensors of step {reference.step} are in {to}")
 

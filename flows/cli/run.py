@@ -59,7 +59,7 @@ def train(
 
     if resume and fresh:
         raise UserError("--resume goes on and --fresh begins anew: give one of them")
-    config = load_preset(preset, {**_shortcuts(ranks, steps), **overrides_of(set_)})
+    config = load_preset(preset, _overrides(_shortcuts(ranks, steps), overrides_of(set_)))
     check_input(config)
     from tasks.initial import pinned
     from tasks.opening import identify, require_begun
@@ -90,6 +90,13 @@ def _shortcuts(ranks: int | None, steps: int | None) -> dict[str, Any]:
             raise UserError(f"{name} {number}: must be at least 1")
     found = {"launch.nodes": 1, "launch.processes_per_node": ranks} if ranks is not None else {}
     return {**found, **({"train.steps": steps} if steps is not None else {})}
+
+
+def _overrides(shortcuts: dict[str, Any], overrides: dict[str, Any]) -> dict[str, Any]:
+    """Both. Raises `UserError` for what is given twice."""
+    for key in shortcuts.keys() & overrides.keys():
+        raise UserError(f"--set {key} says the same as --ranks or --steps: give one of them")
+    return {**shortcuts, **overrides}
 
 
 def check_input(preset: Preset) -> None:

@@ -98,4 +98,6 @@ def test_mistakes_are_one_line(saved: Saved, tmp_path: Path) -> None:
     line = complaint(saved.ckpt("show", "aa", "--step", "3"))
     assert line.endswith("has no checkpoint of step 3: there is 2, 4")
     nowhere = tmp_path / "no" / "folder.safetensors"
-    assert "cannot write" in complaint(saved.ckpt("export", "aa", "--to", str(nowhere)), code=3)
+    assert "name a file in a folder that is there" in complaint(saved.ckpt("export", "aa", "--to", str(nowhere)))
+    too_long = tmp_path / ("x" * 251 + ".safetensors")
+    assert "cannot write" in complaint(saved.ckpt("export", "aa", "--to", str(too_long)), code=3)

@@ -97,3 +97,10 @@ def _unbroken(corner: Corner, verb: str, key: str) -> str:
     done = unbroken(corner.stack, "runs", verb, key, variables={"UNBROKEN_S3_PREFIX": corner.prefix})
     assert done.returncode == 0, done.stderr
     return done.stdout
+
+
+def test_whoever_reads_along_may_stop(stack: Stack) -> None:
+    command = stack.start("runs", "ls", "--json")
+    assert command.stdout is not None
+    command.stdout.close()
+    assert command.wait(timeout=60) == 141

@@ -54,6 +54,13 @@ def test_training_gives_the_same_bits_on_any_number_of_ranks(
     assert all(answer == first for answer in others)
 
 
+@pytest.mark.parametrize("kind", ["replaces a buffer", "changes a passing buffer", "changes buffers when judged"])
+def test_buffers_of_all_sorts_have_the_same_bits_on_any_number_of_ranks(ranks: RankPool, kind: str) -> None:
+    train = {"validate_every_steps": 2}
+    first, *others = on_each_world(ranks, (1, 2, 3), train_digests, kind, NUM_STEPS, train)
+    assert all(answer == first for answer in others)
+
+
 def test_validation_has_the_same_bits_on_any_number_of_ranks(ranks: RankPool) -> None:
     """Also with fewer batches than ranks, and where the last batch is not full."""
     for batch_size in (7, 19, 64):

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from tests.unit.odd_recipes import Odd
 from tests.unit.tiny import MemoryReader, Tiny, make_trainer, tiny_preset, tiny_reader
 from training.config import EvaluateConfig, LaunchConfig, Preset, load_preset
 from training.exact import ExactReducer
@@ -98,7 +99,8 @@ def trainer_of(recipe_name: str, rank: int, world_size: int, train: Mapping[str,
     elif recipe_name == "stdlib":
         preset, recipe, reader = load_preset("stdlib"), ByteTransformer(width=32, num_layers=1), text_reader()
     else:
-        preset, recipe, reader = tiny_preset(), Tiny(), tiny_reader()
+        preset, reader = tiny_preset(), tiny_reader()
+        recipe = Tiny() if recipe_name == "tiny" else Odd(model_kind=recipe_name)
     preset = replace(preset, launch=LaunchConfig(nodes=1), train=replace(preset.train, **train))
     return make_trainer(preset=preset, recipe=recipe, reader=reader, rank=rank, world_size=world_size)
 

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sysconfig
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from uuid import UUID
@@ -19,14 +20,17 @@ from prefect.client.orchestration import get_client
 from prefect.client.schemas.filters import ArtifactFilter, ArtifactFilterFlowRunId
 
 from infra.local.ports import LOOPBACK, free_port
+from tasks.initial import initial_weights
 from tasks.tracking import connect, find_version
 from tests.conftest import Stack
 from tests.flows.runs import last_json, loss_history, mlflow_runs, run_keys
 from tests.unit.reading import make_reader
 from tests.waiting import wait_until
+from training.config import load_preset
 from training.data.manifest import load_manifest
 from training.errors import UserError
 from training.job import read_jobs
+from training.objectstore import Store
 from training.record import RunRecord
 
 
@@ -110,6 +114,20 @@ def test_training_begins_with_a_registered_models_weights(stack: Stack, digits: 
 def test_warm_start_from_no_model_is_named(stack: Stack, digits: dict[str, Any], model: str) -> None:
     with pytest.raises(UserError, match=f"train.warm_start = '{model}'"):
         find_version(stack.settings.mlflow_uri, model)
+
+
+def test_warm_start_from_weights_that_do_not_fit_or_are_gone_is_refused(stack: Stack, digits: dict[str, Any]) -> None:
+    """Before anything is launched."""
+    keys = run_keys(stack)
+    warm = ("--set", "train.warm_start=digits@champion", "--set", "hyperparameters.num_channels=8")
+    done = stack.command("train", "digits", "--steps", "1", *warm)
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert "train.warm_start: 0.bias has shape [24] there, and [8] here" in done.stderr
+    assert run_keys(stack) == keys
+    preset = load_preset("digits", {"train.warm_start": "digits@champion"})
+    elsewhere = Store(replace(stack.location, prefix="elsewhere/"))
+    with pytest.raises(UserError, match=r"are no more the result of run .* the run was removed, or trained anew"):
+        initial_weights(stack.settings, elsewhere, preset)
 
 
 def test_warm_start_from_no_model_is_refused(stack: Stack, digits: dict[str, Any]) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -14,8 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from tests.unit.fakes import DictRendezvous, FaultyStore
-from tests.unit.tiny import MemoryReader, Tiny, exact_arithmetic, make_trainer, tiny_preset, tiny_reader
+from tests.unit.tiny import MemoryFeed, MemoryReader, Tiny, exact_arithmetic, make_trainer, tiny_preset, tiny_reader
 from training.checkpoint import CheckpointSaver
+from training.data.stream import Microbatch
 from training.environment import NUMERICS_VERSION, fingerprint
 from training.errors import DeterministicError, FencedError, UserError
 from training.events import EventReader, EventWriter, committed
@@ -97,6 +98,21 @@ def test_every_global_random_generator_is_keyed() -> None:
     first = step_through(make_trainer(recipe=Chancy()), 3).state.weights_sha256()
     random.random(), np.random.rand(), torch.rand(())
     assert step_through(make_trainer(recipe=Chancy()), 3).state.weights_sha256() == first
+
+
+class DrawingFeed(MemoryFeed):
+    """Draws from the model's generator, as torch's DataLoader does when it starts."""
+
+    def microbatches(self, *, workers: Sequence[int], step: int) -> Iterator[Microbatch]:
+        for batch in super().microbatches(workers=workers, step=step):
+            torch.rand(())
+            yield batch
+
+
+def test_a_feed_that_draws_random_numbers_changes_nothing() -> None:
+    trainer = make_trainer()
+    trainer.feed = DrawingFeed(tiny_reader(), trainer.preset)
+    assert step_through(trainer, 3).state.weights_sha256() == step_through(make_trainer(), 3).state.weights_sha256()
 
 
 def test_counters_advance_once_per_step_and_not_per_virtual_worker() -> None:

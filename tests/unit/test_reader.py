@@ -5,12 +5,14 @@ from __future__ import annotations
 import errno
 import io
 import pickle
+import random
 import threading
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from tests.unit.data_source import data_config, local_source, write_csv
 from tests.unit.fakes import CountingStore
@@ -23,7 +25,7 @@ from training.data.reader import Reader, sample_random
 from training.data.shard import Ragged, encode_shard
 from training.data.writer import write_dataset
 from training.documents import fast_digest, sha256_hex
-from training.errors import DamagedError, UserError
+from training.errors import DamagedError, DeterministicError, UserError
 from training.objectstore import Store
 from training.recipe import Sample
 
@@ -108,6 +110,21 @@ def test_decode_sees_each_sample_with_its_own_random_stream() -> None:
     assert rows.fields["noise"][1] == reader.read([0], maybe_epochs=first[:1]).fields["noise"][0]
     assert len({*rows.fields["noise"].tolist(), *reader.read([0], maybe_epochs=first[:1] + 1).fields["noise"]}) == 4
     assert reader.read([0, 1]).fields["noise"].tolist() == [0, 0]
+
+
+@pytest.mark.parametrize("draw", [np.random.rand, torch.rand, random.random], ids=["numpy", "torch", "python"])
+def test_decode_that_draws_from_a_global_generator_is_refused(draw: Callable[..., object]) -> None:
+    """Threads share it: each run would read other samples."""
+
+    def decode(sample: Sample, random: np.random.Generator | None) -> Sample:
+        draw() if draw is not torch.rand else draw(1)
+        return {"length": np.int64(len(sample["text"]))}
+
+    first = np.zeros(1, dtype=np.int64)
+    with pytest.raises(DeterministicError, match="draws from a global random generator"):
+        reader_of({"text": TEXT}, decode).decoded_bytes(first, first)
+    pure = reader_of({"text": TEXT}, lambda sample, random: {"length": np.int64(len(sample["text"]))})
+    assert pure.decoded_bytes(first, first) == 8
 
 
 def test_decode_that_gives_different_shapes_is_named() -> None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from tests.unit.tiny import CPU, Tiny, exact_arithmetic, make_trainer
-from training.errors import DamagedError
+from training.errors import DamagedError, DeterministicError
 from training.loop import Trainer
 from training.state import TrainState, tensors_sha256
 
@@ -84,7 +84,7 @@ def test_without_any_one_entry_a_resumed_run_differs_or_is_refused(missing: str)
         tensors[missing] = make_trainer().state.tensors()[missing].clone()
     try:
         digest = resumed(tensors, step=2, until=5)
-    except (KeyError, DamagedError):
+    except DeterministicError:  # of the optimizer, that finds an entry missing
         return
     assert digest != trained(5).state.state_sha256()
 
@@ -112,16 +112,12 @@ def is_accepted(tensors: Mapping[str, Tensor]) -> bool:
     return True
 
 
-def test_a_missing_entry_is_refused() -> None:
+def test_a_missing_weight_and_one_of_another_shape_are_refused() -> None:
+    """What the optimizer keeps is its own affair: that nothing is missing there, the checkpoint's digests prove."""
     tensors = copied(trained(2).state)
-    without = {entry: {name: tensors[name] for name in ENTRIES if name != entry} for entry in ENTRIES}
-    assert [entry for entry in ENTRIES if is_accepted(without[entry])] == []
-
-
-def test_an_entry_of_another_shape_is_refused() -> None:
-    tensors = copied(trained(2).state)
-    shaped = [name for name in ENTRIES if tensors[name].dim() > 0]
-    assert [entry for entry in shaped if is_accepted({**tensors, entry: torch.zeros(7)})] == []
+    for entry in set(ENTRIES) - set(OPTIMIZER_ENTRIES):
+        assert not is_accepted({name: tensors[name] for name in ENTRIES if name != entry})
+        assert not is_accepted({**tensors, entry: torch.zeros(7)})
 
 
 @pytest.mark.parametrize("entry", ["model.other", "optimizer.exp_avg.other"])

@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import psutil
 import pytest
+import torch
 
 from tests.unit.data_source import data_config, local_source, write_csv
 from tests.unit.reading import make_reader
@@ -163,6 +164,15 @@ class Refusing(Tiny):
 
     def decode(self, sample: Sample, random: np.random.Generator | None) -> Sample:
         raise ValueError("bad picture")
+
+
+def test_reading_draws_from_nobody_elses_generator(store: Store, preset: Preset, manifest: Manifest) -> None:
+    """Or the dropout of whoever reads first would be another one."""
+    torch.manual_seed(1)
+    before = torch.get_rng_state()
+    batches = feed_of(store, preset, manifest, 2).microbatches(workers=range(2), step=0)
+    next(batches)
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 @pytest.mark.parametrize("data_workers", [0, 2])

@@ -40,6 +40,7 @@ class Feed:
             batch_size=None,
             num_workers=num_processes,
             multiprocessing_context=_fork_server(),
+            generator=torch.Generator(),  # else it draws from the one that the model's dropout draws from
         )
         return _received(loader)
 

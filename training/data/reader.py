@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import random
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import overload
 
@@ -17,6 +19,7 @@ from training.recipe import Decode, Sample
 
 NUM_SHARDS_AHEAD = 6
 LARGE_ROW_BYTES = 2048
+NUM_LOOKS = 3  # a retry of the store's client draws from Python's generator too, but not each time
 BLOCK_BYTES = 2 << 20
 _MASK64 = (1 << 64) - 1
 
@@ -118,9 +121,18 @@ class Reader:
         return Rows(ids=ids, fields=_stack(samples, ids))
 
     def decoded_bytes(self, indices: Integers, epochs: Integers) -> int:
-        """How large a sample is when the recipe has decoded it; 0 if it decodes nothing."""
+        """How large a sample is when the recipe has decoded it; 0 if it decodes nothing.
+
+        Raises `DeterministicError` if `decode` draws from a global random generator: threads share those.
+        """
         if self._maybe_decode is None:
             return 0
+        self.read(indices, maybe_epochs=epochs)  # the shards are there from now on
+        if all(_changes_global_randomness(lambda: self.read(indices, maybe_epochs=epochs)) for _ in range(NUM_LOOKS)):
+            raise DeterministicError(
+                "the recipe's decode() draws from a global random generator, which gives other samples each time: use"
+                " the `random` that it is given"
+            )
         fields = self.read(indices, maybe_epochs=epochs).fields
         return sum(array.nbytes for array in fields.values()) // max(1, len(indices))
 
@@ -192,6 +204,19 @@ def _decoded(decode: Decode, sample_id: str, sample: Sample, random: np.random.G
     if not isinstance(decoded, Mapping):
         raise UserError(f"sample {sample_id}: decode() gave {type(decoded).__name__}, not arrays by name")
     return decoded
+
+
+def _changes_global_randomness(act: Callable[[], object]) -> bool:
+    """Torch is not imported for this: what reads without training needs none."""
+    torch = sys.modules.get("torch")
+
+    def states() -> tuple[str, ...]:
+        numpys = np.random.get_state(legacy=False)
+        return repr(random.getstate()), repr(numpys), repr(torch.get_rng_state().tolist() if torch else None)
+
+    before = states()
+    act()
+    return states() != before
 
 
 def _sample(shard: Shard, row: int) -> Sample:
