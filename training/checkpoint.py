@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import threading
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING
@@ -122,6 +123,7 @@ class CheckpointSaver:
         self._snapshot = Snapshot()
         self._before_commit = before_commit
         self._prefix = run.prefix(run.read())
+        self._unnamed: set[CheckpointRef] = set()
         self._thread: threading.Thread | None = None
         self._error: Exception | None = None
 
@@ -170,6 +172,7 @@ class CheckpointSaver:
             self._hand_in(step, part)
             if self._rank == 0:
                 on_commit(self._commit(step, infos))
+                self._delete_unnamed()
         except Exception as error:  # handed to the training thread, which decides
             self._error = error
 
@@ -183,8 +186,9 @@ class CheckpointSaver:
             self._rendezvous.set(_part_receipt(step, self._rank), receipt)
 
     def _write_proven(self, step: int, name: str, data: bytes | bytearray) -> PartInfo:
-        self._run.store.put_proven(folder(self._prefix, step, self._token) + name, data)
-        return PartInfo(name=name, sha256=sha256_hex(data), num_bytes=len(data))
+        sha256 = sha256_hex(data)
+        self._run.store.put_proven(folder(self._prefix, step, self._token) + name, data, sha256=sha256)
+        return PartInfo(name=name, sha256=sha256, num_bytes=len(data))
 
     def _commit(self, step: int, infos: Mapping[str, TensorInfo]) -> CheckpointRef:
         receipts = [_part_receipt(step, rank) for rank in range(self._world_size)]
@@ -200,21 +204,29 @@ class CheckpointSaver:
         proven = self._write_proven(step, "manifest.json", canonical_json(asdict(manifest)))
         self._before_commit()
         reference = CheckpointRef(step=step, token=self._token, sha256=proven.sha256)
-        before = self._run.read()
-        self._run.update(lambda record: with_checkpoint(record, reference))
-        self._drop_old(before)
+        self._name(reference)
         return reference
 
-    def _drop_old(self, before: Record) -> None:
-        """First from the record, then from the store: what the record names is always there."""
+    def _name(self, reference: CheckpointRef) -> None:
+        """In the record, which names those that are too old no more."""
+        before = self._run.read()
         after = self._run.update(
             lambda record: with_retention(
-                record, token=self._token, keep=self._keep, keep_every_steps=self._keep_every_steps
+                with_checkpoint(record, reference),
+                token=self._token,
+                keep=self._keep,
+                keep_every_steps=self._keep_every_steps,
             )
         )
-        for dropped in set(before.checkpoints) - set(after.checkpoints):
-            for key, _ in list(self._run.store.list_keys(folder(self._prefix, dropped.step, dropped.token))):
-                self._run.store.delete(key)
+        self._unnamed |= set(before.checkpoints) - set(after.checkpoints)
+
+    def _delete_unnamed(self) -> None:
+        """What the record named and names no more. If the store is away, it is tried again after the next commit."""
+        with suppress(InfrastructureError):
+            for old in list(self._unnamed):
+                for key, _ in list(self._run.store.list_keys(folder(self._prefix, old.step, old.token))):
+                    self._run.store.delete(key)
+                self._unnamed.remove(old)
 
 
 def _part_receipt(step: int, rank: int) -> str:
