@@ -7,14 +7,18 @@ import subprocess
 import sys
 import sysconfig
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 
+import botocore.endpoint
 import pytest
 
 from infra.local import supervisor
 from infra.settings import Settings, activate, load_settings
+from tests.faults.proxy import LosingProxy
 from tests.waiting import wait_until
+from training import objectstore
 from training.objectstore import Store, StoreLocation
 
 UNBROKEN = str(Path(sysconfig.get_path("scripts")) / "unbroken")
@@ -87,3 +91,22 @@ def store(stack: Stack, request: pytest.FixtureRequest) -> Store:
 @pytest.fixture(scope="session")
 def python() -> str:
     return sys.executable
+
+
+@pytest.fixture
+def quick_retries(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ours, and those of the client."""
+    monkeypatch.setattr(objectstore, "FIRST_PAUSE_SECONDS", 0.001)
+    monkeypatch.setattr(botocore.endpoint, "time", SimpleNamespace(sleep=lambda seconds: None))
+
+
+@pytest.fixture
+def proxy(store: Store) -> Iterator[LosingProxy]:
+    assert store.location.endpoint is not None
+    with LosingProxy(store.location.endpoint) as running:
+        yield running
+
+
+@pytest.fixture
+def behind_proxy(store: Store, proxy: LosingProxy) -> Store:
+    return Store(replace(store.location, endpoint=proxy.endpoint))

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from datetime import timedelta
+from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 import safetensors
@@ -18,7 +20,7 @@ import safetensors.torch
 from torch import Tensor
 
 from training.documents import canonical_json, parse, sha256_hex
-from training.errors import DamagedError, InfrastructureError
+from training.errors import DamagedError, DeterministicError, InfrastructureError
 from training.objectstore import MissingError, Store
 from training.record import (
     CheckpointRef,
@@ -38,6 +40,7 @@ if TYPE_CHECKING:
 
 FORMAT = 1
 FAILED_RECEIPT = "null"
+NOTHING: Mapping[str, str] = MappingProxyType({})
 PARTS_TIMEOUT = timedelta(seconds=300)
 
 
@@ -125,8 +128,18 @@ class CheckpointSaver:
         self._thread: threading.Thread | None = None
         self._error: Exception | None = None
 
-    def save(self, step: int, tensors: Mapping[str, Tensor], *, on_commit: Callable[[CheckpointRef], None]) -> None:
-        """Copy this rank's share now, and write it in the background. Waits for the one before."""
+    def save(
+        self,
+        step: int,
+        tensors: Mapping[str, Tensor],
+        *,
+        agreed: Mapping[str, str] = NOTHING,
+        on_commit: Callable[[CheckpointRef], None],
+    ) -> None:
+        """Copy this rank's share now, and write it in the background. Waits for the one before.
+
+        `agreed` must be the same on all ranks, or there is no checkpoint, but a `DeterministicError` naming the entry.
+        """
         self.wait()
         owner = assign_parts({name: t.nbytes for name, t in tensors.items()}, self._world_size)
         part = self._snapshot.take({name: t for name, t in tensors.items() if owner[name] == self._rank})
@@ -139,7 +152,7 @@ class CheckpointSaver:
             for name, t in tensors.items()
         }
         self._thread = threading.Thread(
-            target=self._write, args=(step, part, infos, on_commit), name="checkpoint", daemon=True
+            target=self._write, args=(step, part, infos, agreed, on_commit), name="checkpoint", daemon=True
         )
         self._thread.start()
 
@@ -164,29 +177,33 @@ class CheckpointSaver:
         step: int,
         part: bytearray,
         infos: Mapping[str, TensorInfo],
+        agreed: Mapping[str, str],
         on_commit: Callable[[CheckpointRef], None],
     ) -> None:
         try:
-            self._hand_in(step, part)
+            self._hand_in(step, part, agreed)
             if self._rank == 0:
-                on_commit(self._commit(step, infos))
+                reference, record = self._commit(step, infos)
+                on_commit(reference)
+                self._delete_unnamed(reference, record)
         except Exception as error:  # handed to the training thread, which decides
             self._error = error
 
-    def _hand_in(self, step: int, data: bytearray) -> None:
+    def _hand_in(self, step: int, data: bytearray, agreed: Mapping[str, str]) -> None:
         """Write this rank's part, and tell rank 0: also that it failed, or rank 0 would wait in vain."""
         receipt = FAILED_RECEIPT
         try:
             part = self._write_proven(step, f"part-{self._rank}.safetensors", data)
-            receipt = canonical_json(asdict(part)).decode()
+            receipt = canonical_json({"part": asdict(part), "agreed": dict(agreed)}).decode()
         finally:
             self._rendezvous.set(_part_receipt(step, self._rank), receipt)
 
     def _write_proven(self, step: int, name: str, data: bytes | bytearray) -> PartInfo:
-        self._run.store.put_proven(folder(self._prefix, step, self._token) + name, data)
-        return PartInfo(name=name, sha256=sha256_hex(data), num_bytes=len(data))
+        sha256 = sha256_hex(data)
+        self._run.store.put_proven(folder(self._prefix, step, self._token) + name, data, sha256=sha256)
+        return PartInfo(name=name, sha256=sha256, num_bytes=len(data))
 
-    def _commit(self, step: int, infos: Mapping[str, TensorInfo]) -> CheckpointRef:
+    def _commit(self, step: int, infos: Mapping[str, TensorInfo]) -> tuple[CheckpointRef, Record]:
         receipts = [_part_receipt(step, rank) for rank in range(self._world_size)]
         try:
             self._rendezvous.wait(receipts, PARTS_TIMEOUT)
@@ -195,26 +212,47 @@ class CheckpointSaver:
         documents = [json.loads(self._rendezvous.get(receipt)) for receipt in receipts]
         if None in documents:
             raise InfrastructureError(f"checkpoint {step}: rank {documents.index(None)} could not write its part")
-        parts = tuple(parse(PartInfo, document) for document in documents)
+        _require_agreed(step, [document["agreed"] for document in documents])
+        parts = tuple(parse(PartInfo, document["part"]) for document in documents)
         manifest = CheckpointManifest(step=step, tensors=dict(infos), parts=parts)
         proven = self._write_proven(step, "manifest.json", canonical_json(asdict(manifest)))
         self._before_commit()
         reference = CheckpointRef(step=step, token=self._token, sha256=proven.sha256)
-        before = self._run.read()
-        self._run.update(lambda record: with_checkpoint(record, reference))
-        self._drop_old(before)
-        return reference
+        return reference, self._name(reference)
 
-    def _drop_old(self, before: Record) -> None:
-        """First from the record, then from the store: what the record names is always there."""
-        after = self._run.update(
+    def _name(self, reference: CheckpointRef) -> Record:
+        """In the record, which names those that are too old no more."""
+        return self._run.update(
             lambda record: with_retention(
-                record, token=self._token, keep=self._keep, keep_every_steps=self._keep_every_steps
+                with_checkpoint(record, reference),
+                token=self._token,
+                keep=self._keep,
+                keep_every_steps=self._keep_every_steps,
             )
         )
-        for dropped in set(before.checkpoints) - set(after.checkpoints):
-            for key, _ in list(self._run.store.list_keys(folder(self._prefix, dropped.step, dropped.token))):
-                self._run.store.delete(key)
+
+    def _delete_unnamed(self, newest: CheckpointRef, record: Record) -> None:
+        """What the record names no more, and what it never did: begun by a group that died, or by a save that failed.
+
+        What is quarantined stays, to be looked at. If the store is away, the next commit tries again.
+        """
+        known = (*record.checkpoints, *(quarantined.checkpoint for quarantined in record.quarantined))
+        kept = {(checkpoint.token, checkpoint.step) for checkpoint in known}
+        with suppress(InfrastructureError):
+            for name in self._run.store.list_folders(f"{self._prefix}checkpoints/"):
+                step, token = (int(number) for number in name.split("-"))
+                if (token, step) < (newest.token, newest.step) and (token, step) not in kept:
+                    for key, _ in list(self._run.store.list_keys(folder(self._prefix, step, token))):
+                        self._run.store.delete(key)
+
+
+def _require_agreed(step: int, answers: Sequence[Mapping[str, str]]) -> None:
+    for name, digest in answers[0].items():
+        if any(answer.get(name) != digest for answer in answers):
+            raise DeterministicError(
+                f"after step {step} the ranks have different values of buffer {name}: the recipe's model must change it"
+                " alike for every microbatch, or keep it as floats, which are averaged"
+            )
 
 
 def _part_receipt(step: int, rank: int) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from training.checkpoint import folder, load_manifest
+from training.documents import sha256_hex
 from training.errors import DamagedError, FencedError
 from training.events import chunk_key
 from training.history import committed_steps
@@ -99,7 +100,7 @@ def _copy_history(run: RunRecord, claimed: Record, sibling: Sibling, *, until: i
     if [event.step for event in events] != list(range(1, until + 1)):
         raise DamagedError(f"run {sibling.run.run_key[:12]} has lost events of its first {until} steps")
     data = b"".join(event.to_line() for event in events)
-    run.store.put_proven(chunk_key(run.prefix(claimed), claimed.token, 0), data)
+    run.store.put_proven(chunk_key(run.prefix(claimed), claimed.token, 0), data, sha256=sha256_hex(data))
 
 
 def _copy_checkpoint(
@@ -111,4 +112,4 @@ def _copy_checkpoint(
     digests = {part.name: part.sha256 for part in manifest.parts} | {"manifest.json": theirs.sha256}
     for name, sha256 in digests.items():
         data = sibling.run.store.get_proven(folder(source, theirs.step, theirs.token) + name, sha256=sha256)
-        run.store.put_proven(folder(run.prefix(claimed), mine.step, mine.token) + name, data)
+        run.store.put_proven(folder(run.prefix(claimed), mine.step, mine.token) + name, data, sha256=sha256)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -219,7 +219,11 @@ class Trainer:
     def save_checkpoint(self) -> None:
         """Start saving, off this thread."""
         self.settle_checkpoint()
-        self.saver.save(self.state.step, self.state.tensors(), on_commit=self._note_commit)
+        self._save(on_commit=self._note_commit)
+
+    def _save(self, *, on_commit: Callable[[CheckpointRef], None]) -> None:
+        agreed = self.state.unsummed_digests()
+        self.saver.save(self.state.step, self.state.tensors(), agreed=agreed, on_commit=on_commit)
 
     def settle_checkpoint(self) -> None:
         """Wait for the one before. A store that is away makes a checkpoint missing, never the training stop."""
@@ -232,7 +236,7 @@ class Trainer:
         """Prove the last state, then commit the result. Only rank 0 speaks to the record."""
         final: list[CheckpointRef] = []
         self.settle_checkpoint()
-        self.saver.save(self.state.step, self.state.tensors(), on_commit=final.append)
+        self._save(on_commit=final.append)
         self.saver.wait()
         if self.rank.rank == 0:
             result = Result(

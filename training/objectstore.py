@@ -179,14 +179,14 @@ class Store:
             body: Any = data
             self._client.put_object(Bucket=self.location.bucket, Key=self._key(key), Body=body)
 
-    def put_proven(self, key: str, data: bytes | bytearray) -> None:
+    def put_proven(self, key: str, data: bytes | bytearray, *, sha256: str) -> None:
         """One PUT, and what it left read back. Raises `DamagedError` if that differs."""
-        self.put(key, data)
+        self.send(key, data, sha256=sha256)
         if self.fetch(key) != data:
             raise DamagedError(f"{self.location.uri(key)} was read back with other bytes than were written")
 
-    def send(self, key: str, data: bytes, *, sha256: str) -> None:
-        """One PUT by the quicker way, for bytes whose digest is known (shards): it is signed along, so that the store
+    def send(self, key: str, data: bytes | bytearray, *, sha256: str) -> None:
+        """One PUT by the quicker way, for bytes whose digest is known: it is signed along, so that the store
         refuses other bytes, and nothing is hashed again.
 
         Whatever goes wrong there is left to `put`, which is patient and names what it finds.
@@ -195,9 +195,10 @@ class Store:
 
         if self.location.endpoint is not None:
             url = f"{self.location.endpoint}/{self.location.bucket}/{quote(self._key(key), safe='/~')}"
+            body: Any = data
             with suppress(HTTPError):
                 headers = self._signed_headers("PUT", url, sha256)
-                if self._connections.request("PUT", url, body=data, headers=headers).status == 200:
+                if self._connections.request("PUT", url, body=body, headers=headers).status == 200:
                     return
         self.put(key, data)
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from training.documents import fast_digest
 from training.errors import DamagedError, DeterministicError, UserError
 from training.objective import recipe_errors, seed_streams
 from training.optimizer_state import changed_settings, load_entries, load_settings, named_entries, settings_of
@@ -81,6 +82,11 @@ class TrainState:
 
     def _parameters_to_train(self) -> list[str]:
         return [name for name, parameter in self.model.named_parameters() if parameter.requires_grad]
+
+    def unsummed_digests(self) -> dict[str, str]:
+        """Of the buffers that are not averaged over virtual workers: they must be the same on all ranks."""
+        found = {name: b.cpu().contiguous() for name, b in self.model.named_buffers() if not b.is_floating_point()}
+        return {name: fast_digest(b.reshape(-1).view(torch.uint8).numpy().tobytes()) for name, b in found.items()}
 
     def require_same_parameters(self) -> None:
         """Raises `DeterministicError` if the recipe trains other parameters than at first."""

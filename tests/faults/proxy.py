@@ -1,7 +1,8 @@
 """A proxy before an S3 server that lets requests through, and loses the replies that a test tells it to lose.
 
-The server applies the request; the client sees its connection close. `num_lost` proves that the fault fired. A test may
-also watch every request go by, before it is applied (status 0) and after.
+The server applies the request; the client sees its connection close. While `is_away`, every request is answered 503
+and not forwarded. `num_lost` and `num_refused` prove that the fault fired. A test may also watch every request go by,
+before it is applied (status 0) and after.
 """
 
 from __future__ import annotations
@@ -25,6 +26,8 @@ class LosingProxy:
         self._method = ""
         self._remaining = 0
         self.num_lost = 0
+        self.is_away = False
+        self.num_refused = 0
         self.watch: Callable[[str, str, int], None] = lambda method, path, status: None
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), self._handler_class())
         self._server.daemon_threads = True
@@ -57,6 +60,13 @@ class LosingProxy:
             self.num_lost += 1
             return True
 
+    def _reply(self, method: str, path: str, headers: list[tuple[str, str]], body: bytes) -> _Reply:
+        with self._lock:
+            if self.is_away:
+                self.num_refused += 1
+                return _Reply(503, [], b"<Error><Code>SlowDown</Code></Error>")
+        return self._forward(method, path, headers, body)
+
     def _forward(self, method: str, path: str, headers: list[tuple[str, str]], body: bytes) -> _Reply:
         connection = http.client.HTTPConnection(self._upstream, timeout=30)
         try:
@@ -80,7 +90,7 @@ class LosingProxy:
             def handle_any(self) -> None:
                 body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
                 proxy.watch(self.command, self.path, 0)
-                reply = proxy._forward(self.command, self.path, list(self.headers.items()), body)
+                reply = proxy._reply(self.command, self.path, list(self.headers.items()), body)
                 proxy.watch(self.command, self.path, reply.status)
                 if proxy._loses(self.command):
                     self.close_connection = True

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
+from typing import Any
 
+from training.documents import canonical_json
 from training.errors import InfrastructureError
-from training.objectstore import Store
+from training.objectstore import MissingError, Store, StoreLocation, Versioned
 
 
 class DictRendezvous:
@@ -49,7 +52,7 @@ class FaultyStore(Store):
             self.num_faults += 1
             raise InfrastructureError(f"{key}: the test says that the store is away")
 
-    def send(self, key: str, data: bytes, *, sha256: str) -> None:
+    def send(self, key: str, data: bytes | bytearray, *, sha256: str) -> None:
         self.put(key, data)
 
 
@@ -67,3 +70,23 @@ class CountingStore(Store):
     def fetch(self, key: str) -> bytes:
         self.fetched.append(key)
         return super().fetch(key)
+
+
+class MemoryStore(Store):
+    """Objects in a dictionary, for tests of thousands of stores. One writer at a time."""
+
+    def __init__(self, objects: Mapping[str, bytes]) -> None:
+        super().__init__(StoreLocation(endpoint=None, bucket="memory"))
+        self.objects = dict(objects)
+
+    def get(self, key: str) -> bytes:
+        if key not in self.objects:
+            raise MissingError(f"{key} does not exist")
+        return self.objects[key]
+
+    def read_versioned(self, key: str) -> Versioned:
+        return Versioned(document=json.loads(self.get(key)), etag="")
+
+    def replace_versioned(self, key: str, document: dict[str, Any], *, read: Versioned) -> bool:
+        self.objects[key] = canonical_json(document)
+        return True

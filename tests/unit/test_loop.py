@@ -13,26 +13,18 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tests.unit.fakes import DictRendezvous, FaultyStore
+from tests.unit.attempts import attempt, history, step_through, train
+from tests.unit.fakes import FaultyStore
 from tests.unit.tiny import MemoryFeed, MemoryReader, Tiny, exact_arithmetic, make_trainer, tiny_preset, tiny_reader
-from training.checkpoint import CheckpointSaver
 from training.data.stream import Microbatch
 from training.environment import NUMERICS_VERSION, fingerprint
 from training.errors import DeterministicError, FencedError, UserError
-from training.events import EventReader, EventWriter, committed
 from training.loop import StepOutcome, Trainer
 from training.objective import stream_seed
 from training.objectstore import Store
 from training.record import RunRecord
 
 GOLDEN_FILE = Path(__file__).parents[1] / "golden" / "numerics.json"
-
-
-def step_through(trainer: Trainer, until: int) -> Trainer:
-    with exact_arithmetic():
-        while trainer.state.step < until:
-            trainer.train_step()
-    return trainer
 
 
 # ---- the bits --------------------------------------------------------------------------------------------------------
@@ -137,37 +129,6 @@ def run(store: Store) -> RunRecord:
     record = RunRecord(store, "k")
     record.create_if_missing()
     return record
-
-
-def attempt(
-    run: RunRecord, *, token: int, store: Store | None = None, steps: int = 6, recipe: Tiny | None = None
-) -> Trainer:
-    """A trainer of one rank under `token`, which the record is set to."""
-    run.update(lambda record: replace(record, token=token))
-    on = RunRecord(store or run.store, run.run_key)
-    events = EventWriter(on.store, on.prefix(run.read()), token)
-    saver = CheckpointSaver(
-        run=on,
-        rendezvous=DictRendezvous(),  # type: ignore[arg-type]  # it has all that is used
-        rank=0,
-        world_size=1,
-        token=token,
-        keep=3,
-        before_commit=events.flush,
-    )
-    preset = tiny_preset(steps=steps)
-    return make_trainer(preset=preset, recipe=recipe, run=on, saver=saver, events=events, token=token)
-
-
-def train(trainer: Trainer) -> None:
-    with exact_arithmetic():
-        trainer.train()
-
-
-def history(run: RunRecord) -> list[int]:
-    record = run.read()
-    events = EventReader(run.store, run.prefix(record)).read_new(newest_token=record.token)
-    return [event.step for event in committed(events, record.resume_steps)]
 
 
 def test_a_run_commits_its_result_and_tells_every_step(run: RunRecord) -> None:

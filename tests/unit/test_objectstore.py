@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from threading import Barrier
-from types import SimpleNamespace
 
-import botocore.endpoint
 import pytest
 
 from tests.faults.proxy import LosingProxy
 from tests.unit.fake_s3 import FakeS3
-from training import objectstore
 from training.documents import sha256_hex
 from training.errors import DamagedError, InfrastructureError, UserError
 from training.objectstore import MissingError, Store
@@ -33,25 +30,6 @@ def race(keys: Sequence[str], attempt: Callable[[str, int], bool]) -> dict[str, 
     with ThreadPoolExecutor(len(starters)) as pool:
         won = list(pool.map(run, starters))
     return {key: won[at * NUM_RACERS : (at + 1) * NUM_RACERS] for at, key in enumerate(keys)}
-
-
-@pytest.fixture
-def quick_retries(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Ours, and those of the client."""
-    monkeypatch.setattr(objectstore, "FIRST_PAUSE_SECONDS", 0.001)
-    monkeypatch.setattr(botocore.endpoint, "time", SimpleNamespace(sleep=lambda seconds: None))
-
-
-@pytest.fixture
-def proxy(store: Store) -> Iterator[LosingProxy]:
-    assert store.location.endpoint is not None
-    with LosingProxy(store.location.endpoint) as running:
-        yield running
-
-
-@pytest.fixture
-def behind_proxy(store: Store, proxy: LosingProxy) -> Store:
-    return Store(replace(store.location, endpoint=proxy.endpoint))
 
 
 # ---- plain objects ---------------------------------------------------------------------------------------------------

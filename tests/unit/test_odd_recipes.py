@@ -7,20 +7,13 @@ from typing import Any
 import pytest
 import torch
 
+from tests.unit.attempts import step_through
 from tests.unit.odd_recipes import Odd
 from tests.unit.tiny import exact_arithmetic, make_trainer, tiny_preset
 from training.errors import DeterministicError, UnbrokenError, UserError
-from training.loop import Trainer
 from training.snapshot import Snapshot
 
 WITH_VALIDATION = tiny_preset(validate_every_steps=2, virtual_workers=5)
-
-
-def step_through(trainer: Trainer, until: int) -> Trainer:
-    with exact_arithmetic():
-        while trainer.state.step < until:
-            trainer.train_step()
-    return trainer
 
 
 def digest(*, dies_after: int | None = None, **kinds: str) -> str:

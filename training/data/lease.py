@@ -146,7 +146,7 @@ def publish(store: Store, dataset: str, manifest: Manifest, lease: Lease) -> Non
     Raises `InfrastructureError` if the claim may have lapsed before the manifest is there.
     """
     lease.require_sure()
-    store.put_proven(manifest_key(dataset, manifest.digest), manifest.to_bytes())
+    store.put_proven(manifest_key(dataset, manifest.digest), manifest.to_bytes(), sha256=manifest.digest)
     lease.require_sure()
     note_newest(store, dataset, manifest.digest)
 

@@ -1,0 +1,238 @@
+"""A store that answers 503, or whose disk is full, while a run trains: steps go on, and nothing false is committed."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from tests.faults.evidence import write_evidence
+from tests.faults.proxy import LosingProxy
+from tests.faults.small_disk import small_disk
+from tests.unit.attempts import attempt, history, step_through, train
+from tests.unit.tiny import make_trainer, tiny_preset
+from training.checkpoint import load_checkpoint
+from training.errors import InfrastructureError
+from training.events import EventReader
+from training.loop import StepOutcome, Trainer
+from training.objectstore import Store
+from training.record import RunRecord
+from training.state import tensors_sha256
+
+STEPS = 16
+STRUCK = 4
+"""The checkpoint, one of every second step, at whose saving the fault begins."""
+
+
+class Outage:
+    """From `begin`, until the training has told of a checkpoint that failed and made four steps more, or longer."""
+
+    def __init__(self, trainer: Trainer, end: Callable[[], None], *, min_seconds: float = 0.0) -> None:
+        self._trainer = trainer
+        self._end = end
+        self._min_seconds = min_seconds
+        self._started = 0.0
+        self._num_failed = 0
+        self._steps_after = 0
+        self.steps: list[int] = []
+        """The steps that were made meanwhile."""
+        self.is_on = False
+        self.seconds = 0.0
+        self._report_step, self._emit = trainer.report_step, trainer.emit
+        trainer.report_step = self.report_step  # type: ignore[method-assign]
+        trainer.emit = self.emit  # type: ignore[method-assign]
+
+    def begin(self) -> None:
+        self._started = time.monotonic()
+        self.is_on = True
+
+    def emit(self, kind: str, **values: object) -> None:
+        self._num_failed += kind == "checkpoint_failed"
+        self._emit(kind, **values)
+
+    def report_step(self, outcome: StepOutcome, *, seconds: float) -> None:
+        self._report_step(outcome, seconds=seconds)
+        if not self.is_on:
+            return
+        self.steps.append(self._trainer.state.step)
+        self._steps_after += self._num_failed > 0
+        self.seconds = time.monotonic() - self._started
+        if self._steps_after >= 4 and self.seconds >= self._min_seconds:
+            self._end()
+            self.is_on = False
+
+
+def told(run: RunRecord, kind: str) -> list[int]:
+    """The steps of the events of a kind."""
+    record = run.read()
+    events = EventReader(run.store, run.prefix(record)).read_new(newest_token=record.token)
+    return [event.step for event in events if event.kind == kind]
+
+
+def require_truth(run: RunRecord, *, steps: int = STEPS) -> None:
+    """The result and every named checkpoint hold what a calm run has at that step; each step was told of once."""
+    record = run.read()
+    assert record.result is not None
+    assert record.result.checkpoint == record.checkpoints[-1]
+    assert history(run) == list(range(1, steps + 1))
+    calm = make_trainer(preset=tiny_preset(steps=steps))
+    for checkpoint in record.checkpoints:
+        found = load_checkpoint(run.store, run.prefix(record), checkpoint)
+        assert tensors_sha256(found) == step_through(calm, checkpoint.step).state.state_sha256()
+    assert record.result.state_sha256 == calm.state.state_sha256()
+
+
+@pytest.fixture
+def run(store: Store) -> RunRecord:
+    record = RunRecord(store, "k")
+    record.create_if_missing()
+    return record
+
+
+def through(proxy: LosingProxy, run: RunRecord) -> Store:
+    return Store(replace(run.store.location, endpoint=proxy.endpoint))
+
+
+def call_at(proxy: LosingProxy, request: tuple[str, str, int], act: Callable[[], None], *, step: int = STRUCK) -> None:
+    """Once: at the first such request (method, part of its path, status) after that step's part was sent."""
+    method, name, status = request
+    sent, done = False, False
+
+    def watch(found_method: str, path: str, found_status: int) -> None:
+        nonlocal sent, done
+        sent |= f"{step:08d}-" in path
+        if not done and sent and (found_method, found_status) == (method, status) and name in path:
+            done = True
+            act()
+
+    proxy.watch = watch
+
+
+MOMENTS = {
+    "the part is sent": ("PUT", "/part-0", 0),
+    "the part is read back": ("GET", "/part-0", 0),
+    "the manifest is sent": ("PUT", "/manifest", 0),
+    "the manifest is read back": ("GET", "/manifest", 0),
+    "the manifest was read back": ("GET", "/manifest", 200),
+    "the record is replaced": ("PUT", "/record", 0),
+}
+AFTER_COMMIT = ("PUT", "/record", 200)
+
+
+@pytest.mark.usefixtures("quick_retries")
+@pytest.mark.parametrize("moment", MOMENTS)
+def test_training_goes_on_while_the_store_answers_503(run: RunRecord, proxy: LosingProxy, moment: str) -> None:
+    outage = answer_503(run, proxy, MOMENTS[moment])
+    assert told(run, "checkpoint_failed")[:2] == [STRUCK + 2, STRUCK + 4], "it is told of before the next is saved"
+    assert len(outage.steps) >= 4
+    assert STRUCK not in [checkpoint.step for checkpoint in run.read().checkpoints]
+    require_truth(run)
+
+
+def answer_503(
+    run: RunRecord,
+    proxy: LosingProxy,
+    moment: tuple[str, str, int],
+    *,
+    steps: int = STEPS,
+    keep_checkpoints: int = 9,
+    min_seconds: float = 0.0,
+) -> Outage:
+    """A run through an outage that begins at the moment."""
+    trainer = attempt(run, token=1, store=through(proxy, run), steps=steps, keep_checkpoints=keep_checkpoints)
+
+    def begin() -> None:
+        proxy.is_away = True
+        outage.begin()
+
+    def end() -> None:
+        proxy.is_away = False
+
+    outage = Outage(trainer, end, min_seconds=min_seconds)
+    call_at(proxy, moment, begin)
+    train(trainer)
+    assert proxy.num_refused > 0
+    return outage
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(1800)
+def test_training_goes_on_while_the_store_answers_503_for_a_minute(run: RunRecord, proxy: LosingProxy) -> None:
+    outage = answer_503(run, proxy, MOMENTS["the part is sent"], steps=400, min_seconds=60.0)
+    require_truth(run, steps=400)
+    row = {
+        "seconds_away": round(outage.seconds),
+        "num_refused": proxy.num_refused,
+        "steps_made_meanwhile": len(outage.steps),
+        "checkpoints_failed_at": told(run, "checkpoint_failed"),
+        "same_state": True,
+    }
+    write_evidence("store-away", rows=[row])
+
+
+@pytest.mark.usefixtures("quick_retries")
+def test_a_commit_stands_although_the_store_goes_away_before_old_objects_are_deleted(
+    run: RunRecord, proxy: LosingProxy
+) -> None:
+    """They are deleted after the next commit."""
+    answer_503(run, proxy, AFTER_COMMIT, keep_checkpoints=1)
+    assert STRUCK in told(run, "checkpoint")
+    assert STRUCK + 4 in told(run, "checkpoint_failed")
+    assert {key.split("/")[-2] for key, _ in run.store.list_keys("runs/k/0/checkpoints/")} == {f"{STEPS:08d}-000001"}
+    require_truth(run)
+
+
+@pytest.mark.usefixtures("quick_retries")
+def test_a_short_outage_makes_a_checkpoint_late_and_no_more(run: RunRecord, proxy: LosingProxy) -> None:
+    trainer = attempt(run, token=1, store=through(proxy, run), steps=STEPS, keep_checkpoints=9)
+
+    def watch(method: str, path: str, status: int) -> None:
+        proxy.is_away = f"{STRUCK:08d}-" in path and proxy.num_refused < 3
+
+    proxy.watch = watch
+    train(trainer)
+    assert proxy.num_refused == 3
+    assert told(run, "checkpoint_failed") == []
+    assert [checkpoint.step for checkpoint in run.read().checkpoints] == list(range(2, STEPS + 1, 2))
+    require_truth(run)
+
+
+@pytest.mark.usefixtures("quick_retries")
+@pytest.mark.parametrize("moment", ["the part is sent", "the manifest was read back", "the record is replaced"])
+def test_a_run_whose_store_is_away_at_the_end_has_no_result_until_it_is_started_again(
+    run: RunRecord, proxy: LosingProxy, moment: str
+) -> None:
+    trainer = attempt(run, token=1, store=through(proxy, run), steps=STEPS)
+    call_at(proxy, MOMENTS[moment], lambda: setattr(proxy, "is_away", True), step=STEPS)
+    with pytest.raises(InfrastructureError):
+        train(trainer)
+    assert proxy.num_refused > 0
+    assert run.read().result is None
+    train(attempt(run, token=2, steps=STEPS))
+    require_truth(run)
+
+
+@pytest.mark.usefixtures("quick_retries")
+def test_training_goes_on_while_the_disk_of_the_store_is_full(tmp_path: Path) -> None:
+    with small_disk(tmp_path / "home") as disk:
+        run = RunRecord(disk.store, "k")
+        run.create_if_missing()
+        trainer = attempt(run, token=1, steps=60, keep_checkpoints=99)
+        outage = Outage(trainer, disk.make_room)
+        save_checkpoint = trainer.save_checkpoint
+
+        def fill_and_save() -> None:
+            if trainer.state.step == STRUCK:
+                disk.fill()
+                outage.begin()
+            save_checkpoint()
+
+        trainer.save_checkpoint = fill_and_save  # type: ignore[method-assign]
+        train(trainer)
+        assert not outage.is_on
+        assert len(outage.steps) >= 4
+        assert told(run, "checkpoint_failed")
+        require_truth(run, steps=60)
