@@ -10,7 +10,7 @@ import base64
 import json
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime
@@ -30,6 +30,7 @@ NUM_TRIES = 6
 FIRST_PAUSE_SECONDS = 0.2
 CONNECT_SECONDS = 5
 READ_SECONDS = 30
+PIECE_BYTES = 1 << 18
 REQUEST_SECONDS = CONNECT_SECONDS + READ_SECONDS
 """After which a request that is not tried again has ended, one way or another."""
 
@@ -166,6 +167,16 @@ class Store:
                 return reply.data
         return self.get(key)
 
+    def holds(self, key: str, data: bytes | bytearray) -> bool:
+        """Whether the object is exactly these bytes: read back as by `fetch`, but in pieces, and never held whole."""
+        from urllib3.exceptions import HTTPError
+
+        url = self._signed_url(key)
+        with suppress(HTTPError), self._connections.request("GET", url, preload_content=False) as reply:
+            if reply.status == 200:
+                return _are_pieces_of(data, reply.stream(PIECE_BYTES))
+        return self.get(key) == data
+
     def get_proven(self, key: str, *, sha256: str) -> bytes:
         """The whole object, whose digest must match. Raises `DamagedError`."""
         data = self.get(key)
@@ -182,7 +193,7 @@ class Store:
     def put_proven(self, key: str, data: bytes | bytearray, *, sha256: str) -> None:
         """One PUT, and what it left read back. Raises `DamagedError` if that differs."""
         self.send(key, data, sha256=sha256)
-        if self.fetch(key) != data:
+        if not self.holds(key, data):
             raise DamagedError(f"{self.location.uri(key)} was read back with other bytes than were written")
 
     def send(self, key: str, data: bytes | bytearray, *, sha256: str) -> None:
@@ -193,9 +204,9 @@ class Store:
         """
         from urllib3.exceptions import HTTPError
 
+        body: Any = data
         if self.location.endpoint is not None:
             url = f"{self.location.endpoint}/{self.location.bucket}/{quote(self._key(key), safe='/~')}"
-            body: Any = data
             with suppress(HTTPError):
                 headers = self._signed_headers("PUT", url, sha256)
                 if self._connections.request("PUT", url, body=body, headers=headers).status == 200:
@@ -224,7 +235,7 @@ class Store:
         What is there already is read back, and overwritten if its bytes are wrong: to keep it would keep damage
         for ever, since an exact rerun makes the same name.
         """
-        if self.exists(key) and self.fetch(key) == data:
+        if self.exists(key) and self.holds(key, data):
             return False
         if sha256 is None:
             self.put(key, data)
@@ -418,6 +429,15 @@ class _TypedErrors:
 
         if isinstance(error, (BotoCoreError, ClientError)):
             raise self._translate(error) from error
+
+
+def _are_pieces_of(data: bytes | bytearray, pieces: Iterable[bytes]) -> bool:
+    start = 0
+    for piece in pieces:
+        if data[start : start + len(piece)] != piece:
+            return False
+        start += len(piece)
+    return start == len(data)
 
 
 def _cut_short() -> tuple[type[Exception], ...]:

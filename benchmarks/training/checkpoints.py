@@ -8,17 +8,19 @@ from __future__ import annotations
 
 import argparse
 import io
+import json
 import os
+import platform
 import statistics
 import sys
 import tempfile
-import threading
 import time
 import uuid
+import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -26,11 +28,15 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
+import urllib3
 from torch import Tensor
 from torch.distributed.checkpoint import state_dict_saver as dcp
+from torch.distributed.checkpoint._fsspec_filesystem import FsspecWriter
+from torch.distributed.checkpoint.filesystem import FileSystemWriter
 
 from benchmarks.data.contestants import s3
 from benchmarks.data.store import make_bucket, running_store
+from benchmarks.environments import ENVIRONMENTS
 from benchmarks.training.workload import Model, optimizer_of
 from training.checkpoint import CheckpointSaver
 from training.documents import sha256_hex
@@ -38,12 +44,15 @@ from training.objectstore import Store, StoreLocation
 from training.record import RunRecord
 
 BUCKET = "checkpoints"
-STEP_SECONDS = (0.2, 1.0)
-NUM_STEPS = {0.2: 12, 1.0: 4}
-MATRIX = 512
+BARE = "bare"
+PUT_AND_GET = ("put_object", "get_object")
+NUM_STEPS = {0.2: 5, 1.0: 2}
+"""At least so many, by their seconds."""
+_MATRIX = torch.ones(512, 512)
 
 State = dict[str, Tensor]
 Wait = Callable[[], None]
+MakeWriter = Callable[[], Any]
 Save = Callable[[State], Wait]
 """Begins to save, and returns how to wait for the end."""
 
@@ -79,11 +88,12 @@ class Unbroken:
 
 
 class Bare:
-    """The floor: a copy into a reused buffer; then its hash, PUT and GET in a thread, and nothing proven."""
+    """The floor: a copy into a reused buffer; then its hash, an unsigned PUT and a GET in a thread. Proves nothing."""
 
     def __init__(self, bucket: str) -> None:
-        self._client = s3.client()
-        self._bucket = bucket
+        names = {"Bucket": bucket, "Key": "bare"}
+        self._put, self._get = (s3.client().generate_presigned_url(name, Params=names) for name in PUT_AND_GET)
+        self._connections = urllib3.PoolManager()
         self._buffer = np.zeros(0, dtype=np.uint8)
         self._pool = ThreadPoolExecutor(1)
 
@@ -101,16 +111,17 @@ class Bare:
             start += tensor.nbytes
 
     def _send(self) -> None:
-        body: Any = self._buffer.tobytes()
+        body: Any = self._buffer.data
         sha256_hex(body)
-        self._client.put_object(Bucket=self._bucket, Key="bare", Body=body)
-        self._client.get_object(Bucket=self._bucket, Key="bare")["Body"].read()
+        assert self._connections.request("PUT", self._put, body=body).status == 200
+        with self._connections.request("GET", self._get, preload_content=False) as reply:
+            assert sum(map(len, reply.stream(1 << 18))) == len(body)
 
 
-def torch_save_to_disk(folder: Path) -> Save:
+def torch_save(path: Path) -> Save:
     def save(state: State) -> Wait:
-        torch.save(state, folder / "state.pt")
-        return lambda: None
+        torch.save(state, path)
+        return done
 
     return save
 
@@ -121,72 +132,108 @@ def torch_save_to_s3(bucket: str) -> Save:
     def save(state: State) -> Wait:
         file = io.BytesIO()
         torch.save(state, file)
-        client.put_object(Bucket=bucket, Key="state.pt", Body=file.getvalue())
-        return lambda: None
+        file.seek(0)
+        client.put_object(Bucket=bucket, Key="state.pt", Body=file)
+        return done
 
     return save
 
 
-def dcp_save(folder: Path) -> Save:
+def dcp_save(make_writer: MakeWriter) -> Save:
     def save(state: State) -> Wait:
-        dcp.save(state, checkpoint_id=folder / "dcp")
-        return lambda: None
+        dcp.save(state, storage_writer=make_writer())
+        return done
 
     return save
 
 
-def dcp_async_save(folder: Path) -> Save:
+def dcp_async_save(make_writer: MakeWriter) -> Save:
     """On a gloo group of its own, as it must be beside training's collectives."""
     group = dist.new_group(backend="gloo")
 
     def save(state: State) -> Wait:
-        future: Any = dcp.async_save(state, checkpoint_id=folder / "async", process_group=group)
+        future: Any = dcp.async_save(state, storage_writer=make_writer(), process_group=group)
         return lambda: future.result() and None
 
     return save
 
 
+def done() -> None:
+    """There is nothing to wait for."""
+
+
+def savers_of(bare: Bare, folder: Path, location: StoreLocation) -> dict[str, Save]:
+    def on_disk(name: str) -> MakeWriter:
+        return lambda: FileSystemWriter(folder / name)
+
+    def on_s3(name: str) -> MakeWriter:
+        return lambda: FsspecWriter(f"s3://{BUCKET}/{name}")
+
+    return {
+        BARE: bare,
+        "**Unbroken** (S3)": Unbroken(location),
+        "torch.save (S3)": torch_save_to_s3(BUCKET),
+        "dcp.save (S3)": dcp_save(on_s3("dcp")),
+        "dcp.async_save (S3)": dcp_async_save(on_s3("async")),
+        "torch.save (disk)": torch_save(folder / "state.pt"),
+        "dcp.save (disk)": dcp_save(on_disk("dcp")),
+        "dcp.async_save (disk)": dcp_async_save(on_disk("async")),
+    }
+
+
 @dataclass(frozen=True, kw_only=True)
 class Cost:
-    """Of one save: seconds that the training thread was held, CPU seconds in all, and what it added to the steps."""
+    """Of one save, in seconds: what a memcpy takes beside it, how long the training thread was held, the process's CPU,
+    until it was done, and what steps of each length lost."""
 
-    blocking: float
+    memcpy: float
+    held: float
     cpu: float
-    inflation: dict[float, float]
+    whole: float
+    lost: dict[float, float]
 
 
-def measure(save: Save, state: State) -> Cost:
-    save(state)()  # warm up
+def measure(save: Save, bare: Bare, state: State, num_products: int) -> Cost:
+    memcpy = statistics.median(seconds_of(bare.copy, state) for _ in range(3))
     cpu, started = time.process_time(), time.perf_counter()
     wait = save(state)
-    blocking = time.perf_counter() - started
+    held = time.perf_counter() - started
     wait()
-    cpu = time.process_time() - cpu
+    whole = time.perf_counter() - started
     return Cost(
-        blocking=blocking, cpu=cpu, inflation={seconds: _inflation(save, state, seconds) for seconds in STEP_SECONDS}
+        memcpy=memcpy,
+        held=held,
+        cpu=time.process_time() - cpu,
+        whole=whole,
+        lost={seconds: lost_by_steps(save, state, seconds, num_products) for seconds in NUM_STEPS},
     )
 
 
-def _inflation(save: Save, state: State, seconds: float) -> float:
-    """The steps' time with a save at their beginning, over that without, minus 1, in steps."""
-    num_products = max(1, round(seconds / _seconds_of(1)))
-    calm = sum(_seconds_of(num_products) for _ in range(NUM_STEPS[seconds]))
+def lost_by_steps(save: Save, state: State, seconds: float, products_per_second: int) -> float:
+    """How much longer the steps from the beginning of a save to its end take than without it."""
+    num_products = round(seconds * products_per_second)
+    calm = statistics.median(seconds_of(compute, num_products) for _ in range(NUM_STEPS[seconds]))
+    num_steps = 0
     started = time.perf_counter()
-    wait = save(state)
-    for _ in range(NUM_STEPS[seconds]):
-        _seconds_of(num_products)
-    busy = time.perf_counter() - started
-    wait()
-    return (busy - calm) / (calm / NUM_STEPS[seconds])
+    with ThreadPoolExecutor(1) as pool:
+        saved = pool.submit(save(state))
+        while num_steps < NUM_STEPS[seconds] or not saved.done():
+            compute(num_products)
+            num_steps += 1
+        saved.result()
+    return time.perf_counter() - started - num_steps * calm
 
 
-def _seconds_of(num_products: int) -> float:
-    """A step that only computes."""
-    matrix = torch.ones(MATRIX, MATRIX)
+def seconds_of(act: Callable[..., None], *arguments: Any) -> float:
     started = time.perf_counter()
-    for _ in range(num_products):
-        matrix @ matrix
+    act(*arguments)
     return time.perf_counter() - started
+
+
+def compute(num_products: int) -> None:
+    """What a step does here."""
+    for _ in range(num_products):
+        _MATRIX @ _MATRIX
 
 
 @contextmanager
@@ -199,56 +246,60 @@ def alone() -> Iterator[None]:
         dist.destroy_process_group()
 
 
-def as_markdown(costs: dict[str, list[Cost]], copies: list[float]) -> str:
-    """Medians over the rounds; blocking as a ratio to the copy, CPU as a ratio to the floor's of the same round."""
+def as_markdown(costs: dict[str, list[Cost]]) -> str:
+    """Held, over a memcpy of the state just before; CPU, over the floor's of the same round."""
+    lost = " | ".join(f"lost by steps of {seconds} s, ms" for seconds in NUM_STEPS)
     lines = [
-        "| median (min–max) | held, of a memcpy | CPU, of the floor's | steps of 0.2 s lost | steps of 1 s lost |",
-        "| --- | --- | --- | --- | --- |",
+        f"| median (min–max) | held, of a memcpy | CPU, of the floor's | until done, s | {lost} |",
+        "| --- |" + " --- |" * (3 + len(NUM_STEPS)),
     ]
     for name, found in costs.items():
-        held = [cost.blocking / copy for cost, copy in zip(found, copies, strict=True)]
-        cpu = [cost.cpu / bare.cpu for cost, bare in zip(found, costs["bare"], strict=True)]
-        lost = [[cost.inflation[seconds] for cost in found] for seconds in STEP_SECONDS]
-        lines.append(f"| {name} | " + " | ".join(map(_shown, (held, cpu, *lost))) + " |")
+        cells = [
+            _shown([cost.held / cost.memcpy for cost in found]),
+            _shown([cost.cpu / floor.cpu for cost, floor in zip(found, costs[BARE], strict=True)]),
+            _shown([cost.whole for cost in found]),
+            *(_shown([cost.lost[seconds] * 1000 for cost in found], digits=0) for seconds in NUM_STEPS),
+        ]
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 
 
-def _shown(values: list[float]) -> str:
-    return f"{statistics.median(values):.2f} ({min(values):.2f}–{max(values):.2f})"
+def _shown(values: list[float], *, digits: int = 2) -> str:
+    low, middle, high = (f"{value:.{digits}f}" for value in (min(values), statistics.median(values), max(values)))
+    return f"{middle} ({low}–{high})"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.training.checkpoints", description=__doc__)
     parser.add_argument("--rounds", type=int, default=7)
-    rounds = parser.parse_args().rounds
+    parser.add_argument("--only", nargs="+", help="some of the contestants, by a part of their names")
+    parser.add_argument("--out", type=Path, default=ENVIRONMENTS / "results")
+    arguments = parser.parse_args()
+    warnings.filterwarnings("ignore", message="Detected an existing checkpoint")
     torch.set_num_threads(1)
     state = make_state()
-    print(f"{sum(t.nbytes for t in state.values()) / 1e6:.0f} MB", file=sys.stderr)
+    num_bytes = sum(t.nbytes for t in state.values())
     with tempfile.TemporaryDirectory(prefix="unbroken-bench-") as name, running_store(Path(name) / "store"), alone():
-        folder = Path(name)
         make_bucket(BUCKET)
-        location = StoreLocation(endpoint=os.environ["AWS_ENDPOINT_URL"], bucket=BUCKET)
         bare = Bare(BUCKET)
-        bare.copy(state)
-        savers: dict[str, Save] = {
-            "bare": bare,
-            "**Unbroken** (S3)": Unbroken(location),
-            "torch.save (disk)": torch_save_to_disk(folder),
-            "torch.save (S3)": torch_save_to_s3(BUCKET),
-            "dcp.save (disk)": dcp_save(folder),
-            "dcp.async_save (disk)": dcp_async_save(folder),
-        }
-        costs: dict[str, list[Cost]] = {name: [] for name in savers}
-        copies: list[float] = []
-        for number in range(rounds):
-            started = time.perf_counter()
-            bare.copy(state)
-            copies.append(time.perf_counter() - started)
-            names = list(savers)
-            for saver in names[number % len(names) :] + names[: number % len(names)]:
-                costs[saver].append(measure(savers[saver], state))
-            print(f"round {number + 1}/{rounds}  {threading.active_count()} threads", file=sys.stderr)
-        print(as_markdown(costs, copies))
+        savers = savers_of(bare, Path(name), StoreLocation(endpoint=os.environ["AWS_ENDPOINT_URL"], bucket=BUCKET))
+        wanted = arguments.only or [""]
+        names = [name for name in savers if name == BARE or any(part in name for part in wanted)]
+        products_per_second = round(100 / seconds_of(compute, 100))
+        for name in names:
+            savers[name](state)()  # warm up
+        costs: dict[str, list[Cost]] = {name: [] for name in names}
+        for number in range(arguments.rounds):
+            turn = number % len(names)
+            for name in names[turn:] + names[:turn]:
+                costs[name].append(measure(savers[name], bare, state, products_per_second))
+            print(f"round {number + 1}/{arguments.rounds}", file=sys.stderr)
+    about = {"num_bytes": num_bytes, "cpus": os.cpu_count(), "os": platform.platform(), "torch": torch.__version__}
+    document = {**about, "seconds": {name: list(map(asdict, found)) for name, found in costs.items()}}
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    (arguments.out / "checkpoints.json").write_text(json.dumps(document, indent=1) + "\n")
+    (arguments.out / "checkpoints.md").write_text(as_markdown(costs))
+    print(as_markdown(costs))
 
 
 if __name__ == "__main__":

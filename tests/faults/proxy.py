@@ -1,8 +1,8 @@
 """A proxy before an S3 server that lets requests through, and loses the replies that a test tells it to lose.
 
-The server applies the request; the client sees its connection close. While `is_away`, every request is answered 503
-and not forwarded. `num_lost` and `num_refused` prove that the fault fired. A test may also watch every request go by,
-before it is applied (status 0) and after.
+The server applies the request; the client sees its connection close. While the proxy `is_away`, it answers everything
+with 503 and forwards nothing. `num_lost` and `num_refused` prove that the fault fired. A test may also watch every
+request go by, before it is applied (status 0) and after.
 """
 
 from __future__ import annotations

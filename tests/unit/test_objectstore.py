@@ -11,6 +11,7 @@ import pytest
 
 from tests.faults.proxy import LosingProxy
 from tests.unit.fake_s3 import FakeS3
+from training import objectstore
 from training.documents import sha256_hex
 from training.errors import DamagedError, InfrastructureError, UserError
 from training.objectstore import MissingError, Store
@@ -78,6 +79,17 @@ def test_what_is_sent_with_its_digest_arrives_whole_or_not_at_all(store: Store) 
     assert store._connections.request("PUT", url, body=b"abc", headers=headers).status == 400, "the store looks"
     store.send("fallback", b"abc", sha256="0" * 64)
     assert store.get("fallback") == b"abc", "what is refused there goes the patient way"
+
+
+def test_an_object_holds_exactly_its_bytes(store: Store) -> None:
+    data = bytearray(range(256)) * 1200
+    assert len(data) > objectstore.PIECE_BYTES
+    store.put("x", data)
+    assert store.holds("x", data)
+    for other in (data[:-1], data + b"x", data[:-1] + b"x", b"x" + data[1:], b""):
+        assert not store.holds("x", other)
+    with pytest.raises(MissingError, match="none"):
+        store.holds("none", data)
 
 
 def test_put_immutable_sends_once_and_repairs_damage(store: Store) -> None:
@@ -179,6 +191,9 @@ def test_quick_reads_ride_out_lost_replies(behind_proxy: Store, proxy: LosingPro
     proxy.lose_replies("GET", 2)
     assert bytes(behind_proxy.fetch("a")) == b"something"
     assert proxy.num_lost == 2
+    proxy.lose_replies("GET", 2)
+    assert behind_proxy.holds("a", b"something")
+    assert proxy.num_lost == 4
 
 
 def test_quick_reads_name_what_is_wrong_as_the_others_do(store: Store, quick_retries: None) -> None:
