@@ -434,7 +434,7 @@ class _TypedErrors:
 def _are_pieces_of(data: bytes | bytearray, pieces: Iterable[bytes]) -> bool:
     start = 0
     for piece in pieces:
-        if data[start : start + len(piece)] != piece:
+        if not data.startswith(piece, start):
             return False
         start += len(piece)
     return start == len(data)

@@ -29,9 +29,15 @@ INTERNAL = (
 
 
 def choose_ports(
-    last: Mapping[str, int], configured: Mapping[str, Any], *, served: Collection[str] = ()
+    last: Mapping[str, int],
+    configured: Mapping[str, Any],
+    *,
+    served: Collection[str] = (),
+    lost: Collection[int] = (),
 ) -> dict[str, int]:
     """A free port for each name; `served` ones stay, since the stack itself listens there.
+
+    `lost` ones may look free: who took them may be about to take them again.
 
     Raises `UserError` if a port that the user asked for is taken.
     """
@@ -43,9 +49,9 @@ def choose_ports(
             chosen[name] = _wanted(name, wanted, chosen)
     for name, usual in USUAL.items():
         if name not in chosen:
-            chosen[name] = _first_free([last.get(name, usual), usual], taken=chosen)
+            chosen[name] = _first_free([last.get(name, usual), usual], taken={*chosen.values(), *lost})
     for name in sorted(set(INTERNAL) - chosen.keys()):
-        chosen[name] = _first_free([last[name]] if name in last else [], taken=chosen)
+        chosen[name] = _first_free([last[name]] if name in last else [], taken={*chosen.values(), *lost})
     return chosen
 
 
@@ -66,11 +72,11 @@ def _wanted(name: str, wanted: Any, taken: Mapping[str, int]) -> int:
     return port
 
 
-def _first_free(candidates: list[int], *, taken: Mapping[str, int]) -> int:
+def _first_free(candidates: list[int], *, taken: Collection[int]) -> int:
     for port in candidates:
-        if port not in taken.values() and is_free(port):
+        if port not in taken and is_free(port):
             return port
-    while (port := free_port()) in taken.values():
+    while (port := free_port()) in taken:
         pass
     return port
 

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import shlex
 import shutil
 import sysconfig
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
@@ -47,7 +46,7 @@ from training.errors import InfrastructureError, UserError
 
 START_SECONDS = 180.0
 MIN_FREE_BYTES = 2**30
-NUM_TRIES = 3
+MAX_LOST_PORTS = 5
 
 
 def up(report: Report) -> Settings:
@@ -60,17 +59,21 @@ def up(report: Report) -> Settings:
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     require_free_disk(shutil.disk_usage(folder).free, folder)
     with locked(folder / "up.lock"):
-        for _ in range(NUM_TRIES - 1):
-            with contextlib.suppress(PortLostError):  # another stack starts on this machine just now: choose again
-                return _up(folder, report)
-        return _up(folder, report)
+        lost: set[int] = set()
+        while True:
+            try:
+                return _up(folder, report, lost=lost)
+            except PortLostError as error:  # another stack starts on this machine just now: choose again
+                if len(lost) >= MAX_LOST_PORTS:
+                    raise
+                lost.add(error.port)
 
 
-def _up(folder: Path, report: Report) -> Settings:
+def _up(folder: Path, report: Report, *, lost: Collection[int]) -> Settings:
     was_running = supervisor.is_running(folder)
     if not was_running:
         _clear(folder, report)
-    _write_addresses(folder, was_running=was_running)
+    _write_addresses(folder, was_running=was_running, lost=lost)
     settings = load_settings()
     activate(settings)
     services = {service.name: service for service in _services(settings)}
@@ -88,12 +91,12 @@ def _clear(folder: Path, report: Report) -> None:
         report(f"killed {num_killed} processes that had outlived their supervisor")
 
 
-def _write_addresses(folder: Path, *, was_running: bool) -> None:
+def _write_addresses(folder: Path, *, was_running: bool, lost: Collection[int]) -> None:
     """Write down the ports, and where others find the services that run here."""
     file = read_settings_file()
     last = read_state(folder).get("ports", {})
     served = served_names(folder, last) if was_running else set()
-    ports = choose_ports(last, file.get("ports", {}), served=served)
+    ports = choose_ports(last, file.get("ports", {}), served=served, lost=lost)
     addresses = {
         "s3": {"endpoint": f"http://{LOOPBACK}:{ports['s3']}", "bucket": DEFAULT_BUCKET},
         "mlflow": {"uri": f"http://{LOOPBACK}:{ports['mlflow']}"},

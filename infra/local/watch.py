@@ -24,6 +24,10 @@ Report = Callable[[str], None]
 class PortLostError(InfrastructureError):
     """Somebody else took the service's port between its choice and its use."""
 
+    def __init__(self, service: str, port: int) -> None:
+        super().__init__(f"port {port} of {service} was taken by somebody else meanwhile")
+        self.port = port
+
 
 @dataclass(frozen=True, kw_only=True)
 class ServiceStatus:
@@ -94,7 +98,7 @@ def wait_until_it_serves(folder: Path, service: Service, report: Report, *, time
     while not serves(service, info := infos(folder).get(service.name)):
         state = str(info["statename"]) if info else "UNKNOWN"
         if service.port is not None and _is_lost(folder, service.port):
-            raise PortLostError(f"port {service.port} of {service.name} was taken by somebody else meanwhile")
+            raise PortLostError(service.name, service.port)
         if state == "FATAL" or time.monotonic() > deadline:
             raise InfrastructureError(_does_not_come_up(folder, service.name, state))
         time.sleep(POLL_SECONDS)

@@ -48,6 +48,12 @@ def test_port_of_last_time_that_is_taken_is_replaced(taken: int) -> None:
     assert taken not in choose_ports({"s3": taken, "volume": taken}, {}).values()
 
 
+def test_port_that_was_lost_is_not_chosen_again_although_it_looks_free() -> None:
+    mine = free_port()
+    chosen = choose_ports({"s3": mine, "filer": mine + 1}, {}, lost={mine, mine + 1, USUAL["s3"]})
+    assert {mine, mine + 1, USUAL["s3"]}.isdisjoint(chosen.values())
+
+
 def test_port_taken_on_every_address_counts_as_taken() -> None:
     with socket.create_server(("0.0.0.0", 0)) as server:
         port = int(server.getsockname()[1])
