@@ -1,4 +1,4 @@
-"""Checkpoints: written by all ranks in parallel off the training thread, read back, and only then named by the record.
+"""What a checkpoint is, and how it is read: only what the run record names, every byte checked. Imports no torch.
 
 runs/KEY/GENERATION/checkpoints/STEP-TOKEN/: part-R.safetensors for each rank, and manifest.json. Nothing there exists,
 as far as any reader is concerned, until the run record names the manifest's digest (docs/protocols.md).
@@ -7,41 +7,19 @@ as far as any reader is concerned, until the run record names the manifest's dig
 from __future__ import annotations
 
 import json
-import threading
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
-from dataclasses import asdict, dataclass
-from datetime import timedelta
-from types import MappingProxyType
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-import safetensors
-import safetensors.torch
-from torch import Tensor
-
-from training.documents import canonical_json, parse, sha256_hex
-from training.errors import DamagedError, DeterministicError, InfrastructureError
+from training.documents import parse
+from training.errors import DamagedError
 from training.objectstore import MissingError, Store
-from training.record import (
-    CheckpointRef,
-    InitialWeights,
-    Record,
-    RunRecord,
-    generation_prefix,
-    with_checkpoint,
-    with_quarantined,
-    with_retention,
-)
-from training.snapshot import Snapshot
-from training.state import tensors_sha256
+from training.record import CheckpointRef, InitialWeights, Record, RunRecord, generation_prefix, with_quarantined
 
 if TYPE_CHECKING:
-    from torch.distributed import Store as Rendezvous  # type: ignore[attr-defined]  # public, but not listed
+    from torch import Tensor
 
 FORMAT = 1
-FAILED_RECEIPT = "null"
-NOTHING: Mapping[str, str] = MappingProxyType({})
-PARTS_TIMEOUT = timedelta(seconds=300)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,179 +64,6 @@ def folder(prefix: str, checkpoint_step: int, token: int) -> str:
     return f"{prefix}checkpoints/{checkpoint_step:08d}-{token:06d}/"
 
 
-def assign_parts(sizes: Mapping[str, int], num_parts: int) -> dict[str, int]:
-    """Which part each tensor goes to: the largest first, each to the emptiest part. A pure function."""
-    filled = [0] * num_parts
-    owner: dict[str, int] = {}
-    for name in sorted(sizes, key=lambda name: (-sizes[name], name)):
-        part = filled.index(min(filled))
-        owner[name] = part
-        filled[part] += sizes[name]
-    return owner
-
-
-class CheckpointSaver:
-    """Saves a rank's share of the state in the background; rank 0 commits when all shares are proven.
-
-    Ranks meet through the group's rendezvous store, never through collectives: those belong to the training thread.
-    """
-
-    def __init__(
-        self,
-        *,
-        run: RunRecord,
-        rendezvous: Rendezvous,
-        rank: int,
-        world_size: int,
-        token: int,
-        keep: int,
-        keep_every_steps: int | None = None,
-        before_commit: Callable[[], None],
-    ) -> None:
-        self._run = run
-        self._rendezvous = rendezvous
-        self._rank = rank
-        self._world_size = world_size
-        self._token = token
-        self._keep = keep
-        self._keep_every_steps = keep_every_steps
-        self._snapshot = Snapshot()
-        self._before_commit = before_commit
-        self._prefix = run.prefix(run.read())
-        self._thread: threading.Thread | None = None
-        self._error: Exception | None = None
-
-    def save(
-        self,
-        step: int,
-        tensors: Mapping[str, Tensor],
-        *,
-        agreed: Mapping[str, str] = NOTHING,
-        on_commit: Callable[[CheckpointRef], None],
-    ) -> None:
-        """Copy this rank's share now, and write it in the background. Waits for the one before.
-
-        `agreed` must be the same on all ranks, or there is no checkpoint, but a `DeterministicError` naming the entry.
-        """
-        self.wait()
-        owner = assign_parts({name: t.nbytes for name, t in tensors.items()}, self._world_size)
-        part = self._snapshot.take({name: t for name, t in tensors.items() if owner[name] == self._rank})
-        infos = {
-            name: TensorInfo(
-                dtype=str(t.dtype),
-                shape=tuple(t.shape),
-                slices=(Slice(part=owner[name], start=(0,) * t.dim(), shape=tuple(t.shape)),),
-            )
-            for name, t in tensors.items()
-        }
-        self._thread = threading.Thread(
-            target=self._write, args=(step, part, infos, agreed, on_commit), name="checkpoint", daemon=True
-        )
-        self._thread.start()
-
-    def require_agreement(self, resumed_from: int) -> None:
-        """Raises `InfrastructureError` if another rank read the store differently, and took up another checkpoint."""
-        if self._rank == 0:
-            self._rendezvous.set("resumed-from", str(resumed_from))
-        elif int(self._rendezvous.get("resumed-from")) != resumed_from:
-            raise InfrastructureError(f"rank {self._rank} resumed from step {resumed_from}, and rank 0 did not")
-
-    def wait(self) -> None:
-        """Until the save under way is committed (on rank 0) or sent (elsewhere). Raises what made it fail."""
-        if self._thread is not None:
-            self._thread.join()
-            self._thread = None
-        error, self._error = self._error, None
-        if error is not None:
-            raise error
-
-    def _write(
-        self,
-        step: int,
-        part: bytearray,
-        infos: Mapping[str, TensorInfo],
-        agreed: Mapping[str, str],
-        on_commit: Callable[[CheckpointRef], None],
-    ) -> None:
-        try:
-            self._hand_in(step, part, agreed)
-            if self._rank == 0:
-                reference, record = self._commit(step, infos)
-                on_commit(reference)
-                self._delete_unnamed(reference, record)
-        except Exception as error:  # handed to the training thread, which decides
-            self._error = error
-
-    def _hand_in(self, step: int, data: bytearray, agreed: Mapping[str, str]) -> None:
-        """Write this rank's part, and tell rank 0: also that it failed, or rank 0 would wait in vain."""
-        receipt = FAILED_RECEIPT
-        try:
-            part = self._write_proven(step, f"part-{self._rank}.safetensors", data)
-            receipt = canonical_json({"part": asdict(part), "agreed": dict(agreed)}).decode()
-        finally:
-            self._rendezvous.set(_part_receipt(step, self._rank), receipt)
-
-    def _write_proven(self, step: int, name: str, data: bytes | bytearray) -> PartInfo:
-        sha256 = sha256_hex(data)
-        self._run.store.put_proven(folder(self._prefix, step, self._token) + name, data, sha256=sha256)
-        return PartInfo(name=name, sha256=sha256, num_bytes=len(data))
-
-    def _commit(self, step: int, infos: Mapping[str, TensorInfo]) -> tuple[CheckpointRef, Record]:
-        receipts = [_part_receipt(step, rank) for rank in range(self._world_size)]
-        try:
-            self._rendezvous.wait(receipts, PARTS_TIMEOUT)
-        except RuntimeError as error:
-            raise InfrastructureError(f"checkpoint {step}: not all ranks wrote their part: {error}") from error
-        documents = [json.loads(self._rendezvous.get(receipt)) for receipt in receipts]
-        if None in documents:
-            raise InfrastructureError(f"checkpoint {step}: rank {documents.index(None)} could not write its part")
-        _require_agreed(step, [document["agreed"] for document in documents])
-        parts = tuple(parse(PartInfo, document["part"]) for document in documents)
-        manifest = CheckpointManifest(step=step, tensors=dict(infos), parts=parts)
-        proven = self._write_proven(step, "manifest.json", canonical_json(asdict(manifest)))
-        self._before_commit()
-        reference = CheckpointRef(step=step, token=self._token, sha256=proven.sha256)
-        return reference, self._name(reference)
-
-    def _name(self, reference: CheckpointRef) -> Record:
-        """In the record, which names those that are too old no more."""
-        return self._run.update(
-            lambda record: with_retention(
-                with_checkpoint(record, reference),
-                token=self._token,
-                keep=self._keep,
-                keep_every_steps=self._keep_every_steps,
-            )
-        )
-
-    def _delete_unnamed(self, newest: CheckpointRef, record: Record) -> None:
-        """What the record names no more, and what it never did: begun by a group that died, or by a save that failed.
-
-        What is quarantined stays, to be looked at. If the store is away, the next commit tries again.
-        """
-        known = (*record.checkpoints, *(quarantined.checkpoint for quarantined in record.quarantined))
-        kept = {(checkpoint.token, checkpoint.step) for checkpoint in known}
-        with suppress(InfrastructureError):
-            for name in self._run.store.list_folders(f"{self._prefix}checkpoints/"):
-                step, token = (int(number) for number in name.split("-"))
-                if (token, step) < (newest.token, newest.step) and (token, step) not in kept:
-                    for key, _ in list(self._run.store.list_keys(folder(self._prefix, step, token))):
-                        self._run.store.delete(key)
-
-
-def _require_agreed(step: int, answers: Sequence[Mapping[str, str]]) -> None:
-    for name, digest in answers[0].items():
-        if any(answer.get(name) != digest for answer in answers):
-            raise DeterministicError(
-                f"after step {step} the ranks have different values of buffer {name}: the recipe's model must change it"
-                " alike for every microbatch, or keep it as floats, which are averaged"
-            )
-
-
-def _part_receipt(step: int, rank: int) -> str:
-    return f"checkpoint/{step}/part/{rank}"
-
-
 def load_manifest(store: Store, prefix: str, reference: CheckpointRef) -> CheckpointManifest:
     """What a proven checkpoint holds. Raises `DamagedError`."""
     try:
@@ -272,6 +77,8 @@ def load_manifest(store: Store, prefix: str, reference: CheckpointRef) -> Checkp
 
 def load_checkpoint(store: Store, prefix: str, reference: CheckpointRef) -> dict[str, Tensor]:
     """Every tensor of a proven checkpoint, each object checked. Raises `DamagedError` naming the object."""
+    import safetensors.torch
+
     base = folder(prefix, reference.step, reference.token)
     manifest = load_manifest(store, prefix, reference)
     try:
@@ -289,6 +96,8 @@ def load_checkpoint(store: Store, prefix: str, reference: CheckpointRef) -> dict
 
 def load_initial(store: Store, initial: InitialWeights) -> dict[str, Tensor]:
     """The weights that another run ended with. Raises `DamagedError` if they are not what they were."""
+    from training.state import tensors_sha256
+
     prefix = generation_prefix(initial.run_key, initial.generation)
     tensors = load_checkpoint(store, prefix, initial.checkpoint)
     weights = {name: tensor for name, tensor in tensors.items() if name.startswith("model.")}

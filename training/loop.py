@@ -11,7 +11,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from training.checkpoint import CheckpointSaver, load_initial, newest_proven
+from training.checkpoint import load_initial, newest_proven
 from training.config import Preset
 from training.data import ledger
 from training.data.stream import Microbatch
@@ -23,6 +23,7 @@ from training.fast import FastReducer
 from training.objective import Objective, fill_new_memory, recipe_errors, seed_streams, stream_seed
 from training.recipe import Recipe, learning_rate_scale
 from training.record import CheckpointRef, InitialWeights, Result, RunRecord, with_result, with_resume_step
+from training.saver import CheckpointSaver
 from training.state import TrainState
 from training.validation import HeldOut, validate
 

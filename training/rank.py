@@ -11,7 +11,6 @@ import torch
 import torch.distributed as dist
 
 from training import environment
-from training.checkpoint import CheckpointSaver
 from training.data.loader import Feed
 from training.errors import UserError
 from training.events import EventWriter
@@ -19,6 +18,7 @@ from training.job import Job
 from training.loop import Rank, Trainer
 from training.recipe import Recipe, load_recipe
 from training.record import Record, RunRecord, run_key, with_environment
+from training.saver import CheckpointSaver
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,9 +15,10 @@ import torch
 from tests.cli.commands import complaint, unbroken
 from tests.conftest import Stack
 from tests.unit.fakes import DictRendezvous
-from training.checkpoint import CheckpointSaver, folder
+from training.checkpoint import folder
 from training.objectstore import Store, StoreLocation
 from training.record import RunRecord
+from training.saver import CheckpointSaver
 
 KEY = "aa11"
 

@@ -7,12 +7,12 @@ from typing import Any
 
 from tests.unit.fakes import DictRendezvous
 from tests.unit.tiny import Tiny, exact_arithmetic, make_trainer, tiny_preset
-from training.checkpoint import CheckpointSaver
 from training.events import EventWriter
 from training.history import committed_steps
 from training.loop import Trainer
 from training.objectstore import Store
 from training.record import RunRecord
+from training.saver import CheckpointSaver
 
 
 def step_through(trainer: Trainer, until: int) -> Trainer:

@@ -19,8 +19,6 @@ from torch import Tensor
 from tests.unit.fakes import DictRendezvous, FaultyStore, MemoryStore
 from training.checkpoint import (
     CheckpointManifest,
-    CheckpointSaver,
-    assign_parts,
     folder,
     load_checkpoint,
     newest_proven,
@@ -29,6 +27,7 @@ from training.documents import parse, sha256_hex
 from training.errors import DamagedError, DeterministicError, FencedError, InfrastructureError
 from training.objectstore import Store, Versioned
 from training.record import CheckpointRef, RunRecord, with_quarantined
+from training.saver import CheckpointSaver, assign_parts
 from training.state import tensors_sha256
 
 Damage = Callable[[Store, str], None]

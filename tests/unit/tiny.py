@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim import AdamW, Optimizer
 
-from training.checkpoint import CheckpointSaver
 from training.config import DataConfig, LaunchConfig, Preset, TrainConfig
 from training.data.order import Order
 from training.data.reader import Rows
@@ -25,6 +24,7 @@ from training.events import EventWriter
 from training.loop import Rank, Trainer
 from training.recipe import Recipe, Record, Sample
 from training.record import RunRecord
+from training.saver import CheckpointSaver
 
 NUM_CLASSES = 3
 NUM_INPUTS = 5

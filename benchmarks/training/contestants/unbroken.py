@@ -21,13 +21,13 @@ from benchmarks.training.workload import (
     Workload,
     optimizer_of,
 )
-from training.checkpoint import CheckpointSaver
 from training.config import DataConfig, LaunchConfig, Preset, TrainConfig
 from training.data.stream import Microbatch
 from training.loop import Rank, Trainer
 from training.objective import fill_new_memory
 from training.recipe import Recipe
 from training.record import RunRecord
+from training.saver import CheckpointSaver
 from training.validation import HeldOut
 
 NUM_STEPS = 10**6
