@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import base64
 import json
+import threading
 import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator
@@ -22,6 +23,7 @@ from training.documents import canonical_json, sha256_hex
 from training.errors import DamagedError, InfrastructureError, UserError
 
 if TYPE_CHECKING:
+    from boto3.session import Session
     from botocore.credentials import Credentials
     from mypy_boto3_s3 import S3Client
     from urllib3 import PoolManager
@@ -33,6 +35,10 @@ READ_SECONDS = 30
 PIECE_BYTES = 1 << 18
 REQUEST_SECONDS = CONNECT_SECONDS + READ_SECONDS
 """After which a request that is not tried again has ended, one way or another."""
+
+
+_MAKING = threading.Lock()
+"""A session makes one client at a time; the clients themselves are safe with threads."""
 
 
 class MissingError(InfrastructureError):
@@ -95,10 +101,16 @@ class Store:
         return PoolManager(maxsize=8, retries=False, timeout=Timeout(connect=5, read=30))
 
     @cached_property
-    def _credentials(self) -> Credentials | None:
+    def _session(self) -> Session:
+        """One for all clients: to make another takes longer than many requests."""
         import boto3
 
-        return boto3.session.Session().get_credentials()
+        return boto3.session.Session(region_name=self.location.region)
+
+    @cached_property
+    def _credentials(self) -> Credentials | None:
+        with _MAKING:
+            return self._session.get_credentials()
 
     def _signed_url(self, key: str) -> str:
         from botocore.exceptions import BotoCoreError
@@ -110,7 +122,6 @@ class Store:
             raise self._translated(error, key) from error
 
     def _make_client(self, *, num_attempts: int) -> S3Client:
-        import boto3
         from botocore.config import Config
 
         config = Config(
@@ -119,8 +130,8 @@ class Store:
             read_timeout=READ_SECONDS,
             s3={"addressing_style": "path"} if self.location.endpoint else {},
         )
-        session = boto3.session.Session(region_name=self.location.region)
-        return session.client("s3", endpoint_url=self.location.endpoint, config=config)
+        with _MAKING:
+            return self._session.client("s3", endpoint_url=self.location.endpoint, config=config)
 
     def _key(self, key: str) -> str:
         return self.location.prefix + key
