@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import base64
 import json
+import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator
@@ -22,6 +23,7 @@ from training.documents import canonical_json, sha256_hex
 from training.errors import DamagedError, InfrastructureError, UserError
 
 if TYPE_CHECKING:
+    from boto3.session import Session
     from botocore.credentials import Credentials
     from mypy_boto3_s3 import S3Client
     from urllib3 import PoolManager
@@ -32,6 +34,9 @@ CONNECT_SECONDS = 5
 READ_SECONDS = 30
 REQUEST_SECONDS = CONNECT_SECONDS + READ_SECONDS
 """After which a request that is not tried again has ended, one way or another."""
+
+_SESSION_LOCK = threading.Lock()
+"""Clients are safe to share between threads, what makes them is not."""
 
 
 class MissingError(InfrastructureError):
@@ -94,10 +99,16 @@ class Store:
         return PoolManager(maxsize=8, retries=False, timeout=Timeout(connect=5, read=30))
 
     @cached_property
-    def _credentials(self) -> Credentials | None:
+    def _session(self) -> Session:
+        """Shared by the clients: what S3's API is takes longer to read than anything else that they are made of."""
         import boto3
 
-        return boto3.session.Session().get_credentials()
+        return boto3.session.Session(region_name=self.location.region)
+
+    @cached_property
+    def _credentials(self) -> Credentials | None:
+        with _SESSION_LOCK:
+            return self._session.get_credentials()
 
     def _signed_url(self, key: str) -> str:
         from botocore.exceptions import BotoCoreError
@@ -109,7 +120,6 @@ class Store:
             raise self._translated(error, key) from error
 
     def _make_client(self, *, num_attempts: int) -> S3Client:
-        import boto3
         from botocore.config import Config
 
         config = Config(
@@ -118,8 +128,8 @@ class Store:
             read_timeout=READ_SECONDS,
             s3={"addressing_style": "path"} if self.location.endpoint else {},
         )
-        session = boto3.session.Session(region_name=self.location.region)
-        return session.client("s3", endpoint_url=self.location.endpoint, config=config)
+        with _SESSION_LOCK:
+            return self._session.client("s3", endpoint_url=self.location.endpoint, config=config)
 
     def _key(self, key: str) -> str:
         return self.location.prefix + key
@@ -188,15 +198,19 @@ class Store:
 
         Whatever goes wrong there is left to `put`, which is patient and names what it finds.
         """
+        if self._quick_status("PUT", key, data, sha256=sha256) != 200:
+            self.put(key, data)
+
+    def _quick_status(self, method: str, key: str, body: bytes, *, sha256: str) -> int:
+        """The reply to a request by a kept-alive connection, which costs a tenth of the client's; 0 if there is none."""
         from urllib3.exceptions import HTTPError
 
         if self.location.endpoint is not None:
             url = f"{self.location.endpoint}/{self.location.bucket}/{quote(self._key(key), safe='/~')}"
+            headers = self._signed_headers(method, url, sha256)
             with suppress(HTTPError):
-                headers = self._signed_headers("PUT", url, sha256)
-                if self._connections.request("PUT", url, body=data, headers=headers).status == 200:
-                    return
-        self.put(key, data)
+                return self._connections.request(method, url, body=body, headers=headers).status
+        return 0
 
     def _signed_headers(self, method: str, url: str, sha256: str) -> dict[str, str]:
         """Signature Version 4 of a request whose body has this digest. Empty without credentials."""
@@ -230,6 +244,9 @@ class Store:
 
     def exists(self, key: str) -> bool:
         """Exactly this key (a listing by prefix would also find its longer neighbours)."""
+        status = self._quick_status("HEAD", key, b"", sha256=sha256_hex(b""))
+        if status in (200, 404):
+            return status == 200
         try:
             with self._typed_errors(key):
                 self._client.head_object(Bucket=self.location.bucket, Key=self._key(key))
