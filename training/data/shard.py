@@ -91,10 +91,10 @@ def dtype_is_known(dtype: np.dtype[Any]) -> bool:
 
 def encode_shard(ids: Sequence[str], fields: Columns) -> bytes:
     """Pack columns (each of length [samples]) and the samples' ids. The same input gives the same bytes."""
-    encoded_ids = [text.encode() for text in ids]
+    encoded_ids = [*map(str.encode, ids)]
     columns: dict[str, Array] = {
         ID_BYTES: np.frombuffer(b"".join(encoded_ids), dtype=np.uint8),
-        ID_ENDS: np.cumsum([len(text) for text in encoded_ids], dtype=np.int64),
+        ID_ENDS: np.cumsum([*map(len, encoded_ids)], dtype=np.int64),
     }
     for name, field in fields.items():
         if isinstance(field, Ragged):

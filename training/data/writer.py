@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from types import MappingProxyType
-from typing import Any
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
@@ -79,7 +80,11 @@ class WriteResult:
     """See `Receipt.displaced`."""
 
 
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 Report = Callable[[PartResult], None]
+ARRAYS = (np.ndarray, np.generic)
+MAPPINGS = (dict, Mapping)  # a dict is known sooner as such
 WHOLE_FILES = ("files", "folders")
 """Formats whose records are files: a file's digest is its record's."""
 
@@ -171,7 +176,7 @@ class Writer:
         receipts = [parse(Receipt, _unsealed(self._store.get(result.receipt))) for result in results]
         manifest = _merge(receipts, self._config, self._classes)
         publish(self._store, self._config.name, manifest, lease)
-        self._require_withdrawn_left_out()
+        require_none_withdrawn_since(self._store, self._config.name, self._withdrawn)
         return WriteResult(
             manifest=manifest,
             num_partitions=len(results),
@@ -179,9 +184,6 @@ class Writer:
             num_shards_sent=sum(result.num_shards_sent for result in results),
             displaced=tuple(record for receipt in receipts for record in receipt.displaced),
         )
-
-    def _require_withdrawn_left_out(self) -> None:
-        require_none_withdrawn_since(self._store, self._config.name, self._withdrawn)
 
     def _is_finished(self, receipt: str) -> bool:
         try:
@@ -203,36 +205,39 @@ class Writer:
     def _write(self, part: Partition, digests: Mapping[str, str]) -> tuple[Receipt, int]:
         """`digests` are those of records, where they are known already."""
         fields: dict[str, FieldInfo] = {}
-        builders = {split: _ShardBuilder(self._config.shard_bytes, fields, self._recipe.ragged) for split in SPLITS}
+        builders = {s: _ShardBuilder(s, self._config.shard_bytes, fields, self._recipe.ragged) for s in SPLITS}
         shards: dict[Split, list[ShardInfo]] = {split: [] for split in SPLITS}
         num_sent = 0
         displaced: list[str] = []
-        for split, builder in self._full_builders(part, builders, digests, displaced):
-            info, data = builder.take()
-            key = shard_key(self._config.name, info.sha256)
-            num_sent += self._store.put_immutable(key, data, sha256=info.sha256)
+        for split, info, is_new in _one_behind(self._send, self._full(part, builders, digests, displaced)):
             shards[split].append(info)
+            num_sent += is_new
         splits = {split: tuple(shards[split]) for split in SPLITS}
         return Receipt(fields=fields, splits=splits, displaced=tuple(displaced)), num_sent
 
-    def _full_builders(
+    def _send(self, full: _Full) -> tuple[Split, ShardInfo, bool]:
+        data = encode_shard(full.ids, full.columns)
+        info = describe_shard(data, num_samples=len(full.ids))
+        is_new = self._store.put_immutable(shard_key(self._config.name, info.sha256), data, sha256=info.sha256)
+        return full.split, info, is_new
+
+    def _full(
         self,
         part: Partition,
         builders: Mapping[Split, _ShardBuilder],
         digests: Mapping[str, str],
         displaced: list[str],
-    ) -> Iterator[tuple[Split, _ShardBuilder]]:
-        """Fill the builders with the partition's samples; gives each when it is full, and at the end what is left."""
+    ) -> Iterator[_Full]:
+        """The partition's samples by full shards, and at the end what is left."""
         for record in read_records(self._source, part, self._config, self._classes):
             samples = _encode(self._recipe, record)
             if self._withdrawn:
                 samples = iter(self._unless_withdrawn(record.id, list(samples), displaced))
-            split = split_of(record, self._config.test_percent, sha256=digests.get(record.id))
-            for number, sample in enumerate(samples):
-                builders[split].add(f"{record.id}#{number}", sample)
-                if builders[split].is_full:
-                    yield split, builders[split]
-        yield from ((split, builder) for split, builder in builders.items() if builder.ids)
+            builder = builders[split_of(record, self._config.test_percent, sha256=digests.get(record.id))]
+            numbered = enumerate(samples)
+            while builder.fill(record.id, numbered):
+                yield builder.take()
+        yield from (builder.take() for builder in builders.values() if not builder.is_empty)
 
     def _unless_withdrawn(self, record: str, samples: list[Sample], displaced: list[str]) -> list[Sample]:
         """None of them if their record is withdrawn: by its id, or by what is in it, wherever it lies by now."""
@@ -285,73 +290,116 @@ def _encode(recipe: Recipe, record: Record) -> Iterator[Sample]:
         raise UserError(f"cannot read record {record.id}: {type(error).__name__}: {error}") from error
 
 
-def _own(array: Array) -> Array:
-    """Kept until the shard is full: a recipe may write its next sample into the same array."""
-    return array.copy() if array.flags.writeable else array
+def _one_behind(work: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
+    """`work` of each item, in order, in a thread beside the one that makes the next item."""
+    with ThreadPoolExecutor(1) as pool:
+        pending = None
+        for item in items:
+            if pending:
+                yield pending.result()
+            pending = pool.submit(work, item)
+        if pending:
+            yield pending.result()
+
+
+class _Full(NamedTuple):
+    """What makes a shard."""
+
+    split: Split
+    ids: list[str]
+    columns: Mapping[str, Column]
 
 
 class _ShardBuilder:
     """Collects samples until they fill a shard. Boundaries depend on the samples alone."""
 
-    def __init__(self, shard_bytes: int, fields: dict[str, FieldInfo], ragged: Collection[str]) -> None:
+    def __init__(self, split: Split, shard_bytes: int, fields: dict[str, FieldInfo], ragged: Collection[str]) -> None:
         """`fields` is shared by a partition's builders, and filled from the first sample."""
+        self._split = split
         self._shard_bytes = shard_bytes
+        self._fields = fields
         self._ragged = ragged
-        self._num_bytes = 0
-        self._fixed_bytes = 0
-        self._samples: list[Sample] = []
-        self._signature: dict[str, tuple[np.dtype[Any], tuple[int, ...]]] = {}
-        self.ids: list[str] = []
-        self.fields = fields
+        self._alike: dict[str, tuple[np.dtype[Any], tuple[int | None, ...]]] = {}
+        self._clear()
+
+    def _clear(self) -> None:
+        self._ids: list[str] = []
+        self._num_bytes = self._fixed_bytes = 0
+        self._columns: dict[str, Array] = {}
+        self._rows: dict[str, list[Array]] = {}
 
     @property
-    def is_full(self) -> bool:
-        return self._num_bytes >= self._shard_bytes
+    def is_empty(self) -> bool:
+        return not self._ids
 
-    def add(self, sample_id: str, sample: Sample) -> None:
-        try:
-            signature = {
-                name: (array.dtype, array.shape[1:] if name in self._ragged else array.shape)
-                for name, array in sample.items()
-            }
-        except AttributeError as error:
-            raise UserError(f"record {sample_id}: encode() must give dicts of numpy arrays: {error}") from error
-        if signature != self._signature:  # comparing is a hundred times quicker than describing
-            self._require_same_fields(sample_id, sample)
-            self._signature = signature
-            self._fixed_bytes = sum(array.nbytes for name, array in sample.items() if name not in self._ragged)
-        self.ids.append(sample_id)
-        self._samples.append({name: _own(array) for name, array in sample.items()})
-        self._num_bytes += self._fixed_bytes + len(sample_id)
-        for name in self._ragged:
-            self._num_bytes += sample[name].nbytes if name in sample else 0
+    def fill(self, record: str, samples: Iterator[tuple[int, Sample]]) -> bool:
+        """Take a record's numbered samples until the shard is full, or none is left. Says whether it is full.
+
+        All is copied at once: a recipe may write its next sample into the same arrays.
+        """
+        for number, sample in samples:
+            sample_id = f"{record}#{number}"
+            if not isinstance(sample, MAPPINGS):
+                raise UserError(f"record {sample_id}: encode() must give dicts of numpy arrays, not {type(sample)}")
+            if not self._is_alike(sample):
+                self._require_same_fields(sample_id, sample)
+            row = len(self._ids)
+            if not row:
+                self._allocate()
+            for name, column in self._columns.items():
+                column[row] = sample[name]
+            for name, rows in self._rows.items():
+                rows.append(sample[name].copy())
+                self._num_bytes += rows[-1].nbytes
+            self._ids.append(sample_id)
+            self._num_bytes += self._fixed_bytes + len(sample_id)
+            if self._num_bytes >= self._shard_bytes:
+                return True
+        return False
+
+    def take(self) -> _Full:
+        num_rows = len(self._ids)
+        columns: dict[str, Column] = {name: column[:num_rows] for name, column in self._columns.items()}
+        columns |= {name: Ragged.stack(rows) for name, rows in self._rows.items()}
+        full = _Full(self._split, self._ids, columns)
+        self._clear()
+        return full
+
+    def _allocate(self) -> None:
+        """Columns for as many rows as a shard can have; memory that no row comes to is never touched."""
+        fixed = {name: field for name, field in self._fields.items() if name not in self._ragged}
+        row_types = {name: np.dtype((field.dtype, field.shape)) for name, field in fixed.items()}
+        self._fixed_bytes = sum(row_type.itemsize for row_type in row_types.values())
+        num_rows = self._shard_bytes // (self._fixed_bytes + len("#0")) + 1
+        self._columns = {name: np.empty(num_rows, row_type) for name, row_type in row_types.items()}
+        self._rows = {name: [] for name in self._fields if name in self._ragged}
+
+    def _is_alike(self, sample: Sample) -> bool:
+        """Whether its arrays are like those before: to ask is ten times quicker than to describe them."""
+        for name, (dtype, shape) in self._alike.items():
+            array = sample.get(name)
+            if not isinstance(array, ARRAYS) or array.dtype != dtype or self._shape_of(name, array) != shape:
+                return False
+        return len(sample) == len(self._alike)
+
+    def _shape_of(self, name: str, array: Array) -> tuple[int | None, ...]:
+        return (None, *array.shape[1:]) if name in self._ragged and array.ndim else array.shape
 
     def _require_same_fields(self, sample_id: str, sample: Sample) -> None:
         fields = {name: self._declared(sample_id, name, array) for name, array in sample.items()}
-        if not self.fields:
-            self.fields.update(fields)
-        if fields != self.fields:
-            raise UserError(f"record {sample_id}: its fields are {fields}, where those before had {self.fields}")
+        if not self._fields:
+            self._fields.update(fields)
+        if fields != self._fields:
+            raise UserError(f"record {sample_id}: its fields are {fields}, where those before had {self._fields}")
+        self._alike = {name: (array.dtype, fields[name].shape) for name, array in sample.items()}
 
     def _declared(self, sample_id: str, name: str, array: Array) -> FieldInfo:
-        if not isinstance(name, str) or not isinstance(array, np.ndarray | np.generic):
+        if not isinstance(name, str) or not isinstance(array, ARRAYS):
             raise UserError(f"record {sample_id}: field {name!r} is a {type(array).__name__}, not a numpy array")
         if not dtype_is_known(array.dtype):
             raise UserError(f"record {sample_id}: field {name!r} has dtype {array.dtype}")
         if not name or "." in name or name == "__metadata__":
             raise UserError(f"record {sample_id}: field {name!r} must have another name, without a dot")
-        if name not in self._ragged:
-            return FieldInfo(dtype=array.dtype.name, shape=array.shape)
-        if array.ndim == 0:
+        if name in self._ragged and array.ndim == 0:
             raise UserError(f"record {sample_id}: field {name!r} is in the recipe's `ragged`, but has no length")
-        return FieldInfo(dtype=array.dtype.name, shape=(None, *array.shape[1:]))
-
-    def take(self) -> tuple[ShardInfo, bytes]:
-        columns: dict[str, Column] = {}
-        for name in self.fields:
-            rows = [sample[name] for sample in self._samples]
-            columns[name] = Ragged.stack(rows) if name in self._ragged else np.array(rows)  # quicker than np.stack
-        data = encode_shard(self.ids, columns)
-        info = describe_shard(data, num_samples=len(self.ids))
-        self._samples, self.ids, self._num_bytes = [], [], 0
-        return info, data
+        return FieldInfo(dtype=array.dtype.name, shape=self._shape_of(name, array))
