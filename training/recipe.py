@@ -7,6 +7,7 @@ import importlib
 import importlib.util
 import math
 import sys
+import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, is_dataclass
@@ -159,6 +160,10 @@ def _look_beside(folder: str) -> None:
     importlib.invalidate_caches()
 
 
+_PARSING = threading.Lock()
+"""Python's parser counts its depth for all threads together, and two at once can make it fail (CPython #106905)."""
+
+
 def source_closure_digest(recipe: Recipe) -> str:
     """A digest over the recipe's source and every module of its own package that it imports, transitively.
 
@@ -187,7 +192,9 @@ def _collect(name: str, root: Path, found: dict[str, str]) -> None:
         return
     source = path.read_bytes()
     found[name] = sha256_hex(source)
-    for imported in _imports(ast.parse(source), package=spec.parent or ""):
+    with _PARSING:
+        tree = ast.parse(source)
+    for imported in _imports(tree, package=spec.parent or ""):
         try:
             _collect(imported, root, found)
         except (ImportError, ValueError):  # an attribute of a module, not a module

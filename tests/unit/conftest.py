@@ -16,3 +16,9 @@ def store(store: Store) -> Store:
     whole = _clients.setdefault(where.endpoint, Store(StoreLocation(endpoint=where.endpoint, bucket=where.bucket)))
     store.__dict__.update(_client=whole._client, _client_without_retries=whole._client_without_retries)
     return store
+
+
+@pytest.fixture(autouse=True)
+def roomy_disk(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However full the disk of this machine is: a cache would leave its last tenth alone."""
+    monkeypatch.setattr("training.data.cache.MIN_FREE_SHARE", 0.0)
