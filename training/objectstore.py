@@ -202,7 +202,7 @@ class Store:
             self.put(key, data)
 
     def _quick_status(self, method: str, key: str, body: bytes, *, sha256: str) -> int:
-        """The reply to a request by a kept-alive connection, which costs a tenth of the client's; 0 if there is none."""
+        """What a request by a kept-alive connection is answered: a tenth of the client's cost. 0 without an answer."""
         from urllib3.exceptions import HTTPError
 
         if self.location.endpoint is not None:
