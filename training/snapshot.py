@@ -11,21 +11,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from training.documents import canonical_json
+from training import tensorfile
 from training.errors import UserError
-
-_NAMES = {
-    torch.bool: "BOOL",
-    torch.uint8: "U8",
-    torch.int8: "I8",
-    torch.int16: "I16",
-    torch.int32: "I32",
-    torch.int64: "I64",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.float32: "F32",
-    torch.float64: "F64",
-}
 
 
 class Snapshot:
@@ -40,7 +27,8 @@ class Snapshot:
         Raises `UserError` naming a tensor whose dtype the format lacks.
         """
         names = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))  # so each is aligned
-        header, start = _header(tensors, names)
+        header = _header(tensors, names)
+        start = len(header)
         size = start + sum(tensors[name].nbytes for name in names)
         if len(self._buffer) != size:
             self._buffer = bytearray(size)
@@ -58,17 +46,9 @@ class Snapshot:
             place.view(tensor.shape).copy_(tensor)
 
 
-def _header(tensors: Mapping[str, Tensor], names: list[str]) -> tuple[bytes, int]:
-    """The file's beginning and its length, a multiple of 8."""
-    entries = {}
-    offset = 0
+def _header(tensors: Mapping[str, Tensor], names: list[str]) -> bytes:
+    dtypes = {name: str(tensors[name].dtype).removeprefix("torch.") for name in names}
     for name in names:
-        tensor = tensors[name]
-        if tensor.dtype not in _NAMES:
-            raise UserError(f"{name} has dtype {tensor.dtype}, which a checkpoint cannot hold")
-        offsets = [offset, offset + tensor.nbytes]
-        entries[name] = {"dtype": _NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": offsets}
-        offset += tensor.nbytes
-    text = canonical_json(entries)
-    text += b" " * (-len(text) % 8)
-    return len(text).to_bytes(8, "little") + text, 8 + len(text)
+        if dtypes[name] not in tensorfile.DTYPES:
+            raise UserError(f"{name} has dtype {tensors[name].dtype}, which a checkpoint cannot hold")
+    return tensorfile.header((name, dtypes[name], tensors[name].shape, tensors[name].nbytes) for name in names)

@@ -196,6 +196,15 @@ def test_quick_reads_ride_out_lost_replies(behind_proxy: Store, proxy: LosingPro
     assert proxy.num_lost == 4
 
 
+@pytest.mark.usefixtures("quick_retries")
+def test_to_ask_whether_an_object_is_there_rides_out_lost_replies(behind_proxy: Store, proxy: LosingProxy) -> None:
+    behind_proxy.put("a", b"something")
+    proxy.lose_replies("HEAD", 2)
+    assert behind_proxy.exists("a")
+    assert not behind_proxy.exists("b")
+    assert proxy.num_lost == 2
+
+
 def test_quick_reads_name_what_is_wrong_as_the_others_do(store: Store, quick_retries: None) -> None:
     with pytest.raises(MissingError, match="nothing/here does not exist"):
         store.fetch("nothing/here")

@@ -18,7 +18,7 @@ from tests.unit.tiny import Tiny
 from training.config import DataConfig
 from training.data.manifest import SPLITS, Manifest, load_manifest
 from training.data.source import open_source
-from training.data.writer import WriteResult, split_of, write_dataset
+from training.data.writer import WriteResult, _one_behind, split_of, write_dataset
 from training.errors import InfrastructureError, UserError
 from training.objectstore import Store
 from training.recipe import Recipe, Record, Sample
@@ -382,3 +382,50 @@ def test_a_recipe_may_use_one_array_for_all_its_samples(store: Store, folder: Pa
     manifest = write_dataset(store, local_source(folder, config), config, Reusing()).manifest
     found = make_reader(store, "tiny", manifest, "train").read([0, 1, 2]).fields["x"]
     assert found[:, 0].tolist() == [0.0, 1.0, 2.0]
+
+
+def test_one_byte_order_for_all_machines(store: Store, folder: Path) -> None:
+    class Swapping(Tiny):
+        def encode(self, record: Record) -> Iterable[Sample]:
+            order = "<>"[int(record.id.rpartition(":")[2]) % 2]
+            for sample in super().encode(record):
+                yield {name: array.astype(array.dtype.newbyteorder(order)) for name, array in sample.items()}
+
+    config = data_config()
+    assert (
+        write_dataset(store, local_source(folder, config), config, Swapping()).manifest == write(store, folder).manifest
+    )
+
+
+def test_a_ragged_field_without_a_length_is_named(store: Store, folder: Path) -> None:
+    class Lengthless(Tiny):
+        ragged = frozenset({"x"})
+
+        def encode(self, record: Record) -> Iterable[Sample]:
+            yield {"x": np.zeros(3)}
+            yield {"x": np.array(3.0)}
+
+    config = data_config()
+    with pytest.raises(UserError, match=r"record 0\.csv:1#1: field 'x' is in the recipe's `ragged`, but has no length"):
+        write_dataset(store, local_source(folder, config), config, Lengthless())
+
+
+def test_one_item_is_made_while_another_is_worked_on() -> None:
+    made, worked = [], []
+
+    def items() -> Iterable[int]:
+        for number in range(5):
+            made.append(number)
+            assert len(made) - len(worked) <= 2, "memory would grow with the source"
+            yield number
+
+    def work(number: int) -> int:
+        if number == 3:
+            raise InfrastructureError("three")
+        worked.append(number)
+        return 10 * number
+
+    done: list[int] = []
+    with pytest.raises(InfrastructureError, match="three"):
+        done.extend(_one_behind(work, items()))
+    assert (made, worked) == ([0, 1, 2, 3, 4], [0, 1, 2])

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from training.documents import canonical_json
+from training import tensorfile
 from training.errors import DamagedError
 
 FORMAT = 1
@@ -24,18 +24,7 @@ RAGGED = ".ragged"
 ENDS = ".ends"
 Array = np.ndarray[Any, Any]
 
-_NAMES = {
-    "uint8": "U8",
-    "int8": "I8",
-    "int16": "I16",
-    "int32": "I32",
-    "int64": "I64",
-    "float16": "F16",
-    "float32": "F32",
-    "float64": "F64",
-    "bool": "BOOL",
-}
-_DTYPES = {name: np.dtype(dtype) for dtype, name in _NAMES.items()}
+_DTYPES = {known: np.dtype(name) for name, known in tensorfile.DTYPES.items() if name != "bfloat16"}
 
 
 @dataclass(frozen=True)
@@ -86,7 +75,7 @@ class Shard:
 
 def dtype_is_known(dtype: np.dtype[Any]) -> bool:
     """Whether a sample's field may have this dtype."""
-    return dtype.name in _NAMES
+    return tensorfile.DTYPES.get(dtype.name) in _DTYPES
 
 
 def encode_shard(ids: Sequence[str], fields: Columns) -> bytes:
@@ -105,22 +94,10 @@ def encode_shard(ids: Sequence[str], fields: Columns) -> bytes:
 
 
 def _encode_safetensors(columns: Mapping[str, Array]) -> bytes:
-    header: dict[str, Any] = {"__metadata__": {"format": f"unbroken-shard-{FORMAT}"}}
-    bodies: list[memoryview] = []
-    offset = 0
-    for name in sorted(columns):
-        column = np.ascontiguousarray(columns[name])
-        body = column.astype(column.dtype.newbyteorder("<"), copy=False).reshape(-1).view(np.uint8).data
-        header[name] = {
-            "dtype": _NAMES[column.dtype.name],
-            "shape": list(columns[name].shape),
-            "data_offsets": [offset, offset + len(body)],
-        }
-        bodies.append(body)
-        offset += len(body)
-    text = canonical_json(header)
-    text += b" " * (-len(text) % 8)
-    return b"".join((len(text).to_bytes(8, "little"), text, *bodies))
+    whole = {name: np.ascontiguousarray(columns[name]) for name in sorted(columns)}
+    bodies = [c.astype(c.dtype.newbyteorder("<"), copy=False).reshape(-1).view(np.uint8).data for c in whole.values()]
+    about = [(name, column.dtype.name, columns[name].shape, column.nbytes) for name, column in whole.items()]
+    return b"".join((tensorfile.header(about, __metadata__={"format": f"unbroken-shard-{FORMAT}"}), *bodies))
 
 
 def decode_shard(data: bytes | memoryview, *, name: str) -> Shard:

@@ -12,6 +12,7 @@ import boto3  # noqa: F401 (imported when first needed, and imports are not time
 import botocore.auth
 import botocore.config  # noqa: F401
 import numpy as np
+import pydantic.dataclasses
 import pydantic.type_adapter  # noqa: F401
 
 from benchmarks.data.contestants.protocol import BATCH_SIZE, SEED, Task, serve
