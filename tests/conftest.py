@@ -52,12 +52,13 @@ class Stack:
             command, cwd=cwd, env=self.environment(), capture_output=True, text=True, timeout=200, check=False
         )
 
-    def start(self, *arguments: str, cwd: Path | None = None) -> subprocess.Popen[str]:
-        """Start the `unbroken` command and go on."""
+    def start(self, *arguments: str, cwd: Path | None = None, s3_endpoint: str = "") -> subprocess.Popen[str]:
+        """Start the `unbroken` command and go on; before another S3 endpoint than the stack's own, if one is given."""
+        endpoint = {"UNBROKEN_S3_ENDPOINT": s3_endpoint} if s3_endpoint else {}
         return subprocess.Popen(
             [UNBROKEN, *arguments],
             cwd=cwd,
-            env=self.environment(),
+            env=self.environment() | endpoint,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,

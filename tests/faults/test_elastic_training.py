@@ -1,10 +1,11 @@
-"""Training that loses everything at once, again and again, and goes on with another number of ranks each time."""
+"""Training that loses everything at once, at any moment, and goes on with another number of ranks each time."""
 
 from __future__ import annotations
 
 import contextlib
 import random
-import subprocess
+import threading
+from collections.abc import Sequence
 from typing import Any
 
 import psutil
@@ -12,28 +13,81 @@ import pytest
 
 from tests.conftest import Stack
 from tests.faults.evidence import write_evidence
+from tests.faults.moments import AFTER_COMMIT, MOMENTS, call_at
+from tests.faults.proxy import LosingProxy
 from tests.flows.runs import last_json, loss_history, processes, run_keys, wait_for_step
+from tests.waiting import wait_until
 from training.record import RunRecord
 
 STEPS = 600
-LAST_STOP = 200  # what is seen of a run lags behind it: so that no run is over before it is stopped
+EVERY = 10
 MAX_RANKS = 4
-SHORT = ("--steps", str(STEPS), "--set", "train.checkpoint_every_steps=10")
+MAX_CHECKPOINTS = 6
+"""Between two stops at most: what is seen of a run lags behind it, and none may be over before it is stopped."""
+
+SHORT = ("--steps", str(STEPS), "--set", f"train.checkpoint_every_steps={EVERY}")
+MID_STEP = "a step"
+STOPS = {MID_STEP: None, **MOMENTS, "the record was replaced": AFTER_COMMIT}
 
 
-def start(stack: Stack, *, seed: int, num_ranks: int) -> subprocess.Popen[str]:
-    return stack.start("train", "digits", "--json", "--ranks", str(num_ranks), "--set", f"seed={seed}", *SHORT)
+class Training:
+    """One `unbroken train` before a proxy of its own, which is killed with all its agents and ranks."""
+
+    def __init__(self, stack: Stack, proxy: LosingProxy, *, seed: int, num_ranks: int) -> None:
+        self._stack = stack
+        self._proxy = proxy
+        self._is_killed = threading.Event()
+        self.num_killed = 0
+        options = ("--json", "--ranks", str(num_ranks), "--set", f"seed={seed}")
+        self._command = stack.start("train", "digits", *options, *SHORT, s3_endpoint=proxy.endpoint)
+
+    def kill(self) -> None:
+        """The command, the agents and the ranks, with `kill -9`."""
+        ranks = processes(self._stack, "training.worker")
+        for process in (*processes(self._stack, "training.agent"), *ranks, psutil.Process(self._command.pid)):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+        self.num_killed = len(ranks)
+        self._is_killed.set()
+
+    def kill_at(self, moment: tuple[str, str, int], *, step: int) -> None:
+        call_at(self._proxy, moment, self.kill, step=step)
+        assert self._is_killed.wait(timeout=120), "the moment never came"
+
+    def wait_until_dead(self) -> None:
+        self._command.communicate(timeout=60)
+        wait_until(lambda: not processes(self._stack, "training.worker"), what="all ranks to be gone")
+
+    def result(self) -> dict[str, Any]:
+        output, _ = self._command.communicate(timeout=200)
+        found: dict[str, Any] = last_json(output)
+        return found
 
 
-def kill_all(stack: Stack, command: subprocess.Popen[str]) -> int:
-    """The command, the agents and the ranks, with `kill -9`. Returns how many ranks died."""
-    ranks = processes(stack, "training.worker")
-    for process in (*processes(stack, "training.agent"), *ranks, psutil.Process(command.pid)):
-        with contextlib.suppress(psutil.NoSuchProcess):
-            process.kill()
-    command.communicate(timeout=60)
-    psutil.wait_procs(ranks, timeout=60)
-    return len(ranks)
+def stop_once(stack: Stack, proxy: LosingProxy, name: str, chance: random.Random, before: set[str], seed: int) -> Any:
+    """Train on some number of ranks, kill everything at the moment of that name, and say what happened."""
+    newest = 0 if (run := found_run(stack, before)) is None else run.read().checkpoints[-1].step
+    num_ranks = chance.randint(1, MAX_RANKS)
+    step = newest + EVERY * chance.randint(1, MAX_CHECKPOINTS)
+    training = Training(stack, proxy, seed=seed, num_ranks=num_ranks)
+    moment = STOPS[name]
+    if moment is None:
+        step += chance.randint(1, EVERY - 1)
+        run = wait_for_step(stack, before, step=step)
+        training.kill()
+    else:
+        training.kill_at(moment, step=step)
+    training.wait_until_dead()
+    run = found_run(stack, before)
+    assert run is not None
+    assert stack.command("runs", "cancel", run.run_key).returncode == 0
+    return {"at": name, "of_step": step, "num_ranks": num_ranks, "num_killed": training.num_killed}
+
+
+def found_run(stack: Stack, before: set[str]) -> RunRecord | None:
+    """The run that appeared since `before`, if it has a checkpoint."""
+    runs = [RunRecord(stack.store, key) for key in run_keys(stack) - before]
+    return next((run for run in runs if run.read().checkpoints), None)
 
 
 def history(stack: Stack, run: RunRecord) -> list[tuple[int, float]]:
@@ -42,31 +96,24 @@ def history(stack: Stack, run: RunRecord) -> list[tuple[int, float]]:
     return loss_history(stack, tracked)
 
 
-def elastic(stack: Stack, *, seed: int, num_stops: int) -> dict[str, Any]:
-    """A run stopped at random steps, each time gone on with another number of ranks; beside a calm one on one rank."""
+def elastic(stack: Stack, *, seed: int, stops: Sequence[str]) -> dict[str, Any]:
+    """A run stopped again and again, each time gone on with another number of ranks; beside a calm one on one rank."""
     chance = random.Random(seed)
     before = run_keys(stack)
-    num_ranks = [chance.randint(1, MAX_RANKS) for _ in range(num_stops + 1)]
-    stops = sorted(chance.sample(range(10, LAST_STOP), num_stops))
-    killed = []
-    for count, stop in zip(num_ranks, stops, strict=False):
-        command = start(stack, seed=seed, num_ranks=count)
-        run = wait_for_step(stack, before, step=stop)
-        killed.append(kill_all(stack, command))
-        assert stack.command("runs", "cancel", run.run_key).returncode == 0
-    output, _ = start(stack, seed=seed, num_ranks=num_ranks[-1]).communicate(timeout=200)
-    result = last_json(output)
+    with LosingProxy(str(stack.location.endpoint)) as proxy:
+        rows = [stop_once(stack, proxy, name, chance, before, seed) for name in stops]
+        result = Training(stack, proxy, seed=seed, num_ranks=chance.randint(1, MAX_RANKS)).result()
+    run = found_run(stack, before)
+    assert run is not None
     losses = history(stack, run)
     calm, _ = stack.start(
         "train", "digits", "--json", "--fresh", "--ranks", "1", "--set", f"seed={seed}", *SHORT
     ).communicate(timeout=200)
-    assert all(killed), "every stop found ranks to kill"
+    assert all(row["num_killed"] for row in rows), "every stop found ranks to kill"
     assert len(losses) == STEPS
     return {
         "seed": seed,
-        "num_ranks": num_ranks,
-        "killed_at_or_after": stops,
-        "num_killed": killed,
+        "stops": rows,
         "state_sha256": result["state_sha256"],
         "same_state": result["state_sha256"] == last_json(calm)["state_sha256"],
         "same_loss_history": losses == history(stack, run),
@@ -74,7 +121,7 @@ def elastic(stack: Stack, *, seed: int, num_stops: int) -> dict[str, Any]:
 
 
 def test_a_run_goes_on_with_another_number_of_ranks(stack: Stack) -> None:
-    row = elastic(stack, seed=7, num_stops=1)
+    row = elastic(stack, seed=7, stops=["the manifest was read back"])
     assert row["same_state"]
     assert row["same_loss_history"]
 
@@ -82,6 +129,8 @@ def test_a_run_goes_on_with_another_number_of_ranks(stack: Stack) -> None:
 @pytest.mark.soak
 @pytest.mark.timeout(3600)
 def test_many_stops_on_any_number_of_ranks(stack: Stack) -> None:
-    rows = [elastic(stack, seed=seed, num_stops=2) for seed in range(200, 210)]
+    """Each moment is the last thing that some run saw, twice or more."""
+    names = list(STOPS)
+    rows = [elastic(stack, seed=200 + n, stops=[names[(2 * n + k) % len(names)] for k in (0, 1)]) for n in range(10)]
     write_evidence("elastic-training", rows=rows)
     assert all(row["same_state"] and row["same_loss_history"] for row in rows)

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.faults.evidence import write_evidence
+from tests.faults.moments import AFTER_COMMIT, MOMENTS, call_at
 from tests.faults.proxy import LosingProxy
 from tests.faults.small_disk import small_disk
 from tests.unit.attempts import attempt, history, step_through, train
@@ -96,32 +97,6 @@ def through(proxy: LosingProxy, run: RunRecord) -> Store:
     return Store(replace(run.store.location, endpoint=proxy.endpoint))
 
 
-def call_at(proxy: LosingProxy, request: tuple[str, str, int], act: Callable[[], None], *, step: int = STRUCK) -> None:
-    """Once: at the first such request (method, part of its path, status) after that step's part was sent."""
-    method, name, status = request
-    sent, done = False, False
-
-    def watch(found_method: str, path: str, found_status: int) -> None:
-        nonlocal sent, done
-        sent |= f"{step:08d}-" in path
-        if not done and sent and (found_method, found_status) == (method, status) and name in path:
-            done = True
-            act()
-
-    proxy.watch = watch
-
-
-MOMENTS = {
-    "the part is sent": ("PUT", "/part-0", 0),
-    "the part is read back": ("GET", "/part-0", 0),
-    "the manifest is sent": ("PUT", "/manifest", 0),
-    "the manifest is read back": ("GET", "/manifest", 0),
-    "the manifest was read back": ("GET", "/manifest", 200),
-    "the record is replaced": ("PUT", "/record", 0),
-}
-AFTER_COMMIT = ("PUT", "/record", 200)
-
-
 @pytest.mark.usefixtures("quick_retries")
 @pytest.mark.parametrize("moment", MOMENTS)
 def test_training_goes_on_while_the_store_answers_503(run: RunRecord, proxy: LosingProxy, moment: str) -> None:
@@ -152,7 +127,7 @@ def answer_503(
         proxy.is_away = False
 
     outage = Outage(trainer, end, min_seconds=min_seconds)
-    call_at(proxy, moment, begin)
+    call_at(proxy, moment, begin, step=STRUCK)
     train(trainer)
     assert proxy.num_refused > 0
     return outage
