@@ -1,28 +1,60 @@
 """Who trains together: pure functions from one run record to the next. The agents apply them by compare-and-set.
 
-A group forms under a token until all its nodes are there; whoever leaves a full group begins the next one. So no two
-groups ever hold the same token, and a node that was left behind finds a newer token and is fenced off.
+Each group has a token of its own, greater than all before; whoever holds an older one is fenced off.
 """
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 from training.record import Departure, Failure, Member, Record
 
+FOR_GOOD = ("UserError", "DeterministicError", "DamagedError")
+"""Errors that no restart can heal."""
+INNOCENT = ("PeerLost", "Preempted")
+"""Departures that say nothing against who left."""
 
-def join(record: Record, me: Member, *, num_nodes: int, maybe_departure: Departure | None = None) -> Record:
-    """The record with `me` in the group that forms, or in a new one that I begin.
 
-    `maybe_departure` says why I left the group that I was in before.
+@dataclass(frozen=True, kw_only=True)
+class Proposal:
+    """The next group, as one of its nodes proposes it."""
+
+    expected_token: int
+    """It follows the group of this token, and no other."""
+    generation: int
+    members: tuple[Member, ...]
+    """In the order of ranks."""
+    departures: tuple[Departure, ...]
+    """Why the group before is no more."""
+    max_restarts: int
+
+
+def is_over(record: Record, generation: int) -> bool:
+    """Nothing is left to do in this generation."""
+    return bool(record.result or record.failure or record.generation != generation)
+
+
+def begin_group(record: Record, proposal: Proposal) -> Record:
+    """The record with the proposed group, or with a failure for good if the departures amount to one.
+
+    It stays as it is if another group was quicker, or the run is over.
     """
-    record = _with_departure(record, maybe_departure)
-    if me in record.members and (maybe_departure is None or maybe_departure.token != record.token):
+    if record.token != proposal.expected_token or is_over(record, proposal.generation):
         return record
-    if _is_forming(record, num_nodes) and all(member.node != me.node for member in record.members):
-        members = sorted((*record.members, me), key=lambda member: member.node)
-        return replace(record, members=tuple(members))
-    return replace(record, token=record.token + 1, members=(me,), num_nodes=num_nodes)
+    new = tuple(departure for departure in proposal.departures if departure not in record.departures)
+    record = replace(record, departures=(*record.departures, *new))
+    failure = _failure(record, new, max_restarts=proposal.max_restarts)
+    if failure is not None:
+        return replace(record, failure=failure)
+    return replace(
+        record, token=record.token + 1, members=proposal.members, num_nodes=len(proposal.members), signs_of_life=0
+    )
+
+
+def renew(record: Record, token: int) -> Record:
+    """A sign of life of the group of `token`, for those who cannot reach it."""
+    return replace(record, signs_of_life=record.signs_of_life + 1) if record.token == token else record
 
 
 def launched_elsewhere(record: Record) -> Record:
@@ -32,18 +64,9 @@ def launched_elsewhere(record: Record) -> Record:
     return replace(record, token=record.token + 1, members=(), num_nodes=0)
 
 
-def is_complete(record: Record) -> bool:
-    return record.num_nodes > 0 and len(record.members) == record.num_nodes
-
-
-def _is_forming(record: Record, num_nodes: int) -> bool:
-    return record.num_nodes == num_nodes and 0 < len(record.members) < num_nodes
-
-
-def _with_departure(record: Record, maybe_departure: Departure | None) -> Record:
-    if maybe_departure is None or maybe_departure in record.departures:
-        return record
-    return replace(record, departures=(*record.departures, maybe_departure))
+def _failure(record: Record, new: Sequence[Departure], *, max_restarts: int) -> Failure | None:
+    found = (failure_to_report(record, departure, max_restarts=max_restarts) for departure in new)
+    return next((failure for failure in found if failure is not None), None)
 
 
 def failure_to_report(record: Record, latest: Departure, *, max_restarts: int) -> Failure | None:
@@ -52,9 +75,9 @@ def failure_to_report(record: Record, latest: Departure, *, max_restarts: int) -
     At once for errors that a restart cannot heal; at the second time for the same error at the same step; and after
     `max_restarts` restarts in a row without a new checkpoint.
     """
-    if latest.class_name in ("UserError", "DeterministicError", "DamagedError"):
+    if latest.class_name in FOR_GOOD:
         return Failure(kind=latest.class_name, message=latest.cause)
-    counting = [d for d in record.departures if d.token > record.forgiven_token]
+    counting = [d for d in record.departures if d.token > record.forgiven_token and d.class_name not in INNOCENT]
     same = [d for d in counting if (d.cause, d.step) == (latest.cause, latest.step)]
     if latest.class_name == "Exception" and len({d.token for d in same}) > 1:
         return Failure(

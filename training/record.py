@@ -111,6 +111,8 @@ class Record:
     """The fencing token: grows by one whenever the set of nodes changes. Writers with an older one are refused."""
     members: tuple[Member, ...] = ()
     num_nodes: int = 0
+    signs_of_life: int = 0
+    """Grows while the group trains, also between checkpoints."""
     resume_steps: tuple[int | None, ...] = ()
     """For each token from 1: the step it resumed from (None: it never began). Events count up to a later one's."""
     checkpoints: tuple[CheckpointRef, ...] = ()
