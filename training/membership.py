@@ -12,8 +12,6 @@ from training.record import Departure, Failure, Member, Record
 
 FOR_GOOD = ("UserError", "DeterministicError", "DamagedError")
 """Errors that no restart can heal."""
-INNOCENT = ("PeerLost", "Preempted")
-"""Departures that say nothing against who left."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,21 +71,31 @@ def failure_to_report(record: Record, latest: Departure, *, max_restarts: int) -
     """Whether the run should stop for good after `latest`, and why.
 
     At once for errors that a restart cannot heal; at the second time for the same error at the same step; and after
-    `max_restarts` restarts in a row without a new checkpoint.
+    `max_restarts` restarts in a row that came no further, and without a new checkpoint.
     """
     if latest.class_name in FOR_GOOD:
         return Failure(kind=latest.class_name, message=latest.cause)
-    counting = [d for d in record.departures if d.token > record.forgiven_token and d.class_name not in INNOCENT]
+    counting = [d for d in record.departures if d.token > record.forgiven_token and d.class_name != "Preempted"]
     same = [d for d in counting if (d.cause, d.step) == (latest.cause, latest.step)]
     if latest.class_name == "Exception" and len({d.token for d in same}) > 1:
         return Failure(
             kind="DeterministicError", message=f"twice the same failure at step {latest.step}: {latest.cause}"
         )
     newest = record.checkpoints[-1].token if record.checkpoints else 0
-    restarts = {d.token for d in counting if d.token > newest}
-    if len(restarts) > max_restarts:
+    restarts = _restarts_in_vain([d for d in counting if d.token > newest])
+    if restarts > max_restarts:
         return Failure(
             kind="InfrastructureError",
-            message=f"{len(restarts)} restarts without a new checkpoint; the last: {latest.cause}",
+            message=f"{restarts} restarts that came no further than before; the last: {latest.cause}",
         )
     return None
+
+
+def _restarts_in_vain(departures: Sequence[Departure]) -> int:
+    """How many of the last groups in a row ended at no later step than one before them, and the one before them."""
+    furthest = {token: max(d.step for d in departures if d.token == token) for token in {d.token for d in departures}}
+    count, best = 0, -1
+    for token in sorted(furthest):
+        count = 1 if furthest[token] > best else count + 1
+        best = max(best, furthest[token])
+    return count

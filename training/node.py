@@ -66,6 +66,8 @@ class Node:
     is_leaving: bool = False
     has_left: bool = False
     maybe_departure: Departure | None = None
+    step: int = 0
+    """The last that this node's workers finished."""
     _actions: list[Action] = field(default_factory=list)
     _is_asking: bool = False
     _has_asked_workers: bool = False
@@ -106,7 +108,9 @@ class Node:
                 self.maybe_group = None
                 self.maybe_departure = event.maybe_departure
                 self._enter("done" if event.is_finished else "idle", now)
-                self._read_at = float("-inf")  # whether there is a result, or another group
+                self.step = event.step
+                if event.is_finished:
+                    self._read_at = float("-inf")  # for the result
             case Preempted():
                 self.is_leaving = True
 
@@ -273,6 +277,7 @@ class Node:
     def _departures(self, record: Record, ready: list[Status]) -> tuple[Departure, ...]:
         """Why the group of `record` is no more: what its living members say, and who is not among them."""
         told = [status.maybe_departure for status in ready if status.maybe_departure is not None]
+        told = [departure for departure in told if departure.class_name != "PeerLost"] or told[:1]
         here = {status.member.incarnation for status in ready}
         leaving = {status.member.incarnation for status in self._statuses() if status.is_leaving}
         gone = [
@@ -280,7 +285,7 @@ class Node:
                 token=record.token,
                 node=member.node,
                 cause="preempted" if member.incarnation in leaving else "lost",
-                step=0,
+                step=max(status.step for status in ready),
                 class_name="Preempted" if member.incarnation in leaving else "NodeLost",
             )
             for member in record.members
@@ -337,6 +342,7 @@ class Node:
             reaches=tuple(sorted(self.peers)),
             sees_store=self.sees_store,
             is_leaving=self.is_leaving,
+            step=self.step,
             maybe_departure=self.maybe_departure,
         )
 

@@ -51,6 +51,8 @@ class Status:
     """Incarnations it is linked with."""
     sees_store: bool
     is_leaving: bool
+    step: int
+    """The last that its workers finished when they ended."""
     maybe_departure: Departure | None
     """Why its workers failed last."""
 
@@ -91,6 +93,7 @@ class WorkersEnded:
 
     me: Member
     """With a new port."""
+    step: int = 0
     is_finished: bool = False
     maybe_departure: Departure | None = None
 
