@@ -1,207 +1,249 @@
-"""The node agent: joins the group, starts this node's workers, and begins again with whatever is left when one dies.
+"""The node agent: training.node with sockets, processes and S3.
 
 Placed by an engine, one per node. It imports no torch. Exit codes: 0 the run is finished (or somebody began it anew),
-2 or 4 it failed for good, any other: start me again.
+2 or 4 it failed for good, 75 this node was preempted, any other: start me again.
 """
 
 from __future__ import annotations
 
+import asyncio
 import json
 import logging
 import os
+import signal
 import socket
-import subprocess
 import sys
-import tempfile
 import time
 import uuid
-from collections.abc import Sequence
-from contextlib import suppress
-from dataclasses import asdict, dataclass, replace
-from pathlib import Path
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
 
 from training import errors, membership
-from training.documents import parse
-from training.errors import FencedError, InfrastructureError
+from training.control import Order
+from training.documents import canonical_json, parse
+from training.errors import InfrastructureError, UserError
 from training.job import Job, read_job
-from training.objectstore import Store, StoreLocation
+from training.links import Links, Place
+from training.node import Node
+from training.objectstore import MissingError, Store, StoreLocation
 from training.processes import die_with
-from training.record import Departure, Member, Record, RunRecord
-from training.worker import WorkerOrder, WorkerReport
+from training.protocol import (
+    Action,
+    AskWorkers,
+    Event,
+    Leave,
+    Preempted,
+    Propose,
+    ReadRecord,
+    RecordSeen,
+    Renew,
+    StartWorkers,
+    StopWorkers,
+    Tell,
+    Tick,
+    Timing,
+    Unlink,
+    WorkersEnded,
+)
+from training.record import Member, Record, RunRecord
+from training.workers import Outcome, Start, Workers, spawn
 
-JOIN_POLL_SECONDS = 0.2
-WATCH_SECONDS = 0.1
-RECORD_POLL_SECONDS = 2.0
-SETTLE_SECONDS = 0.5
+EXIT_PREEMPTED = 75
+"""EX_TEMPFAIL: start me again, elsewhere or later."""
+LOOK_SECONDS = 1.0
+"""Between two looks for other agents, while some are missing."""
 RESTART_PAUSE_SECONDS = 1.0  # the engine restarts at once: spare a store that is away
 log = logging.getLogger("training.agent")
 
 
-@dataclass(kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class Agent:
     """One node of one run."""
 
     job: Job
     node: int
     address: str
+    start: Start
 
     def run(self) -> int:
         """Until the run is finished or has failed for good. Returns the exit code."""
         run = self.job.open_run()
-        maybe_departure: Departure | None = None
-        while True:
-            with _bound_socket(self.address) as listener:
-                me = Member(
-                    node=self.node,
-                    incarnation=uuid.uuid4().hex,
-                    address=self.address,
-                    port=listener.getsockname()[1],
-                )
-                record = self.form_group(run, me, maybe_departure)
-                if self.is_over(record):
-                    return self.exit_code(record)
-                log.info("node %d: token %d, %d nodes", self.node, record.token, record.num_nodes)
-                maybe_departure = self.work(run, record, listener)
-            if maybe_departure is not None:
-                self.maybe_give_up(run, maybe_departure)
+        record = run.update(membership.with_secret)
 
-    def form_group(self, run: RunRecord, me: Member, maybe_departure: Departure | None) -> Record:
-        """Join, and wait until the group is complete; join again whenever it changed without me."""
-        num_nodes = self.job.preset.launch.nodes
+        async def serve() -> int:
+            return await _Shell(self, run, record).serve()
 
-        def change(record: Record) -> Record:
-            if self.is_over(record):
-                return record
-            return membership.join(record, me, num_nodes=num_nodes, maybe_departure=maybe_departure)
-
-        while True:
-            record = run.update(change)
-            if me not in record.members or membership.is_complete(record):
-                return record
-            time.sleep(JOIN_POLL_SECONDS)
-
-    def is_over(self, record: Record) -> bool:
-        """Nothing is left to do for this job: not even a word about it belongs in the record."""
-        return bool(record.result or record.failure or record.generation != self.job.generation)
+        return asyncio.run(serve())
 
     def exit_code(self, record: Record) -> int:
         """Always a final one: what is worth trying again, whoever follows the run starts again."""
         if record.generation != self.job.generation or record.failure is None:
             return 0
         log.error("the run failed: %s", record.failure.message)
-        is_users = record.failure.kind == errors.UserError.__name__
+        is_users = record.failure.kind == UserError.__name__
         return errors.UserError.exit_code if is_users else errors.DeterministicError.exit_code
 
-    def work(self, run: RunRecord, record: Record, listener: socket.socket) -> Departure | None:
-        """Run this node's workers until they end. Returns why they failed; None if they finished or were fenced."""
-        with tempfile.TemporaryDirectory(prefix="unbroken-") as folder:
-            orders = self.orders(record, listener, Path(folder))
-            workers = [_start_worker(order, listener) for order in orders]
-            try:
-                codes = self.watch(run, record, workers)
-            finally:
-                for worker in workers:
-                    worker.kill()
-                    worker.wait()
-            return self.departure(record, orders, codes) if any(codes) else None
 
-    def watch(self, run: RunRecord, record: Record, workers: Sequence[subprocess.Popen[bytes]]) -> list[int | None]:
-        """The workers' exit codes as soon as one failed or all finished; none if another token took over."""
-        next_look = time.monotonic() + RECORD_POLL_SECONDS
-        while True:
-            codes = [worker.poll() for worker in workers]
-            if any(codes):
-                return _settled(workers)
-            if all(code == 0 for code in codes):
-                return codes
-            if time.monotonic() > next_look:
-                with suppress(InfrastructureError):  # S3 being away never stops a healthy job
-                    if run.read().token != record.token:
-                        return []
-                next_look = time.monotonic() + RECORD_POLL_SECONDS
-            time.sleep(WATCH_SECONDS)
+class _Shell:
+    """Does what the node says, and tells it what happens."""
 
-    def orders(self, record: Record, listener: socket.socket, folder: Path) -> list[WorkerOrder]:
-        """What each of this node's workers is told. Ranks follow the order of nodes."""
-        per_node = self.job.preset.launch.processes_per_node
-        position = [member.node for member in record.members].index(self.node)
-        first = record.members[0]
-        return [
-            WorkerOrder(
-                job=self.job.to_json(),
-                token=record.token,
-                rank=position * per_node + local_rank,
-                local_rank=local_rank,
-                world_size=len(record.members) * per_node,
-                store_address=first.address,
-                store_port=first.port,
-                maybe_listen_fd=listener.fileno() if position == local_rank == 0 else None,
-                report_path=str(folder / f"report-{local_rank}.json"),
-                agent_pid=os.getpid(),
-            )
-            for local_rank in range(per_node)
-        ]
-
-    def departure(self, record: Record, orders: Sequence[WorkerOrder], codes: Sequence[int | None]) -> Departure:
-        """Why this node leaves the group: what failed by itself goes before what failed for the loss of a peer."""
-        reports = [_report(order, code) for order, code in zip(orders, codes, strict=True) if code]
-        report = min(reports, key=lambda report: (report.class_name == "PeerLost", report.class_name == "Exception"))
-        log.warning("node %d left token %d: %s", self.node, record.token, report.message)
-        return Departure(
-            token=record.token, node=self.node, cause=report.message, step=report.step, class_name=report.class_name
+    def __init__(self, agent: Agent, run: RunRecord, record: Record) -> None:
+        launch = agent.job.preset.launch
+        self._agent = agent
+        self._run = run
+        self._prefix = run.prefix(record)
+        self._incarnation = uuid.uuid4().hex
+        self._listener = self._bind()
+        self._events: asyncio.Queue[Event] = asyncio.Queue()
+        self._links = Links(self._incarnation, secret=record.secret, on_event=self._events.put_nowait)
+        self._places: dict[int, Place] = {}
+        self._maybe_workers: Workers | None = None
+        self._maybe_code: int | None = None
+        self._pending: set[asyncio.Task[None]] = set()
+        self._timing = Timing(silence=launch.silence_seconds, join=launch.join_seconds)
+        self._node = Node(
+            me=self._member(),
+            num_nodes=launch.nodes,
+            min_nodes=launch.min_nodes,
+            generation=agent.job.generation,
+            max_restarts=launch.max_restarts,
+            timing=self._timing,
+            since=asyncio.get_running_loop().time(),
         )
 
-    def maybe_give_up(self, run: RunRecord, departure: Departure) -> None:
-        """Note a failure for good in the record, if this is one."""
+    async def serve(self) -> int:
+        """Returns the exit code."""
+        loop = asyncio.get_running_loop()
+        loop.add_signal_handler(signal.SIGTERM, self._events.put_nowait, Preempted())
+        port = await self._links.listen(self._agent.address)
+        looking = asyncio.create_task(self._keep_looking(port))
+        try:
+            while self._maybe_code is None:
+                event = await self._next_event()
+                for action in self._node.handle(event, loop.time()):
+                    self._act(action)
+                if self._maybe_workers is not None:
+                    self._maybe_workers.kill_hung(loop.time(), hang_seconds=self._agent.job.preset.launch.hang_seconds)
+            return self._maybe_code
+        finally:
+            if self._maybe_workers is not None:
+                self._maybe_workers.kill()
+            looking.cancel()
+            await self._links.close()
 
-        def change(record: Record) -> Record:
-            if self.is_over(record) or departure.class_name == FencedError.__name__:
-                return record
-            noted = (*record.departures, departure) if departure not in record.departures else record.departures
-            record = replace(record, departures=noted)
-            failure = membership.failure_to_report(record, departure, max_restarts=self.job.preset.launch.max_restarts)
-            return replace(record, failure=failure)
+    async def _next_event(self) -> Event:
+        try:
+            return await asyncio.wait_for(self._events.get(), self._timing.beat)
+        except TimeoutError:
+            return Tick()
 
-        run.update(change)
+    def _act(self, action: Action) -> None:
+        match action:
+            case Tell():
+                self._links.tell(action.status)
+            case Unlink():
+                self._links.unlink(action.incarnation)
+            case ReadRecord():
+                self._ask_store(lambda record: record)
+            case Propose():
+                self._ask_store(lambda record: membership.begin_group(record, action.proposal))
+            case Renew():
+                self._ask_store(lambda record: membership.renew(record, action.token))
+            case StartWorkers():
+                self._start_workers(action.record)
+            case StopWorkers():
+                if self._maybe_workers is not None:  # or they ended just now
+                    self._maybe_workers.stop()
+            case AskWorkers():
+                if self._maybe_workers is not None:
+                    self._maybe_workers.ask(Order(do=action.to, seconds=self._agent.job.preset.launch.grace_seconds))
+            case Leave():
+                record = self._node.maybe_record
+                is_over = record is not None and not action.is_preempted
+                self._maybe_code = self._agent.exit_code(record) if record and is_over else EXIT_PREEMPTED
 
+    # ---- the store -----------------------------------------------------------------------------------------------
 
-def _bound_socket(address: str) -> socket.socket:
-    listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
-    listener.bind((address, 0))
-    listener.listen(128)
-    return listener
+    def _ask_store(self, change: Callable[[Record], Record]) -> None:
+        """Replace the record by compare-and-set, in a thread, and tell the node what it is then."""
+        task = asyncio.create_task(self._asked(change))
+        self._pending.add(task)
+        task.add_done_callback(self._pending.discard)
 
+    async def _asked(self, change: Callable[[Record], Record]) -> None:
+        try:
+            self._events.put_nowait(RecordSeen(maybe_record=await asyncio.to_thread(self._run.update, change)))
+        except MissingError:
+            log.info("the run was removed")
+            self._maybe_code = 0
+        except errors.UnbrokenError as error:  # the store is away, or closed to us: a healthy group trains on
+            log.warning("%s", error)
+            self._events.put_nowait(RecordSeen(maybe_record=None))
 
-def _start_worker(order: WorkerOrder, listener: socket.socket) -> subprocess.Popen[bytes]:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    worker = subprocess.Popen(
-        [sys.executable, "-m", "training.worker"],
-        stdin=subprocess.PIPE,
-        env=environment,
-        pass_fds=(listener.fileno(),) if order.maybe_listen_fd is not None else (),
-    )
-    assert worker.stdin is not None
-    with suppress(BrokenPipeError):  # it died already; watch() finds out
-        worker.stdin.write(json.dumps(asdict(order)).encode() + b"\n")
-        worker.stdin.close()
-    return worker
+    async def _keep_looking(self, port: int) -> None:
+        """Say where this agent is, and look for the others as long as some are missing."""
+        own = Place(node=self._agent.node, incarnation=self._incarnation, address=self._agent.address, port=port)
+        is_known = False
+        while True:
+            try:
+                if not is_known:
+                    await asyncio.to_thread(self._publish, own)
+                    is_known = True
+                if len(self._node.peers) + 1 < self._node.num_nodes and self._node.phase != "training":
+                    self._places = await asyncio.to_thread(self._find_places)
+                    self._links.dial(self._places)
+            except InfrastructureError as error:
+                log.warning("%s", error)
+            await asyncio.sleep(LOOK_SECONDS if self._node.maybe_record and self._node.maybe_record.token else 0.1)
 
+    def _publish(self, place: Place) -> None:
+        self._run.store.put(f"{self._prefix}nodes/{place.node}.json", canonical_json(asdict(place)))
 
-def _settled(workers: Sequence[subprocess.Popen[bytes]]) -> list[int | None]:
-    """The exit codes a moment after the first failure: whoever only lost its peer may have been quicker to say so."""
-    deadline = time.monotonic() + SETTLE_SECONDS
-    while time.monotonic() < deadline and any(worker.poll() is None for worker in workers):
-        time.sleep(WATCH_SECONDS)
-    return [worker.poll() for worker in workers]
+    def _find_places(self) -> dict[int, Place]:
+        keys = [key for key, _ in self._run.store.list_keys(f"{self._prefix}nodes/")]
+        places = [parse(Place, json.loads(self._run.store.get(key))) for key in keys]
+        return {place.node: place for place in places}
 
+    # ---- the workers ---------------------------------------------------------------------------------------------
 
-def _report(order: WorkerOrder, code: int) -> WorkerReport:
-    """What a failed worker said, or what its exit code says."""
-    path = Path(order.report_path)
-    if path.exists():
-        return parse(WorkerReport, json.loads(path.read_bytes()))
-    message = f"worker killed by signal {-code}" if code < 0 else f"worker exited with {code}"
-    return WorkerReport(class_name="Killed", message=message, step=0)
+    def _start_workers(self, record: Record) -> None:
+        log.info("node %d: token %d, %d nodes", self._agent.node, record.token, record.num_nodes)
+        self._maybe_workers = Workers(
+            job=self._agent.job,
+            node=self._agent.node,
+            record=record,
+            start=self._agent.start,
+            on_end=self._workers_ended,
+        )
+        self._maybe_workers.begin(self._listener)
+
+    def _workers_ended(self, outcome: Outcome) -> None:
+        self._maybe_workers = None
+        self._listener.close()
+        self._listener = self._bind()
+        self._events.put_nowait(
+            WorkersEnded(
+                me=self._member(),
+                step=outcome.step,
+                is_finished=outcome.is_finished,
+                maybe_departure=outcome.maybe_departure,
+            )
+        )
+
+    def _bind(self) -> socket.socket:
+        """For the store of the next group: a port that no group before had."""
+        listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
+        listener.bind((self._agent.address, 0))
+        listener.listen(128)
+        return listener
+
+    def _member(self) -> Member:
+        return Member(
+            node=self._agent.node,
+            incarnation=self._incarnation,
+            address=self._agent.address,
+            port=self._listener.getsockname()[1],
+        )
 
 
 def main() -> None:
@@ -219,7 +261,7 @@ def main() -> None:
     address = os.environ.get("UNBROKEN_NODE_ADDRESS", "127.0.0.1")
     try:
         job = read_job(Store(location), key, digest)
-        code = Agent(job=job, node=node, address=address).run()
+        code = Agent(job=job, node=node, address=address, start=spawn).run()
     except errors.UnbrokenError as error:
         log.error("%s", error)
         time.sleep(RESTART_PAUSE_SECONDS)

@@ -120,7 +120,17 @@ class LaunchConfig:
     """On what it runs. Nothing here changes the result."""
 
     nodes: int = 2
+    min_nodes: int = 1
+    """Training goes on with so many, and takes in the others when they are back."""
     processes_per_node: int = 1
+    join_seconds: float = 10.0
+    """How long the first group waits for nodes beyond `min_nodes`."""
+    silence_seconds: float = 3.0
+    """After which a node that says nothing counts as lost."""
+    hang_seconds: float = 30.0
+    """After which a rank without a sign of life is replaced."""
+    grace_seconds: float = 10.0
+    """What a preempted node takes at most for a last checkpoint."""
     collective_timeout_seconds: int = 60
     max_restarts: int = 20
     data_workers: int = 0
@@ -132,6 +142,11 @@ class LaunchConfig:
 
     def __post_init__(self) -> None:
         _require(self.nodes >= 1, "launch.nodes", "must be at least 1")
+        _require(1 <= self.min_nodes <= self.nodes, "launch.min_nodes", "must lie between 1 and launch.nodes")
+        _require(self.join_seconds >= 0, "launch.join_seconds", "must not be negative")
+        _require(self.silence_seconds >= 0.5, "launch.silence_seconds", "must be at least 0.5")
+        _require(self.hang_seconds >= 1, "launch.hang_seconds", "must be at least 1")
+        _require(self.grace_seconds >= 0, "launch.grace_seconds", "must not be negative")
         _require(self.processes_per_node >= 1, "launch.processes_per_node", "must be at least 1")
         _require(self.collective_timeout_seconds >= 5, "launch.collective_timeout_seconds", "must be at least 5")
         _require(self.max_restarts >= 0, "launch.max_restarts", "must not be negative")

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from training.checkpoint import load_initial, newest_proven
 from training.config import Preset
+from training.control import Note
 from training.data import ledger
 from training.data.stream import Microbatch
 from training.errors import DamagedError, DeterministicError, InfrastructureError
@@ -88,7 +89,9 @@ class Trainer:
         saver: CheckpointSaver,
         events: EventWriter | None,
         rank: Rank,
+        tell: Callable[[Note], None] = lambda note: None,
     ) -> None:
+        """`tell` hears how far this rank has come."""
         self.preset = preset
         self.recipe = recipe
         self.feed = feed
@@ -99,6 +102,7 @@ class Trainer:
         self.saver = saver
         self.maybe_events = events
         self.rank = rank
+        self.tell = tell
         self.state = TrainState(recipe, seed=preset.seed, device=rank.device)
         self.extras = Extras(self.state.model)
         self.reducer = self.make_reducer()
@@ -142,6 +146,7 @@ class Trainer:
         if self.rank.rank == 0:
             self.run.update(lambda record: with_resume_step(record, step, token=token))
         self.emit("attempt", world_size=self.rank.world_size, resumed_from=step)
+        self.tell(Note(event="began", step=step))
 
     def train_step(self) -> StepOutcome:
         """One synchronous step: each owned virtual worker's gradient, the mean over all ranks, one optimizer step."""
@@ -216,6 +221,7 @@ class Trainer:
             learning_rate=float(self.state.optimizer.param_groups[0]["lr"]),
             samples_per_second=self.preset.train.batch_size / seconds,
         )
+        self.tell(Note(event="step", step=self.state.step))
 
     def save_checkpoint(self) -> None:
         """Start saving, off this thread."""

@@ -136,7 +136,7 @@ def begin(store: Store, preset: Preset, dataset: str) -> dict[str, Any]:
 def _train(job: Job, seat: Seat, rendezvous: Any) -> None:
     from training import rank
 
-    rank.train(job, seat, rendezvous, [0], make_events=_SpokenEvents)
+    rank.train(job, seat, rendezvous, make_events=_SpokenEvents)
 
 
 class _SpokenEvents(EventWriter):

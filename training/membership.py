@@ -5,6 +5,7 @@ Each group has a token of its own, greater than all before; whoever holds an old
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -48,6 +49,11 @@ def begin_group(record: Record, proposal: Proposal) -> Record:
     return replace(
         record, token=record.token + 1, members=proposal.members, num_nodes=len(proposal.members), signs_of_life=0
     )
+
+
+def with_secret(record: Record) -> Record:
+    """Records made before agents spoke to one another have none."""
+    return record if record.secret else replace(record, secret=secrets.token_hex(32))
 
 
 def renew(record: Record, token: int) -> Record:

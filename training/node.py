@@ -57,6 +57,8 @@ class Node:
     generation: int
     max_restarts: int
     timing: Timing
+    since: float
+    """When this phase began."""
     phase: Phase = "idle"
     maybe_record: Record | None = None
     maybe_group: Record | None = None
@@ -71,12 +73,12 @@ class Node:
     _actions: list[Action] = field(default_factory=list)
     _is_asking: bool = False
     _has_asked_workers: bool = False
-    _since: float = 0.0
-    """When this phase began."""
     _read_at: float = float("-inf")
     _renewed_at: float = 0.0
     _changed_at: float = 0.0
     """When the record was first seen as it is."""
+    _gathering: tuple[int, float] = (-1, 0.0)
+    """The token whose group is seen to be broken, and since when."""
     _told_at: float = float("-inf")
     _maybe_told: Status | None = None
 
@@ -130,7 +132,7 @@ class Node:
 
     def _enter(self, phase: Phase, now: float) -> None:
         self.phase = phase
-        self._since = now
+        self.since = now
         self._has_asked_workers = False
 
     # ---- what follows from the state -----------------------------------------------------------------------------
@@ -138,7 +140,7 @@ class Node:
     def _decide(self, now: float) -> None:
         self._maybe_read(now)
         record = self.maybe_record
-        if self.phase == "done" and self._read_at >= self._since:
+        if self.phase == "done" and self._read_at >= self.since:
             self._enter("idle", now)  # the record says what follows
         if self.phase == "training":
             self._watch(now)
@@ -206,10 +208,10 @@ class Node:
             return True
         status = peer.maybe_status
         if status is None or (status.token < group.token and status.sees_store):
-            return now - self._since > self.timing.start
+            return now - self.since > self.timing.start
         if status.token == group.token and status.phase == "idle" and status.member == member:
             others = {other.incarnation for other in group.members} - {member.incarnation}
-            return not others <= set(status.reaches) or now - self._since > self.timing.start
+            return not others <= set(status.reaches) or now - self.since > self.timing.start
         return status.token < group.token or (status.token == group.token and status.phase in ("idle", "stopping"))
 
     def _leads_group(self, group: Record) -> bool:
@@ -307,10 +309,12 @@ class Node:
     def _is_time(self, record: Record, chosen: list[Status], now: float) -> bool:
         inside = {member.incarnation for member in record.members}
         if not inside:
-            return len(chosen) == self.num_nodes or now - self._since > self.timing.join
+            return len(chosen) == self.num_nodes or now - self.since > self.timing.join
         if any(status.member.incarnation in inside for status in chosen):
+            if self._gathering[0] != record.token:
+                self._gathering = (record.token, now)
             ready = {status.member.incarnation for status in self._ready(record)}
-            return inside & self.peers.keys() <= ready or now - self._since > self.timing.gather
+            return inside & self.peers.keys() <= ready or now - self._gathering[1] > self.timing.gather
         return self._may_take_over(record, chosen, now)
 
     def _may_take_over(self, record: Record, chosen: list[Status], now: float) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -11,6 +12,7 @@ import torch
 import torch.distributed as dist
 
 from training import environment
+from training.control import Note
 from training.data.loader import Feed
 from training.errors import UserError
 from training.events import EventWriter
@@ -32,9 +34,14 @@ class Seat:
 
 
 def train(
-    job: Job, seat: Seat, rendezvous: Any, step: list[int], *, make_events: type[EventWriter] = EventWriter
+    job: Job,
+    seat: Seat,
+    rendezvous: Any,
+    tell: Callable[[Note], None] = lambda note: None,
+    *,
+    make_events: type[EventWriter] = EventWriter,
 ) -> None:
-    """Train the job's run to its committed result. `rendezvous` is the group's store; `step[0]` says how far it came.
+    """Train the job's run to its committed result. `rendezvous` is the group's store; `tell` hears how far it came.
 
     Raises what made it fail; after that, no collective may follow.
     """
@@ -60,11 +67,9 @@ def train(
         saver=_saver(job, seat, run, rendezvous, events),
         events=events,
         rank=Rank(rank=seat.rank, world_size=seat.world_size, token=seat.token, device=device),
+        tell=tell,
     )
-    try:
-        trainer.train()
-    finally:
-        step[0] = trainer.state.step
+    trainer.train()
     _leave_together(rendezvous, seat)
 
 

@@ -5,6 +5,7 @@ Everything else of a run is immutable and counts only when the record names it (
 
 from __future__ import annotations
 
+import secrets
 import time
 import uuid
 from collections.abc import Callable, Mapping
@@ -104,6 +105,8 @@ class Record:
     key: str
     instance: str = ""
     """Tells this record from one of the same key that was removed before."""
+    secret: str = ""
+    """Known to whoever may read the record: agents prove to one another that they do."""
     generation: int = 0
     fresh_mark: str | None = None
     """Who asked for this generation, so that asking twice (a retry) begins anew only once."""
@@ -179,7 +182,7 @@ class RunRecord:
 
     def create_if_missing(self) -> Record:
         """The record, made if this is the first to ask."""
-        self.store.create_versioned(self.object_key, _to_json(Record(key=self.run_key, instance=uuid.uuid4().hex)))
+        self.store.create_versioned(self.object_key, _to_json(_new_record(self.run_key)))
         return self.read()
 
     def read(self) -> Record:
@@ -208,7 +211,17 @@ class RunRecord:
 
 def start_fresh(record: Record) -> Record:
     """A new generation: nothing of the old one counts, and its processes are fenced off."""
-    return Record(key=record.key, instance=record.instance, generation=record.generation + 1, token=record.token + 1)
+    return Record(
+        key=record.key,
+        instance=record.instance,
+        secret=record.secret,
+        generation=record.generation + 1,
+        token=record.token + 1,
+    )
+
+
+def _new_record(key: str) -> Record:
+    return Record(key=key, instance=uuid.uuid4().hex, secret=secrets.token_hex(32))
 
 
 def without_failure(record: Record) -> Record:

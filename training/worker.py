@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import sys
+import threading
 import traceback
-from dataclasses import asdict, dataclass
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
 from datetime import timedelta
-from pathlib import Path
 from typing import Any
 
-from training.documents import canonical_json, parse
+from training.control import EXIT_STOPPED, Channel, Note
+from training.documents import parse
 from training.errors import UnbrokenError
 from training.job import Job
 from training.processes import die_with
@@ -28,37 +32,49 @@ class WorkerOrder:
     world_size: int
     store_address: str
     store_port: int
-    maybe_listen_fd: int | None
-    """Only for rank 0: the socket that the agent bound for the group's store."""
-    report_path: str
-    """Where to say why it failed."""
     agent_pid: int
-
-
-@dataclass(frozen=True, kw_only=True)
-class WorkerReport:
-    """Why a worker failed."""
-
-    class_name: str
-    message: str
-    step: int
+    control_fd: int = -1
+    """This worker's end of the socket between it and its agent (training.control)."""
+    maybe_listen_fd: int | None = None
+    """Only for rank 0: the socket that the agent bound for the group's store."""
 
 
 def main() -> None:
-    order = parse(WorkerOrder, json.loads(sys.stdin.readline()))
+    run(parse(WorkerOrder, json.loads(sys.stdin.readline())))
+
+
+def run(order: WorkerOrder) -> None:
+    """Be this worker, to the end of the process."""
     die_with(order.agent_pid)
+    channel = Channel(socket.socket(fileno=order.control_fd))
+    threading.Thread(target=_obey, args=(channel,), name="control", daemon=True).start()
     step = [0]
+
+    def tell(note: Note) -> None:
+        step[0] = note.step
+        channel.send(note)
+
     try:
-        _train(order, step)
+        _train(order, tell)
     except Exception as error:  # the agent decides what it means; no more collectives after an error
         if not isinstance(error, UnbrokenError):
             traceback.print_exc()
-        report = WorkerReport(class_name=_class_name(error), message=str(error) or repr(error), step=step[0])
-        Path(order.report_path).write_bytes(canonical_json(asdict(report)))
+        with suppress(OSError):
+            message = str(error) or repr(error)
+            channel.send(Note(event="failed", class_name=_class_name(error), message=message, step=step[0]))
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(error.exit_code if isinstance(error, UnbrokenError) else 1)
     os._exit(0)  # the group's threads need no goodbye
+
+
+def _obey(channel: Channel) -> None:
+    """What the agent says, until it is gone: then this process goes too."""
+    with suppress(EOFError, OSError):
+        while True:
+            for _ in channel.orders():
+                os._exit(EXIT_STOPPED)
+    os._exit(1)
 
 
 def _class_name(error: Exception) -> str:
@@ -71,11 +87,11 @@ def _class_name(error: Exception) -> str:
     return "PeerLost" if peer_is_gone else "Exception"
 
 
-def _train(order: WorkerOrder, step: list[int]) -> None:
+def _train(order: WorkerOrder, tell: Callable[[Note], None]) -> None:
     from training.rank import Seat, train
 
     seat = Seat(rank=order.rank, local_rank=order.local_rank, world_size=order.world_size, token=order.token)
-    train(Job.from_json(order.job), seat, _rendezvous(order), step)
+    train(Job.from_json(order.job), seat, _rendezvous(order), tell)
 
 
 def _rendezvous(order: WorkerOrder) -> Any:

@@ -1,0 +1,257 @@
+"""This node's workers of one group: started together, told what to do on the way, and gone together."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field
+from typing import Any, Protocol
+
+from training.control import EXIT_STOPPED, Channel, Note, Order
+from training.documents import canonical_json
+from training.job import Job
+from training.record import Departure, Record
+from training.worker import WorkerOrder
+
+STOP_SECONDS = 3.0
+"""After which a worker that was told to stop is killed, and what it held in memory is given up."""
+log = logging.getLogger("training.agent")
+
+
+class Process(Protocol):
+    """A worker, as whoever starts it gives it."""
+
+    def fileno(self) -> int:
+        """Of its pidfd."""
+        ...
+
+    def poll(self) -> int | None: ...
+
+    def kill(self) -> None: ...
+
+
+class _Spawned:
+    """A process of its own, with all its imports before it."""
+
+    def __init__(self, order: dict[str, Any], descriptors: Mapping[str, int]) -> None:
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "training.worker"],
+            stdin=subprocess.PIPE,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            pass_fds=tuple(descriptors.values()),
+        )
+        self._pidfd = os.pidfd_open(self._process.pid)
+        assert self._process.stdin is not None
+        with suppress(BrokenPipeError):  # it died already
+            self._process.stdin.write(canonical_json({**order, **descriptors}) + b"\n")
+            self._process.stdin.close()
+
+    def fileno(self) -> int:
+        return self._pidfd
+
+    def poll(self) -> int | None:
+        return self._process.poll()
+
+    def kill(self) -> None:
+        self._process.kill()
+
+
+def spawn(order: dict[str, Any], descriptors: Mapping[str, int]) -> Process:
+    return _Spawned(order, descriptors)
+
+
+Start = Callable[[dict[str, Any], Mapping[str, int]], Process]
+"""Starts a worker with an order, and file descriptors by the names of their fields in it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """How a node's workers ended."""
+
+    step: int
+    is_finished: bool
+    maybe_departure: Departure | None
+
+
+@dataclass(kw_only=True)
+class _Worker:
+    """One rank."""
+
+    process: Process
+    channel: Channel
+    heard_at: float
+    step: int = 0
+    moved_at: float = 0.0
+    """When it last finished a step."""
+    slowest_seconds: float = 0.0
+    is_waiting: bool = False
+    maybe_failure: Note | None = None
+    maybe_code: int | None = None
+
+    def failure(self) -> Note | None:
+        """What it said, or what its exit code says."""
+        if self.maybe_code in (0, EXIT_STOPPED):
+            return None
+        if self.maybe_failure is not None:
+            return self.maybe_failure
+        code = self.maybe_code or 0
+        message = f"worker killed by signal {-code}" if code < 0 else f"worker exited with {code}"
+        return Note(event="failed", step=self.step, class_name="Killed", message=message)
+
+
+@dataclass(kw_only=True)
+class Workers:
+    """Those of one group, on this node. `on_end` is called once, when all are gone."""
+
+    job: Job
+    node: int
+    record: Record
+    start: Start
+    on_end: Callable[[Outcome], None]
+    _workers: list[_Worker] = field(default_factory=list)
+    _is_stopping: bool = False
+    _has_ended: bool = False
+    _maybe_hung: Note | None = None
+
+    def begin(self, listener: socket.socket) -> None:
+        """Start them. Ranks follow the order of nodes; the first node's `listener` is the group's store."""
+        per_node = self.job.preset.launch.processes_per_node
+        position = [member.node for member in self.record.members].index(self.node)
+        loop = asyncio.get_running_loop()
+        for local_rank in range(per_node):
+            ours, theirs = socket.socketpair()
+            descriptors = {"control_fd": theirs.fileno()}
+            if position == local_rank == 0:
+                descriptors["maybe_listen_fd"] = listener.fileno()
+            order = self._order(position * per_node + local_rank, local_rank)
+            process = self.start(asdict(order), descriptors)
+            theirs.close()
+            worker = _Worker(process=process, channel=Channel(ours), heard_at=loop.time(), moved_at=loop.time())
+            self._workers.append(worker)
+            loop.add_reader(ours, self._hear, worker)
+            loop.add_reader(process.fileno(), self._bury, worker)
+
+    def _order(self, rank: int, local_rank: int) -> WorkerOrder:
+        first = self.record.members[0]
+        return WorkerOrder(
+            job=self.job.to_json(),
+            token=self.record.token,
+            rank=rank,
+            local_rank=local_rank,
+            world_size=len(self.record.members) * self.job.preset.launch.processes_per_node,
+            store_address=first.address,
+            store_port=first.port,
+            agent_pid=os.getpid(),
+        )
+
+    def ask(self, order: Order) -> None:
+        for worker in self._workers:
+            with suppress(OSError):  # it is gone, and buried soon
+                worker.channel.send(order)
+
+    def stop(self) -> None:
+        """At once; whoever does not stop is killed."""
+        if not self._is_stopping:
+            self._is_stopping = True
+            self.ask(Order(do="stop"))
+            asyncio.get_running_loop().call_later(STOP_SECONDS, self.kill)
+
+    def kill(self) -> None:
+        for worker in self._workers:
+            if worker.maybe_code is None:
+                worker.process.kill()
+
+    def kill_hung(self, now: float, *, hang_seconds: float) -> None:
+        """Whoever gives no sign of life, or does not come to the end of a step that all others wait in."""
+        for worker in self._workers:
+            if worker.maybe_code is None and (reason := _hang(worker, now, hang_seconds)):
+                log.warning("node %d: step %d: %s", self.node, worker.step + 1, reason)
+                self._maybe_hung = Note(event="failed", step=worker.step, class_name="Hung", message=reason)
+                worker.process.kill()
+
+    def _hear(self, worker: _Worker) -> None:
+        loop = asyncio.get_running_loop()
+        try:
+            for note in worker.channel.notes():
+                _take(worker, note, loop.time())
+        except (EOFError, OSError):
+            loop.remove_reader(worker.channel.end)
+
+    def _bury(self, worker: _Worker) -> None:
+        loop = asyncio.get_running_loop()
+        worker.maybe_code = worker.process.poll()
+        if worker.maybe_code is None:
+            return  # its exit code is on the way
+        loop.remove_reader(worker.process.fileno())
+        worker.channel.end.setblocking(False)
+        with suppress(EOFError, OSError):  # what it said last
+            while True:
+                for note in worker.channel.notes():
+                    _take(worker, note, loop.time())
+        loop.remove_reader(worker.channel.end)
+        worker.channel.end.close()
+        if all(other.maybe_code is not None for other in self._workers):
+            self._end()
+        elif worker.maybe_code != 0:
+            self.stop()
+
+    def _end(self) -> None:
+        if self._has_ended:
+            return
+        self._has_ended = True
+        failures = [failure for worker in self._workers if (failure := worker.failure())]
+        step = max(worker.step for worker in self._workers)
+        is_finished = all(worker.maybe_code == 0 for worker in self._workers)
+        self.on_end(Outcome(step=step, is_finished=is_finished, maybe_departure=self._departure(failures)))
+
+    def _departure(self, failures: list[Note]) -> Departure | None:
+        """Why this node leaves the group: what failed by itself goes before what failed for the loss of a peer."""
+        if self._is_stopping:
+            failures = [failure for failure in failures if failure.class_name != "Killed"]
+        if self._maybe_hung is not None:
+            failures = [self._maybe_hung]
+        if not failures:
+            return None
+        worst = min(failures, key=lambda note: (note.class_name == "PeerLost", note.class_name == "Exception"))
+        log.warning("node %d left token %d: %s", self.node, self.record.token, worst.message)
+        return Departure(
+            token=self.record.token,
+            node=self.node,
+            cause=worst.message,
+            step=worst.step,
+            class_name=worst.class_name,
+        )
+
+
+def _take(worker: _Worker, note: Note, now: float) -> None:
+    worker.heard_at = now
+    match note.event:
+        case "failed":
+            worker.maybe_failure = note
+        case "beat":
+            worker.is_waiting = note.is_waiting
+        case "began":
+            worker.step, worker.moved_at = note.step, now
+        case "step":
+            worker.slowest_seconds = max(worker.slowest_seconds, now - worker.moved_at)
+            worker.step, worker.moved_at, worker.is_waiting = note.step, now, False
+
+
+def _hang(worker: _Worker, now: float, hang_seconds: float) -> str:
+    """Why a worker counts as hung; empty if it does not. A first step may take as long as it likes."""
+    silent, stuck = now - worker.heard_at, now - worker.moved_at
+    if silent > hang_seconds:
+        return f"no sign of life from a worker for {silent:.1f} s"
+    is_due = worker.slowest_seconds > 0 and stuck > hang_seconds + 10 * worker.slowest_seconds
+    if is_due and not worker.is_waiting:
+        return (
+            f"a worker does not come to the end of its step: {stuck:.1f} s, the slowest before took"
+            f" {worker.slowest_seconds:.1f} s"
+        )
+    return ""
