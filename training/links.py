@@ -90,8 +90,13 @@ class Links:
         for incarnation in list(self._open):
             self.unlink(incarnation)
 
-    async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        await self._converse(reader, writer, is_caller=False)
+    def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self._begin(reader, writer, is_caller=False)
+
+    def _begin(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, *, is_caller: bool) -> None:
+        task = asyncio.create_task(self._converse(reader, writer, is_caller=is_caller))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
 
     async def _keep_dialing(self, place: Place) -> None:
         while True:
@@ -100,9 +105,7 @@ class Links:
                     reader, writer = await asyncio.wait_for(
                         asyncio.open_connection(place.address, place.port, limit=MAX_LINE_BYTES), HANDSHAKE_SECONDS
                     )
-                    task = asyncio.create_task(self._converse(reader, writer, is_caller=True))
-                    self._tasks.add(task)
-                    task.add_done_callback(self._tasks.discard)
+                    self._begin(reader, writer, is_caller=True)
             await asyncio.sleep(RETRY_SECONDS)
 
     async def _converse(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, *, is_caller: bool) -> None:
