@@ -46,6 +46,7 @@ from training.protocol import (
     WorkersEnded,
 )
 from training.record import Member, Record, RunRecord
+from training.slots import create_slots
 from training.workers import Outcome, Start, Workers, spawn
 
 EXIT_PREEMPTED = 75
@@ -94,6 +95,7 @@ class _Shell:
         self._prefix = run.prefix(record)
         self._incarnation = uuid.uuid4().hex
         self._listener = self._bind()
+        self._slots = [create_slots() for _ in range(launch.processes_per_node)]
         self._events: asyncio.Queue[Event] = asyncio.Queue()
         self._links = Links(self._incarnation, secret=record.secret, on_event=self._events.put_nowait)
         self._places: dict[int, Place] = {}
@@ -215,7 +217,7 @@ class _Shell:
             start=self._agent.start,
             on_end=self._workers_ended,
         )
-        self._maybe_workers.begin(self._listener)
+        self._maybe_workers.begin(self._listener, self._slots)
 
     def _workers_ended(self, outcome: Outcome) -> None:
         self._maybe_workers = None

@@ -73,6 +73,9 @@ class Buffers:
             )
         return [slot.tensor.clone() for slot in self._slots]
 
+    def by_name(self, values: Sequence[Tensor]) -> dict[str, Tensor]:
+        return {slot.name: value for slot, value in zip(self._slots, values, strict=True)}
+
     def put_back(self, values: Sequence[Tensor]) -> None:
         with torch.no_grad():
             for slot, value in zip(self._slots, values, strict=True):

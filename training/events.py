@@ -16,6 +16,7 @@ from typing import Any
 from training.documents import canonical_json
 from training.errors import UnbrokenError
 from training.objectstore import MissingError, Store
+from training.slots import Entry
 
 FLUSH_SECONDS = 1.0
 
@@ -64,7 +65,13 @@ class EventWriter:
         self._thread.start()
 
     def add(self, kind: str, *, step: int, **values: Any) -> None:
-        event = Event(kind=kind, time=time.time(), token=self._token, step=step, values=values)
+        self._add(Event(kind=kind, time=time.time(), token=self._token, step=step, values=values))
+
+    def add_again(self, entry: Entry) -> None:
+        """A step, as it was noted when it was done."""
+        self._add(Event(kind="step", time=entry.time, token=self._token, step=entry.step, values=entry.values))
+
+    def _add(self, event: Event) -> None:
         line = event.to_line()
         with self._lock:
             self._pending.append(line)

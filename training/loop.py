@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from training import tensorfile
 from training.checkpoint import load_initial, newest_proven
 from training.config import Preset
 from training.control import Note
@@ -19,14 +20,18 @@ from training.data.stream import Microbatch
 from training.errors import DamagedError, DeterministicError, InfrastructureError
 from training.events import EventWriter, json_number
 from training.exact import ExactReducer
-from training.extras import Extras
+from training.extras import NO_WORDS, Control, Extras
 from training.fast import FastReducer
+from training.handover import GroupEnded, Handover
 from training.objective import Objective, fill_new_memory, recipe_errors, seed_streams, stream_seed
 from training.recipe import Recipe, learning_rate_scale
 from training.record import CheckpointRef, InitialWeights, Result, RunRecord, with_result, with_resume_step
 from training.saver import CheckpointSaver
 from training.state import TrainState
 from training.validation import HeldOut, validate
+
+PATIENCE_SECONDS = 2.0
+"""How long a checkpoint that is due waits for the one before it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,6 +76,8 @@ class StepOutcome:
     grad_norm: float
     samples: str
     """The step's line in the ledger (training.data.ledger)."""
+    control: Control
+    """What the ranks decided on the way."""
     validation: Mapping[str, float] = field(default_factory=dict)
     """The means of the held-out scores, if they were due after this step."""
 
@@ -89,6 +96,7 @@ class Trainer:
         saver: CheckpointSaver,
         events: EventWriter | None,
         rank: Rank,
+        handover: Handover | None = None,
         tell: Callable[[Note], None] = lambda note: None,
     ) -> None:
         """`tell` hears how far this rank has come."""
@@ -102,10 +110,13 @@ class Trainer:
         self.saver = saver
         self.maybe_events = events
         self.rank = rank
+        self.handover = handover or Handover()
         self.tell = tell
         self.state = TrainState(recipe, seed=preset.seed, device=rank.device)
         self.extras = Extras(self.state.model)
         self.reducer = self.make_reducer()
+        self._committed_step = 0
+        self._is_checkpoint_late = False
 
     def make_reducer(self) -> Reducer:
         train = self.preset.train
@@ -125,37 +136,81 @@ class Trainer:
         config = self.preset.train
         fill_new_memory(True)  # with NaN: a recipe that reads it, and has other bits each time, is found in one step
         while self.state.step < config.steps:
-            started = time.monotonic()
             outcome = self.train_step()
             fill_new_memory(False)  # it costs up to a tenth of a step
-            self.report_step(outcome, seconds=time.monotonic() - started)
-            if self.state.step % config.checkpoint_every_steps == 0 and self.state.step < config.steps:
-                self.save_checkpoint()
+            self.report_step(outcome)
+            if self.state.step < config.steps:
+                self.after_step(outcome.control)
         self.finish()
 
     def resume(self) -> None:
-        """Take up the newest proven checkpoint, or begin at step 0, as a rule with new weights; rank 0 notes which."""
+        """Take up what a rank has in memory, or the newest proven checkpoint, or begin at step 0, as a rule with new
+        weights; rank 0 notes which."""
+        record = self.run.read()
+        since = record.checkpoints[-1].step if record.checkpoints else 0
+        memory = self.handover.find(since=since, device=self.rank.device)
+        if memory is not None:
+            self.state.load(tensorfile.tensors(memory.file), step=memory.step)
+            self.handover.journal = [entry for entry in memory.entries() if entry.step > since]
+        else:
+            since = self.load_checkpoint()
+        self.saver.require_agreement(self.state.step)
+        token = self.rank.token
+        if self.rank.rank == 0:
+            self.run.update(lambda newest: with_resume_step(newest, since, token=token))
+        self._committed_step = since
+        self.handover.keep(self.settled_state)
+        self.handover.step = self.state.step
+        self.tell_history(source="memory" if memory is not None else "checkpoint" if since else "start")
+        self.tell(Note(event="began", step=self.state.step))
+
+    def load_checkpoint(self) -> int:
+        """The newest proven checkpoint, or the initial weights. Returns the step."""
         found = newest_proven(self.run, token=self.rank.token)
         if found is not None:
             reference, tensors = found
             self.state.load(tensors, step=reference.step)
         elif self.initial is not None:
             self.state.load_weights(load_initial(self.run.store, self.initial))
-        self.saver.require_agreement(self.state.step)
-        step, token = self.state.step, self.rank.token
-        if self.rank.rank == 0:
-            self.run.update(lambda record: with_resume_step(record, step, token=token))
-        self.emit("attempt", world_size=self.rank.world_size, resumed_from=step)
-        self.tell(Note(event="began", step=step))
+        return self.state.step
+
+    def tell_history(self, *, source: str) -> None:
+        """Tell again of the steps that only memory holds: whoever told of them before may have died with his words."""
+        if self.handover.journal and "validation" not in self.handover.journal[-1].values:
+            self.maybe_validate()
+        for entry in self.handover.journal:
+            if self.maybe_events is not None:
+                self.maybe_events.add_again(entry)
+        self.emit("attempt", world_size=self.rank.world_size, resumed_from=self.state.step, source=source)
+
+    def settled_state(self) -> tuple[int, Mapping[str, Tensor]]:
+        """The last finished step and its tensors, also in the midst of the next."""
+        tensors = dict(self.state.tensors())
+        for name, value in self.extras.settled().items():
+            key = f"model.{name}" if f"model.{name}" in tensors else f"buffer.{name}"
+            if key in tensors:
+                tensors[key] = value
+        return self.state.step, tensors
 
     def train_step(self) -> StepOutcome:
         """One synchronous step: each owned virtual worker's gradient, the mean over all ranks, one optimizer step."""
-        step = self.state.step
+        started = time.monotonic()
         self.state.require_same_parameters()
-        self.extras.begin_step()
+        words = self.wishes().words()
+        self.extras.hold()
         for worker in self.reducer.owned:
-            self.virtual_worker_step(worker)
+            self.virtual_worker_step(worker, words if worker == self.reducer.owned.start else NO_WORDS)
         total = self.reducer.finish()
+        with self.handover.update():
+            outcome = self.update(total)
+            self.handover.note(self.state.step, self.values(outcome, seconds=time.monotonic() - started))
+            self.extras.release()
+        self.handover.forget(outcome.control.committed_step)
+        return replace(outcome, validation=self.maybe_validate())
+
+    def update(self, total: Tensor) -> StepOutcome:
+        """From the sums over all virtual workers to the next state, without a word to any other rank."""
+        step = self.state.step
         loss = self.extras.hand_out(total / self.preset.train.virtual_workers)
         grad_norm = self.clip()
         if not (math.isfinite(loss) and math.isfinite(grad_norm)):
@@ -164,26 +219,66 @@ class Trainer:
         with recipe_errors(f"step {step + 1}, optimizer.step()"):
             self.state.optimizer.step()
         self.state.step = step + 1
-        samples = self.extras.ledger_line(total)
-        return StepOutcome(loss=loss, grad_norm=grad_norm, samples=samples, validation=self.maybe_validate())
+        return StepOutcome(
+            loss=loss,
+            grad_norm=grad_norm,
+            samples=self.extras.ledger_line(total),
+            control=self.extras.control(total),
+        )
+
+    def wishes(self) -> Control:
+        """What this rank has to say to the others in the next step."""
+        is_first = self.rank.rank == 0
+        return Control(
+            regroup=self.handover.wants_regroup,
+            checkpoint_and_regroup=self.handover.wants_checkpoint,
+            checkpoint=is_first and self.may_save(self.state.step + 1),
+            committed_step=self._committed_step if is_first else 0,
+        )
+
+    def may_save(self, step: int) -> bool:
+        """Whether a checkpoint is due after that step, and the one before is out of the way. A store that is away
+        makes it late, and the training no slower."""
+        is_due = step % self.preset.train.checkpoint_every_steps == 0
+        if step == self.preset.train.steps or not (is_due or self._is_checkpoint_late):
+            return False
+        self._is_checkpoint_late = not self.saver.is_settled(PATIENCE_SECONDS if is_due else 0.0)
+        return not self._is_checkpoint_late
+
+    def after_step(self, control: Control) -> None:
+        """What the ranks decided."""
+        if control.checkpoint:
+            self.save_checkpoint()
+        if control.checkpoint_and_regroup:
+            if not control.checkpoint:
+                self.save_checkpoint()
+            self.settle_checkpoint()
+            self.saver.wait_for_rank_0(self.state.step)
+        if control.regroup or control.checkpoint_and_regroup:
+            self.handover.leave()
+            raise GroupEnded
 
     def maybe_validate(self) -> Mapping[str, float]:
         """Held-out scores, every so many steps."""
         every = self.preset.train.validate_every_steps
-        if every is None or self.state.step % every:
-            return {}
-        self._maybe_held_out = self._maybe_held_out or self.feed.held_out()
-        return validate(
-            self.recipe,
-            self.state.model,
-            self._maybe_held_out,
-            batch_size=self.preset.evaluate.batch_size,
-            max_samples=self.preset.evaluate.max_samples,
-            rank=self.rank.rank,
-            world_size=self.rank.world_size,
-        )
+        scores: Mapping[str, float] = {}
+        if every is not None and self.state.step % every == 0:
+            self._maybe_held_out = self._maybe_held_out or self.feed.held_out()
+            self.extras.hold()
+            scores = validate(
+                self.recipe,
+                self.state.model,
+                self._maybe_held_out,
+                batch_size=self.preset.evaluate.batch_size,
+                max_samples=self.preset.evaluate.max_samples,
+                rank=self.rank.rank,
+                world_size=self.rank.world_size,
+            )
+            self.extras.release()
+        self.handover.complete(validation={name: json_number(mean) for name, mean in scores.items()})
+        return scores
 
-    def virtual_worker_step(self, worker: int) -> None:
+    def virtual_worker_step(self, worker: int, words: list[float]) -> None:
         """Forward and backward of one virtual worker's microbatch."""
         ids, batch = self.microbatch(worker)
         self.extras.begin_worker()
@@ -195,7 +290,7 @@ class Trainer:
                     f"step {self.state.step + 1}, virtual worker {worker}: the loss is {loss.item()};"
                     f" samples {', '.join(ids[:8])}{', …' if len(ids) > 8 else ''}"
                 )
-            self.reducer.backward(worker, loss, self.extras.gather(loss.detach(), ledger.entries(worker, ids)))
+            self.reducer.backward(worker, loss, self.extras.gather(loss.detach(), words, ledger.entries(worker, ids)))
 
     def microbatch(self, worker: int) -> tuple[Sequence[str], Mapping[str, Tensor]]:
         """Ids and tensors of the next microbatch, which is `worker`'s own of this step."""
@@ -214,13 +309,19 @@ class Trainer:
             torch._foreach_mul_(gradients, limit / norm)
         return norm
 
-    def report_step(self, outcome: StepOutcome, *, seconds: float) -> None:
-        self.emit(
-            "step",
-            **{**vars(outcome), "validation": {name: json_number(mean) for name, mean in outcome.validation.items()}},
-            learning_rate=float(self.state.optimizer.param_groups[0]["lr"]),
-            samples_per_second=self.preset.train.batch_size / seconds,
-        )
+    def values(self, outcome: StepOutcome, *, seconds: float) -> dict[str, object]:
+        """What is told of a step, but for its validation."""
+        return {
+            "loss": outcome.loss,
+            "grad_norm": outcome.grad_norm,
+            "samples": outcome.samples,
+            "learning_rate": float(self.state.optimizer.param_groups[0]["lr"]),
+            "samples_per_second": self.preset.train.batch_size / seconds,
+        }
+
+    def report_step(self, outcome: StepOutcome) -> None:
+        if self.maybe_events is not None:
+            self.maybe_events.add_again(self.handover.journal[-1])
         self.tell(Note(event="step", step=self.state.step))
 
     def save_checkpoint(self) -> None:
@@ -263,5 +364,6 @@ class Trainer:
             self.maybe_events.add(kind, step=self.state.step, **values)
 
     def _note_commit(self, checkpoint: CheckpointRef) -> None:
+        self._committed_step = checkpoint.step
         if self.maybe_events is not None:
             self.maybe_events.add("checkpoint", step=checkpoint.step, sha256=checkpoint.sha256)

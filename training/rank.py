@@ -16,6 +16,7 @@ from training.control import Note
 from training.data.loader import Feed
 from training.errors import UserError
 from training.events import EventWriter
+from training.handover import Handover
 from training.job import Job
 from training.loop import Rank, Trainer
 from training.recipe import Recipe, load_recipe
@@ -37,11 +38,14 @@ def train(
     job: Job,
     seat: Seat,
     rendezvous: Any,
+    handover: Handover | None = None,
     tell: Callable[[Note], None] = lambda note: None,
     *,
     make_events: type[EventWriter] = EventWriter,
 ) -> None:
     """Train the job's run to its committed result. `rendezvous` is the group's store; `tell` hears how far it came.
+
+    `handover` holds what the group before left, and takes what this one leaves.
 
     Raises what made it fail; after that, no collective may follow.
     """
@@ -67,6 +71,7 @@ def train(
         saver=_saver(job, seat, run, rendezvous, events),
         events=events,
         rank=Rank(rank=seat.rank, world_size=seat.world_size, token=seat.token, device=device),
+        handover=handover,
         tell=tell,
     )
     trainer.train()

@@ -104,6 +104,20 @@ class CheckpointSaver:
         elif int(self._rendezvous.get("resumed-from")) != resumed_from:
             raise InfrastructureError(f"rank {self._rank} resumed from step {resumed_from}, and rank 0 did not")
 
+    def is_settled(self, patience_seconds: float) -> bool:
+        """Whether no save is under way, if need be after a while."""
+        if self._thread is not None:
+            self._thread.join(patience_seconds)
+        return self._thread is None or not self._thread.is_alive()
+
+    def wait_for_rank_0(self, step: int) -> None:
+        """Until rank 0 is done with its own part, or gone: whoever goes before may let it be fenced off."""
+        if self._rank == 0:
+            self._rendezvous.set(f"checkpoint/{step}/done", "1")
+        else:
+            with suppress(RuntimeError):
+                self._rendezvous.wait([f"checkpoint/{step}/done"], PARTS_TIMEOUT)
+
     def wait(self) -> None:
         """Until the save under way is committed (on rank 0) or sent (elsewhere). Raises what made it fail."""
         if self._thread is not None:

@@ -1,4 +1,4 @@
-"""A rank's share of the state as the bytes of a safetensors file, in a buffer that is used again.
+"""State as the bytes of a safetensors file, in a buffer that is used again.
 
 The training thread waits for this copy and for nothing else; to copy into pages that were touched before is several
 times quicker than into fresh ones. Format: https://github.com/huggingface/safetensors#format
@@ -22,28 +22,39 @@ class Snapshot:
         self._buffer = bytearray()
 
     def take(self, tensors: Mapping[str, Tensor]) -> bytearray:
-        """The file's bytes. The same tensors give the same bytes, whatever their layout in memory.
-
-        Raises `UserError` naming a tensor whose dtype the format lacks.
-        """
-        names = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))  # so each is aligned
-        header = _header(tensors, names)
-        start = len(header)
-        size = start + sum(tensors[name].nbytes for name in names)
-        if len(self._buffer) != size:
-            self._buffer = bytearray(size)
-        self._buffer[:start] = header
-        for name in names:
-            self._put(tensors[name].detach(), start)
-            start += tensors[name].nbytes
+        """The file's bytes. Raises `UserError` naming a tensor whose dtype the format lacks."""
+        image = Image(tensors)
+        if len(self._buffer) != image.num_bytes:
+            self._buffer = bytearray(image.num_bytes)
+        image.write(memoryview(self._buffer))
         return self._buffer
 
-    def _put(self, tensor: Tensor, start: int) -> None:
-        if tensor.is_cpu and tensor.is_contiguous():  # memcpy, 1.4 times as quick as torch's copy_
-            memoryview(self._buffer)[start : start + tensor.nbytes] = tensor.reshape(-1).view(torch.uint8).numpy().data
-        elif tensor.numel():
-            place = torch.frombuffer(self._buffer, dtype=tensor.dtype, count=tensor.numel(), offset=start)
-            place.view(tensor.shape).copy_(tensor)
+
+class Image:
+    """The file to be. The same tensors give the same bytes, whatever their layout in memory."""
+
+    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
+        """Raises `UserError` naming a tensor whose dtype the format lacks."""
+        self._tensors = tensors
+        self._names = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))  # so each is aligned
+        self._header = _header(tensors, self._names)
+        self.num_bytes = len(self._header) + sum(tensor.nbytes for tensor in tensors.values())
+
+    def write(self, buffer: memoryview) -> None:
+        """Into the first `num_bytes` of a buffer."""
+        start = len(self._header)
+        buffer[:start] = self._header
+        for name in self._names:
+            tensor = self._tensors[name]
+            _put(tensor.detach(), buffer[start : start + tensor.nbytes])
+            start += tensor.nbytes
+
+
+def _put(tensor: Tensor, place: memoryview) -> None:
+    if tensor.is_cpu and tensor.is_contiguous():  # memcpy, 1.4 times as quick as torch's copy_
+        place[:] = tensor.reshape(-1).view(torch.uint8).numpy().data
+    elif tensor.numel():
+        torch.frombuffer(place, dtype=tensor.dtype).view(tensor.shape).copy_(tensor)
 
 
 def _header(tensors: Mapping[str, Tensor], names: list[str]) -> bytes:

@@ -12,13 +12,17 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from training.control import EXIT_STOPPED, Channel, Note
 from training.documents import parse
 from training.errors import UnbrokenError
 from training.job import Job
 from training.processes import die_with
+from training.slots import Slots
+
+if TYPE_CHECKING:
+    from training.handover import Handover
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,6 +41,9 @@ class WorkerOrder:
     """This worker's end of the socket between it and its agent (training.control)."""
     maybe_listen_fd: int | None = None
     """Only for rank 0: the socket that the agent bound for the group's store."""
+    slot_fd_0: int = -1
+    slot_fd_1: int = -1
+    """Where state is left and found (training.slots)."""
 
 
 def main() -> None:
@@ -46,34 +53,43 @@ def main() -> None:
 def run(order: WorkerOrder) -> None:
     """Be this worker, to the end of the process."""
     die_with(order.agent_pid)
+    from training.handover import GroupEnded, Handover
+
+    slots = Slots([order.slot_fd_0, order.slot_fd_1])
+    handover = Handover(slots, run_key=order.job["key"], generation=order.job["generation"])
     channel = Channel(socket.socket(fileno=order.control_fd))
-    threading.Thread(target=_obey, args=(channel,), name="control", daemon=True).start()
-    step = [0]
-
-    def tell(note: Note) -> None:
-        step[0] = note.step
-        channel.send(note)
-
+    threading.Thread(target=_obey, args=(channel, handover), name="control", daemon=True).start()
     try:
-        _train(order, tell)
+        _train(order, handover, channel.send)
+    except GroupEnded:
+        os._exit(EXIT_STOPPED)
     except Exception as error:  # the agent decides what it means; no more collectives after an error
-        if not isinstance(error, UnbrokenError):
-            traceback.print_exc()
-        with suppress(OSError):
-            message = str(error) or repr(error)
-            channel.send(Note(event="failed", class_name=_class_name(error), message=message, step=step[0]))
-        sys.stdout.flush()
-        sys.stderr.flush()
+        handover.leave()
+        _report(error, channel, handover.step)
         os._exit(error.exit_code if isinstance(error, UnbrokenError) else 1)
     os._exit(0)  # the group's threads need no goodbye
 
 
-def _obey(channel: Channel) -> None:
+def _report(error: Exception, channel: Channel, step: int) -> None:
+    if not isinstance(error, UnbrokenError):
+        traceback.print_exc()
+    with suppress(OSError):
+        message = str(error) or repr(error)
+        channel.send(Note(event="failed", class_name=_class_name(error), message=message, step=step))
+    sys.stdout.flush()
+    sys.stderr.flush()
+
+
+def _obey(channel: Channel, handover: Handover) -> None:
     """What the agent says, until it is gone: then this process goes too."""
     with suppress(EOFError, OSError):
         while True:
-            for _ in channel.orders():
-                os._exit(EXIT_STOPPED)
+            for order in channel.orders():
+                if order.do == "stop":
+                    handover.leave()
+                    os._exit(EXIT_STOPPED)
+                handover.wants_regroup |= order.do == "regroup"
+                handover.wants_checkpoint |= order.do == "preempt"
     os._exit(1)
 
 
@@ -87,11 +103,11 @@ def _class_name(error: Exception) -> str:
     return "PeerLost" if peer_is_gone else "Exception"
 
 
-def _train(order: WorkerOrder, tell: Callable[[Note], None]) -> None:
+def _train(order: WorkerOrder, handover: Handover, tell: Callable[[Note], None]) -> None:
     from training.rank import Seat, train
 
     seat = Seat(rank=order.rank, local_rank=order.local_rank, world_size=order.world_size, token=order.token)
-    train(Job.from_json(order.job), seat, _rendezvous(order), tell)
+    train(Job.from_json(order.job), seat, _rendezvous(order), handover, tell)
 
 
 def _rendezvous(order: WorkerOrder) -> Any:

@@ -8,7 +8,7 @@ import os
 import socket
 import subprocess
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol
@@ -119,14 +119,15 @@ class Workers:
     _has_ended: bool = False
     _maybe_hung: Note | None = None
 
-    def begin(self, listener: socket.socket) -> None:
+    def begin(self, listener: socket.socket, slots: Sequence[tuple[int, int]]) -> None:
         """Start them. Ranks follow the order of nodes; the first node's `listener` is the group's store."""
         per_node = self.job.preset.launch.processes_per_node
         position = [member.node for member in self.record.members].index(self.node)
         loop = asyncio.get_running_loop()
         for local_rank in range(per_node):
             ours, theirs = socket.socketpair()
-            descriptors = {"control_fd": theirs.fileno()}
+            first, second = slots[local_rank]
+            descriptors = {"control_fd": theirs.fileno(), "slot_fd_0": first, "slot_fd_1": second}
             if position == local_rank == 0:
                 descriptors["maybe_listen_fd"] = listener.fileno()
             order = self._order(position * per_node + local_rank, local_rank)

@@ -54,8 +54,8 @@ class Outage:
         self._num_failed += kind == "checkpoint_failed"
         self._emit(kind, **values)
 
-    def report_step(self, outcome: StepOutcome, *, seconds: float) -> None:
-        self._report_step(outcome, seconds=seconds)
+    def report_step(self, outcome: StepOutcome) -> None:
+        self._report_step(outcome)
         if not self.is_on:
             return
         self.steps.append(self._trainer.state.step)

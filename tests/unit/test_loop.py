@@ -151,8 +151,8 @@ def test_a_run_that_dies_ends_in_the_same_bits_with_each_step_once(run: RunRecor
     class DiedError(Exception):
         pass
 
-    def die(outcome: StepOutcome, *, seconds: float) -> None:
-        Trainer.report_step(first, outcome, seconds=seconds)
+    def die(outcome: StepOutcome) -> None:
+        Trainer.report_step(first, outcome)
         if first.state.step == dies_after:
             first.saver.wait()
             raise DiedError

@@ -1,0 +1,156 @@
+"""What a rank leaves in memory when its group ends, and how the next group takes it up."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import replace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from training.errors import InfrastructureError, UnbrokenError
+from training.slots import HEADER_BYTES, Entry, Header, Memory, Slots, journal_bytes, memory_of, opened, sealed
+from training.snapshot import Image
+
+LOCK_SECONDS = 1.0
+"""After which a rank that is stuck in the midst of an update leaves nothing."""
+
+
+class GroupEnded(Exception):
+    """All ranks stopped after the same step, because an agent wanted it."""
+
+
+class Handover:
+    """Keeps the way from one group of ranks to the next, for one rank.
+
+    Replicated state changes only inside `update`, once per step: at any other moment it is that of the last finished
+    step, seen from any thread, whatever the training thread waits for.
+    """
+
+    def __init__(self, slots: Slots | None = None, *, run_key: str = "", generation: int = 0) -> None:
+        """Without `slots` nothing is left, and nothing found."""
+        self._maybe_slots = slots
+        self._run_key = run_key
+        self._generation = generation
+        self._maybe_state: Callable[[], tuple[int, Mapping[str, Tensor]]] | None = None
+        self._lock = threading.Lock()
+        self._is_whole = True
+        self.wants_regroup = False
+        """The agent wants this group to end after the step that it is in; all ranks agree on which that is."""
+        self.wants_checkpoint = False
+        """Likewise, with a checkpoint before."""
+        self.journal: list[Entry] = []
+        self.step = 0
+        """The last finished one."""
+
+    def keep(self, state: Callable[[], tuple[int, Mapping[str, Tensor]]]) -> None:
+        """From now on `leave` finds the last finished step and its tensors there."""
+        self._maybe_state = state
+
+    @contextmanager
+    def update(self) -> Iterator[None]:
+        """From one finished step to the next. After an error in the midst of it, nothing is left."""
+        with self._lock:
+            self._is_whole = False
+            yield
+            self._is_whole = True
+
+    def note(self, step: int, values: Mapping[str, Any]) -> None:
+        """A finished step, as rank 0 tells of it."""
+        self.step = step
+        self.journal.append(Entry(time=time.time(), step=step, values=dict(values)))
+
+    def complete(self, **values: Any) -> None:
+        """What is known of the last step only after it."""
+        with self._lock:
+            last = self.journal[-1]
+            self.journal[-1] = replace(last, values={**last.values, **values})
+
+    def forget(self, step: int) -> None:
+        """A checkpoint holds this step: what was told of it and of those before is on the store."""
+        if self.journal and self.journal[0].step <= step:
+            self.journal = [entry for entry in self.journal if entry.step > step]
+
+    def leave(self) -> None:
+        """Write the last finished step into a slot, on whatever thread; nothing if an update does not end."""
+        if self._maybe_slots is None or self._maybe_state is None or not self._lock.acquire(timeout=LOCK_SECONDS):
+            return
+        with suppress(UnbrokenError):  # what no checkpoint can hold
+            if self._is_whole:
+                step, tensors = self._maybe_state()
+                _write(self._maybe_slots, self._run_key, self._generation, step, tensors, journal_bytes(self.journal))
+        self._maybe_slots = None  # once is enough, and the next worker may read by now
+        self._lock.release()
+
+    def find(self, *, since: int, device: torch.device) -> Memory | None:
+        """The newest state that any rank has in memory, if it is not older than step `since` and its journal reaches
+        back to it; the same on all ranks. Collective. Raises `InfrastructureError` if it did not arrive whole.
+        """
+        own = self._maybe_slots.newest(self._run_key, self._generation) if self._maybe_slots else None
+        if own is not None and (own.step < max(since, 1) or not own.reaches_back_to(since)):
+            own = None
+        steps = _everybodys(-1 if own is None else own.step, device)
+        if min(steps) == max(steps):
+            return own
+        giver = steps.index(max(steps))
+        return _broadcast(own if own is not None and own.step == max(steps) else None, giver, device)
+
+
+def _write(
+    slots: Slots, run_key: str, generation: int, step: int, tensors: Mapping[str, Tensor], journal: bytes
+) -> None:
+    image = Image(tensors)
+    header = Header(
+        run_key=run_key,
+        generation=generation,
+        step=step,
+        num_file_bytes=image.num_bytes,
+        num_bytes=image.num_bytes + len(journal),
+    )
+
+    def fill(body: memoryview) -> None:
+        image.write(body[: image.num_bytes])
+        body[image.num_bytes :] = journal
+
+    slots.write(header, fill)
+
+
+def _everybodys(number: int, device: torch.device) -> list[int]:
+    """One of each rank."""
+    own = torch.tensor([number], device=device)
+    if not dist.is_initialized():
+        return [number]
+    found = torch.empty(dist.get_world_size(), dtype=own.dtype, device=device)
+    dist.all_gather_single(found, own)
+    return [int(value) for value in found.tolist()]
+
+
+def _broadcast(mine: Memory | None, giver: int, device: torch.device) -> Memory:
+    """The giver's. Whoever has the same gives nothing, but must take part."""
+    sent = torch.empty(HEADER_BYTES, dtype=torch.uint8)
+    if dist.get_rank() == giver:
+        assert mine is not None
+        sent = torch.frombuffer(bytearray(sealed(mine.header)), dtype=torch.uint8)
+    header = opened(_received(sent, giver, device).numpy().tobytes())
+    if header is None:
+        raise InfrastructureError("a header that was handed over did not arrive whole")
+    body = torch.empty(header.num_bytes, dtype=torch.uint8)
+    if dist.get_rank() == giver:
+        assert mine is not None
+        body = torch.frombuffer(mine.body, dtype=torch.uint8)
+    body = _received(body, giver, device)
+    found = memory_of(header, body.numpy().data)
+    if found is None:
+        raise InfrastructureError(f"the state of step {header.step} did not arrive whole")
+    return found
+
+
+def _received(data: Tensor, giver: int, device: torch.device) -> Tensor:
+    there = data.to(device)
+    dist.broadcast(there, giver)
+    return there.cpu()

@@ -1,0 +1,132 @@
+"""The state in memory that outlives a worker: left behind when its group ends, taken up by the next.
+
+The agent owns two slots per rank, in anonymous shared memory (memfd). A worker writes into the older one, the header
+last, so that a copy that was cut short is never believed. Imports no torch.
+"""
+
+from __future__ import annotations
+
+import json
+import mmap
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from training.documents import canonical_json, fast_digest, parse
+from training.errors import DamagedError
+
+HEADER_BYTES = 4096
+
+
+@dataclass(frozen=True, kw_only=True)
+class Entry:
+    """What rank 0 tells of a finished step. All ranks keep it, until a checkpoint holds that step."""
+
+    time: float
+    step: int
+    values: dict[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Header:
+    """What a slot holds: a safetensors file, and after it the journal."""
+
+    run_key: str
+    generation: int
+    step: int
+    num_file_bytes: int
+    num_bytes: int
+    digest: str = ""
+    """xxh3-128 of all of it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Memory:
+    """A state as it is handed over."""
+
+    header: Header
+    body: memoryview
+    """The file, and the journal."""
+
+    @property
+    def step(self) -> int:
+        return self.header.step
+
+    @property
+    def file(self) -> memoryview:
+        return self.body[: self.header.num_file_bytes]
+
+    def entries(self) -> list[Entry]:
+        documents = json.loads(bytes(self.body[self.header.num_file_bytes :]))
+        return [parse(Entry, document) for document in documents]
+
+    def reaches_back_to(self, step: int) -> bool:
+        """Whether the journal tells of every step after that one."""
+        return {entry.step for entry in self.entries()} >= set(range(step + 1, self.step + 1))
+
+
+def journal_bytes(entries: Sequence[Entry]) -> bytes:
+    return canonical_json([asdict(entry) for entry in entries])
+
+
+def create_slots() -> tuple[int, int]:
+    """Two file descriptors, of memory that is there as long as somebody holds them."""
+    return os.memfd_create("unbroken-slot-0"), os.memfd_create("unbroken-slot-1")
+
+
+class Slots:
+    """A rank's two slots, by their file descriptors."""
+
+    def __init__(self, descriptors: Sequence[int]) -> None:
+        self._descriptors = descriptors
+
+    def newest(self, run_key: str, generation: int) -> Memory | None:
+        """The newest whole state of this run; None if there is none."""
+        newest_first = sorted(self._descriptors, key=_step_of, reverse=True)
+        return next((memory for fd in newest_first if (memory := _read(fd, run_key, generation)) is not None), None)
+
+    def write(self, header: Header, fill: Callable[[memoryview], None]) -> None:
+        """Into the slot that is not the newest. `fill` writes the file and the journal into what it is given."""
+        fd = min(self._descriptors, key=_step_of)
+        if os.fstat(fd).st_size >= HEADER_BYTES:
+            os.pwrite(fd, bytes(HEADER_BYTES), 0)  # nothing here is believed from now on
+        os.ftruncate(fd, HEADER_BYTES + header.num_bytes)
+        body = memoryview(mmap.mmap(fd, HEADER_BYTES + header.num_bytes))[HEADER_BYTES:]
+        fill(body)
+        os.pwrite(fd, sealed(replace(header, digest=fast_digest(body))), 0)
+
+
+def _read(fd: int, run_key: str, generation: int) -> Memory | None:
+    header = opened(os.pread(fd, HEADER_BYTES, 0))
+    if header is None or (header.run_key, header.generation) != (run_key, generation):
+        return None
+    if os.fstat(fd).st_size != HEADER_BYTES + header.num_bytes:
+        return None
+    body = memoryview(mmap.mmap(fd, HEADER_BYTES + header.num_bytes))[HEADER_BYTES:]
+    return memory_of(header, body)
+
+
+def memory_of(header: Header, body: memoryview) -> Memory | None:
+    """None if the header is another body's."""
+    return Memory(header=header, body=body) if fast_digest(body) == header.digest else None
+
+
+def _step_of(fd: int) -> int:
+    header = opened(os.pread(fd, HEADER_BYTES, 0))
+    return -1 if header is None else header.step
+
+
+def sealed(header: Header) -> bytes:
+    """HEADER_BYTES that prove themselves."""
+    document = canonical_json(asdict(header))
+    return canonical_json([document.decode(), fast_digest(document)]).ljust(HEADER_BYTES)
+
+
+def opened(data: bytes) -> Header | None:
+    """The inverse of `sealed`; None if that is not what this is."""
+    try:
+        document, digest = json.loads(data)
+        return parse(Header, json.loads(document)) if fast_digest(document.encode()) == digest else None
+    except (ValueError, TypeError, AttributeError, DamagedError):
+        return None
