@@ -10,14 +10,13 @@ import json
 import logging
 import os
 import socket
-import subprocess
 import sys
 import tempfile
 import time
 import uuid
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 from training import errors, membership
@@ -28,6 +27,7 @@ from training.objectstore import Store, StoreLocation
 from training.processes import die_with
 from training.record import Departure, Member, Record, RunRecord
 from training.worker import WorkerOrder, WorkerReport
+from training.zygote import Worker, Zygote
 
 JOIN_POLL_SECONDS = 0.2
 WATCH_SECONDS = 0.1
@@ -44,9 +44,14 @@ class Agent:
     job: Job
     node: int
     address: str
+    zygote: Zygote = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.zygote = Zygote(self.job.preset)
 
     def run(self) -> int:
         """Until the run is finished or has failed for good. Returns the exit code."""
+        self.zygote.prepare()
         run = self.job.open_run()
         maybe_departure: Departure | None = None
         while True:
@@ -96,7 +101,7 @@ class Agent:
         """Run this node's workers until they end. Returns why they failed; None if they finished or were fenced."""
         with tempfile.TemporaryDirectory(prefix="unbroken-") as folder:
             orders = self.orders(record, listener, Path(folder))
-            workers = [_start_worker(order, listener) for order in orders]
+            workers = [self.zygote.start(asdict(order), _handed(order)) for order in orders]
             try:
                 codes = self.watch(run, record, workers)
             finally:
@@ -105,7 +110,7 @@ class Agent:
                     worker.wait()
             return self.departure(record, orders, codes) if any(codes) else None
 
-    def watch(self, run: RunRecord, record: Record, workers: Sequence[subprocess.Popen[bytes]]) -> list[int | None]:
+    def watch(self, run: RunRecord, record: Record, workers: Sequence[Worker]) -> list[int | None]:
         """The workers' exit codes as soon as one failed or all finished; none if another token took over."""
         next_look = time.monotonic() + RECORD_POLL_SECONDS
         while True:
@@ -172,22 +177,12 @@ def _bound_socket(address: str) -> socket.socket:
     return listener
 
 
-def _start_worker(order: WorkerOrder, listener: socket.socket) -> subprocess.Popen[bytes]:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    worker = subprocess.Popen(
-        [sys.executable, "-m", "training.worker"],
-        stdin=subprocess.PIPE,
-        env=environment,
-        pass_fds=(listener.fileno(),) if order.maybe_listen_fd is not None else (),
-    )
-    assert worker.stdin is not None
-    with suppress(BrokenPipeError):  # it died already; watch() finds out
-        worker.stdin.write(json.dumps(asdict(order)).encode() + b"\n")
-        worker.stdin.close()
-    return worker
+def _handed(order: WorkerOrder) -> dict[str, int]:
+    """The file descriptors of an order, by name."""
+    return {} if order.maybe_listen_fd is None else {"maybe_listen_fd": order.maybe_listen_fd}
 
 
-def _settled(workers: Sequence[subprocess.Popen[bytes]]) -> list[int | None]:
+def _settled(workers: Sequence[Worker]) -> list[int | None]:
     """The exit codes a moment after the first failure: whoever only lost its peer may have been quicker to say so."""
     deadline = time.monotonic() + SETTLE_SECONDS
     while time.monotonic() < deadline and any(worker.poll() is None for worker in workers):

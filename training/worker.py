@@ -1,4 +1,4 @@
-"""One rank: started by its node's agent, told all by one JSON line on standard input, dead when its agent dies."""
+"""One rank: forked by its node's zygote (or started with its order on standard input), dead when that one dies."""
 
 from __future__ import annotations
 
@@ -45,8 +45,15 @@ class WorkerReport:
 
 
 def main() -> None:
-    order = parse(WorkerOrder, json.loads(sys.stdin.readline()))
-    die_with(order.agent_pid)
+    """`python -m training.worker`: a worker without a zygote."""
+    order = json.loads(sys.stdin.readline())
+    die_with(order["agent_pid"])
+    os._exit(run(order))  # the group's threads need no goodbye
+
+
+def run(document: dict[str, Any]) -> int:
+    """Train as the order says. Returns the exit code, with which the caller ends this process at once."""
+    order = parse(WorkerOrder, document)
     step = [0]
     try:
         _train(order, step)
@@ -57,8 +64,8 @@ def main() -> None:
         Path(order.report_path).write_bytes(canonical_json(asdict(report)))
         sys.stdout.flush()
         sys.stderr.flush()
-        os._exit(error.exit_code if isinstance(error, UnbrokenError) else 1)
-    os._exit(0)  # the group's threads need no goodbye
+        return error.exit_code if isinstance(error, UnbrokenError) else 1
+    return 0
 
 
 def _class_name(error: Exception) -> str:
