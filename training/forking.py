@@ -24,11 +24,12 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, NoReturn
 
+from training.documents import parse
 from training.processes import die_with
 
 MODULE = "training.zygote"
 WORKER_MODULE = "training.worker"
-PRELOADED = ("numpy", "torch", "torch._dynamo", "training.rank")
+PRELOADED = ("numpy", "numpy.ma", "encodings.idna", "torch", "torch._dynamo", "training.rank")
 """Imported before the recipe. torch imports `_dynamo` when the first optimizer is made, which takes 0.9 s."""
 MAX_MESSAGE_BYTES = 1 << 16
 MAX_HANDED = 200
@@ -292,7 +293,7 @@ def _rename() -> None:
 def main() -> None:
     signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-    plan = Plan(**read_document(int(sys.argv[1])))
+    plan = parse(Plan, read_document(int(sys.argv[1])))  # parsing is what imports all of pydantic
     die_with(plan.agent_pid)
     with suppress(BrokenPipeError, ConnectionResetError):  # the agent is gone
         Server(plan).serve()

@@ -11,8 +11,6 @@ import threading
 import time
 from typing import Any
 
-MODULES_AT_IMPORT: set[str] = set()
-
 
 def work(order: dict[str, Any]) -> int:
     """Says what it sees to the descriptor that it was handed, and does what it is told."""
@@ -65,10 +63,9 @@ def train_and_list_imports(order: dict[str, Any]) -> int:
     """Train as a worker does, and write down which modules were imported for that after the fork."""
     from training import worker
 
-    path = order.pop("imports_path")
     before = set(sys.modules)
     code = worker.run(order)
-    with open(path, "w") as file:
+    with open(os.environ["IMPORTS_PATH"], "w") as file:
         json.dump(sorted(set(sys.modules) - before), file)
     return code
 
