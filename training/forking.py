@@ -7,7 +7,6 @@ begins again without it. It never acts by itself: it ends with its agent, and it
 
 from __future__ import annotations
 
-import ctypes
 import gc
 import importlib
 import json
@@ -281,7 +280,6 @@ def _renew_randomness() -> None:
 def _rename() -> None:
     """In lists of processes a worker is called what it is: the command line's memory is written over."""
     old, new = (name.encode() + b"\0" for name in (MODULE, WORKER_MODULE))
-    ctypes.CDLL(None).prctl(15, b"worker")  # PR_SET_NAME
     with suppress(OSError, ValueError):
         fields = Path("/proc/self/stat").read_text().rpartition(")")[2].split()
         start = int(fields[45])  # arg_start
