@@ -47,12 +47,14 @@ from training.protocol import (
 )
 from training.record import Member, Record, RunRecord
 from training.slots import create_slots
-from training.workers import Outcome, Start, Workers, spawn
+from training.workers import Outcome, Workers
+from training.zygote import Zygote
 
 EXIT_PREEMPTED = 75
 """EX_TEMPFAIL: start me again, elsewhere or later."""
 LOOK_SECONDS = 1.0
 """Between two looks for other agents, while some are missing."""
+WARM_UP_LOOK_SECONDS = 0.02
 RESTART_PAUSE_SECONDS = 1.0  # the engine restarts at once: spare a store that is away
 log = logging.getLogger("training.agent")
 
@@ -64,10 +66,11 @@ class Agent:
     job: Job
     node: int
     address: str
-    start: Start
+    zygote: Zygote
 
     def run(self) -> int:
         """Until the run is finished or has failed for good. Returns the exit code."""
+        self.zygote.prepare()
         run = self.job.open_run()
         record = run.update(membership.with_secret)
 
@@ -120,6 +123,7 @@ class _Shell:
         port = await self._links.listen(self._agent.address)
         looking = asyncio.create_task(self._keep_looking(port))
         try:
+            await self._warm_up()
             while self._maybe_code is None:
                 event = await self._next_event()
                 for action in self._node.handle(event, loop.time()):
@@ -132,6 +136,12 @@ class _Shell:
                 self._maybe_workers.kill()
             looking.cancel()
             await self._links.close()
+
+    async def _warm_up(self) -> None:
+        """Nobody waits for a node that is not ready to start workers at once. Raises `InfrastructureError`."""
+        while not self._agent.zygote.is_ready():
+            self._agent.zygote.prepare()
+            await asyncio.sleep(WARM_UP_LOOK_SECONDS)
 
     async def _next_event(self) -> Event:
         try:
@@ -214,7 +224,7 @@ class _Shell:
             job=self._agent.job,
             node=self._agent.node,
             record=record,
-            start=self._agent.start,
+            start=self._agent.zygote.start,
             on_end=self._workers_ended,
         )
         self._maybe_workers.begin(self._listener, self._slots)
@@ -263,7 +273,7 @@ def main() -> None:
     address = os.environ.get("UNBROKEN_NODE_ADDRESS", "127.0.0.1")
     try:
         job = read_job(Store(location), key, digest)
-        code = Agent(job=job, node=node, address=address, start=spawn).run()
+        code = Agent(job=job, node=node, address=address, zygote=Zygote(job.preset)).run()
     except errors.UnbrokenError as error:
         log.error("%s", error)
         time.sleep(RESTART_PAUSE_SECONDS)

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime
-from functools import cached_property
+from functools import cache, cached_property
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
@@ -25,6 +25,7 @@ from training.errors import DamagedError, InfrastructureError, UserError
 if TYPE_CHECKING:
     from boto3.session import Session
     from botocore.credentials import Credentials
+    from botocore.loaders import Loader
     from mypy_boto3_s3 import S3Client
     from urllib3 import PoolManager
 
@@ -38,6 +39,21 @@ REQUEST_SECONDS = CONNECT_SECONDS + READ_SECONDS
 
 _SESSION_LOCK = threading.Lock()
 """Clients are safe to share between threads, what makes them is not."""
+
+
+@cache
+def _api() -> Loader:
+    """What S3's API is: it takes longer to read than anything else that clients are made of, so it is read once."""
+    import botocore.session
+
+    loader: Loader = botocore.session.Session().get_component("data_loader")
+    return loader
+
+
+def read_api_ahead() -> None:
+    """Read what every client needs, for processes that are forked from this one. Connects to nothing."""
+    session = Store(StoreLocation(endpoint=None, bucket=""))._session
+    session.client("s3", aws_access_key_id="none", aws_secret_access_key="none")
 
 
 class MissingError(InfrastructureError):
@@ -101,10 +117,13 @@ class Store:
 
     @cached_property
     def _session(self) -> Session:
-        """Shared by the clients: what S3's API is takes longer to read than anything else that they are made of."""
+        """Shared by the clients."""
         import boto3
+        import botocore.session
 
-        return boto3.session.Session(region_name=self.location.region)
+        session = botocore.session.Session()
+        session.register_component("data_loader", _api())
+        return boto3.session.Session(botocore_session=session, region_name=self.location.region)
 
     @cached_property
     def _credentials(self) -> Credentials | None:

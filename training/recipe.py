@@ -110,7 +110,7 @@ def learning_rate_scale(recipe: Recipe, step: int, num_steps: int) -> float:
 
 def load_recipe(preset: Preset) -> Recipe:
     """Import and build the preset's recipe. Raises `UserError` naming the field, the module or the class."""
-    kind = _find_class(preset)
+    kind = import_recipe(preset.recipe, preset.folder)
     if not (isinstance(kind, type) and issubclass(kind, Recipe)):
         raise UserError(f"recipe = {preset.recipe!r}: {kind!r} is not a subclass of training.recipe.Recipe")
     if not is_dataclass(kind) or getattr(kind, "__abstractmethods__", None):
@@ -119,22 +119,23 @@ def load_recipe(preset: Preset) -> Recipe:
     return build(kind, preset.hyperparameters, where="hyperparameters")
 
 
-def _find_class(preset: Preset) -> Any:
-    module_name, class_name = preset.recipe.split(":")
-    _look_beside(preset.folder)
+def import_recipe(recipe: str, folder: str) -> Any:
+    """What a preset of `folder` names as its recipe. Raises `UserError`."""
+    module_name, class_name = recipe.split(":")
+    _look_beside(folder)
     try:
         module = importlib.import_module(module_name)
     except UnbrokenError:
         raise
     except ModuleNotFoundError as error:
-        where = f" beside {preset.folder}" if preset.folder else ""
+        where = f" beside {folder}" if folder else ""
         raise UserError(
-            f"recipe = {preset.recipe!r}: no module {error.name!r}{where} or among the installed packages"
+            f"recipe = {recipe!r}: no module {error.name!r}{where} or among the installed packages"
         ) from error
     except Exception as error:
-        raise UserError(f"recipe = {preset.recipe!r}: importing it failed: {type(error).__name__}: {error}") from error
+        raise UserError(f"recipe = {recipe!r}: importing it failed: {type(error).__name__}: {error}") from error
     if not hasattr(module, class_name):
-        raise UserError(f"recipe = {preset.recipe!r}: module {module_name!r} has no class {class_name!r}")
+        raise UserError(f"recipe = {recipe!r}: module {module_name!r} has no class {class_name!r}")
     return getattr(module, class_name)
 
 
@@ -170,7 +171,12 @@ def source_closure_digest(recipe: Recipe) -> str:
     Code outside the recipe's top-level package (or folder) is not part of it: libraries are named by the
     environment fingerprint, and this library's arithmetic by the numerics version.
     """
-    module = sys.modules[type(recipe).__module__]
+    return module_closure_digest(type(recipe).__module__)
+
+
+def module_closure_digest(module_name: str) -> str:
+    """The same for an imported module that defines a recipe."""
+    module = sys.modules[module_name]
     assert module.__file__ is not None
     name, path = module.__name__, Path(module.__file__)
     depth = name.count(".") - (path.name != "__init__.py")

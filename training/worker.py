@@ -1,8 +1,7 @@
-"""One rank: started by its node's agent, told all by one JSON line on standard input, dead when its agent dies."""
+"""One rank: forked by its agent's zygote, told all by one order, dead when either of them dies."""
 
 from __future__ import annotations
 
-import json
 import os
 import socket
 import sys
@@ -18,7 +17,6 @@ from training.control import EXIT_STOPPED, Channel, Note
 from training.documents import parse
 from training.errors import UnbrokenError
 from training.job import Job
-from training.processes import die_with
 from training.slots import Slots
 
 if TYPE_CHECKING:
@@ -36,7 +34,6 @@ class WorkerOrder:
     world_size: int
     store_address: str
     store_port: int
-    agent_pid: int
     control_fd: int = -1
     """This worker's end of the socket between it and its agent (training.control)."""
     maybe_listen_fd: int | None = None
@@ -46,13 +43,9 @@ class WorkerOrder:
     """Where state is left and found (training.slots)."""
 
 
-def main() -> None:
-    run(parse(WorkerOrder, json.loads(sys.stdin.readline())))
-
-
-def run(order: WorkerOrder) -> None:
-    """Be this worker, to the end of the process."""
-    die_with(order.agent_pid)
+def run(document: dict[str, Any]) -> int:
+    """Train as the order says. Returns the exit code, with which the caller ends this process at once."""
+    order = parse(WorkerOrder, document)
     from training.handover import GroupEnded, Handover
 
     slots = Slots([order.slot_fd_0, order.slot_fd_1])
@@ -62,12 +55,12 @@ def run(order: WorkerOrder) -> None:
     try:
         _train(order, handover, channel.send)
     except GroupEnded:
-        os._exit(EXIT_STOPPED)
+        return EXIT_STOPPED
     except Exception as error:  # the agent decides what it means; no more collectives after an error
         handover.leave()
         _report(error, channel, handover.step)
-        os._exit(error.exit_code if isinstance(error, UnbrokenError) else 1)
-    os._exit(0)  # the group's threads need no goodbye
+        return error.exit_code if isinstance(error, UnbrokenError) else 1
+    return 0
 
 
 def _report(error: Exception, channel: Channel, step: int) -> None:
@@ -124,7 +117,3 @@ def _rendezvous(order: WorkerOrder) -> Any:
         wait_for_workers=False,
         master_listen_fd=order.maybe_listen_fd,
     )
-
-
-if __name__ == "__main__":
-    main()

@@ -4,17 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import os
 import socket
-import subprocess
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol
 
 from training.control import EXIT_STOPPED, Channel, Note, Order
-from training.documents import canonical_json
 from training.job import Job
 from training.record import Departure, Record
 from training.worker import WorkerOrder
@@ -34,36 +30,6 @@ class Process(Protocol):
     def poll(self) -> int | None: ...
 
     def kill(self) -> None: ...
-
-
-class _Spawned:
-    """A process of its own, with all its imports before it."""
-
-    def __init__(self, order: dict[str, Any], descriptors: Mapping[str, int]) -> None:
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "training.worker"],
-            stdin=subprocess.PIPE,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-            pass_fds=tuple(descriptors.values()),
-        )
-        self._pidfd = os.pidfd_open(self._process.pid)
-        assert self._process.stdin is not None
-        with suppress(BrokenPipeError):  # it died already
-            self._process.stdin.write(canonical_json({**order, **descriptors}) + b"\n")
-            self._process.stdin.close()
-
-    def fileno(self) -> int:
-        return self._pidfd
-
-    def poll(self) -> int | None:
-        return self._process.poll()
-
-    def kill(self) -> None:
-        self._process.kill()
-
-
-def spawn(order: dict[str, Any], descriptors: Mapping[str, int]) -> Process:
-    return _Spawned(order, descriptors)
 
 
 Start = Callable[[dict[str, Any], Mapping[str, int]], Process]
@@ -148,7 +114,6 @@ class Workers:
             world_size=len(self.record.members) * self.job.preset.launch.processes_per_node,
             store_address=first.address,
             store_port=first.port,
-            agent_pid=os.getpid(),
         )
 
     def ask(self, order: Order) -> None:
