@@ -64,7 +64,7 @@ def run(document: dict[str, Any]) -> int:
 
 
 def _report(error: Exception, channel: Channel, step: int) -> None:
-    if not isinstance(error, UnbrokenError):
+    if _class_name(error) == "Exception":
         traceback.print_exc()
     with suppress(OSError):
         message = str(error) or repr(error)
