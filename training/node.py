@@ -64,6 +64,8 @@ class Node:
     maybe_group: Record | None = None
     """Whose workers run here."""
     peers: dict[str, Peer] = field(default_factory=dict)
+    preempted: set[str] = field(default_factory=set)
+    """Incarnations that said that they must go, also after they went."""
     sees_store: bool = True
     is_leaving: bool = False
     has_left: bool = False
@@ -73,12 +75,14 @@ class Node:
     _actions: list[Action] = field(default_factory=list)
     _is_asking: bool = False
     _has_asked_workers: bool = False
+    _handled_at: float = float("-inf")
     _read_at: float = float("-inf")
     _renewed_at: float = 0.0
     _changed_at: float = 0.0
     """When the record was first seen as it is."""
-    _gathering: tuple[int, float] = (-1, 0.0)
-    """The token whose group is seen to be broken, and since when."""
+    _situation: tuple[int, bool] = (-1, False)
+    """The token that the next group would follow, and whether any of its members would be in it."""
+    _situation_since: float = 0.0
     _told_at: float = float("-inf")
     _maybe_told: Status | None = None
 
@@ -86,11 +90,19 @@ class Node:
         """Take an event in; returns what is to be done, in this order."""
         self._actions = []
         if not self.has_left:
+            self._notice_sleep(now)
             self._take(event, now)
             self._drop_silent_peers(now)
             self._decide(now)
+        if not self.has_left:
             self._tell(now)
         return self._actions
+
+    def _notice_sleep(self, now: float) -> None:
+        """Who was stopped for long knows nothing of that time: not that a group left no sign of life in it."""
+        if now - self._handled_at > self.timing.silence:
+            self._changed_at = now
+        self._handled_at = now
 
     # ---- what an event changes -----------------------------------------------------------------------------------
 
@@ -103,6 +115,8 @@ class Node:
             case Heard():
                 if peer := self.peers.get(event.status.member.incarnation):
                     peer.heard_at, peer.maybe_status = now, event.status
+                    if event.status.is_leaving:
+                        self.preempted.add(event.status.member.incarnation)
             case RecordSeen():
                 self._take_record(event.maybe_record, now)
             case WorkersEnded():
@@ -145,17 +159,18 @@ class Node:
         if self.phase == "training":
             self._watch(now)
         elif self.phase == "idle" and record is not None and is_over(record, self.generation):
-            self._leave(is_preempted=False)
+            self._leave(now, is_preempted=False)
         elif self.phase == "idle" and self.is_leaving:
-            self._leave(is_preempted=True)
+            self._leave(now, is_preempted=True)
         elif self.phase == "idle" and record is not None:
-            if self._may_start(record):
+            if self.me in record.members:
                 self._start(record, now)
             else:
                 self._maybe_propose(record, now)
 
-    def _leave(self, *, is_preempted: bool) -> None:
+    def _leave(self, now: float, *, is_preempted: bool) -> None:
         self.has_left = True
+        self._tell(now)  # that it goes, not merely that it is gone
         self._actions.append(Leave(is_preempted=is_preempted))
 
     def _ask(self, action: ReadRecord | Propose | Renew) -> None:
@@ -186,7 +201,7 @@ class Node:
         elif self.is_leaving:
             self._ask_workers("preempt")
         elif self._leads_group(group):
-            if self._newcomers(group, now):
+            if self.sees_store and self._newcomers(group, now):
                 self._ask_workers("regroup")
             self._maybe_renew(group, now)
 
@@ -207,12 +222,9 @@ class Node:
         if peer is None:
             return True
         status = peer.maybe_status
-        if status is None or (status.token < group.token and status.sees_store):
+        if status is None or status.token < group.token:  # it has not read of the group yet
             return now - self.since > self.timing.start
-        if status.token == group.token and status.phase == "idle" and status.member == member:
-            others = {other.incarnation for other in group.members} - {member.incarnation}
-            return not others <= set(status.reaches) or now - self.since > self.timing.start
-        return status.token < group.token or (status.token == group.token and status.phase in ("idle", "stopping"))
+        return status.token > group.token or status.phase in ("idle", "stopping")
 
     def _leads_group(self, group: Record) -> bool:
         return group.members[0].incarnation == self.me.incarnation
@@ -222,11 +234,12 @@ class Node:
         if len(group.members) >= self.num_nodes:
             return []
         inside = {member.incarnation for member in group.members}
+        nodes = {member.node for member in group.members}
         members = [self._status(), *(s for s in self._statuses() if s.member.incarnation in inside)]
         return [
             status
             for status in self._ready(group)
-            if status.member.incarnation not in inside
+            if status.member.node not in nodes
             and len(members) == len(inside)
             and all(_reach(status, member) for member in members)
             and now - self.peers[status.member.incarnation].first_heard_at >= self._hold_off(status.member.node, group)
@@ -245,12 +258,8 @@ class Node:
 
     # ---- a node that waits for a group ---------------------------------------------------------------------------
 
-    def _may_start(self, record: Record) -> bool:
-        """In a group as it is here and now, whose other members are all there."""
-        linked = {self.me.incarnation, *self.peers}
-        return self.me in record.members and all(member.incarnation in linked for member in record.members)
-
     def _start(self, record: Record, now: float) -> None:
+        """Whoever is named starts, even if another member is gone: then it stops at once, and has a new port."""
         self.maybe_group = record
         self.maybe_departure = None
         self._enter("training", now)
@@ -261,11 +270,7 @@ class Node:
             return
         ready = [self._status(), *self._ready(record)]
         chosen = self._choose(ready, record)
-        if (
-            min(status.member.node for status in ready) == self.me.node
-            and len(chosen) >= self.min_nodes
-            and self._is_time(record, chosen, now)
-        ):
+        if len(chosen) >= self.min_nodes and self._is_time(record, chosen, now):
             members = sorted((status.member for status in chosen), key=lambda member: member.node)
             proposal = Proposal(
                 expected_token=record.token,
@@ -281,14 +286,13 @@ class Node:
         told = [status.maybe_departure for status in ready if status.maybe_departure is not None]
         told = [departure for departure in told if departure.class_name != "PeerLost"] or told[:1]
         here = {status.member.incarnation for status in ready}
-        leaving = {status.member.incarnation for status in self._statuses() if status.is_leaving}
         gone = [
             Departure(
                 token=record.token,
                 node=member.node,
-                cause="preempted" if member.incarnation in leaving else "lost",
+                cause="preempted" if member.incarnation in self.preempted else "lost",
                 step=max(status.step for status in ready),
-                class_name="Preempted" if member.incarnation in leaving else "NodeLost",
+                class_name="Preempted" if member.incarnation in self.preempted else "NodeLost",
             )
             for member in record.members
             if member.incarnation not in here
@@ -296,30 +300,42 @@ class Node:
         return (*told, *gone)
 
     def _choose(self, ready: Iterable[Status], record: Record) -> list[Status]:
-        """This node, and of the others as many as reach one another: members of the last group first."""
+        """As many as all reach one another, members of the last group first; nobody, if this node is not among them."""
         before = {member.incarnation for member in record.members}
-        own, *others = ready
-        chosen = [own]
-        for status in sorted(others, key=lambda s: (s.member.incarnation not in before, s.member.node)):
-            is_new = all(status.member.node != other.member.node for other in chosen)
-            if len(chosen) < self.num_nodes and is_new and all(_reach(status, other) for other in chosen):
-                chosen.append(status)
-        return chosen
+        own, *_ = ready = list(ready)
+        by_seniority = sorted(ready, key=lambda s: (s.member.incarnation not in before, s.member.node))
+        nodes = {status.member.node: status for status in reversed(by_seniority)}  # of two agents of a node, the senior
+        chosen = [status for status in by_seniority if nodes[status.member.node] is status]
+        while odd := [s for s in chosen if s is not own and not all(s is o or _reach(s, o) for o in chosen)]:
+            links = {s.member.incarnation: sum(_reach(s, other) for other in chosen) for s in odd}
+            chosen.remove(min(reversed(odd), key=lambda s: links[s.member.incarnation]))
+        chosen = chosen[: self.num_nodes]
+        return chosen if own in chosen else []
+
+    def _patience(self, chosen: list[Status]) -> float:
+        """The lowest proposes. If it does not, for it may see other links, the next one does a while later."""
+        return self.timing.gather * sum(status.member.node < self.me.node for status in chosen)
 
     def _is_time(self, record: Record, chosen: list[Status], now: float) -> bool:
         inside = {member.incarnation for member in record.members}
+        remains = any(status.member.incarnation in inside for status in chosen)
+        if self._situation != (record.token, remains):
+            self._situation, self._situation_since = (record.token, remains), now
+        patience = self._patience(chosen)
+        waited = now - self._situation_since - patience
+        if waited < 0:
+            return False
         if not inside:
-            return len(chosen) == self.num_nodes or now - self.since > self.timing.join
-        if any(status.member.incarnation in inside for status in chosen):
-            if self._gathering[0] != record.token:
-                self._gathering = (record.token, now)
+            return len(chosen) == self.num_nodes or waited > self.timing.join
+        if remains:
             ready = {status.member.incarnation for status in self._ready(record)}
-            return inside & self.peers.keys() <= ready or now - self._gathering[1] > self.timing.gather
-        return self._may_take_over(record, chosen, now)
+            return inside & self.peers.keys() <= ready or waited > self.timing.gather
+        return self._may_take_over(record, chosen, now - patience)
 
     def _may_take_over(self, record: Record, chosen: list[Status], now: float) -> bool:
-        """From a group that none of these was in: all its nodes were placed anew, or it left no sign of life."""
-        if any(member.incarnation in self.peers for member in record.members):
+        """From a group that none of these was in, nor reaches: all its nodes were placed anew, or it left no sign of
+        life."""
+        if any(member.incarnation in status.reaches for member in record.members for status in chosen):
             return False
         if {member.node for member in record.members} <= {status.member.node for status in chosen}:
             return True

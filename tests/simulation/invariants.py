@@ -1,0 +1,195 @@
+"""What must hold in every schedule, checked at every event (docs/recovery.md has the same list, in words)."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from training.membership import is_over
+from training.record import Member, Record
+
+if TYPE_CHECKING:
+    from tests.simulation.agent import SimulatedAgent
+    from tests.simulation.workers import Group
+    from tests.simulation.world import World
+
+
+class Violation(Exception):
+    """An invariant does not hold; `rule` names it."""
+
+    def __init__(self, rule: str, message: str) -> None:
+        super().__init__(f"{rule}: {message}")
+        self.rule = rule
+
+
+def world_has_only(world: World, name: str) -> bool:
+    """Whether every fault so far was one of these."""
+    return all(fault.name == name for fault in world.fired)
+
+
+class Invariants:
+    """Watches one world. Knows of the nodes only what they do, never what they think."""
+
+    __slots__ = ("_lines", "_members", "_newest_step_token", "_ports", "_world", "completed")
+
+    def __init__(self, world: World) -> None:
+        self._world = world
+        self._members: dict[int, tuple[Member, ...]] = {}
+        self._ports: dict[int, int] = {}
+        """The token whose workers look for their store on this port."""
+        self._lines: dict[int, int] = {0: 0}
+        """For each token, the first of its line: a line goes on as long as a group shares a member with the one before."""
+        self._newest_step_token = 0
+        self.completed: dict[int, int] = {}
+        """For each token, the last step that all its members completed."""
+
+    # ---- the record ----------------------------------------------------------------------------------------------
+
+    def on_record(self, before: Record, after: Record, maybe_token: int | None) -> None:
+        """`maybe_token` is that of the group whose worker changed the record."""
+        self._require(maybe_token is None or maybe_token == before.token, "fenced", f"token {maybe_token} wrote")
+        self._require(before.token <= after.token <= before.token + 1, "token grows by one", f"{after.token}")
+        if after.token == before.token:
+            self._require(before.members == after.members, "one group per token", f"token {after.token}")
+        elif after.members:
+            self._on_group(before, after)
+        else:
+            self._lines[after.token] = after.token
+        for reference in set(after.checkpoints) - set(before.checkpoints):
+            is_own = maybe_token == reference.token == after.token == before.token
+            self._require(is_own, "named under its own token", f"{reference}")
+        for departure in set(after.departures) - set(before.departures):
+            was_told = set(after.members) != set(before.members) and {m.incarnation for m in after.members} <= {
+                m.incarnation for m in before.members
+            }
+            is_wrong = was_told and departure.class_name == "NodeLost" and world_has_only(self._world, "preempt")
+            self._require(not is_wrong, "who was preempted is not lost", f"{departure}")
+        if after.generation == before.generation:
+            self._nothing_lost(before, after)
+
+    def _on_group(self, before: Record, after: Record) -> None:
+        token = after.token
+        self._require(token not in self._members, "one group per token", f"token {token}")
+        self._require(len({m.node for m in after.members}) == len(after.members), "a node once", f"{after.members}")
+        self._require(
+            self._world.min_nodes <= len(after.members) <= self._world.num_nodes, "group size", f"{len(after.members)}"
+        )
+        self._members[token] = after.members
+        names = {member.incarnation for member in after.members}
+        shares = any(member.incarnation in names for member in before.members)
+        self._lines[token] = self._lines[before.token] if shares else token
+        if before.members and not shares:
+            self._on_takeover(before, after)
+        if not self._world.fired:
+            self._on_calm_group(before, after)
+
+    def _on_calm_group(self, before: Record, after: Record) -> None:
+        """Before any fault, nobody is left out: neither those who come within the time to join, nor members."""
+        world = self._world
+        names = {member.incarnation for member in after.members}
+        left_out = [member.incarnation for member in before.members if member.incarnation not in names]
+        self._require(not left_out, "no member left out without cause", f"{left_out}")
+        if not before.members and len(after.members) < world.num_nodes:
+            waited = world.agenda.now - min(world.by_name(name).placed_at for name in names)
+            self._require(waited > 2.5, "the first group waits for all", f"{waited:.1f} s for {sorted(names)}")
+
+    def _on_takeover(self, before: Record, after: Record) -> None:
+        """Only from a group that cannot be reached; and in the world without S3 faults, only if its lead is gone."""
+        world = self._world
+        newcomers = {member.incarnation for member in after.members}
+        for member in before.members:
+            agent = world.by_name(member.incarnation)
+            is_ready = agent.is_alive and not agent.is_frozen and agent.node.phase == "idle" and not agent.is_preempted
+            is_linked = any(agent.name in world.by_name(name).links for name in newcomers & agent.links.keys())
+            since = max(agent.idle_since, agent.linked_since)
+            is_known = is_ready and is_linked and world.agenda.now - since > 3.0 and agent.node.sees_store
+            self._require(not is_known, "no survivor left out", f"{agent.name} could have been a member")
+        maybe_group = world.groups.get(before.token)
+        placed_anew = {member.node for member in before.members} <= {member.node for member in after.members}
+        if maybe_group is not None and maybe_group.maybe_first is not None and not placed_anew:
+            lead = maybe_group.maybe_first.agent
+            is_well = not world.had_store_faults and not lead.was_disturbed and maybe_group.num_done > 0
+            self._require(not is_well, "a living group is not replaced", f"token {before.token}")
+
+    def _nothing_lost(self, before: Record, after: Record) -> None:
+        gone = {c.step for c in before.checkpoints} - {c.step for c in after.checkpoints}
+        newest = max((c.step for c in after.checkpoints), default=-1)
+        self._require(
+            not gone or (max(gone) < newest and len(after.checkpoints) >= 2), "no checkpoint is lost", f"{gone}"
+        )
+        self._require(before.result in (None, after.result), "the result stays", f"{after.result}")
+        if after.failure != before.failure and after.failure is not None:
+            kinds = self._world.reported
+            is_told = after.failure.kind in kinds or (after.failure.kind == "DeterministicError" and "Exception" in kinds)
+            self._require(is_told, "no failure without a cause", f"{after.failure}")
+
+    # ---- agents --------------------------------------------------------------------------------------------------
+
+    def on_start(self, agent: SimulatedAgent, record: Record) -> None:
+        members = self._members.get(record.token)
+        self._require(members == record.members, "as the record says", f"{agent.name} starts {record.members}")
+        mine = [member for member in record.members if member.incarnation == agent.name]
+        self._require(mine == [agent.node.me], "workers run at members", f"{agent.name} at token {record.token}")
+        self._require(record.token not in agent.started_tokens, "a token is started once", f"{agent.name}")
+        maybe_other = self._ports.setdefault(record.members[0].port, record.token)
+        self._require(maybe_other == record.token, "a fresh store", f"tokens {maybe_other} and {record.token}")
+        worker = agent.maybe_worker
+        self._require(worker is None, "one group at a time", f"{agent.name} has workers")
+
+    def on_stop(self, agent: SimulatedAgent) -> None:
+        """S3 away alone never stops a healthy group."""
+        world = self._world
+        worker = agent.maybe_worker
+        if worker is not None and worker.group.num_done and world.fired and not world.had_other_faults:
+            is_well = not worker.group.is_broken and not worker.group.is_finishing
+            self._require(not is_well, "S3 away stops nobody", f"{agent.name} stops token {worker.group.token}")
+
+    def on_asked(self, agent: SimulatedAgent, to: str) -> None:
+        store = self._world.store
+        was_told = not agent.node.sees_store
+        self._require(
+            to == "preempt" or not (was_told and store.is_away_for(agent.host)), "no regroup without S3", agent.name
+        )
+        self._require(to == "regroup" or agent.is_preempted, "preempted only if told so", agent.name)
+
+    def on_leave(self, agent: SimulatedAgent, *, is_preempted: bool) -> None:
+        is_right = agent.is_preempted if is_preempted else is_over(self._world.store.record, 0)
+        self._require(is_right, "agents leave only when all is done", agent.name)
+        self._require(agent.maybe_worker is None, "nobody leaves workers behind", agent.name)
+
+    # ---- groups --------------------------------------------------------------------------------------------------
+
+    def on_resume(self, group: Group, record: Record) -> None:
+        """A step that all members of a group completed is not done again, if one of them is here with its memory."""
+        newest = max((c.step for c in record.checkpoints), default=0)
+        self._require(group.resumed_at >= newest, "no step before a checkpoint", f"{group.resumed_at}")
+        for token, step in self.completed.items():
+            if token < group.token and self._lines[token] == self._lines[group.token]:
+                is_kept = any(name in self._world.kept_memory(token) for name in group.members)
+                self._require(
+                    not is_kept or group.resumed_at >= step, "no step is redone", f"{group.resumed_at} of {step}"
+                )
+
+    def on_step(self, group: Group) -> None:
+        token = group.token
+        self.completed[token] = group.step
+        if token >= self._newest_step_token:
+            self._newest_step_token = token
+            return
+        names = set(group.members)
+        for later in self._world.groups.values():
+            if later.token <= token or not later.num_done:
+                continue
+            shares = self._lines.get(later.token) == self._lines.get(token) or not names.isdisjoint(later.members)
+            self._require(not shares, "never both go on", f"tokens {token} and {later.token}")
+
+    def on_end(self, *, can_finish: bool) -> None:
+        """Time is up, long after the last fault."""
+        world = self._world
+        if can_finish:
+            self._require(is_over(world.store.record, 0), "the run goes on", "it did not finish")
+            left = [agent.name for agent in world.agents if agent.is_alive]
+            self._require(not left, "all leave", f"{left} did not")
+
+    def _require(self, holds: bool, rule: str, message: str) -> None:
+        if not holds:
+            raise Violation(rule, message)
