@@ -49,6 +49,10 @@ class Router:
             f"route add {host.address} dev {host.port} src {ROUTER_ADDRESS}",
         )
 
+    def unplug(self, host: Host) -> None:
+        """The kernel does so too when the host's network is gone, sooner or later."""
+        self.namespace.execute(["sh", "-c", f"ip link delete {host.port} 2> /dev/null || true"])
+
     def close(self) -> None:
         for relay in self.relays:
             relay.close()
@@ -89,7 +93,7 @@ class Host:
             self.is_on = False
             self.router.ip(f"link set {self.port} down")
             self.namespace.close()
-            self.router.ip(f"link delete {self.port}")
+            self.router.unplug(self)
 
     def start(
         self, command: Sequence[str], *, env: Mapping[str, str] | None = None, **options: Any

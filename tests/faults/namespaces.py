@@ -92,8 +92,7 @@ class Namespace:
 
     def kill_all(self) -> None:
         """All processes inside at once, before any can start another."""
-        killer = self.start(["sh", "-c", "kill -KILL -1"])
-        assert killer.wait(timeout=30) == 0
+        self.start(["sh", "-c", "kill -KILL -1 2> /dev/null"]).wait(timeout=30)
         self._reap()
 
     def close(self) -> None:

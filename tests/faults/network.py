@@ -153,6 +153,9 @@ class StoreTrouble(Lasting):
     trouble: Trouble
     host: Host | None = None
 
+    def __post_init__(self) -> None:
+        self._num_before = self._total()
+
     def fire(self) -> None:
         self.relay.make_trouble(self.trouble, client=self._client)
 
@@ -170,7 +173,8 @@ class StoreTrouble(Lasting):
     @property
     def num_struck(self) -> int:
         """Connections that met it."""
-        struck = self.relay.num_struck.items()
-        return sum(
-            n for (client, trouble), n in struck if trouble is self.trouble and self._client in (EVERYONE, client)
-        )
+        return self._total() - self._num_before
+
+    def _total(self) -> int:
+        counts = list(self.relay.num_struck.items())
+        return sum(n for (client, met), n in counts if met is self.trouble and self._client in (EVERYONE, client))

@@ -177,7 +177,7 @@ class Relay:
                 if (wait_seconds := due - time.monotonic()) > 0:
                     await asyncio.sleep(wait_seconds)
                     self.num_bytes_delayed += len(chunk)
-                await self._while_hanging(client)
+                await self._while_hanging(client, chunk)
                 if not chunk:
                     break
                 writer.write(chunk)
@@ -201,12 +201,10 @@ class Relay:
             await on_the_way.put((due, b""))  # what was read before still arrives
             raise
 
-    async def _while_hanging(self, client: str) -> None:
-        is_struck = False
+    async def _while_hanging(self, client: str, chunk: bytes) -> None:
+        if chunk and self.trouble_of(client) is Trouble.HANGING:
+            self.num_struck[client, Trouble.HANGING] += 1
         while self.trouble_of(client) is Trouble.HANGING:
-            if not is_struck:
-                self.num_struck[client, Trouble.HANGING] += 1
-            is_struck = True
             await self._has_changed.wait()
 
 
