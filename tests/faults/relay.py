@@ -85,7 +85,7 @@ class Relay:
 
     def make_trouble(self, trouble: Trouble | None, *, client: str = EVERYONE) -> None:
         """For one client, by address, or for everyone; None ends it. Connections that are open feel it at once."""
-        self._loop.call_soon_threadsafe(self._change, trouble, client)
+        asyncio.run_coroutine_threadsafe(self._change(trouble, client), self._loop).result(timeout=30)
 
     def close(self) -> None:
         self._loop.call_soon_threadsafe(lambda: self._is_stopped.set())
@@ -110,7 +110,7 @@ class Relay:
             handler.cancel()
         await asyncio.gather(*handlers, return_exceptions=True)
 
-    def _change(self, trouble: Trouble | None, client: str) -> None:
+    async def _change(self, trouble: Trouble | None, client: str) -> None:
         self._troubles.pop(client, None)
         if trouble is not None:
             self._troubles[client] = trouble

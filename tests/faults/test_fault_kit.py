@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import http.server
 import os
 import subprocess
@@ -36,6 +37,10 @@ class Answer(http.server.BaseHTTPRequestHandler):
         self.send_response(200)
         self.send_header("Content-Length", "0")
         self.end_headers()
+
+    def handle(self) -> None:
+        with contextlib.suppress(ConnectionResetError):
+            super().handle()
 
     def log_message(self, format: str, *args: object) -> None:
         """Nothing."""
@@ -343,13 +348,14 @@ def test_troubles_of_the_store(cluster: Cluster, is_for_all: bool) -> None:
 
     for trouble in Trouble:
         with StoreTrouble(cluster.store, trouble, maybe_host) as away:
-            assert not away.fired
+            num_before = away.num_struck  # the last client's connection may not have ended yet
             if trouble is Trouble.ANSWERED_503:
                 assert status(one) == 503
             else:
                 with pytest.raises(REFUSED if trouble is Trouble.REFUSED else TimeoutError):
                     status(one)
-            assert away.num_struck == 1
+            assert away.num_struck == num_before + 1
+            assert away.fired
             if not is_for_all:
                 assert status(two) == 200
         assert status(one) == 200

@@ -1,0 +1,63 @@
+"""Training on three hosts, seen from outside: commands, what the run's record says, exit codes."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import Stack
+from tests.faults.agents import submit
+from tests.faults.hosts import Cluster
+from tests.faults.machine import PowerLoss
+from tests.waiting import wait_until
+from training.objectstore import Store
+from training.record import Result
+
+
+@pytest.fixture(scope="module")
+def cluster(stack: Stack) -> Iterator[Cluster]:
+    with Cluster(3, store=stack.location.endpoint) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def calm(stack: Stack, cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Result:
+    """Of the same run in one process."""
+    store = Store(replace(stack.location, prefix=f"tests/one-process-{os.urandom(4).hex()}/"))
+    agents = submit(store, cluster, tmp_path_factory.mktemp("one"), num_nodes=1)
+    agents.start(cluster.hosts[0])
+    return agents.result()
+
+
+def test_three_hosts_give_the_bits_of_one_process(store: Store, cluster: Cluster, tmp_path: Path, calm: Result) -> None:
+    agents = submit(store, cluster, tmp_path, num_nodes=3)
+    for host in cluster.hosts:
+        agents.start(host)
+    wait_until(lambda: len(agents.run.read().members) == 3, what="the group")
+    members = agents.run.read().members
+    assert [member.address for member in members] == [host.address for host in cluster.hosts]
+    assert agents.result().state_sha256 == calm.state_sha256
+
+
+@pytest.mark.parametrize("number", [0, 2])
+def test_host_that_loses_its_power_and_comes_back_changes_no_bit(
+    store: Store, cluster: Cluster, tmp_path: Path, calm: Result, number: int
+) -> None:
+    agents = submit(store, cluster, tmp_path, num_nodes=3)
+    for host in cluster.hosts:
+        agents.start(host)
+    wait_until(lambda: agents.run.read().checkpoints, what="a checkpoint")
+    lost = cluster.hosts[number]
+    with PowerLoss(lost) as loss:
+        assert loss.num_killed >= 2, "the agent and its rank"
+        assert agents.run.read().result is None
+        assert agents.running.pop(number).returncode == -9
+    agents.start(lost)
+    assert agents.result().state_sha256 == calm.state_sha256
+    starts = agents.run.read().attempt_starts
+    assert len(starts) >= 2
+    assert starts[-1] > 0, "it resumed, it did not begin anew"
