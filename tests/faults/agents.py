@@ -15,7 +15,7 @@ from training.job import Job, agent_command, agent_environment, store_job
 from training.objectstore import Store, StoreLocation
 from training.record import Result, RunRecord, run_key
 
-STEPS = 400
+STEPS = 200
 EVERY = 20
 
 

@@ -19,6 +19,7 @@ from tests.faults.injectors import Lasting
 from tests.infra.probes import is_alive
 
 CPU_GROUPS = Path("/sys/fs/cgroup/cpu")
+GROUP = "unbroken-test-"
 PERIOD_SECONDS = 0.05
 FAKETIME = ("/usr/lib/*/faketime/libfaketimeMT.so.1", "libfaketime")
 MAX_DISK_BYTES = 1 << 30
@@ -75,7 +76,8 @@ class SlowCpu(Lasting):
 
 class _Quota:
     def __init__(self, victims: list[psutil.Process], share: float) -> None:
-        self._group = CPU_GROUPS / f"unbroken-test-{uuid.uuid4().hex[:12]}"
+        _sweep()
+        self._group = CPU_GROUPS / f"{GROUP}{os.getpid()}-{uuid.uuid4().hex[:12]}"
         self._group.mkdir()
         period = int(PERIOD_SECONDS * 1e6)
         (self._group / "cpu.cfs_period_us").write_text(str(period))
@@ -90,6 +92,14 @@ class _Quota:
                 _move(int(pid), CPU_GROUPS)
         self._group.rmdir()
         return int(told["nr_throttled"])
+
+
+def _sweep() -> None:
+    """Remove the empty groups of tests that were killed."""
+    for group in CPU_GROUPS.glob(f"{GROUP}*"):
+        if not is_alive(int(group.name.removeprefix(GROUP).partition("-")[0])):
+            with contextlib.suppress(OSError):
+                group.rmdir()
 
 
 def _move(pid: int, group: Path) -> None:

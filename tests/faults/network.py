@@ -15,6 +15,9 @@ from tests.faults.relay import EVERYONE, Line, Relay, Trouble
 Party: TypeAlias = Host | Router
 """The router stands for the store, which the hosts reach there."""
 
+HOOKS = ("PREROUTING", "OUTPUT")
+"""Where packets are dropped: as they come from a host, and as they leave the store."""
+
 _numbers = count()
 
 
@@ -37,13 +40,13 @@ class Cut(Lasting):
 
     def fire(self) -> None:
         rules = [f"-A {self._chain} {way} -j DROP" for way in self._ways()]
-        self._tell(f":{self._chain} - [0:0]", *rules, f"-A PREROUTING -j {self._chain}")
+        self._tell(f":{self._chain} - [0:0]", *rules, *(f"-A {hook} -j {self._chain}" for hook in HOOKS))
         self.is_on = True
 
     def heal(self) -> None:
         self.num_packets = self.num_lost()
         self.is_on = False
-        self._tell(f"-D PREROUTING -j {self._chain}", f"-F {self._chain}", f"-X {self._chain}")
+        self._tell(*(f"-D {hook} -j {self._chain}" for hook in HOOKS), f"-F {self._chain}", f"-X {self._chain}")
 
     def num_lost(self) -> int:
         """Packets so far."""

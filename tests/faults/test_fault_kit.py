@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
-import http.server
 import os
 import subprocess
 import sys
-import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
@@ -26,137 +22,6 @@ from tests.waiting import wait_until
 
 SPIN = (sys.executable, "-ISc", "while True: pass")
 REFUSED = (ConnectionResetError, ConnectionRefusedError)
-
-
-class Answer(http.server.BaseHTTPRequestHandler):
-    """Stands in for a store: 200 to everybody."""
-
-    protocol_version = "HTTP/1.1"
-
-    def do_GET(self) -> None:
-        self.send_response(200)
-        self.send_header("Content-Length", "0")
-        self.end_headers()
-
-    def handle(self) -> None:
-        with contextlib.suppress(ConnectionResetError):
-            super().handle()
-
-    def log_message(self, format: str, *args: object) -> None:
-        """Nothing."""
-
-
-@pytest.fixture(scope="module")
-def cluster() -> Iterator[Cluster]:
-    """Each test leaves it as it was."""
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Answer) as server:
-        server.daemon_threads = True
-        threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
-        with Cluster(3, store=f"http://127.0.0.1:{server.server_address[1]}") as running:
-            yield running
-        server.shutdown()
-
-
-@pytest.fixture
-def host(cluster: Cluster) -> Iterator[Host]:
-    yield cluster.hosts[0]
-    cluster.hosts[0].kill_all()
-
-
-def test_hosts_hear_one_another_and_nobody_else(cluster: Cluster) -> None:
-    one, two, three = cluster.hosts
-    for source, target in ((one, two), (two, one), (one, three)):
-        with connection(source, target) as (here, there):
-            assert here.getsockname()[0] == source.address == there.getpeername()[0]
-            assert arrives(here, there, within_seconds=5)
-            assert arrives(there, here, within_seconds=5)
-    port = cluster.store.port
-    assert http_status(one, cluster.store_endpoint) == 200
-    with pytest.raises(ConnectionRefusedError):
-        connect(one, "127.0.0.1", port)
-    with pytest.raises(OSError, match="unreachable"):
-        connect(one, "192.0.2.1", port)
-
-
-def test_processes_of_a_host_see_their_own_kind_only(host: Host, cluster: Cluster) -> None:
-    sleeper = host.start(["sh", "-c", "sleep 60 & exec sleep 60"])
-    wait_until(lambda: len(host.processes()) == 2, what="both processes")
-    assert sleeper.pid in [process.pid for process in host.processes()]
-    assert cluster.hosts[1].processes() == []
-    count = "import os; print(sum(name.isdigit() for name in os.listdir('/proc')))"
-    assert host.output([sys.executable, "-ISc", count]) == "4\n", "the holder, both, and who counts"
-    assert host.output(["pwd"]).strip() == os.getcwd()
-    assert host.output(["sh", "-c", "echo $WORD"], env={"WORD": "hello"}) == "hello\n"
-    host.kill_all()
-    assert host.processes() == []
-    assert sleeper.returncode == -9
-
-
-def test_clusters_at_once_know_nothing_of_one_another(cluster: Cluster) -> None:
-    with Cluster(2) as other:
-        assert other.hosts[1].address == cluster.hosts[1].address
-        with cluster.hosts[1].namespace.listen(cluster.hosts[1].address) as listener:
-            port = listener.getsockname()[1]
-            with pytest.raises(ConnectionRefusedError):
-                connect(other.hosts[0], other.hosts[1].address, port)
-            connect(cluster.hosts[0], cluster.hosts[1].address, port).close()
-
-
-def left_by(namespaces: set[str]) -> set[str]:
-    """Those of these network namespaces in which something runs."""
-    found = set()
-    for pid in psutil.pids():
-        try:
-            found.add(os.readlink(f"/proc/{pid}/ns/net"))
-        except OSError:
-            continue
-    return found & namespaces
-
-
-def traces() -> list[object]:
-    """What this machine's own network and control groups are, which no test may touch."""
-    rules = subprocess.run(["iptables-save"], capture_output=True, text=True, check=True).stdout
-    kept = [line for line in rules.splitlines() if not line.startswith("#")]
-    routes = subprocess.run(["ip", "route"], capture_output=True, text=True, check=True).stdout
-    groups = sorted(str(path) for path in machine.CPU_GROUPS.glob("unbroken-test-*"))
-    return [kept, routes, groups, sorted(psutil.net_if_addrs()), Path("/proc/mounts").read_text()]
-
-
-def test_nothing_is_left(tmp_path: Path) -> None:
-    before = None
-    with Cluster(0):
-        before = traces()
-    with Cluster(2, bandwidth=10_000_000) as cluster:
-        one, two = cluster.hosts
-        spaces = [host.namespace for host in cluster.hosts] + [cluster.router.namespace]
-        namespaces = {os.readlink(f"/proc/{space.pid}/ns/net") for space in spaces}
-        one.mount_disk(tmp_path, mebibytes=1)
-        processes = [one.start(["sh", "-c", "setsid sleep 60 & exec sleep 60"]), two.start(SPIN)]
-        for fault in (Cut(one), Cut(one, two), Delay(one, two, Line()), SlowCpu(two, 0.5), SlowNetwork(one, 10_000)):
-            fault.fire()
-            if isinstance(fault, SlowCpu):
-                fault.heal()
-        assert traces() == before
-        assert left_by(namespaces) == namespaces
-    assert left_by(namespaces) == set()
-    assert [process.returncode for process in processes] == [-9, -9]
-    assert traces() == before
-
-
-def test_nothing_is_left_of_a_test_that_is_killed(cluster: Cluster) -> None:
-    program = (
-        "import os\nfrom tests.faults.hosts import Cluster\n"
-        "with Cluster(1) as c:\n"
-        "    c.hosts[0].start(['sh', '-c', 'setsid sleep 60 & exec sleep 60'])\n"
-        "    spaces = [c.hosts[0].namespace, c.router.namespace]\n"
-        "    print(*[os.readlink(f'/proc/{space.pid}/ns/net') for space in spaces], flush=True)\n"
-        "    os.kill(os.getpid(), 9)\n"
-    )
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=False)
-    assert done.returncode == -9, done.stderr
-    namespaces = set(done.stdout.split())
-    assert len(namespaces) == 2
-    wait_until(lambda: not left_by(namespaces), what="all that ran in the cluster to be gone", timeout_seconds=10)
 
 
 def test_cut_stops_what_goes_between_two_hosts_and_heal_lets_it_go_on(cluster: Cluster) -> None:
@@ -205,15 +70,16 @@ def test_bandwidth_of_a_host_is_what_it_is_told(cluster: Cluster) -> None:
     one, two, three = cluster.hosts
     num_bytes, slow = 500_000, SlowNetwork(one, 1_000_000)
     with connection(one, two) as (here, there), connection(three, two) as (beside, elsewhere):
-        calm = seconds_to_send(here, there, num_bytes)
+        quick = [seconds_to_send(here, there, num_bytes)]
         assert not slow.fired
         with slow:
-            for source, target in ((here, there), (there, here)):
-                assert 0.25 < seconds_to_send(source, target, num_bytes) < 2.5
+            took = [seconds_to_send(here, there, num_bytes), seconds_to_send(there, here, num_bytes)]
             assert slow.fired
-            assert seconds_to_send(beside, elsewhere, num_bytes) < 0.25
+            quick.append(seconds_to_send(beside, elsewhere, num_bytes))
         assert slow.fired
-        assert max(calm, seconds_to_send(here, there, num_bytes)) < 0.25
+        quick.append(seconds_to_send(here, there, num_bytes))
+    assert 0.25 < min(took) <= max(took) < 2.5
+    assert max(quick) < 0.25 < min(took)
 
 
 def test_delay_is_that_of_new_connections_between_two_hosts(cluster: Cluster) -> None:
@@ -223,8 +89,8 @@ def test_delay_is_that_of_new_connections_between_two_hosts(cluster: Cluster) ->
         assert not delay.fired
         for source, target in ((one, two), (two, one)):
             with connection(source, target) as (here, there):
-                assert 0.2 < seconds_to_send(here, there, 1000) < 1.0
-                assert 0.2 < seconds_to_send(there, here, 1000) < 1.0
+                assert 0.2 < seconds_to_send(here, there, 1000) < 5
+                assert 0.2 < seconds_to_send(there, here, 1000) < 5
         assert delay.fired
         with connection(one, three) as (here, there):
             assert seconds_to_send(here, there, 1) < 0.2
