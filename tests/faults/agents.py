@@ -43,7 +43,7 @@ class Agents:
 
     def result(self) -> Result:
         """Once those that run have ended, with success."""
-        codes = [agent.wait(timeout=60) for agent in self.running]
+        codes = [agent.wait(timeout=120) for agent in self.running]
         logs = "".join(path.read_text() for path in sorted(self.folder.glob("*.log")))
         assert set(codes) == {0}, logs
         result = self.run.read().result

@@ -31,14 +31,20 @@ class Answer(http.server.BaseHTTPRequestHandler):
 
 
 @pytest.fixture(scope="module")
-def cluster() -> Iterator[Cluster]:
-    """Each test leaves it as it was."""
+def answering() -> Iterator[str]:
+    """The endpoint of what stands in for a store."""
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Answer) as server:
         server.daemon_threads = True
         threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
-        with Cluster(3, store=f"http://127.0.0.1:{server.server_address[1]}") as running:
-            yield running
+        yield f"http://127.0.0.1:{server.server_address[1]}"
         server.shutdown()
+
+
+@pytest.fixture(scope="module")
+def cluster(answering: str) -> Iterator[Cluster]:
+    """Each test leaves it as it was."""
+    with Cluster(3, store=answering) as running:
+        yield running
 
 
 @pytest.fixture

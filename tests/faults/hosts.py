@@ -24,7 +24,7 @@ MIN_BURST_BYTES = 16 << 10
 
 
 class Router:
-    """Every host's next hop. It forwards, and answers nothing itself; what is for a host that is away is lost."""
+    """Every host's next hop. What is for a host that is away is lost on it, without a word to who sent it."""
 
     def __init__(self) -> None:
         self.address = ROUTER_ADDRESS
@@ -62,17 +62,18 @@ class Router:
 class Host:
     """One host of a cluster. It may lose its power, and then be started again with the same address."""
 
-    def __init__(self, number: int, router: Router) -> None:
+    def __init__(self, number: int, router: Router, *, bandwidth: int | None) -> None:
         self.number = number
         self.address = f"10.77.0.{number + 1}"
         self.port = f"port{number}"
         """The router's end of the cable."""
         self.router = router
+        self._own_bandwidth = bandwidth
         self.is_on = False
         self.power_on()
 
     def power_on(self) -> None:
-        """Nothing runs on it yet; what was set of it before (a bandwidth) is forgotten."""
+        """As it was made: nothing runs on it, and its cable is as good as at first."""
         assert not self.is_on
         self.namespace = Namespace()
         self.bandwidth: int | None = None
@@ -86,6 +87,8 @@ class Host:
         ]
         self.namespace.execute(["ip", "-batch", "-"], given="\n".join(commands) + "\n")
         self.is_on = True
+        if self._own_bandwidth is not None:
+            self.limit_bandwidth(self._own_bandwidth)
 
     def power_off(self) -> None:
         """The cable goes first: nobody is told that the connections are over."""
@@ -137,7 +140,7 @@ class Host:
 
 
 class Cluster:
-    """`num_hosts` hosts, gone with all that runs on them when the context is left.
+    """`num_hosts` hosts, gone with all that runs on them when the context is left. `bandwidth` is in bytes per second.
 
     `store` is the endpoint of a store on this machine's own loopback; the hosts reach it at `store_endpoint`, through
     the relay `store`. Skips the test where there can be no hosts.
@@ -154,9 +157,7 @@ class Cluster:
         self.router = Router()
         try:
             for number in range(self._num_hosts):
-                self.hosts.append(Host(number, self.router))
-                if self._bandwidth is not None:
-                    self.hosts[-1].limit_bandwidth(self._bandwidth)
+                self.hosts.append(Host(number, self.router, bandwidth=self._bandwidth))
             if self._maybe_store is not None:
                 self.store = self._relay_to(self._maybe_store)
         except BaseException:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import http.client
 import os
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from tests.faults.hosts import Cluster, Host
 from tests.faults.injectors import KillProcess, Stop
 from tests.faults.machine import Clock, FullDisk, PowerLoss, SlowCpu
 from tests.faults.network import Cut, Delay, SlowNetwork, StoreTrouble
+from tests.faults.proxy import LosingProxy
 from tests.faults.relay import Line, Trouble
 from tests.faults.talking import arrives, connect, connection, hears, http_status, seconds_to_send
 from tests.waiting import wait_until
@@ -241,3 +243,12 @@ def test_connection_that_is_open_feels_the_trouble(cluster: Cluster) -> None:
         with StoreTrouble(cluster.store, Trouble.REFUSED) as away, pytest.raises(ConnectionResetError):
             hears(client)
         assert away.fired
+
+
+def test_replies_are_lost_by_a_proxy_between_the_hosts_and_the_store(answering: str) -> None:
+    with LosingProxy(answering) as proxy, Cluster(1, store=proxy.endpoint) as cluster:
+        proxy.lose_replies("GET")
+        with pytest.raises(http.client.RemoteDisconnected):
+            http_status(cluster.hosts[0], cluster.store_endpoint)
+        assert proxy.num_lost == 1
+        assert http_status(cluster.hosts[0], cluster.store_endpoint) == 200
