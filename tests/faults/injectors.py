@@ -4,14 +4,43 @@ from __future__ import annotations
 
 import contextlib
 import random
-from collections.abc import Callable
+import signal
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Self
 
 import psutil
 
 from infra.local import supervisor
 from tests.conftest import Stack
 from tests.flows.runs import processes
+from tests.infra.probes import is_alive
+from tests.waiting import wait_until
+
+
+class Lasting:
+    """A fault that lasts until it is healed; as a context, for as long as that."""
+
+    def fire(self) -> None:
+        raise NotImplementedError
+
+    def heal(self) -> None:
+        raise NotImplementedError
+
+    @property
+    def fired(self) -> bool:
+        """Whether something was seen to suffer from it."""
+        raise NotImplementedError
+
+    def __enter__(self) -> Self:
+        self.fire()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.heal()
 
 
 @dataclass
@@ -35,6 +64,57 @@ class Kill:
     @property
     def fired(self) -> bool:
         return self.num_killed > 0
+
+
+@dataclass
+class KillProcess:
+    """`kill -9` of this very process."""
+
+    victim: psutil.Process
+    num_killed: int = field(default=0, init=False)
+
+    def fire(self) -> None:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            self.victim.kill()
+            wait_until(lambda: not is_alive(self.victim.pid), what="the process to be dead", timeout_seconds=10)
+            self.num_killed += 1
+
+    @property
+    def fired(self) -> bool:
+        return self.num_killed > 0
+
+
+@dataclass
+class Stop(Lasting):
+    """SIGSTOP of these processes, and SIGCONT: they live, keep all they hold, and do nothing."""
+
+    victims: Sequence[psutil.Process]
+    num_stopped: int = field(default=0, init=False)
+    """Those that were seen in state T."""
+
+    def fire(self) -> None:
+        stopped = self._signal(signal.SIGSTOP)
+        wait_until(lambda: all(map(_is_stopped_or_dead, stopped)), what="the processes to stop", timeout_seconds=10)
+        self.num_stopped += sum(is_alive(process.pid) for process in stopped)
+
+    def heal(self) -> None:
+        self._signal(signal.SIGCONT)
+
+    @property
+    def fired(self) -> bool:
+        return self.num_stopped > 0
+
+    def _signal(self, number: signal.Signals) -> list[psutil.Process]:
+        reached = []
+        for process in self.victims:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.send_signal(number)
+                reached.append(process)
+        return reached
+
+
+def _is_stopped_or_dead(process: psutil.Process) -> bool:
+    return not is_alive(process.pid) or process.status() == psutil.STATUS_STOPPED
 
 
 def rank() -> Kill:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import subprocess
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ import pytest
 from infra.local.ports import INTERNAL, free_port
 from infra.local.services import Service, s3_service
 from infra.settings import credentials_path
+from tests.faults.machine import FullDisk
 from tests.waiting import wait_until
 from training.objectstore import Store, StoreLocation
 
@@ -30,15 +30,10 @@ class SmallDisk:
     folder: Path
 
     def fill(self) -> None:
-        """To the last byte."""
-        file = os.open(self.folder / "ballast", os.O_WRONLY | os.O_CREAT)
-        with contextlib.suppress(OSError):
-            while True:
-                os.write(file, bytes(4096))
-        os.close(file)
+        FullDisk(self.folder).fire()
 
     def make_room(self) -> None:
-        (self.folder / "ballast").unlink()
+        FullDisk(self.folder).heal()
 
 
 @contextlib.contextmanager

@@ -1,0 +1,66 @@
+"""Agents on the hosts of a cluster: all that they are given is their command, their address and the store's."""
+
+from __future__ import annotations
+
+import subprocess
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from tests.faults.hosts import INTERFACE, Cluster, Host
+from tests.unit.data_source import data_config, local_source, write_files
+from tests.unit.tiny import Tiny, tiny_preset
+from training.config import LaunchConfig
+from training.data.writer import write_dataset
+from training.job import Job, agent_command, agent_environment, store_job
+from training.objectstore import Store, StoreLocation
+from training.record import Result, RunRecord, run_key
+
+STEPS = 200
+EVERY = 20
+
+
+@dataclass
+class Agents:
+    """One run of the tiny recipe, and an agent of it on each of some hosts."""
+
+    run: RunRecord
+    job_digest: str
+    location: StoreLocation
+    """Of the store, as the hosts reach it."""
+    folder: Path
+    """Of the logs."""
+    running: list[subprocess.Popen[str]] = field(default_factory=list)
+
+    def start(self, host: Host) -> subprocess.Popen[str]:
+        command = [
+            part.replace("{node}", str(host.number)) for part in agent_command(self.run.run_key, self.job_digest)
+        ]
+        address = {"UNBROKEN_NODE_ADDRESS": host.address, "GLOO_SOCKET_IFNAME": INTERFACE}
+        with (self.folder / f"node{host.number}.log").open("a") as log:
+            environment = {**agent_environment(self.location), **address}
+            self.running.append(host.start(command, env=environment, stdout=log, stderr=log))
+        return self.running[-1]
+
+    def result(self) -> Result:
+        """Once those that run have ended, with success."""
+        codes = [agent.wait(timeout=120) for agent in self.running]
+        logs = "".join(path.read_text() for path in sorted(self.folder.glob("*.log")))
+        assert set(codes) == {0}, logs
+        result = self.run.read().result
+        assert result is not None, logs
+        return result
+
+
+def submit(store: Store, cluster: Cluster, folder: Path, *, num_nodes: int) -> Agents:
+    """A run of the tiny recipe, the same each time, in that corner of the store. Logs and source go into `folder`."""
+    there = replace(store.location, endpoint=cluster.store_endpoint)
+    data = data_config()
+    write_files(folder, num_files=2)
+    dataset = write_dataset(store, local_source(folder, data), data, Tiny()).manifest.digest
+    preset = tiny_preset(steps=STEPS, checkpoint_every_steps=EVERY)
+    preset = replace(preset, data=data, launch=LaunchConfig(nodes=num_nodes, collective_timeout_seconds=5))
+    key = run_key(recipe=Tiny(), preset=preset, dataset_digest=dataset)
+    run = RunRecord(store, key)
+    run.create_if_missing()
+    job = Job(key=key, generation=0, preset=preset, dataset_digest=dataset, location=there)
+    return Agents(run=run, job_digest=store_job(store, job), location=there, folder=folder)
