@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import socket
+import threading
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Literal
@@ -44,13 +45,15 @@ class Channel:
     def __init__(self, end: socket.socket) -> None:
         self.end = end
         self._rest = b""
+        self._sending = threading.Lock()
 
     def fileno(self) -> int:
         return self.end.fileno()
 
     def send(self, message: Order | Note) -> None:
         """Raises `OSError` if the other end is gone."""
-        self.end.sendall(canonical_json(asdict(message)) + b"\n")
+        with self._sending:
+            self.end.sendall(canonical_json(asdict(message)) + b"\n")
 
     def orders(self) -> Iterator[Order]:
         """Wait for some, and give them. Raises `EOFError` once the agent is gone."""

@@ -44,6 +44,8 @@ class Handover:
         """The agent wants this group to end after the step that it is in; all ranks agree on which that is."""
         self.wants_checkpoint = False
         """Likewise, with a checkpoint before."""
+        self.is_waiting = False
+        """The training thread waits for other ranks."""
         self.journal: list[Entry] = []
         self.step = 0
         """The last finished one."""
@@ -51,6 +53,12 @@ class Handover:
     def keep(self, state: Callable[[], tuple[int, Mapping[str, Tensor]]]) -> None:
         """From now on `leave` finds the last finished step and its tensors there."""
         self._maybe_state = state
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        self.is_waiting = True
+        yield
+        self.is_waiting = False
 
     @contextmanager
     def update(self) -> Iterator[None]:

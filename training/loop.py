@@ -200,7 +200,8 @@ class Trainer:
         self.extras.hold()
         for worker in self.reducer.owned:
             self.virtual_worker_step(worker, words if worker == self.reducer.owned.start else NO_WORDS)
-        total = self.reducer.finish()
+        with self.handover.waiting():
+            total = self.reducer.finish()
         with self.handover.update():
             outcome = self.update(total)
             self.handover.note(self.state.step, self.values(outcome, seconds=time.monotonic() - started))

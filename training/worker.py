@@ -6,6 +6,7 @@ import os
 import socket
 import sys
 import threading
+import time
 import traceback
 from collections.abc import Callable
 from contextlib import suppress
@@ -21,6 +22,8 @@ from training.slots import Slots
 
 if TYPE_CHECKING:
     from training.handover import Handover
+
+BEAT_SECONDS = 0.25
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,7 +54,8 @@ def run(document: dict[str, Any]) -> int:
     slots = Slots([order.slot_fd_0, order.slot_fd_1])
     handover = Handover(slots, run_key=order.job["key"], generation=order.job["generation"])
     channel = Channel(socket.socket(fileno=order.control_fd))
-    threading.Thread(target=_obey, args=(channel, handover), name="control", daemon=True).start()
+    for target in (_obey, _beat):
+        threading.Thread(target=target, args=(channel, handover), name="control", daemon=True).start()
     try:
         _train(order, handover, channel.send)
     except GroupEnded:
@@ -71,6 +75,14 @@ def _report(error: Exception, channel: Channel, step: int) -> None:
         channel.send(Note(event="failed", class_name=_class_name(error), message=message, step=step))
     sys.stdout.flush()
     sys.stderr.flush()
+
+
+def _beat(channel: Channel, handover: Handover) -> None:
+    """Tell the agent that this process lives, and whether it waits for others."""
+    with suppress(OSError):
+        while True:
+            channel.send(Note(event="beat", step=handover.step, is_waiting=handover.is_waiting))
+            time.sleep(BEAT_SECONDS)
 
 
 def _obey(channel: Channel, handover: Handover) -> None:

@@ -83,6 +83,7 @@ class Workers:
     _workers: list[_Worker] = field(default_factory=list)
     _is_stopping: bool = False
     _has_ended: bool = False
+    _looked_at: float = 0.0
     _maybe_hung: Note | None = None
 
     def begin(self, listener: socket.socket, slots: Sequence[tuple[int, int]]) -> None:
@@ -135,6 +136,10 @@ class Workers:
 
     def kill_hung(self, now: float, *, hang_seconds: float) -> None:
         """Whoever gives no sign of life, or does not come to the end of a step that all others wait in."""
+        if now - self._looked_at > hang_seconds / 2:  # this agent was stopped itself, and has heard nothing
+            for worker in self._workers:
+                worker.heard_at = worker.moved_at = now
+        self._looked_at = now
         for worker in self._workers:
             if worker.maybe_code is None and (reason := _hang(worker, now, hang_seconds)):
                 log.warning("node %d: step %d: %s", self.node, worker.step + 1, reason)

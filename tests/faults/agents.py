@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import subprocess
+import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
 
 from tests.faults.hosts import INTERFACE, Cluster, Host
 from tests.unit.data_source import data_config, local_source, write_files
@@ -17,6 +22,17 @@ from training.record import Result, RunRecord, run_key
 
 STEPS = 200
 EVERY = 20
+
+
+@dataclass(frozen=True, kw_only=True)
+class Slow(Tiny):
+    """Gives faults the time to strike."""
+
+    pause: float = 0.0
+
+    def loss(self, model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
+        time.sleep(self.pause)
+        return super().loss(model, batch)
 
 
 @dataclass
@@ -51,15 +67,31 @@ class Agents:
         return result
 
 
-def submit(store: Store, cluster: Cluster, folder: Path, *, num_nodes: int) -> Agents:
-    """A run of the tiny recipe, the same each time, in that corner of the store. Logs and source go into `folder`."""
+def submit(
+    store: Store,
+    cluster: Cluster,
+    folder: Path,
+    *,
+    num_nodes: int,
+    steps: int = STEPS,
+    pause: float = 0.0,
+    **launch: Any,
+) -> Agents:
+    """A run of the tiny recipe, the same each time, in that corner of the store. Logs and source go into `folder`.
+
+    Each microbatch takes `pause` seconds more.
+    """
+    recipe = Slow(pause=pause) if pause else Tiny()
     there = replace(store.location, endpoint=cluster.store_endpoint)
     data = data_config()
     write_files(folder, num_files=2)
     dataset = write_dataset(store, local_source(folder, data), data, Tiny()).manifest.digest
-    preset = tiny_preset(steps=STEPS, checkpoint_every_steps=EVERY)
-    preset = replace(preset, data=data, launch=LaunchConfig(nodes=num_nodes, collective_timeout_seconds=5))
-    key = run_key(recipe=Tiny(), preset=preset, dataset_digest=dataset)
+    preset = tiny_preset(steps=steps, checkpoint_every_steps=EVERY)
+    settings = LaunchConfig(nodes=num_nodes, **{"collective_timeout_seconds": 60, **launch})
+    preset = replace(preset, data=data, launch=settings)
+    if pause:
+        preset = replace(preset, recipe="tests.faults.agents:Slow", hyperparameters={"pause": pause})
+    key = run_key(recipe=recipe, preset=preset, dataset_digest=dataset)
     run = RunRecord(store, key)
     run.create_if_missing()
     job = Job(key=key, generation=0, preset=preset, dataset_digest=dataset, location=there)

@@ -244,7 +244,5 @@ class SimulatedAgent:
             return
         self.maybe_worker = None
         self.deliver(
-            WorkersEnded(
-                me=self._fresh_member(), step=step, is_finished=is_finished, maybe_departure=maybe_departure
-            )
+            WorkersEnded(me=self._fresh_member(), step=step, is_finished=is_finished, maybe_departure=maybe_departure)
         )

@@ -119,7 +119,9 @@ class Invariants:
         self._require(before.result in (None, after.result), "the result stays", f"{after.result}")
         if after.failure != before.failure and after.failure is not None:
             kinds = self._world.reported
-            is_told = after.failure.kind in kinds or (after.failure.kind == "DeterministicError" and "Exception" in kinds)
+            is_told = after.failure.kind in kinds or (
+                after.failure.kind == "DeterministicError" and "Exception" in kinds
+            )
             self._require(is_told, "no failure without a cause", f"{after.failure}")
 
     # ---- agents --------------------------------------------------------------------------------------------------

@@ -70,7 +70,11 @@ class World(Tracing):
 
     def place(self, number: int, host: int) -> None:
         """Start the agent of a node on a host, once S3 is there to tell it its job."""
-        if is_over(self.store.record, 0) or host in self.dead_hosts or any(agent.is_alive and agent.host == host for agent in self.agents):
+        if (
+            is_over(self.store.record, 0)
+            or host in self.dead_hosts
+            or any(agent.is_alive and agent.host == host for agent in self.agents)
+        ):
             return
         if self.store.is_away_for(host):
             self.plan(1.0, self.place, number, host)

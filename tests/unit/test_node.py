@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-import pytest
-
 from training.node import Node
 from training.protocol import (
     Action,
@@ -17,17 +15,14 @@ from training.protocol import (
     Preempted,
     Propose,
     RecordSeen,
-    StartWorkers,
     Status,
-    StopWorkers,
     Tell,
     Tick,
     Timing,
-    Unlink,
     Unlinked,
     WorkersEnded,
 )
-from training.record import CheckpointRef, Departure, Member, Record, Result
+from training.record import Member, Record
 
 TIMING = Timing()
 

@@ -1,0 +1,180 @@
+"""Three hosts, one fault after another in one run: each is survived in the way it should be, and the bits are those of
+one process that nothing happened to."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import psutil
+import pytest
+
+from tests.conftest import Stack
+from tests.faults.agents import Agents, submit
+from tests.faults.hosts import Cluster, Host
+from tests.faults.injectors import KillProcess, Stop
+from tests.faults.machine import PowerLoss
+from tests.faults.network import Cut, StoreTrouble
+from tests.faults.relay import Trouble
+from tests.waiting import wait_until
+from training.agent import EXIT_PREEMPTED
+from training.events import Event, EventReader
+from training.history import committed_steps
+from training.objectstore import Store
+
+STEPS = 500
+PAUSE = 0.01
+
+
+@pytest.fixture(scope="module")
+def cluster(stack: Stack) -> Iterator[Cluster]:
+    with Cluster(3, store=stack.location.endpoint) as running:
+        yield running
+
+
+@pytest.fixture
+def hosts(cluster: Cluster) -> Iterator[Sequence[Host]]:
+    yield cluster.hosts
+    for host in cluster.hosts:
+        host.kill_all()
+
+
+@pytest.fixture(scope="module")
+def calm(stack: Stack, cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Agents:
+    """The same run in one process, finished."""
+    store = Store(replace(stack.location, prefix=f"tests/calm-{os.urandom(4).hex()}/"))
+    agents = begin(store, cluster, tmp_path_factory.mktemp("calm"), num_nodes=1)
+    agents.start(cluster.hosts[0])
+    agents.result()
+    return agents
+
+
+def begin(store: Store, cluster: Cluster, folder: Path, *, num_nodes: int = 3) -> Agents:
+    return submit(
+        store,
+        cluster,
+        folder,
+        num_nodes=num_nodes,
+        steps=STEPS,
+        pause=PAUSE,
+        silence_seconds=2.0,
+        hang_seconds=2.0,
+        join_seconds=60.0,
+    )
+
+
+def find(host: Host, module: str) -> list[psutil.Process]:
+    return [process for process in host.processes() if module in process.cmdline()]
+
+
+def attempts(agents: Agents) -> list[Event]:
+    record = agents.run.read()
+    events = EventReader(agents.run.store, agents.run.prefix(record)).read_new(newest_token=record.token)
+    return [event for event in events if event.kind == "attempt"]
+
+
+def wait_for_group(agents: Agents, *, num_ranks: int, after: int) -> Event:
+    """The first group of so many ranks after that many attempts; it has begun to train."""
+
+    def look() -> Event | None:
+        return next((a for a in attempts(agents)[after:] if a.values["world_size"] == num_ranks), None)
+
+    return wait_until(look, what=f"a group of {num_ranks}")
+
+
+def history(agents: Agents) -> list[tuple[int, float, str]]:
+    found = committed_steps(agents.run, agents.run.read())
+    return [(event.step, event.values["loss"], event.values["samples"]) for event in found]
+
+
+def require_same(agents: Agents, calm: Agents) -> None:
+    """Bits and history are those of the calm run; no group but the first began with anything but what was in memory."""
+    assert agents.result() == replace(calm.result(), checkpoint=agents.result().checkpoint)
+    assert history(agents) == history(calm)
+    assert [event.values["source"] for event in attempts(agents)] == ["start"] + ["memory"] * (
+        len(attempts(agents)) - 1
+    )
+
+
+def start_all(agents: Agents, hosts: Sequence[Host]) -> list[subprocess.Popen[str]]:
+    started = [agents.start(host) for host in hosts]
+    wait_for_group(agents, num_ranks=len(hosts), after=0)
+    return started
+
+
+def test_processes_killed_stopped_and_lost_one_after_another(
+    store: Store, cluster: Cluster, hosts: Sequence[Host], tmp_path: Path, calm: Agents
+) -> None:
+    agents = begin(store, cluster, tmp_path)
+    start_all(agents, hosts)
+
+    kill = KillProcess(find(hosts[1], "training.worker")[0])
+    kill.fire()
+    assert kill.fired
+    wait_for_group(agents, num_ranks=3, after=1)
+
+    stop = Stop(find(hosts[2], "training.worker"))
+    stop.fire()
+    assert stop.fired
+    wait_for_group(agents, num_ranks=3, after=2)
+    assert "Hung" in [departure.class_name for departure in agents.run.read().departures]
+
+    first = KillProcess(find(hosts[0], "training.agent")[0])
+    first.fire()
+    assert first.fired
+    wait_for_group(agents, num_ranks=2, after=3)
+    assert agents.running.pop(0).wait(timeout=30) == -9
+    wait_until(lambda: not find(hosts[0], "training.worker"), what="the ranks to die with their agent")
+    agents.start(hosts[0])
+    wait_for_group(agents, num_ranks=3, after=4)
+
+    with PowerLoss(hosts[1]) as loss:
+        wait_for_group(agents, num_ranks=2, after=5)
+    assert loss.fired
+    assert agents.running.pop(0).wait(timeout=30) == -9
+    agents.start(hosts[1])
+    wait_for_group(agents, num_ranks=3, after=6)
+    require_same(agents, calm)
+
+
+def test_links_cut_and_the_store_away(
+    store: Store, cluster: Cluster, hosts: Sequence[Host], tmp_path: Path, calm: Agents
+) -> None:
+    agents = begin(store, cluster, tmp_path)
+    start_all(agents, hosts)
+
+    with Cut(hosts[2]) as cut:
+        wait_for_group(agents, num_ranks=2, after=1)
+        assert cut.fired
+    wait_for_group(agents, num_ranks=3, after=2)
+
+    assert cluster.store is not None
+    with StoreTrouble(cluster.store, Trouble.ANSWERED_503) as away:
+        before = agents.run.read().token
+        wait_until(lambda: away.num_struck > 3, what="the store to be missed")
+        victim = KillProcess(find(hosts[1], "training.agent")[0])
+        victim.fire()
+        assert victim.fired
+        wait_until(lambda: not find(hosts[0], "training.worker"), what="the group to pause")
+        assert agents.run.read().token == before, "nobody goes on without the record"
+    wait_for_group(agents, num_ranks=2, after=3)
+    assert agents.running.pop(1).wait(timeout=30) == -9
+    agents.start(hosts[1])
+    require_same(agents, calm)
+
+
+def test_a_preempted_node_leaves_a_checkpoint_and_says_so(
+    store: Store, cluster: Cluster, hosts: Sequence[Host], tmp_path: Path, calm: Agents
+) -> None:
+    agents = begin(store, cluster, tmp_path)
+    started = start_all(agents, hosts)
+    started[0].send_signal(signal.SIGTERM)
+    assert started[0].wait(timeout=60) == EXIT_PREEMPTED
+    agents.running.remove(started[0])
+    resumed = wait_for_group(agents, num_ranks=2, after=1)
+    assert resumed.step in [checkpoint.step for checkpoint in agents.run.read().checkpoints]
+    require_same(agents, calm)
