@@ -51,6 +51,7 @@ bench: install ## Data, training steps and checkpoints beside other libraries (t
 	$(BIN)/python -m benchmarks.data.scale
 	$(BIN)/python -m benchmarks.training
 	$(BIN)/python -m benchmarks.training.checkpoints
+	$(BIN)/python -m benchmarks.recovery.goodput
 
 screenshots: install ## Take the README's screenshots with a headless Chromium
 	$(BIN)/python docs/images/take.py
