@@ -74,7 +74,7 @@ class Node:
     """The last that this node's workers finished."""
     _actions: list[Action] = field(default_factory=list)
     _is_asking: bool = False
-    _has_asked_workers: bool = False
+    _asked_workers: set[str] = field(default_factory=set)
     _handled_at: float = float("-inf")
     _read_at: float = float("-inf")
     _renewed_at: float = 0.0
@@ -147,7 +147,7 @@ class Node:
     def _enter(self, phase: Phase, now: float) -> None:
         self.phase = phase
         self.since = now
-        self._has_asked_workers = False
+        self._asked_workers = set()
 
     # ---- what follows from the state -----------------------------------------------------------------------------
 
@@ -210,8 +210,8 @@ class Node:
         self._actions.append(StopWorkers())
 
     def _ask_workers(self, to: Literal["regroup", "preempt"]) -> None:
-        if not self._has_asked_workers:
-            self._has_asked_workers = True
+        if to not in self._asked_workers:
+            self._asked_workers.add(to)
             self._actions.append(AskWorkers(to=to))
 
     def _is_lost(self, member: Member, group: Record, now: float) -> bool:
@@ -306,9 +306,15 @@ class Node:
         by_seniority = sorted(ready, key=lambda s: (s.member.incarnation not in before, s.member.node))
         nodes = {status.member.node: status for status in reversed(by_seniority)}  # of two agents of a node, the senior
         chosen = [status for status in by_seniority if nodes[status.member.node] is status]
-        while odd := [s for s in chosen if s is not own and not all(s is o or _reach(s, o) for o in chosen)]:
-            links = {s.member.incarnation: sum(_reach(s, other) for other in chosen) for s in odd}
-            chosen.remove(min(reversed(odd), key=lambda s: links[s.member.incarnation]))
+        reached = {status.member.incarnation: {status.member.incarnation, *status.reaches} for status in chosen}
+
+        def num_links(status: Status) -> int:
+            name = status.member.incarnation
+            others = (other.member.incarnation for other in chosen)
+            return sum(name in reached[other] and other in reached[name] for other in others)
+
+        while odd := [s for s in chosen if s is not own and num_links(s) < len(chosen)]:
+            chosen.remove(min(reversed(odd), key=num_links))
         chosen = chosen[: self.num_nodes]
         return chosen if own in chosen else []
 

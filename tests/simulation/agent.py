@@ -186,7 +186,7 @@ class SimulatedAgent:
             case AskWorkers():
                 if self.maybe_worker is not None:
                     world.invariants.on_asked(self, action.to)
-                    self.maybe_worker.group.asked = True
+                    self.maybe_worker.group.ask(action.to)
             case Leave():
                 world.invariants.on_leave(self, is_preempted=action.is_preempted)
                 self.has_left = True

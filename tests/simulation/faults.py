@@ -1,8 +1,8 @@
-"""What goes wrong: small objects with a name, drawn by the seed, each at a time or as soon as a node is in some state."""
+"""What goes wrong: small objects with a name, drawn by the seed, each at a time or once a node is in some state."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from random import Random
 from typing import TYPE_CHECKING, get_args
@@ -118,6 +118,14 @@ def _cut_link(world: World, agent: SimulatedAgent, fault: Fault) -> None:
         _cut(world, both[: 1 + (fault.choice * 97 % 1 < 0.5)], fault.seconds)
 
 
+def _cut_for_ever(world: World, agent: SimulatedAgent, fault: Fault) -> None:
+    """The rest must do."""
+    others = [other.host for other in world.agents if other.is_alive and other.host != agent.host]
+    if others:
+        other = others[int(fault.choice * len(others))]
+        world.network.cut([(agent.host, other), (other, agent.host)])
+
+
 def _cut_one_way(world: World, agent: SimulatedAgent, fault: Fault) -> None:
     """A node speaks to nobody, or hears nobody."""
     others = [host for host in range(world.num_hosts + 3) if host != agent.host]
@@ -188,6 +196,7 @@ def _lost_replies(world: World, agent: SimulatedAgent, fault: Fault) -> None:
 
 def _preempt(world: World, agent: SimulatedAgent, fault: Fault) -> None:
     agent.preempt()
+    world.plan(15.0, world.invariants.on_preemption_due, agent)
 
 
 def _newcomer(world: World, agent: SimulatedAgent, fault: Fault) -> None:
@@ -205,8 +214,8 @@ def _cancel(world: World, agent: SimulatedAgent, fault: Fault) -> None:
 def _report(kind: str) -> Strike:
     def strike(world: World, agent: SimulatedAgent, fault: Fault) -> None:
         worker = agent.maybe_worker
-        if worker is not None and worker.is_alive and worker.group.has_met:
-            world.reported.add(kind)
+        if worker is not None and worker.is_alive and not worker.group.is_finishing and worker.group.is_running:
+            world.reported.append(kind)
             worker.group.report(worker, kind)
 
     return strike
@@ -227,6 +236,7 @@ STRIKES: dict[str, Strike] = {
     "stop hangs": _hanging_stop,
     "clock jump": _clock_jump,
     "cut link": _cut_link,
+    "cut for ever": _cut_for_ever,
     "cut one way": _cut_one_way,
     "partition": _partition,
     "replaced while cut off": _replaced_while_cut_off,
@@ -246,10 +256,12 @@ RARE = ("cancel", "user error", "exception")
 """They end most runs."""
 
 
-def draw(random: Random) -> list[Fault]:
-    """One to six faults; one kind alone in some schedules, so that pure cases come up too."""
+def draw(random: Random, only: Sequence[str] = ()) -> list[Fault]:
+    """One to six faults, of the kinds `only`; one kind alone in some schedules, so that pure cases come up too."""
     names = [name for name in STRIKES if name not in RARE or random.random() < 0.15]
-    if random.random() < 0.1:
+    if only:
+        names = list(only)
+    elif random.random() < 0.1:
         names = [name for name in names if name.startswith("S3")]
     elif random.random() < 0.2:
         names = random.sample(names, 2)

@@ -17,8 +17,12 @@ class Violation(Exception):
     """An invariant does not hold; `rule` names it."""
 
     def __init__(self, rule: str, message: str) -> None:
-        super().__init__(f"{rule}: {message}")
+        super().__init__(rule, message)
         self.rule = rule
+        self.message = message
+
+    def __str__(self) -> str:
+        return f"{self.rule}: {self.message}"
 
 
 def world_has_only(world: World, name: str) -> bool:
@@ -29,7 +33,7 @@ def world_has_only(world: World, name: str) -> bool:
 class Invariants:
     """Watches one world. Knows of the nodes only what they do, never what they think."""
 
-    __slots__ = ("_lines", "_members", "_newest_step_token", "_ports", "_world", "completed")
+    __slots__ = ("_began_at", "_lines", "_members", "_newest_step_token", "_ports", "_world", "completed")
 
     def __init__(self, world: World) -> None:
         self._world = world
@@ -37,7 +41,9 @@ class Invariants:
         self._ports: dict[int, int] = {}
         """The token whose workers look for their store on this port."""
         self._lines: dict[int, int] = {0: 0}
-        """For each token, the first of its line: a line goes on as long as a group shares a member with the one before."""
+        """For each token, the first of its line, which goes on while a group shares a member with the one before."""
+        self._began_at: dict[int, float] = {}
+        """When the record named each token's group."""
         self._newest_step_token = 0
         self.completed: dict[int, int] = {}
         """For each token, the last step that all its members completed."""
@@ -74,11 +80,16 @@ class Invariants:
             self._world.min_nodes <= len(after.members) <= self._world.num_nodes, "group size", f"{len(after.members)}"
         )
         self._members[token] = after.members
+        self._began_at[token] = self._world.agenda.now
         names = {member.incarnation for member in after.members}
         shares = any(member.incarnation in names for member in before.members)
         self._lines[token] = self._lines[before.token] if shares else token
         if before.members and not shares:
             self._on_takeover(before, after)
+        maybe_group = self._world.groups.get(before.token)
+        if maybe_group is not None and maybe_group.asked == "regroup" and self._is_calm_since(maybe_group):
+            is_new = names != {member.incarnation for member in before.members}
+            self._require(is_new, "nobody regroups in vain", f"token {token}")
         if not self._world.fired:
             self._on_calm_group(before, after)
 
@@ -119,9 +130,8 @@ class Invariants:
         self._require(before.result in (None, after.result), "the result stays", f"{after.result}")
         if after.failure != before.failure and after.failure is not None:
             kinds = self._world.reported
-            is_told = after.failure.kind in kinds or (
-                after.failure.kind == "DeterministicError" and "Exception" in kinds
-            )
+            is_told = after.failure.kind in kinds
+            is_told |= after.failure.kind == "DeterministicError" and kinds.count("Exception") > 1
             self._require(is_told, "no failure without a cause", f"{after.failure}")
 
     # ---- agents --------------------------------------------------------------------------------------------------
@@ -132,10 +142,19 @@ class Invariants:
         mine = [member for member in record.members if member.incarnation == agent.name]
         self._require(mine == [agent.node.me], "workers run at members", f"{agent.name} at token {record.token}")
         self._require(record.token not in agent.started_tokens, "a token is started once", f"{agent.name}")
-        maybe_other = self._ports.setdefault(record.members[0].port, record.token)
-        self._require(maybe_other == record.token, "a fresh store", f"tokens {maybe_other} and {record.token}")
+        self._on_store(record)
         worker = agent.maybe_worker
         self._require(worker is None, "one group at a time", f"{agent.name} has workers")
+
+    def _on_store(self, record: Record) -> None:
+        """Nobody else looks for another group's store there."""
+        port = record.members[0].port
+        maybe_older = self._ports.get(port, record.token)
+        if maybe_older != record.token:
+            group = self._world.groups[maybe_older]
+            strays = [worker.agent.name for worker in group.workers.values() if worker.is_alive]
+            self._require(not strays, "a fresh store", f"workers of tokens {maybe_older} and {record.token}: {strays}")
+        self._ports[port] = record.token
 
     def on_stop(self, agent: SimulatedAgent) -> None:
         """S3 away alone never stops a healthy group."""
@@ -153,6 +172,10 @@ class Invariants:
         )
         self._require(to == "regroup" or agent.is_preempted, "preempted only if told so", agent.name)
 
+    def on_preemption_due(self, agent: SimulatedAgent) -> None:
+        if world_has_only(self._world, "preempt"):
+            self._require(not agent.is_alive, "who is preempted leaves", agent.name)
+
     def on_leave(self, agent: SimulatedAgent, *, is_preempted: bool) -> None:
         is_right = agent.is_preempted if is_preempted else is_over(self._world.store.record, 0)
         self._require(is_right, "agents leave only when all is done", agent.name)
@@ -164,6 +187,9 @@ class Invariants:
         """A step that all members of a group completed is not done again, if one of them is here with its memory."""
         newest = max((c.step for c in record.checkpoints), default=0)
         self._require(group.resumed_at >= newest, "no step before a checkpoint", f"{group.resumed_at}")
+        if world_has_only(self._world, "preempt") and self._world.fired:
+            furthest = max(self.completed.values(), default=0)
+            self._require(group.resumed_at >= furthest, "preemption loses no step", f"{group.resumed_at} of {furthest}")
         for token, step in self.completed.items():
             if token < group.token and self._lines[token] == self._lines[group.token]:
                 is_kept = any(name in self._world.kept_memory(token) for name in group.members)
@@ -171,12 +197,32 @@ class Invariants:
                     not is_kept or group.resumed_at >= step, "no step is redone", f"{group.resumed_at} of {step}"
                 )
 
+    def _is_calm_since(self, group: Group) -> bool:
+        world = self._world
+        return len(world.fired) == group.began_after and world.network.is_whole and world.store.is_well
+
+    def _takes_newcomers_in(self, group: Group) -> None:
+        """Where there is room for somebody who has waited for long."""
+        world = self._world
+        nodes = {member.node for member in group.record.members}
+        if len(nodes) == world.num_nodes or not all(fault.name == "newcomer" for fault in world.fired):
+            return
+        for agent in world.agents:
+            if agent.is_alive and agent.number not in nodes and agent.node.phase == "idle":
+                waited = world.agenda.now - max(agent.placed_at, agent.idle_since, self._began_at[group.token])
+                self._require(waited < 10.0, "newcomers are taken in", f"{agent.name} waited for {waited:.1f} s")
+
     def on_step(self, group: Group) -> None:
         token = group.token
         self.completed[token] = group.step
+        self._takes_newcomers_in(group)
         if token >= self._newest_step_token:
             self._newest_step_token = token
             return
+        since = self._world.agenda.now - self._began_at[token + 1] if token + 1 in self._began_at else 0.0
+        awake = [worker for worker in group.workers.values() if not worker.agent.frozen]
+        is_told = since > 12.0 and awake and not self._world.had_store_faults
+        self._require(not is_told, "the losing side stops when told", f"token {token} goes on for {since:.1f} s")
         names = set(group.members)
         for later in self._world.groups.values():
             if later.token <= token or not later.num_done:
@@ -191,6 +237,9 @@ class Invariants:
             self._require(is_over(world.store.record, 0), "the run goes on", "it did not finish")
             left = [agent.name for agent in world.agents if agent.is_alive]
             self._require(not left, "all leave", f"{left} did not")
+            if "UserError" in world.reported and world_has_only(world, "user error"):
+                record = world.store.record
+                self._require(record.failure is not None, "an error for good ends the run", "")
 
     def _require(self, holds: bool, rule: str, message: str) -> None:
         if not holds:

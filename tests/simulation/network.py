@@ -43,6 +43,10 @@ class Network:
     def carries(self, source: int, target: int) -> bool:
         return not self._cuts.get((source, target))
 
+    @property
+    def is_whole(self) -> bool:
+        return not self._cuts
+
     def is_open(self, one: int, other: int) -> bool:
         return not self._cuts or (self.carries(one, other) and self.carries(other, one))
 

@@ -35,8 +35,8 @@ class Tracing:
                 if maybe_peer is None or maybe_peer.maybe_status == status:
                     return
                 flags = ("" if status.sees_store else " without S3") + (" leaving" if status.is_leaving else "")
-                text = f"{status.member.incarnation}: {status.phase}, token {status.token}, reaches {status.reaches}{flags}"
-                self.trace(agent.name, f"hears {text}")
+                text = f"{status.phase}, token {status.token}, reaches {status.reaches}{flags}"
+                self.trace(agent.name, f"hears {status.member.incarnation}: {text}")
             case RecordSeen(maybe_record=None):
                 self.trace(agent.name, "S3 is away")
             case RecordSeen(maybe_record=record) if record is not None:

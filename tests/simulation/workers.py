@@ -20,11 +20,12 @@ if TYPE_CHECKING:
     from tests.simulation.agent import SimulatedAgent
     from tests.simulation.world import World
 
-SAVE_EVERY = 3
 KEEP = 2
 STALL = 4.0
 """After which a collective fails, if somebody does not take part."""
 RETRY = 0.5
+GRACE = 3.0
+"""Within which a preempted group saves a checkpoint, or ends without."""
 NUM_TORN = 0.25
 
 
@@ -64,6 +65,7 @@ class Group:
 
     __slots__ = (
         "asked",
+        "began_after",
         "has_met",
         "is_broken",
         "is_ending",
@@ -87,14 +89,16 @@ class Group:
         self.token = record.token
         self.members = tuple(member.incarnation for member in record.members)
         self.workers: dict[str, Worker] = {}
+        self.began_after = len(world.fired)
+        """So many faults."""
         self.has_met = False
         self.is_running = False
         """It resumed: a step comes next."""
         self.is_broken = False
         self.is_finishing = False
         """No step comes any more."""
-        self.asked = False
-        """All end together after the next step."""
+        self.asked = ""
+        """For what all end together after the next step."""
         self.is_ending = False
         """They do."""
         self.step = -1
@@ -139,6 +143,11 @@ class Group:
         )
         self.world.plan(0.05 + 0.4 * self.world.random(), worker.agent.worker_ends, worker, departure)
 
+    def ask(self, to: str) -> None:
+        """Whoever wants a checkpoint gets it, whatever the others want."""
+        if self.asked != "preempt":
+            self.asked = to
+
     def kill(self, worker: Worker) -> None:
         departure = Departure(
             token=self.token, node=worker.agent.number, cause="killed", step=max(self.step, 0), class_name="Killed"
@@ -147,6 +156,7 @@ class Group:
 
     def report(self, worker: Worker, kind: str) -> None:
         """The recipe raised, say."""
+        self.is_broken = True
         self._fail(worker, kind, f"{kind} in step {self.step + 1}")
 
     # ---- from one step to the next -------------------------------------------------------------------------------
@@ -215,13 +225,22 @@ class Group:
         self.world.invariants.on_step(self)
         if self.step >= self.world.num_steps:
             self._finish()
+        elif self.asked == "preempt":
+            self.is_finishing = True
+            self.world.plan(GRACE, self._end_together)
+            self._ask_store(lambda record: self._named(record, self.step), self._end_together, self._end_together)
         elif self.asked:
-            for worker in self.workers.values():
-                worker.agent.world.plan(0.2 * self.world.random(), worker.agent.worker_ends, worker)
-            self.is_finishing = self.is_ending = True
-        elif self.step % SAVE_EVERY == 0 and not self.saving:
+            self.is_finishing = True
+            self._end_together()
+        elif self.step % self.world.save_every == 0 and not self.saving:
             self.saving = True
             self.world.plan(0.1 + self.world.random(), self._name_checkpoint, self.step)
+
+    def _end_together(self, _: Record | None = None) -> None:
+        if not self.is_ending:
+            self.is_ending = True
+            for worker in self.workers.values():
+                self.world.plan(0.2 * self.world.random(), worker.agent.worker_ends, worker)
 
     # ---- what rank 0 commits -------------------------------------------------------------------------------------
 

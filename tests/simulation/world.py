@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import combinations
 from random import Random
 from typing import TYPE_CHECKING, Any
 
@@ -35,7 +36,8 @@ class World(Tracing):
         self.num_nodes = self._random.choice((2, 2, 3, 3, 3, 4, 5))
         self.min_nodes = self._random.choice((1, 1, self.num_nodes // 2 + 1, min(2, self.num_nodes)))
         self.max_restarts = 1000
-        self.num_steps = self._random.choice((4, 6, 9, 14))
+        self.save_every = self._random.choice((3, 3, 3, 3, 50))
+        self.num_steps = self._random.choice((4, 6, 9, 14)) if self.save_every == 3 else 40
         self.step_seconds = 0.3 + 0.9 * self.random()
         self.network_delay = self._random.choice((0.1, 0.1, 0.1, 0.5))
         self._num_ports = 0
@@ -59,7 +61,7 @@ class World(Tracing):
         self.had_other_faults = False
         """Than of S3."""
         self.had_store_faults = False
-        self.reported: set[str] = set()
+        self.reported: list[str] = []
         """Classes of the errors that workers were made to report."""
         self.zombies: list[float] = []
         """For how long rank 0 is to be frozen between reading a checkpoint back and naming it."""
@@ -126,9 +128,12 @@ class World(Tracing):
 
     @property
     def can_finish(self) -> bool:
-        """Enough nodes live, and nothing is in their way."""
-        numbers = {agent.number for agent in self.agents if agent.is_alive}
-        return is_over(self.store.record, 0) or len(numbers) >= self.min_nodes
+        """Enough nodes live and reach one another."""
+        living = {agent.number: agent for agent in self.agents if agent.is_alive}
+        return is_over(self.store.record, 0) or any(
+            all(self.network.is_open(one.host, other.host) for one, other in combinations(group, 2))
+            for group in combinations(living.values(), self.min_nodes)
+        )
 
     @property
     def is_deserted(self) -> bool:

@@ -1,4 +1,4 @@
-"""Who trains together: joins, departures and restarts, as sequences of pure changes."""
+"""Who trains together: each change of the record's group, and when a run is given up. All are pure functions."""
 
 from __future__ import annotations
 
@@ -8,10 +8,21 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from training.membership import failure_to_report, is_complete, join
-from training.record import CheckpointRef, Departure, Member, Record
+from training.membership import (
+    Proposal,
+    begin_group,
+    failure_to_report,
+    is_over,
+    launched_elsewhere,
+    renew,
+    with_secret,
+)
+from training.record import CheckpointRef, Departure, Failure, Member, Record, Result
 
 EMPTY = Record(key="k")
+RESULT = Result(
+    step=9, weights_sha256="w", state_sha256="s", checkpoint=CheckpointRef(step=9, token=1, sha256="manifest")
+)
 
 
 def member(node: int, incarnation: str = "a") -> Member:
@@ -22,97 +33,93 @@ def departure(token: int, *, node: int = 0, cause: str = "boom", step: int = 5, 
     return Departure(token=token, node=node, cause=cause, step=step, class_name=kind)
 
 
-def full_group(num_nodes: int = 3) -> Record:
-    record = EMPTY
-    for node in range(num_nodes):
-        record = join(record, member(node), num_nodes=num_nodes)
-    return record
+def proposal(
+    *nodes: int, after: int = 0, departures: tuple[Departure, ...] = (), generation: int = 0, max_restarts: int = 20
+) -> Proposal:
+    return Proposal(
+        expected_token=after,
+        generation=generation,
+        members=tuple(member(node) for node in nodes),
+        departures=departures,
+        max_restarts=max_restarts,
+    )
 
 
-def test_the_first_begins_a_group_and_the_others_complete_it() -> None:
-    record = join(EMPTY, member(2), num_nodes=3)
-    assert (record.token, record.members, is_complete(record)) == (1, (member(2),), False)
-    record = join(record, member(0), num_nodes=3)
-    assert not is_complete(record)
-    record = join(record, member(1), num_nodes=3)
-    assert (record.token, record.members) == (1, (member(0), member(1), member(2)))
-    assert is_complete(record)
+def test_a_group_has_the_next_token() -> None:
+    first = begin_group(EMPTY, proposal(0, 1))
+    assert (first.token, first.members, first.num_nodes) == (1, (member(0), member(1)), 2)
+    second = begin_group(replace(first, signs_of_life=7), proposal(1, after=1))
+    assert (second.token, second.members, second.num_nodes, second.signs_of_life) == (2, (member(1),), 1, 0)
 
 
-def test_an_empty_record_is_not_complete() -> None:
-    assert not is_complete(EMPTY)
+def test_of_two_proposals_the_first_counts() -> None:
+    """Also of equal ones: a request that is applied twice gives one group."""
+    first = begin_group(EMPTY, proposal(0, 1))
+    assert begin_group(first, proposal(2, 3)) == first
+    assert begin_group(first, proposal(0, 1)) == first
 
 
-def test_joining_again_changes_nothing() -> None:
-    forming = join(EMPTY, member(0), num_nodes=2)
-    assert join(forming, member(0), num_nodes=2) == forming
-    full = join(forming, member(1), num_nodes=2)
-    assert join(full, member(1), num_nodes=2) == full
+@pytest.mark.parametrize(
+    "over",
+    [
+        replace(EMPTY, result=RESULT),
+        replace(EMPTY, failure=Failure(kind="UserError", message="m")),
+        replace(EMPTY, generation=1),
+    ],
+    ids=["finished", "failed", "begun anew"],
+)
+def test_a_run_that_is_over_has_no_next_group(over: Record) -> None:
+    assert is_over(over, 0)
+    assert begin_group(over, proposal(0, 1, departures=(departure(0),))) == over
 
 
-def test_a_restarted_node_of_a_forming_group_begins_the_next_and_the_others_follow() -> None:
-    record = join(EMPTY, member(0), num_nodes=2)
-    record = join(record, member(0, "b"), num_nodes=2)
-    assert (record.token, record.members) == (2, (member(0, "b"),))
-    record = join(record, member(1), num_nodes=2)
-    assert (record.token, record.members) == (2, (member(0, "b"), member(1)))
+def test_why_the_last_group_is_no_more_is_noted_once() -> None:
+    first = begin_group(EMPTY, proposal(0, 1))
+    lost = departure(1, node=1, kind="NodeLost")
+    second = begin_group(first, proposal(0, after=1, departures=(lost,)))
+    third = begin_group(second, proposal(0, 1, after=2, departures=(lost, departure(2, kind="Killed"))))
+    assert third.departures == (lost, departure(2, kind="Killed"))
 
 
-def test_a_restarted_node_of_a_full_group_fences_the_group_off() -> None:
-    record = join(full_group(), member(1, "b"), num_nodes=3)
-    assert (record.token, record.members) == (2, (member(1, "b"),))
-    for node in (0, 2):
-        record = join(record, member(node, "b"), num_nodes=3, maybe_departure=departure(1, node=node))
-    assert record.token == 2
-    assert is_complete(record)
-    assert [d.node for d in record.departures] == [0, 2]
+def test_an_error_for_good_is_noted_instead_of_a_group() -> None:
+    first = begin_group(EMPTY, proposal(0, 1))
+    after = begin_group(first, proposal(0, 1, after=1, departures=(departure(1, kind="UserError", cause="no"),)))
+    assert after.failure == Failure(kind="UserError", message="no")
+    assert (after.token, after.members) == (first.token, first.members)
 
 
-def test_who_leaves_a_full_group_begins_the_next_even_under_the_same_incarnation() -> None:
-    record = join(full_group(), member(1), num_nodes=3, maybe_departure=departure(1, node=1))
-    assert (record.token, record.members) == (2, (member(1),))
-    assert record.departures == (departure(1, node=1),)
+def test_a_sign_of_life_counts_for_the_group_that_is_there() -> None:
+    group = begin_group(EMPTY, proposal(0))
+    assert renew(group, 1).signs_of_life == 1
+    assert renew(group, 0) == group
 
 
-def test_a_departure_is_noted_once_however_often_it_is_told() -> None:
-    record = full_group()
-    for _ in range(3):
-        record = join(record, member(1, "b"), num_nodes=3, maybe_departure=departure(1, node=1))
-    assert (record.token, record.members) == (2, (member(1, "b"),))
-    assert len(record.departures) == 1
+def test_another_launcher_fences_the_group_off_but_not_a_result() -> None:
+    group = begin_group(EMPTY, proposal(0))
+    assert (launched_elsewhere(group).token, launched_elsewhere(group).members) == (2, ())
+    finished = replace(group, result=RESULT)
+    assert launched_elsewhere(finished) == finished
 
 
-def test_another_number_of_nodes_begins_a_new_group() -> None:
-    forming = join(EMPTY, member(0), num_nodes=3)
-    record = join(forming, member(1), num_nodes=2)
-    assert (record.token, record.members, record.num_nodes) == (2, (member(1),), 2)
+def test_a_secret_is_made_once() -> None:
+    record = with_secret(EMPTY)
+    assert len(record.secret) == 64
+    assert with_secret(record) == record
 
 
-def test_a_fresh_generation_is_formed_from_nothing() -> None:
-    record = join(Record(key="k", generation=1, token=4), member(0), num_nodes=1)
-    assert record.token == 5
-    assert is_complete(record)
-
-
-@given(st.integers(1, 4), st.lists(st.tuples(st.integers(0, 3), st.booleans()), max_size=30))
+@given(st.lists(st.tuples(st.integers(0, 6), st.sets(st.integers(0, 3), min_size=1), st.booleans()), max_size=30))
 @settings(derandomize=True, max_examples=200)
-def test_no_two_full_groups_share_a_token(num_nodes: int, moves: list[tuple[int, bool]]) -> None:
-    """Whatever the order of joins, restarts and departures; and a token never falls."""
+def test_no_two_groups_share_a_token(moves: list[tuple[int, set[int], bool]]) -> None:
+    """Whatever is proposed, in whatever order; and a token never falls."""
     record = EMPTY
-    full: dict[int, tuple[Member, ...]] = {}
-    incarnations = dict.fromkeys(range(num_nodes), 0)
-    for number, (node, restarts) in enumerate(moves):
-        node %= num_nodes
-        incarnations[node] += restarts
+    groups: dict[int, tuple[Member, ...]] = {0: ()}
+    for expected, nodes, is_renewed in moves:
         before = record
-        maybe_departure = departure(record.token, node=node, step=number) if restarts and record.token else None
-        me = member(node, str(incarnations[node]))
-        record = join(record, me, num_nodes=num_nodes, maybe_departure=maybe_departure)
-        assert me in record.members
-        assert before.token <= record.token <= before.token + 1
-        assert len({m.node for m in record.members}) == len(record.members) <= num_nodes
-        if is_complete(record):
-            assert full.setdefault(record.token, record.members) == record.members
+        record = begin_group(record, proposal(*sorted(nodes), after=expected))
+        if is_renewed:
+            record = renew(record, expected)
+        assert record.token == before.token + (expected == before.token)
+        assert groups.setdefault(record.token, record.members) == record.members
 
 
 # ---- when to give up -------------------------------------------------------------------------------------------------
@@ -162,7 +169,19 @@ def test_too_many_restarts_without_a_checkpoint_stop_the_run() -> None:
     failure = failure_to_report(replace(EMPTY, departures=killed), killed[-1], max_restarts=3)
     assert failure is not None
     assert failure.kind == "InfrastructureError"
-    assert "4 restarts without a new checkpoint; the last: kill 4" in failure.message
+    assert "4 restarts that came no further than before; the last: kill 4" in failure.message
+
+
+def test_restarts_that_came_further_are_not_in_vain() -> None:
+    killed = tuple(departure(token, kind="Killed", step=10 * token) for token in range(1, 9))
+    assert failure_to_report(replace(EMPTY, departures=killed), killed[-1], max_restarts=1) is None
+    stuck = (*killed, departure(9, kind="Killed", step=80), departure(10, kind="Killed", step=80))
+    assert failure_to_report(replace(EMPTY, departures=stuck), stuck[-1], max_restarts=2) is not None
+
+
+def test_preemptions_are_no_restarts() -> None:
+    preempted = tuple(departure(token, kind="Preempted") for token in range(1, 9))
+    assert failure_to_report(replace(EMPTY, departures=preempted), preempted[-1], max_restarts=1) is None
 
 
 def test_a_new_checkpoint_starts_the_count_anew() -> None:

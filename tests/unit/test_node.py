@@ -1,4 +1,4 @@
-"""One node of the membership protocol, event by event. Most of these were found by the simulation (tests/simulation)."""
+"""One node of the membership protocol, event by event. Most cases were found by the simulation (tests/simulation)."""
 
 from __future__ import annotations
 
@@ -284,3 +284,11 @@ def test_members_that_still_stop_are_waited_for() -> None:
     assert not proposed(driver.waits(5, driver.status(member(1), phase="training"), training))
     assert not proposed(driver.hears(member(1, port=2)))
     assert proposed(driver.hears(member(2, port=2))) == [["0", "1", "2"]]
+
+
+def test_a_node_that_must_go_asks_for_a_checkpoint_even_if_its_group_is_about_to_regroup() -> None:
+    """Seed 1206: the group ended without one, and with its members went what it had done since the last."""
+    driver = in_training(0, 1)
+    assert AskWorkers(to="regroup") in ready_newcomer(driver, member(2))
+    assert AskWorkers(to="preempt") in driver.send(Preempted())
+    assert "AskWorkers" not in kinds(driver.send(Tick()))
