@@ -98,10 +98,8 @@ class Slots:
 
 
 def _read(fd: int, run_key: str, generation: int) -> Memory | None:
-    header = opened(os.pread(fd, HEADER_BYTES, 0))
+    header = _header_of(fd)
     if header is None or (header.run_key, header.generation) != (run_key, generation):
-        return None
-    if os.fstat(fd).st_size != HEADER_BYTES + header.num_bytes:
         return None
     body = memoryview(mmap.mmap(fd, HEADER_BYTES + header.num_bytes))[HEADER_BYTES:]
     return memory_of(header, body)
@@ -112,8 +110,14 @@ def memory_of(header: Header, body: memoryview) -> Memory | None:
     return Memory(header=header, body=body) if fast_digest(body) == header.digest else None
 
 
-def _step_of(fd: int) -> int:
+def _header_of(fd: int) -> Header | None:
     header = opened(os.pread(fd, HEADER_BYTES, 0))
+    is_as_long = header is not None and os.fstat(fd).st_size == HEADER_BYTES + header.num_bytes
+    return header if is_as_long else None
+
+
+def _step_of(fd: int) -> int:
+    header = _header_of(fd)
     return -1 if header is None else header.step
 
 

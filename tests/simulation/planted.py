@@ -1,7 +1,7 @@
 """Bugs planted in the real source, to see that the simulation finds them.
 
-Each is a replacement of a text that must be there exactly once. The changed module is loaded beside the real one, and the
-simulation is given what it changed; nothing is written to disk.
+Each is a replacement of a text that must be there exactly once. The changed module is loaded beside the real one, and
+the simulation is given what it changed; nothing is written to disk.
 """
 
 from __future__ import annotations

@@ -138,11 +138,13 @@ def test_a_fresh_generation_holds_nothing_and_fences_the_old_one_off() -> None:
 FULL = Record(
     key="k",
     instance="i",
+    secret="s",
     generation=1,
     fresh_mark="m",
     token=2,
     members=(Member(node=0, incarnation="i", address="127.0.0.1", port=1),),
     num_nodes=1,
+    signs_of_life=1,
     resume_steps=(0, 5),
     checkpoints=(checkpoint(5, token=1),),
     quarantined=(Quarantined(checkpoint=checkpoint(7, token=1), reason="r"),),
@@ -166,6 +168,11 @@ def test_the_stored_form_is_golden() -> None:
     assert canonical_json({"format": 1, **asdict(FULL)}) == golden.read_bytes()
 
 
+def test_a_record_from_before_agents_spoke_to_one_another_can_be_read() -> None:
+    document = {key: value for key, value in asdict(FULL).items() if key not in ("secret", "signs_of_life")}
+    assert parse(Record, document) == replace(FULL, secret="", signs_of_life=0)
+
+
 # ---- on the store ----------------------------------------------------------------------------------------------------
 
 
@@ -179,8 +186,9 @@ def test_a_record_is_made_once(run: RunRecord) -> None:
     with pytest.raises(MissingError):
         run.read()
     made = run.create_if_missing()
-    assert made == Record(key="key", instance=made.instance)
+    assert made == Record(key="key", instance=made.instance, secret=made.secret)
     assert made.instance
+    assert len(made.secret) == 64
     run.update(lambda record: replace(record, token=7))
     assert run.create_if_missing().token == 7
 
