@@ -47,6 +47,9 @@ class Follower:
         if len(record.departures) > self._num_departures:
             self._num_departures = len(record.departures)
             self.progress = replace(self.progress, trouble=record.departures[-1].cause[:200])
+        if record.checkpoints:
+            newest = max(self.progress.checkpoint_step, record.checkpoints[-1].step)
+            self.progress = replace(self.progress, checkpoint_step=newest)
         events = list(self._reader.read_new(newest_token=record.token))
         for event in events:
             self.progress = _after(self.progress, event)

@@ -123,7 +123,10 @@ def _siblings(store: Store, identity: Identity) -> list[Sibling]:
 
 
 def _obstacle(sibling: Sibling) -> str:
-    return (
-        f"run {sibling.run.run_key[:12]} differs in its number of steps alone, but has no checkpoint of its first"
-        f" {sibling.num_common_steps} steps, after which the recipe's learning rates differ or this run ends"
-    )
+    other = f"run {sibling.run.run_key[:12]} differs in its number of steps alone, but"
+    if sibling.has_other_rates:
+        return (
+            f"{other} its learning rates are others from step {sibling.num_common_steps + 1} on, since the recipe's"
+            " schedule depends on train.steps: nothing can be shared (a level schedule shares all)"
+        )
+    return f"{other} has no checkpoint of its first {sibling.num_common_steps} steps, and this run ends there"

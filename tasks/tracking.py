@@ -26,6 +26,8 @@ T = TypeVar("T")
 
 METRICS = ("loss", "grad_norm", "learning_rate", "samples_per_second")
 RUN_KEY_TAG = "unbroken.run_key"
+GENERATION_TAG = "unbroken.generation"
+"""Grows with each `--fresh`: the MLflow run of the greatest counts."""
 DATASET_TAG = "unbroken.dataset_digest"
 WEIGHTS_TAG = "unbroken.weights_sha256"
 BATCH_METRICS = 1000
@@ -176,7 +178,7 @@ def _create_run(
     made = client.create_run(
         _experiment_id(client, preset.name),
         run_name=f"{preset.name}-{run.run_key[:8]}",
-        tags={RUN_KEY_TAG: run.run_key, **tags},
+        tags={RUN_KEY_TAG: run.run_key, GENERATION_TAG: str(run.read().generation), **tags},
     )
     params = [Param(key, str(value)) for key, value in _flat(preset.to_json())]
     client.log_batch(made.info.run_id, params=params, tags=[RunTag(DATASET_TAG, dataset["digest"])])

@@ -24,6 +24,7 @@ from training.config import Preset
 from training.data.activity import distrust
 from training.documents import digest_of
 from training.errors import CancelledError, DamagedError, InfrastructureError
+from training.events import Event
 from training.job import Job, agent_command, agent_environment, store_job
 from training.objectstore import Store
 from training.record import Record, RunRecord
@@ -77,6 +78,8 @@ def train(preset: Preset, dataset: Dataset, *, owner: str | None = None, fresh: 
             _cancel(launcher, run, record)  # the agents of the generation before
         if record.result is None:
             tracker.reopen()
+            if launcher.find(run.run_key) is not None:
+                log.info("it is being trained already, on what it was started with; `unbroken runs cancel` ends that")
             _submit(launcher, settings, store, identity, record, owner)
         record = _follow(follower, tracker, launcher, run.run_key)
         assert record.result is not None
@@ -156,6 +159,9 @@ def _follow(follower: Follower, tracker: tracking.Tracker, launcher: Launcher, k
         status = launcher.find(key)  # before the record: a job that ended by now has left its result there
         record, events = follower.look()
         waiting += events
+        for event in events:
+            if event.kind == "attempt" and event.values.get("source", "start") != "start":
+                log.info(_resumption(event))
         waiting = _forward(tracker, waiting)
         if time.monotonic() > next_line:
             log.info(follower.progress.line())
@@ -180,6 +186,11 @@ def _follow(follower: Follower, tracker: tracking.Tracker, launcher: Launcher, k
                 f"the engine's job ended without a result: see {', '.join(str(path) for path in launcher.logs(key))}"
             )
         time.sleep(LOOK_SECONDS)
+
+
+def _resumption(event: Event) -> str:
+    where = "memory" if event.values["source"] == "memory" else "the checkpoint"
+    return f"{event.values['world_size']} ranks go on after step {event.step}, from {where} (token {event.token})"
 
 
 def _forward(tracker: tracking.Tracker, events: list[Any]) -> list[Any]:

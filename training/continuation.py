@@ -25,7 +25,9 @@ class Sibling:
     run: RunRecord
     record: Record
     num_common_steps: int
-    """After so many steps ours ends, or has other learning rates: the schedule may depend on the number of steps."""
+    """After so many steps one of them ends, or they have other learning rates."""
+    has_other_rates: bool
+    """The schedule depends on the number of steps."""
 
     @property
     def usable(self) -> list[CheckpointRef]:
@@ -52,7 +54,8 @@ def find_siblings(store: Store, trajectory: str, *, run_key: str, recipe: Recipe
         record = run.find() if other_key != run_key else None
         if record is not None and record.checkpoints:
             num_common = _num_common_steps(recipe, num_steps, int(other))
-            found.append(Sibling(run=run, record=record, num_common_steps=num_common))
+            has_other_rates = num_common < min(num_steps, int(other))
+            found.append(Sibling(run=run, record=record, num_common_steps=num_common, has_other_rates=has_other_rates))
     return sorted(found, key=lambda sibling: sibling.step, reverse=True)
 
 

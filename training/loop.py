@@ -133,6 +133,8 @@ class Trainer:
     def train(self) -> None:
         """Resume, step to the end, checkpoint on the way, and commit the result."""
         self.resume()
+        if self.state.step == 0:
+            self.try_scores()
         config = self.preset.train
         fill_new_memory(True)  # with NaN: a recipe that reads it, and has other bits each time, is found in one step
         while self.state.step < config.steps:
@@ -259,23 +261,32 @@ class Trainer:
             self.handover.leave()
             raise GroupEnded
 
+    def try_scores(self) -> None:
+        """Judge one batch, as is done after training: what is wrong with that should not be found out only then."""
+        self.validate(max_samples=self.preset.evaluate.batch_size, alone=True)
+
+    def validate(self, *, max_samples: int | None, alone: bool = False) -> Mapping[str, float]:
+        """Held-out scores; of all ranks together, unless each does it `alone`."""
+        self._maybe_held_out = self._maybe_held_out or self.feed.held_out()
+        self.extras.hold()
+        scores = validate(
+            self.recipe,
+            self.state.model,
+            self._maybe_held_out,
+            batch_size=self.preset.evaluate.batch_size,
+            max_samples=max_samples,
+            rank=0 if alone else self.rank.rank,
+            world_size=1 if alone else self.rank.world_size,
+        )
+        self.extras.release()
+        return scores
+
     def maybe_validate(self) -> Mapping[str, float]:
         """Held-out scores, every so many steps."""
         every = self.preset.train.validate_every_steps
         scores: Mapping[str, float] = {}
         if every is not None and self.state.step % every == 0:
-            self._maybe_held_out = self._maybe_held_out or self.feed.held_out()
-            self.extras.hold()
-            scores = validate(
-                self.recipe,
-                self.state.model,
-                self._maybe_held_out,
-                batch_size=self.preset.evaluate.batch_size,
-                max_samples=self.preset.evaluate.max_samples,
-                rank=self.rank.rank,
-                world_size=self.rank.world_size,
-            )
-            self.extras.release()
+            scores = self.validate(max_samples=self.preset.evaluate.max_samples)
         self.handover.complete(validation={name: json_number(mean) for name, mean in scores.items()})
         return scores
 

@@ -290,7 +290,7 @@ class Node:
             Departure(
                 token=record.token,
                 node=member.node,
-                cause="preempted" if member.incarnation in self.preempted else "lost",
+                cause=f"node {member.node} " + ("had to go" if member.incarnation in self.preempted else "is gone"),
                 step=max(status.step for status in ready),
                 class_name="Preempted" if member.incarnation in self.preempted else "NodeLost",
             )

@@ -28,7 +28,7 @@ class TrainState:
         """Raises `DeterministicError` if the recipe gives neither."""
         seed_streams(seed, device)
         with recipe_errors("model()"):
-            self.model: nn.Module = recipe.model().to(device)
+            self.model: nn.Module = _require_module(recipe.model()).to(device)
         with recipe_errors("optimizer()"):
             self.optimizer: Optimizer = recipe.optimizer(self.model)
             self._first_settings = settings_of(self.optimizer)
@@ -106,6 +106,12 @@ class TrainState:
 
     def state_sha256(self) -> str:
         return tensors_sha256(self.tensors())
+
+
+def _require_module(made: object) -> nn.Module:
+    if not isinstance(made, nn.Module):
+        raise DeterministicError(f"the recipe's model() gave {type(made).__name__}, not a torch.nn.Module")
+    return made
 
 
 def require_fit(model: nn.Module, shapes: Mapping[str, tuple[int, ...]]) -> None:

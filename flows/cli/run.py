@@ -95,7 +95,8 @@ def _shortcuts(ranks: int | None, steps: int | None) -> dict[str, Any]:
 def _overrides(shortcuts: dict[str, Any], overrides: dict[str, Any]) -> dict[str, Any]:
     """Both. Raises `UserError` for what is given twice."""
     for key in shortcuts.keys() & overrides.keys():
-        raise UserError(f"--set {key} says the same as --ranks or --steps: give one of them")
+        option = "--steps" if key == "train.steps" else "--ranks"
+        raise UserError(f"--set {key} and {option} say the same: give one of them")
     return {**shortcuts, **overrides}
 
 
