@@ -57,12 +57,14 @@ class _Worker:
     """When it last finished a step."""
     slowest_seconds: float = 0.0
     is_waiting: bool = False
+    is_condemned: bool = False
+    """Its agent killed it, for no fault of its own."""
     maybe_failure: Note | None = None
     maybe_code: int | None = None
 
     def failure(self) -> Note | None:
         """What it said, or what its exit code says."""
-        if self.maybe_code in (0, EXIT_STOPPED):
+        if self.maybe_code in (0, EXIT_STOPPED) or self.is_condemned:
             return None
         if self.maybe_failure is not None:
             return self.maybe_failure
@@ -132,6 +134,7 @@ class Workers:
     def kill(self) -> None:
         for worker in self._workers:
             if worker.maybe_code is None:
+                worker.is_condemned = True
                 worker.process.kill()
 
     def kill_hung(self, now: float, *, hang_seconds: float) -> None:
@@ -183,8 +186,6 @@ class Workers:
 
     def _departure(self, failures: list[Note]) -> Departure | None:
         """Why this node leaves the group: what failed by itself goes before what failed for the loss of a peer."""
-        if self._is_stopping:
-            failures = [failure for failure in failures if failure.class_name != "Killed"]
         if self._maybe_hung is not None:
             failures = [self._maybe_hung]
         if not failures:

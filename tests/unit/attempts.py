@@ -8,6 +8,7 @@ from typing import Any
 from tests.unit.fakes import DictRendezvous
 from tests.unit.tiny import Tiny, exact_arithmetic, make_trainer, tiny_preset
 from training.events import EventWriter
+from training.handover import Handover
 from training.history import committed_steps
 from training.loop import Trainer
 from training.objectstore import Store
@@ -23,7 +24,13 @@ def step_through(trainer: Trainer, until: int) -> Trainer:
 
 
 def attempt(
-    run: RunRecord, *, token: int, store: Store | None = None, recipe: Tiny | None = None, **train: Any
+    run: RunRecord,
+    *,
+    token: int,
+    store: Store | None = None,
+    recipe: Tiny | None = None,
+    handover: Handover | None = None,
+    **train: Any,
 ) -> Trainer:
     """A trainer of one rank under `token`, which the record is set to."""
     run.update(lambda record: replace(record, token=token))
@@ -39,7 +46,9 @@ def attempt(
         keep=preset.train.keep_checkpoints,
         before_commit=events.flush,
     )
-    return make_trainer(preset=preset, recipe=recipe, run=on, saver=saver, events=events, token=token)
+    return make_trainer(
+        preset=preset, recipe=recipe, run=on, saver=saver, events=events, token=token, handover=handover
+    )
 
 
 def train(trainer: Trainer) -> None:

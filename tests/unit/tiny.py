@@ -21,6 +21,7 @@ from training.data.order import Order
 from training.data.reader import Rows
 from training.data.stream import Microbatch
 from training.events import EventWriter
+from training.handover import Handover
 from training.loop import Rank, Trainer
 from training.recipe import Recipe, Record, Sample
 from training.record import RunRecord
@@ -159,6 +160,7 @@ def make_trainer(
     saver: CheckpointSaver | None = None,
     events: EventWriter | None = None,
     token: int = 1,
+    handover: Handover | None = None,
 ) -> Trainer:
     """A trainer that can step; with `run`, `saver` and `events` it can also resume, save and finish."""
     preset = preset or tiny_preset()
@@ -170,6 +172,7 @@ def make_trainer(
         saver=saver or cast(CheckpointSaver, NeverBusy()),
         events=events,
         rank=Rank(rank=rank, world_size=world_size, token=token, device=CPU),
+        handover=handover,
     )
 
 

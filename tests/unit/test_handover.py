@@ -1,0 +1,193 @@
+"""What a rank leaves in memory: the last finished step, at whatever moment it is asked; and how it is taken up."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Iterator, Mapping
+
+import pytest
+from torch import Tensor, nn
+
+from tests.unit.attempts import attempt, history, step_through, train
+from tests.unit.tiny import Tiny, exact_arithmetic, make_trainer, tiny_preset
+from training import handover as handover_module
+from training.checkpoint import folder
+from training.events import EventReader
+from training.extras import Control
+from training.handover import GroupEnded, Handover
+from training.loop import Trainer
+from training.objectstore import Store
+from training.record import RunRecord
+from training.slots import Slots, create_slots
+from training.state import tensors_sha256
+
+STEPS = 9
+
+
+@pytest.fixture
+def slots() -> Iterator[Slots]:
+    descriptors = create_slots()
+    yield Slots(descriptors)
+    for fd in descriptors:
+        os.close(fd)
+
+
+@pytest.fixture
+def run(store: Store) -> RunRecord:
+    record = RunRecord(store, "k")
+    record.create_if_missing()
+    return record
+
+
+def begin(run: RunRecord, slots: Slots, *, token: int, **preset: object) -> Trainer:
+    handover = Handover(slots, run_key="k", generation=0)
+    return attempt(run, token=token, handover=handover, steps=STEPS, **preset)
+
+
+def train_until(trainer: Trainer, step: int) -> None:
+    """To the end of that step, as an agent wants it."""
+    after_step = trainer.after_step
+
+    def watch(control: Control) -> None:
+        trainer.handover.wants_regroup = trainer.state.step >= step - 1
+        after_step(control)
+        trainer.saver.wait()
+
+    trainer.handover.wants_regroup = step == 1
+    trainer.after_step = watch  # type: ignore[method-assign]
+    with pytest.raises(GroupEnded):
+        train(trainer)
+    assert trainer.state.step == step
+
+
+def attempts(run: RunRecord) -> list[tuple[int, int, str]]:
+    """Token, step and source of each."""
+    record = run.read()
+    events = EventReader(run.store, run.prefix(record)).read_new(newest_token=record.token)
+    return [(event.token, event.step, event.values["source"]) for event in events if event.kind == "attempt"]
+
+
+def calm_sha256() -> str:
+    return step_through(make_trainer(preset=tiny_preset(steps=STEPS)), STEPS).state.state_sha256()
+
+
+class Interrupted(Tiny):
+    """Calls back in the midst of a microbatch, when buffers have changed already."""
+
+    def loss(self, model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
+        found = super().loss(model, batch)
+        CALLS[0]()
+        return found
+
+
+CALLS = [lambda: None]
+
+
+def test_in_the_midst_of_a_step_the_state_is_that_of_the_step_before() -> None:
+    trainer = step_through(make_trainer(recipe=Interrupted()), 2)
+    before = trainer.state.state_sha256()
+    seen: list[tuple[int, str, str]] = []
+
+    def look() -> None:
+        step, tensors = trainer.settled_state()
+        seen.append((step, tensors_sha256(tensors), trainer.state.state_sha256()))
+
+    CALLS[0] = look
+    with exact_arithmetic():
+        trainer.train_step()
+    CALLS[0] = lambda: None
+    assert len(seen) == tiny_preset().train.virtual_workers
+    assert {(step, sha256) for step, sha256, _ in seen} == {(2, before)}
+    assert any(live != before for _, _, live in seen), "the live buffers were others"
+    assert tensors_sha256(trainer.settled_state()[1]) == trainer.state.state_sha256() != before
+
+
+@pytest.mark.parametrize("step", range(1, STEPS))
+def test_the_next_group_goes_on_where_the_one_before_stood(run: RunRecord, slots: Slots, step: int) -> None:
+    """Between checkpoints, which are of every second step, and at one."""
+    train_until(begin(run, slots, token=1), step)
+    train(begin(run, slots, token=2))
+    record = run.read()
+    assert record.result is not None
+    assert record.result.state_sha256 == calm_sha256()
+    assert attempts(run)[-1] == (2, step, "memory")
+    assert history(run) == list(range(1, STEPS + 1))
+
+
+def test_who_told_of_steps_may_die_before_the_store_has_heard(run: RunRecord, slots: Slots) -> None:
+    first = begin(run, slots, token=1, checkpoint_every_steps=100)
+    assert first.maybe_events is not None
+    first.maybe_events.flush = lambda: None  # type: ignore[method-assign]
+    train_until(first, 5)
+    assert history(run) == []
+    train(begin(run, slots, token=2, checkpoint_every_steps=100))
+    assert history(run) == list(range(1, STEPS + 1))
+    assert attempts(run) == [(2, 5, "memory")]
+
+
+def test_a_checkpoint_that_is_newer_than_memory_is_taken(run: RunRecord, slots: Slots) -> None:
+    train_until(begin(run, slots, token=1), 3)
+    elsewhere = create_slots()
+    train_until(begin(run, Slots(elsewhere), token=2), 7)
+    train(begin(run, slots, token=3))
+    assert attempts(run)[-1] == (3, 6, "checkpoint")
+    assert history(run) == list(range(1, STEPS + 1))
+    for fd in elsewhere:
+        os.close(fd)
+
+
+def test_a_preempted_group_leaves_a_checkpoint_of_its_last_step(run: RunRecord, slots: Slots) -> None:
+    trainer = begin(run, slots, token=1, checkpoint_every_steps=100)
+    trainer.handover.wants_checkpoint = True
+    with pytest.raises(GroupEnded):
+        train(trainer)
+    (checkpoint,) = run.read().checkpoints
+    assert checkpoint.step == trainer.state.step == 1
+    assert run.store.exists(folder("runs/k/0/", 1, 1) + "manifest.json")
+
+
+def test_an_update_that_failed_leaves_nothing(run: RunRecord, slots: Slots) -> None:
+    trainer = begin(run, slots, token=1)
+    step = trainer.state.optimizer.step
+
+    def fail() -> None:
+        step()
+        raise RuntimeError("the optimizer broke")
+
+    trainer.state.optimizer.step = fail  # type: ignore[assignment]
+    with pytest.raises(Exception, match="the optimizer broke"):
+        train(trainer)
+    trainer.handover.leave()
+    assert slots.newest("k", 0) is None
+
+
+def test_an_update_that_does_not_end_leaves_nothing(slots: Slots, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(handover_module, "LOCK_SECONDS", 0.01)
+    handover = Handover(slots, run_key="k", generation=0)
+    handover.keep(lambda: (3, {}))
+    begun, ended = threading.Event(), threading.Event()
+
+    def update() -> None:
+        with handover.update():
+            begun.set()
+            ended.wait(30)
+
+    thread = threading.Thread(target=update)
+    thread.start()
+    assert begun.wait(30)
+    handover.leave()
+    assert slots.newest("k", 0) is None
+    ended.set()
+    thread.join()
+    handover.leave()
+    assert slots.newest("k", 0) is not None
+
+
+def test_the_journal_holds_what_no_checkpoint_does(run: RunRecord, slots: Slots) -> None:
+    trainer = begin(run, slots, token=1)
+    train_until(trainer, 7)
+    newest = run.read().checkpoints[-1].step
+    assert [entry.step for entry in trainer.handover.journal][-1] == 7
+    assert trainer.handover.journal[0].step <= newest + 1, "it may forget late, never early"
+    assert len(trainer.handover.journal) < 7

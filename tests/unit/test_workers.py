@@ -1,0 +1,171 @@
+"""A node's workers, as its agent sees them: how they end, and whom it blames. The processes are real, what they do is
+a line of Python."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from typing import Any
+
+import pytest
+
+from tests.unit.tiny import tiny_preset
+from training.control import EXIT_STOPPED, Order
+from training.job import Job
+from training.objectstore import StoreLocation
+from training.record import Member, Record
+from training.workers import Outcome, Workers
+
+BEGIN = "import json, os, signal, socket, sys\nagent = socket.socket(fileno=int(sys.argv[1]))\n"
+SAY = "agent.sendall(json.dumps({}).encode() + b'\\n')\n"
+OBEY = f"agent.recv(99)\nsys.exit({EXIT_STOPPED})\n"
+
+
+def say(**note: Any) -> str:
+    return SAY.format(json.dumps(note).replace("false", "False").replace("true", "True"))
+
+
+def fail(class_name: str, message: str, *, step: int = 4) -> str:
+    return say(event="failed", class_name=class_name, message=message, step=step) + "sys.exit(1)\n"
+
+
+class Script:
+    """A worker that does what is written."""
+
+    def __init__(self, text: str, descriptors: Mapping[str, int]) -> None:
+        control = descriptors["control_fd"]
+        self._process = subprocess.Popen([sys.executable, "-c", BEGIN + text, str(control)], pass_fds=[control])
+        self._pidfd = os.pidfd_open(self._process.pid)
+
+    def fileno(self) -> int:
+        return self._pidfd
+
+    def poll(self) -> int | None:
+        return self._process.poll()
+
+    def kill(self) -> None:
+        self._process.kill()
+
+
+def outcome(*scripts: str, act: Callable[[Workers], None] = lambda workers: None, hang_seconds: float = 60) -> Outcome:
+    """Of a group of one node with these workers."""
+    job = Job(
+        key="k",
+        generation=0,
+        preset=tiny_preset(),
+        dataset_digest="d",
+        location=StoreLocation(endpoint=None, bucket="b"),
+    )
+    object.__setattr__(job.preset.launch, "processes_per_node", len(scripts))
+
+    async def follow() -> Outcome:
+        ended: asyncio.Future[Outcome] = asyncio.get_running_loop().create_future()
+        left = iter(scripts)
+
+        def start(order: dict[str, Any], descriptors: Mapping[str, int]) -> Script:
+            assert order["world_size"] == len(scripts)
+            return Script(next(left), descriptors)
+
+        member = Member(node=1, incarnation="i", address="127.0.0.1", port=1)
+        workers = Workers(
+            job=job, node=1, record=Record(key="k", token=3, members=(member,)), start=start, on_end=ended.set_result
+        )
+        with socket.socket() as listener:
+            workers.begin(listener, [(0, 0)] * len(scripts))
+            act(workers)
+            async with asyncio.timeout(60):
+                while not ended.done():
+                    workers.kill_hung(asyncio.get_running_loop().time(), hang_seconds=hang_seconds)
+                    with suppress(TimeoutError):
+                        await asyncio.wait_for(asyncio.shield(ended), 0.02)
+        return ended.result()
+
+    return asyncio.run(follow())
+
+
+PEER_LOST = fail("PeerLost", "gloo: connection closed")
+BUG = fail("Exception", "list index out of range")
+NOT_FINITE = fail("DeterministicError", "the loss is nan")
+KILLED = "os.kill(os.getpid(), signal.SIGKILL)\n"
+
+
+@pytest.mark.parametrize(
+    ("scripts", "cause"),
+    [
+        ([PEER_LOST, NOT_FINITE], "the loss is nan"),
+        ([PEER_LOST, BUG, PEER_LOST], "list index out of range"),
+        ([BUG, NOT_FINITE], "the loss is nan"),
+        ([OBEY, KILLED], "worker killed by signal 9"),
+        ([OBEY, "sys.exit(7)\n"], "worker exited with 7"),
+        ([PEER_LOST, OBEY], "gloo: connection closed"),
+    ],
+)
+def test_the_departure_names_the_worker_that_failed_by_itself(scripts: list[str], cause: str) -> None:
+    found = outcome(*scripts)
+    assert found.maybe_departure is not None
+    assert (found.maybe_departure.cause, found.maybe_departure.token, found.maybe_departure.node) == (cause, 3, 1)
+    assert not found.is_finished
+
+
+def test_workers_that_are_done_have_finished_the_run() -> None:
+    done = say(event="began", step=5) + say(event="step", step=6)
+    assert outcome(done, done) == Outcome(step=6, is_finished=True, maybe_departure=None)
+
+
+def test_workers_that_are_told_to_stop_are_nobodys_fault() -> None:
+    stopped = say(event="began", step=5) + OBEY
+    assert outcome(stopped, stopped, act=Workers.stop) == Outcome(step=5, is_finished=False, maybe_departure=None)
+
+
+def test_an_order_reaches_every_worker() -> None:
+    assert_regroup = f"assert json.loads(agent.makefile().readline())['do'] == 'regroup'\nsys.exit({EXIT_STOPPED})\n"
+    found = outcome(assert_regroup, assert_regroup, act=lambda workers: workers.ask(Order(do="regroup")))
+    assert found == Outcome(step=0, is_finished=False, maybe_departure=None)
+
+
+def test_a_worker_that_does_not_stop_is_killed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("training.workers.STOP_SECONDS", 0.2)
+    found = outcome("signal.pause()\n", act=Workers.stop)
+    assert found == Outcome(step=0, is_finished=False, maybe_departure=None)
+
+
+def test_a_worker_without_a_sign_of_life_is_replaced() -> None:
+    found = outcome(say(event="began", step=5) + "signal.pause()\n", OBEY, hang_seconds=0.5)
+    assert found.maybe_departure is not None
+    assert found.maybe_departure.class_name == "Hung"
+    assert "no sign of life" in found.maybe_departure.cause
+    assert found.step == 5
+
+
+BEATING = """
+import threading, time
+def beat():
+    while True:
+        agent.sendall(json.dumps({"event": "beat", "is_waiting": IS_WAITING}).encode() + b"\\n")
+        time.sleep(0.05)
+threading.Thread(target=beat, daemon=True).start()
+"""
+
+
+def test_who_does_not_come_to_the_end_of_a_step_is_hung_and_who_waits_is_not() -> None:
+    step = say(event="began", step=5) + "import time; time.sleep(0.02)\n" + say(event="step", step=6)
+    stuck = step + BEATING.replace("IS_WAITING", "False") + "signal.pause()\n"
+    waits = step + BEATING.replace("IS_WAITING", "True") + OBEY
+    found = outcome(waits, stuck, hang_seconds=0.8)
+    assert found.maybe_departure is not None
+    assert "does not come to the end of its step" in found.maybe_departure.cause
+    assert found.maybe_departure.step == 6
+
+
+def test_signals_are_named() -> None:
+    found = outcome(f"os.kill(os.getpid(), {int(signal.SIGTERM)})\n")
+    assert found.maybe_departure is not None
+    assert found.maybe_departure.class_name == "Killed"
+    assert found.maybe_departure.cause == "worker killed by signal 15"
