@@ -114,6 +114,12 @@ PLANTED = (
         "newcomer",
         "cut link",
     ),
+    node(
+        "replaced and replacement take over at once",
+        "record.token == self._first_token and ",
+        "",
+        "replaced while cut off",
+    ),
     node("silence is not noticed", "if now - peer.heard_at > self.timing.silence:", "if False:"),
     node(
         "a lost member is not missed",
