@@ -200,7 +200,7 @@ class Invariants:
         """A step that all members of a group completed is not done again, if one of them is here with its memory."""
         newest = max((c.step for c in record.checkpoints), default=0)
         self._require(group.resumed_at >= newest, "no step before a checkpoint", f"{group.resumed_at}")
-        if world_has_only(self._world, "preempt") and self._world.fired:
+        if self._world.fired and world_has_only(self._world, "preempt") and not self._world.had_idle_preempted:
             furthest = max(self.completed.values(), default=0)
             self._require(group.resumed_at >= furthest, "preemption loses no step", f"{group.resumed_at} of {furthest}")
         for token, step in self.completed.items():
