@@ -75,6 +75,8 @@ class Node:
     _actions: list[Action] = field(default_factory=list)
     _is_asking: bool = False
     _asked_workers: set[str] = field(default_factory=set)
+    _first_token: int = -1
+    """The record's when this incarnation came."""
     _handled_at: float = float("-inf")
     _read_at: float = float("-inf")
     _renewed_at: float = 0.0
@@ -134,6 +136,8 @@ class Node:
         self._is_asking = False
         self.sees_store = maybe_record is not None
         self._read_at = now
+        if maybe_record is not None and self.maybe_record is None:
+            self._first_token = maybe_record.token
         if maybe_record is not None and maybe_record != self.maybe_record:
             self.maybe_record = maybe_record
             self._changed_at = now
@@ -339,11 +343,13 @@ class Node:
         return self._may_take_over(record, chosen, now - patience)
 
     def _may_take_over(self, record: Record, chosen: list[Status], now: float) -> bool:
-        """From a group that none of these was in, nor reaches: all its nodes were placed anew, or it left no sign of
-        life."""
+        """From a group that none of these was in, nor reaches: it left no sign of life, or all its nodes were placed
+        anew, this one after the group began. (Else two agents of one node, each cut off from the other, would take
+        over from one another for ever.)"""
         if any(member.incarnation in status.reaches for member in record.members for status in chosen):
             return False
-        if {member.node for member in record.members} <= {status.member.node for status in chosen}:
+        nodes = {status.member.node for status in chosen}
+        if record.token == self._first_token and all(member.node in nodes for member in record.members):
             return True
         return now - self._changed_at > self.timing.takeover
 

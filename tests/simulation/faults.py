@@ -171,6 +171,7 @@ def _store_away_for_one(world: World, agent: SimulatedAgent, fault: Fault) -> No
 
 
 def _away_for(world: World, host: int, seconds: float) -> None:
+    world.had_store_faults = True
     world.store.away_for.append(host)
     world.plan(seconds, world.store.away_for.remove, host)
 
@@ -195,6 +196,7 @@ def _lost_replies(world: World, agent: SimulatedAgent, fault: Fault) -> None:
 
 
 def _preempt(world: World, agent: SimulatedAgent, fault: Fault) -> None:
+    world.had_idle_preempted |= agent.node.phase != "training"
     agent.preempt()
     world.plan(15.0, world.invariants.on_preemption_due, agent)
 
@@ -207,8 +209,8 @@ def _newcomer(world: World, agent: SimulatedAgent, fault: Fault) -> None:
 
 
 def _cancel(world: World, agent: SimulatedAgent, fault: Fault) -> None:
-    if world.store.record.result is None and fault.choice < 0.5:
-        world.store.ask(-1, lambda record: record if record.result else start_fresh(record), _nobody)
+    """Somebody begins the run anew."""
+    world.store.ask(-1, start_fresh, _nobody)
 
 
 def _report(kind: str) -> Strike:
@@ -265,7 +267,11 @@ def draw(random: Random, only: Sequence[str] = ()) -> list[Fault]:
         names = [name for name in names if name.startswith("S3")]
     elif random.random() < 0.2:
         names = random.sample(names, 2)
-    return [_draw_one(random, names) for _ in range(random.choice((1, 1, 2, 2, 3, 3, 4, 6)))]
+    drawn = [_draw_one(random, names) for _ in range(random.choice((1, 1, 2, 2, 3, 3, 4, 6)))]
+    if not only and random.random() < 0.02:  # begun anew in the very moment in which it is finished
+        drawn = [replace(fault, maybe_aim=("done", "outsider")) for fault in drawn]
+        drawn.append(replace(drawn[0], name="cancel", at=0.0, maybe_aim=("done", random.choice(("leads", "member")))))
+    return drawn
 
 
 def _draw_one(random: Random, names: list[str]) -> Fault:

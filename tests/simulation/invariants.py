@@ -33,7 +33,16 @@ def world_has_only(world: World, name: str) -> bool:
 class Invariants:
     """Watches one world. Knows of the nodes only what they do, never what they think."""
 
-    __slots__ = ("_began_at", "_lines", "_members", "_newest_step_token", "_ports", "_world", "completed")
+    __slots__ = (
+        "_began_at",
+        "_lines",
+        "_members",
+        "_newest_step_token",
+        "_num_takeovers",
+        "_ports",
+        "_world",
+        "completed",
+    )
 
     def __init__(self, world: World) -> None:
         self._world = world
@@ -45,6 +54,7 @@ class Invariants:
         self._began_at: dict[int, float] = {}
         """When the record named each token's group."""
         self._newest_step_token = 0
+        self._num_takeovers = 0
         self.completed: dict[int, int] = {}
         """For each token, the last step that all its members completed."""
 
@@ -106,6 +116,9 @@ class Invariants:
     def _on_takeover(self, before: Record, after: Record) -> None:
         """Only from a group that cannot be reached; and in the world without S3 faults, only if its lead is gone."""
         world = self._world
+        self._num_takeovers += 1
+        most = len(world.agents) + world.agenda.now / 10.0
+        self._require(self._num_takeovers <= most, "no takeovers to and fro", f"{self._num_takeovers} by now")
         newcomers = {member.incarnation for member in after.members}
         for member in before.members:
             agent = world.by_name(member.incarnation)
@@ -187,7 +200,7 @@ class Invariants:
         """A step that all members of a group completed is not done again, if one of them is here with its memory."""
         newest = max((c.step for c in record.checkpoints), default=0)
         self._require(group.resumed_at >= newest, "no step before a checkpoint", f"{group.resumed_at}")
-        if world_has_only(self._world, "preempt") and self._world.fired:
+        if self._world.fired and world_has_only(self._world, "preempt") and not self._world.had_idle_preempted:
             furthest = max(self.completed.values(), default=0)
             self._require(group.resumed_at >= furthest, "preemption loses no step", f"{group.resumed_at} of {furthest}")
         for token, step in self.completed.items():

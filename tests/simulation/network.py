@@ -69,8 +69,8 @@ class Network:
     def _release(self, connection: Connection) -> None:
         if connection.held and self.carries(connection.here.host, connection.there.host):
             held, connection.held = connection.held, []
-            for maybe_status in held:
-                self._send(connection, maybe_status)
+            for maybe_status in held:  # before what is on its way
+                self._arrive(connection, maybe_status)
 
     # ---- links ---------------------------------------------------------------------------------------------------
 

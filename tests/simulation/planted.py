@@ -33,8 +33,8 @@ class Planted:
     """Where a few hundred seeds begin that bring it to light."""
 
 
-def node(name: str, old: str, new: str, *only: str) -> Planted:
-    return Planted(name=name, module="node", old=old, new=new, only=only)
+def node(name: str, old: str, new: str, *only: str, first_seed: int = 0) -> Planted:
+    return Planted(name=name, module="node", old=old, new=new, only=only, first_seed=first_seed)
 
 
 def membership(name: str, old: str, new: str, *only: str, first_seed: int = 0) -> Planted:
@@ -95,16 +95,16 @@ PLANTED = (
         "replaced while cut off",
         "cut link",
         "host lost",
+        first_seed=200,
     ),
     node(
         "time asleep counts",
         "            self._changed_at = now\n        self._handled_at",
         "            pass\n        self._handled_at",
         "cut one way",
-        "cut link",
-        "newcomer",
         "clock jump",
-        "clock jump",
+        "partition",
+        "freeze agent",
     ),
     node(
         "no sign of life is left",
@@ -113,6 +113,13 @@ PLANTED = (
         "cut one way",
         "newcomer",
         "cut link",
+        first_seed=600,
+    ),
+    node(
+        "replaced and replacement take over at once",
+        "record.token == self._first_token and ",
+        "",
+        "replaced while cut off",
     ),
     node("silence is not noticed", "if now - peer.heard_at > self.timing.silence:", "if False:"),
     node(
@@ -127,6 +134,7 @@ PLANTED = (
         "if is_broken:",
         "replaced while cut off",
         "partition",
+        first_seed=400,
     ),
     node(
         "any change of the record stops the workers",
@@ -180,6 +188,7 @@ PLANTED = (
         "return self.timing.gather * sum(status.member.node < self.me.node for status in chosen)",
         "return 1e9 * any(s.member.node < self.me.node for s in self._ready(self.maybe_record))",
         "cut for ever",
+        first_seed=300,
     ),
     node("a member that never comes is waited for", "return now - self.since > self.timing.start", "return False"),
 )
@@ -234,9 +243,11 @@ def find(bug: Planted, *, seeds: range) -> Trace | None:
 
 def _faults_for(bug: Planted, seed: int) -> list[Fault] | None:
     """Some that bring it to light; None for those that the seed draws by itself."""
+    drawn = draw(Random(~seed), bug.only)
     if not bug.only or seed % 4 == 3:
         return None
-    drawn = draw(Random(~seed), bug.only)
-    if seed % 2:
+    if seed % 4 == 2:  # long ones, after the first kind
+        return [replace(f, seconds=30.0, at=f.at + 5.0 * (f.name != bug.only[0])) for f in drawn]
+    if seed % 4 == 1:
         return drawn
     return [replace(f, maybe_aim=("idle", "outsider")) if f.name == bug.only[0] else f for f in drawn]

@@ -71,7 +71,7 @@ def _run(world: World) -> None:
             break
     else:
         world.aims.clear()
-        while step(CALM_AFTER + BOUND):
+        while world.can_finish and step(CALM_AFTER + BOUND):
             if world.is_deserted:
                 break
     world.invariants.on_end(can_finish=world.can_finish)

@@ -61,6 +61,8 @@ class World(Tracing):
         self.had_other_faults = False
         """Than of S3."""
         self.had_store_faults = False
+        self.had_idle_preempted = False
+        """Such a node takes with it what it has in memory."""
         self.reported: list[str] = []
         """Classes of the errors that workers were made to report."""
         self.zombies: list[float] = []

@@ -292,3 +292,11 @@ def test_a_node_that_must_go_asks_for_a_checkpoint_even_if_its_group_is_about_to
     assert AskWorkers(to="regroup") in ready_newcomer(driver, member(2))
     assert AskWorkers(to="preempt") in driver.send(Preempted())
     assert "AskWorkers" not in kinds(driver.send(Tick()))
+
+
+def test_an_agent_that_was_replaced_does_not_take_over_at_once_from_its_replacement() -> None:
+    """Seed 701668: cut off from one another, the two took over from each other for ever, and no step remained."""
+    driver = outsider(of=group(3, member(0)))
+    driver.send(WorkersEnded(me=member(0, port=2)))
+    assert not proposed(driver.sees(group(4, member(0, "replacement"))))
+    assert not proposed(driver.waits(TIMING.takeover - 2))
