@@ -231,8 +231,8 @@ class _Shell:
 
     def _workers_ended(self, outcome: Outcome) -> None:
         self._maybe_workers = None
-        self._listener.close()
-        self._listener = self._bind()
+        self._listener, before = self._bind(), self._listener  # in this order, or it might get the same port
+        before.close()
         self._events.put_nowait(
             WorkersEnded(
                 me=self._member(),

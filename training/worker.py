@@ -116,11 +116,12 @@ def _train(order: WorkerOrder, handover: Handover, tell: Callable[[Note], None])
 
 
 def _rendezvous(order: WorkerOrder) -> Any:
-    """The group's own store, on the one socket that its first node's agent bound."""
-    from torch.distributed import TCPStore  # type: ignore[attr-defined]  # public, but not listed
+    """The group's own store, on the one socket that its first node's agent bound; and in it a corner of its token's
+    own, as an agent that never learnt that it was named offers the same socket again."""
+    from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]  # public, but not listed
 
     is_master = order.maybe_listen_fd is not None
-    return TCPStore(
+    store = TCPStore(
         order.store_address,
         order.store_port,
         world_size=order.world_size,
@@ -129,3 +130,4 @@ def _rendezvous(order: WorkerOrder) -> Any:
         wait_for_workers=False,
         master_listen_fd=order.maybe_listen_fd,
     )
+    return PrefixStore(str(order.token), store)
