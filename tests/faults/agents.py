@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import time
 from collections.abc import Mapping
@@ -22,16 +23,18 @@ from training.record import Result, RunRecord, run_key
 
 STEPS = 200
 EVERY = 20
+SLOW_WHILE = "TEST_IS_SLOW_WHILE"
+"""Names the file, in the environment of the agents."""
+PAUSE_SECONDS = 0.15
 
 
 @dataclass(frozen=True, kw_only=True)
 class Slow(Tiny):
-    """Gives faults the time to strike."""
-
-    pause: float = 0.0
+    """Takes its time for as long as a file is there, so that no fault comes too late."""
 
     def loss(self, model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
-        time.sleep(self.pause)
+        if os.path.exists(os.environ.get(SLOW_WHILE, "")):
+            time.sleep(PAUSE_SECONDS)
         return super().loss(model, batch)
 
 
@@ -47,11 +50,16 @@ class Agents:
     """Of the logs."""
     running: list[subprocess.Popen[str]] = field(default_factory=list)
 
+    def hurry(self) -> None:
+        """No fault will come any more."""
+        (self.folder / "slow").unlink()
+
     def start(self, host: Host) -> subprocess.Popen[str]:
         command = [
             part.replace("{node}", str(host.number)) for part in agent_command(self.run.run_key, self.job_digest)
         ]
         address = {"UNBROKEN_NODE_ADDRESS": host.address, "GLOO_SOCKET_IFNAME": INTERFACE}
+        address[SLOW_WHILE] = str(self.folder / "slow")
         with (self.folder / f"node{host.number}.log").open("a") as log:
             environment = {**agent_environment(self.location), **address}
             self.running.append(host.start(command, env=environment, stdout=log, stderr=log))
@@ -74,14 +82,14 @@ def submit(
     *,
     num_nodes: int,
     steps: int = STEPS,
-    pause: float = 0.0,
+    is_slow: bool = False,
     **launch: Any,
 ) -> Agents:
     """A run of the tiny recipe, the same each time, in that corner of the store. Logs and source go into `folder`.
 
-    Each microbatch takes `pause` seconds more.
+    One that `is_slow` takes its time until it is told to `hurry`.
     """
-    recipe = Slow(pause=pause) if pause else Tiny()
+    recipe = Slow() if is_slow else Tiny()
     there = replace(store.location, endpoint=cluster.store_endpoint)
     data = data_config()
     write_files(folder, num_files=2)
@@ -89,9 +97,10 @@ def submit(
     preset = tiny_preset(steps=steps, checkpoint_every_steps=EVERY)
     settings = LaunchConfig(nodes=num_nodes, **{"collective_timeout_seconds": 60, **launch})
     preset = replace(preset, data=data, launch=settings)
-    if pause:
-        preset = replace(preset, recipe="tests.faults.agents:Slow", hyperparameters={"pause": pause})
+    if is_slow:
+        preset = replace(preset, recipe="tests.faults.agents:Slow")
     key = run_key(recipe=recipe, preset=preset, dataset_digest=dataset)
+    (folder / "slow").touch()
     run = RunRecord(store, key)
     run.create_if_missing()
     job = Job(key=key, generation=0, preset=preset, dataset_digest=dataset, location=there)

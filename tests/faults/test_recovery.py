@@ -26,8 +26,7 @@ from training.events import Event, EventReader
 from training.history import committed_steps
 from training.objectstore import Store
 
-STEPS = 500
-PAUSE = 0.01
+STEPS = 300
 
 
 @pytest.fixture(scope="module")
@@ -48,6 +47,7 @@ def calm(stack: Stack, cluster: Cluster, tmp_path_factory: pytest.TempPathFactor
     """The same run in one process, finished."""
     store = Store(replace(stack.location, prefix=f"tests/calm-{os.urandom(4).hex()}/"))
     agents = begin(store, cluster, tmp_path_factory.mktemp("calm"), num_nodes=1)
+    agents.hurry()
     agents.start(cluster.hosts[0])
     agents.result()
     return agents
@@ -60,7 +60,7 @@ def begin(store: Store, cluster: Cluster, folder: Path, *, num_nodes: int = 3) -
         folder,
         num_nodes=num_nodes,
         steps=STEPS,
-        pause=PAUSE,
+        is_slow=True,
         silence_seconds=2.0,
         hang_seconds=2.0,
         join_seconds=60.0,
@@ -93,6 +93,7 @@ def history(agents: Agents) -> list[tuple[int, float, str]]:
 
 def require_same(agents: Agents, calm: Agents) -> None:
     """Bits and history are those of the calm run; no group but the first began with anything but what was in memory."""
+    agents.hurry()
     assert agents.result() == replace(calm.result(), checkpoint=agents.result().checkpoint)
     assert history(agents) == history(calm)
     assert [event.values["source"] for event in attempts(agents)] == ["start"] + ["memory"] * (
