@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -74,11 +75,19 @@ def test_get_proven_refuses_other_bytes_by_name(store: Store) -> None:
 def test_what_is_sent_with_its_digest_arrives_whole_or_not_at_all(store: Store) -> None:
     store.send("quick/ü ~x", b"abc", sha256=sha256_hex(b"abc"))
     assert store.get("quick/ü ~x") == b"abc"
-    headers = store._signed_headers("PUT", f"{store.location.endpoint}/{store.location.bucket}/wrong", "0" * 64)
-    url = f"{store.location.endpoint}/{store.location.bucket}/wrong"
-    assert store._connections.request("PUT", url, body=b"abc", headers=headers).status == 400, "the store looks"
-    store.send("fallback", b"abc", sha256="0" * 64)
-    assert store.get("fallback") == b"abc", "what is refused there goes the patient way"
+    url = f"{store.location.endpoint}/{store.location.bucket}/{store.location.prefix}damaged"
+    headers = store._signed_headers("PUT", url, sha256_hex(b"abc"), zlib.crc32(b"abc"))
+    assert store._connections.request("PUT", url, body=b"abd", headers=headers).status == 400, "the store looks"
+    assert not store.exists("damaged")
+    assert store._connections.request("PUT", url, body=b"abc", headers=headers).status == 200
+
+
+def test_what_the_quick_way_cannot_send_goes_the_patient_way(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    headers = store._signed_headers
+    monkeypatch.setattr(store, "_signed_headers", lambda method, url, sha256, crc32: headers(method, url, sha256, 7))
+    assert store._quick_status("PUT", "x", b"abc", sha256=sha256_hex(b"abc")) == 400
+    store.send("fallback", b"abc", sha256=sha256_hex(b"abc"))
+    assert store.get("fallback") == b"abc"
 
 
 def test_an_object_holds_exactly_its_bytes(store: Store) -> None:
