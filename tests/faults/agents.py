@@ -10,16 +10,18 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import psutil
 from torch import Tensor, nn
 
 from tests.faults.hosts import INTERFACE, Cluster, Host
 from tests.unit.data_source import data_config, local_source, write_files
 from tests.unit.tiny import Tiny, tiny_preset
+from tests.waiting import wait_until
 from training.config import LaunchConfig
 from training.data.writer import write_dataset
 from training.job import Job, agent_command, agent_environment, store_job
 from training.objectstore import Store, StoreLocation
-from training.record import Result, RunRecord, run_key
+from training.record import Record, Result, RunRecord, run_key
 
 STEPS = 200
 EVERY = 20
@@ -49,6 +51,8 @@ class Agents:
     folder: Path
     """Of the logs."""
     running: list[subprocess.Popen[str]] = field(default_factory=list)
+    newest: dict[int, subprocess.Popen[str]] = field(default_factory=dict)
+    """By the number of its host."""
 
     def hurry(self) -> None:
         """No fault will come any more."""
@@ -63,7 +67,25 @@ class Agents:
         with (self.folder / f"node{host.number}.log").open("a") as log:
             environment = {**agent_environment(self.location), **address}
             self.running.append(host.start(command, env=environment, stdout=log, stderr=log))
+        self.newest[host.number] = self.running[-1]
         return self.running[-1]
+
+    def restart(self, host: Host) -> None:
+        """In the place of one that was killed."""
+        before = self.newest[host.number]
+        assert before.wait(timeout=60) == -9
+        self.running.remove(before)
+        self.start(host)
+
+    def wait_for_group(self, *, num_nodes: int, after: int = 0) -> Record:
+        """Until a group of so many nodes, of a token after that one, goes on from where the one before stood."""
+
+        def look() -> Record | None:
+            record = self.run.read()
+            has_begun = 0 < len(record.resume_steps) == record.token and record.resume_steps[-1] is not None
+            return record if has_begun and record.token > after and record.num_nodes == num_nodes else None
+
+        return wait_until(look, what=f"a group of {num_nodes} after token {after}")
 
     def result(self) -> Result:
         """Once those that run have ended, with success."""
@@ -73,6 +95,11 @@ class Agents:
         result = self.run.read().result
         assert result is not None, logs
         return result
+
+
+def find(host: Host, module: str) -> list[psutil.Process]:
+    """The processes of a module on a host."""
+    return [process for process in host.processes() if module in process.cmdline()]
 
 
 def submit(

@@ -10,11 +10,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-import psutil
 import pytest
 
 from tests.conftest import Stack
-from tests.faults.agents import Agents, submit
+from tests.faults.agents import Agents, find, submit
 from tests.faults.hosts import Cluster, Host
 from tests.faults.injectors import KillProcess, Stop
 from tests.faults.machine import PowerLoss
@@ -65,10 +64,6 @@ def begin(store: Store, cluster: Cluster, folder: Path, *, num_nodes: int = 3) -
         hang_seconds=2.0,
         join_seconds=60.0,
     )
-
-
-def find(host: Host, module: str) -> list[psutil.Process]:
-    return [process for process in host.processes() if module in process.cmdline()]
 
 
 def attempts(agents: Agents) -> list[Event]:
