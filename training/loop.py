@@ -245,7 +245,8 @@ class Trainer:
         is_due = step % self.preset.train.checkpoint_every_steps == 0
         if step == self.preset.train.steps or not (is_due or self._is_checkpoint_late):
             return False
-        self._is_checkpoint_late = not self.saver.is_settled(PATIENCE_SECONDS if is_due else 0.0)
+        patience = 0.0 if self._is_checkpoint_late else PATIENCE_SECONDS
+        self._is_checkpoint_late = not self.saver.is_settled(patience)
         return not self._is_checkpoint_late
 
     def after_step(self, control: Control) -> None:

@@ -16,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from tests.faults.evidence import write_evidence
 from tests.unit.fakes import DictRendezvous, FaultyStore, MemoryStore
 from training.checkpoint import (
     CheckpointManifest,
@@ -504,6 +505,8 @@ def test_a_zombie_woken_after_the_takeover_commits_nothing_ever(run: RunRecord, 
         assert run.read().checkpoints == (committed,)
     assert all(c.token % 2 == 1 for checkpoints in store.history for c in checkpoints), "never one of the zombie's"
     assert sum(len(checkpoints) for checkpoints in store.history) >= num_races
+    if num_races == 200:
+        write_evidence("zombies-refused", rows=[{"races": num_races, "commits_of_zombies": 0}])
 
 
 def test_torch_distributed_checkpoint_loads_a_flipped_byte_without_a_word(tmp_path: Path) -> None:
