@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -13,12 +14,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from training.errors import InfrastructureError, UnbrokenError
+from training.errors import InfrastructureError
 from training.slots import HEADER_BYTES, Entry, Header, Memory, Slots, journal_bytes, memory_of, opened, sealed
 from training.snapshot import Image
 
 LOCK_SECONDS = 1.0
 """After which a rank that is stuck in the midst of an update leaves nothing."""
+log = logging.getLogger(__name__)
 
 
 class GroupEnded(Exception):
@@ -39,6 +41,7 @@ class Handover:
         self._generation = generation
         self._maybe_state: Callable[[], tuple[int, Mapping[str, Tensor]]] | None = None
         self._lock = threading.Lock()
+        self._leaving = threading.Lock()
         self._is_whole = True
         self.wants_regroup = False
         """The agent wants this group to end after the step that it is in; all ranks agree on which that is."""
@@ -68,6 +71,12 @@ class Handover:
             yield
             self._is_whole = True
 
+    @contextmanager
+    def standstill(self) -> Iterator[None]:
+        """Nobody copies the state meanwhile: to be entered before buffers change that no copy has been made of."""
+        with self._lock:
+            yield
+
     def note(self, step: int, values: Mapping[str, Any]) -> None:
         """A finished step, as rank 0 tells of it."""
         self.step = step
@@ -85,15 +94,21 @@ class Handover:
             self.journal = [entry for entry in self.journal if entry.step > step]
 
     def leave(self) -> None:
-        """Write the last finished step into a slot, on whatever thread; nothing if an update does not end."""
-        if self._maybe_slots is None or self._maybe_state is None or not self._lock.acquire(timeout=LOCK_SECONDS):
-            return
-        with suppress(UnbrokenError):  # what no checkpoint can hold
-            if self._is_whole:
-                step, tensors = self._maybe_state()
-                _write(self._maybe_slots, self._run_key, self._generation, step, tensors, journal_bytes(self.journal))
-        self._maybe_slots = None  # once is enough, and the next worker may read by now
-        self._lock.release()
+        """Write the last finished step into a slot, on whatever thread; nothing if an update does not end. Who comes
+        while another thread writes waits: the process ends after this. Raises nothing, as there is more to say.
+        """
+        with self._leaving:
+            if self._maybe_slots is None or self._maybe_state is None or not self._lock.acquire(timeout=LOCK_SECONDS):
+                return
+            slots, self._maybe_slots = self._maybe_slots, None  # once is enough, and the next worker may read by now
+            try:
+                if self._is_whole:
+                    step, tensors = self._maybe_state()
+                    _write(slots, self._run_key, self._generation, step, tensors, journal_bytes(self.journal))
+            except Exception:  # what no checkpoint can hold, either; or there is no memory for it
+                log.exception("nothing is left in memory of step %d", self.step)
+            finally:
+                self._lock.release()
 
     def find(self, *, since: int, device: torch.device) -> Memory | None:
         """The newest state that any rank has in memory, if it is not older than step `since` and its journal reaches

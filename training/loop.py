@@ -199,7 +199,7 @@ class Trainer:
         started = time.monotonic()
         self.state.require_same_parameters()
         words = self.wishes().words()
-        self.extras.hold()
+        self.hold_buffers()
         for worker in self.reducer.owned:
             self.virtual_worker_step(worker, words if worker == self.reducer.owned.start else NO_WORDS)
         with self.handover.waiting():
@@ -210,6 +210,11 @@ class Trainer:
             self.extras.release()
         self.handover.forget(outcome.control.committed_step)
         return replace(outcome, validation=self.maybe_validate())
+
+    def hold_buffers(self) -> None:
+        """Before they change. Whoever copies the state just now began with those that are there."""
+        with self.handover.standstill():
+            self.extras.hold()
 
     def update(self, total: Tensor) -> StepOutcome:
         """From the sums over all virtual workers to the next state, without a word to any other rank."""
@@ -269,7 +274,7 @@ class Trainer:
     def validate(self, *, max_samples: int | None, alone: bool = False) -> Mapping[str, float]:
         """Held-out scores; of all ranks together, unless each does it `alone`."""
         self._maybe_held_out = self._maybe_held_out or self.feed.held_out()
-        self.extras.hold()
+        self.hold_buffers()
         scores = validate(
             self.recipe,
             self.state.model,

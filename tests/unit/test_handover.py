@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
 import pytest
 from torch import Tensor, nn
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from tests.unit.attempts import attempt, history, step_through, train
 from tests.unit.tiny import Tiny, exact_arithmetic, make_trainer, tiny_preset
 from training import handover as handover_module
+from training import tensorfile
 from training.checkpoint import folder
 from training.events import EventReader
 from training.extras import Control
@@ -79,6 +81,12 @@ class Interrupted(Tiny):
         found = super().loss(model, batch)
         CALLS[0]()
         return found
+
+    def scores(self, model: nn.Module, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        for buffer in model.buffers():
+            buffer.add_(1)
+        CALLS[0]()
+        return super().scores(model, batch)
 
 
 CALLS = [lambda: None]
@@ -191,3 +199,87 @@ def test_the_journal_holds_what_no_checkpoint_does(run: RunRecord, slots: Slots)
     assert [entry.step for entry in trainer.handover.journal][-1] == 7
     assert trainer.handover.journal[0].step <= newest + 1, "it may forget late, never early"
     assert len(trainer.handover.journal) < 7
+
+
+# ---- two threads -----------------------------------------------------------------------------------------------------
+
+
+class SlowCopy:
+    """In the place of the writing of a slot: begins, and goes on after `pause`."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, pause: Callable[[], object]) -> None:
+        self._pause = pause
+        self._write = handover_module._write
+        self.has_begun = threading.Event()
+        self.num_whole = 0
+        monkeypatch.setattr(handover_module, "_write", self.write)
+
+    def write(self, *arguments: Any) -> None:
+        self.has_begun.set()
+        self._pause()
+        self._write(*arguments)
+        self.num_whole += 1
+
+
+@pytest.mark.parametrize("next_thing", ["a step", "a validation"])
+def test_nothing_changes_while_another_thread_copies(
+    slots: Slots, monkeypatch: pytest.MonkeyPatch, next_thing: str
+) -> None:
+    """Asked between two steps, when the buffers that are there are those to be copied."""
+    trainer = step_through(make_trainer(recipe=Interrupted()), 2)
+    settled = trainer.state.state_sha256()
+    trainer.handover = Handover(slots, run_key="k", generation=0)
+    trainer.handover.keep(trainer.settled_state)
+    is_under_way = threading.Event()
+    copy = SlowCopy(monkeypatch, lambda: is_under_way.wait(0.5))
+    CALLS[0] = is_under_way.set
+    leaving = threading.Thread(target=trainer.handover.leave)
+    leaving.start()
+    assert copy.has_begun.wait(30)
+    with exact_arithmetic():
+        trainer.train_step() if next_thing == "a step" else trainer.validate(max_samples=None)
+    CALLS[0] = lambda: None
+    leaving.join(30)
+    memory = slots.newest("k", 0)
+    assert memory is not None
+    assert memory.step == 2
+    assert tensors_sha256(tensorfile.tensors(memory.file)) == settled
+
+
+def test_two_threads_that_leave_write_once_and_both_wait_for_it(
+    slots: Slots, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The agent says stop, and the training thread finds that a peer is gone: each ends the process after its copy."""
+    monkeypatch.setattr(handover_module, "LOCK_SECONDS", 0.01)
+    handover = Handover(slots, run_key="k", generation=0)
+    handover.keep(lambda: (3, {}))
+    go_on = threading.Event()
+    copy = SlowCopy(monkeypatch, lambda: go_on.wait(30))
+    first, second = (threading.Thread(target=handover.leave) for _ in range(2))
+    first.start()
+    assert copy.has_begun.wait(30)
+    second.start()
+    second.join(0.1)
+    assert second.is_alive(), "the process must not end before the copy is whole"
+    go_on.set()
+    first.join(30)
+    second.join(30)
+    assert copy.num_whole == 1
+    assert slots.newest("k", 0) is not None
+    with handover.update():
+        """The lock was given back."""
+
+
+def test_a_copy_that_fails_does_not_keep_the_process_from_saying_why_it_ends(
+    slots: Slots, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    handover = Handover(slots, run_key="k", generation=0)
+
+    def fail() -> tuple[int, Mapping[str, Tensor]]:
+        raise OSError("no memory is left")
+
+    handover.keep(fail)
+    handover.leave()
+    assert slots.newest("k", 0) is None
+    with handover.update():
+        """The lock was given back."""
