@@ -112,16 +112,16 @@ class Handover:
 
     def find(self, *, since: int, device: torch.device) -> Memory | None:
         """The newest state that any rank has in memory, if it is not older than step `since` and its journal reaches
-        back to it; the same on all ranks. Collective. Raises `InfrastructureError` if it did not arrive whole.
+        back to it; the same on all ranks, and a journal that tells as much. Collective. Raises `InfrastructureError` if
+        it did not arrive whole.
         """
         own = self._maybe_slots.newest(self._run_key, self._generation) if self._maybe_slots else None
         if own is not None and (own.step < max(since, 1) or not own.reaches_back_to(since)):
             own = None
-        steps = _everybodys(-1 if own is None else own.step, device)
-        if min(steps) == max(steps):
+        found = _everybodys(-1 if own is None else own.progress, device)
+        if min(found) == max(found):
             return own
-        giver = steps.index(max(steps))
-        return _broadcast(own if own is not None and own.step == max(steps) else None, giver, device)
+        return _broadcast(own, found.index(max(found)), device)
 
 
 def _write(
@@ -153,19 +153,19 @@ def _everybodys(number: int, device: torch.device) -> list[int]:
     return [int(value) for value in found.tolist()]
 
 
-def _broadcast(mine: Memory | None, giver: int, device: torch.device) -> Memory:
-    """The giver's. Whoever has the same gives nothing, but must take part."""
+def _broadcast(maybe_own: Memory | None, giver: int, device: torch.device) -> Memory:
+    """The giver's. All must take part."""
     sent = torch.empty(HEADER_BYTES, dtype=torch.uint8)
     if dist.get_rank() == giver:
-        assert mine is not None
-        sent = torch.frombuffer(bytearray(sealed(mine.header)), dtype=torch.uint8)
+        assert maybe_own is not None
+        sent = torch.frombuffer(bytearray(sealed(maybe_own.header)), dtype=torch.uint8)
     header = opened(_received(sent, giver, device).numpy().tobytes())
     if header is None:
         raise InfrastructureError("a header that was handed over did not arrive whole")
     body = torch.empty(header.num_bytes, dtype=torch.uint8)
     if dist.get_rank() == giver:
-        assert mine is not None
-        body = torch.frombuffer(mine.body, dtype=torch.uint8)
+        assert maybe_own is not None
+        body = torch.frombuffer(maybe_own.body, dtype=torch.uint8)
     body = _received(body, giver, device)
     found = memory_of(header, body.numpy().data)
     if found is None:

@@ -27,6 +27,8 @@ class LosingProxy:
         self._remaining = 0
         self.num_lost = 0
         self.is_away = False
+        self.maybe_refused: str | None = None
+        """Part of a path: requests for such are answered with 503 alone."""
         self.num_refused = 0
         self.watch: Callable[[str, str, int], None] = lambda method, path, status: None
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), self._handler_class())
@@ -62,7 +64,7 @@ class LosingProxy:
 
     def _reply(self, method: str, path: str, headers: list[tuple[str, str]], body: bytes) -> _Reply:
         with self._lock:
-            if self.is_away:
+            if self.is_away or (self.maybe_refused is not None and self.maybe_refused in path):
                 self.num_refused += 1
                 return _Reply(503, [], b"<Error><Code>SlowDown</Code></Error>")
         return self._forward(method, path, headers, body)

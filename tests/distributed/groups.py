@@ -1,0 +1,192 @@
+"""One node's groups of real ranks, one after another, as its agent sees them: forked, told, killed, and started again."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import socket
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from tests.unit.tiny import Tiny, exact_arithmetic, make_trainer, tiny_preset
+from training.config import LaunchConfig
+from training.control import Order
+from training.events import Event, EventReader
+from training.history import committed_steps
+from training.job import Job
+from training.objectstore import Store
+from training.record import Member, RunRecord, run_key
+from training.slots import Header, Slots, create_slots
+from training.workers import Outcome, Workers
+from training.zygote import Worker, Zygote
+
+ENTRY = "tests.distributed.pausing:run"
+STEPS = 12
+EVERY = 5
+VALIDATE_EVERY = 3
+PRESET = tiny_preset(steps=STEPS, checkpoint_every_steps=EVERY, validate_every_steps=VALIDATE_EVERY)
+Slot = tuple[int, int]
+Told = tuple[int, float, str, dict[str, float]]
+
+
+@dataclass(frozen=True)
+class Pause:
+    """Where a rank waits (tests.distributed.pausing), once it has finished so many steps."""
+
+    place: str
+    step: int
+
+
+class Group:
+    """The workers of one token."""
+
+    def __init__(self, job: Job, token: int, zygote: Zygote, pauses: Mapping[int, Pause]) -> None:
+        self._zygote = zygote
+        self._pauses = pauses
+        self._sockets: dict[int, socket.socket] = {}
+        self.processes: list[Worker] = []
+        self.ended: asyncio.Future[Outcome] = asyncio.get_running_loop().create_future()
+        member = Member(node=0, incarnation="i", address="127.0.0.1", port=0)
+        record = replace(job.open_run().read(), token=token, members=(member,))
+        self.workers = Workers(job=job, node=0, record=record, start=self._start, on_end=self.ended.set_result)
+
+    def begin(self, slots: list[Slot]) -> None:
+        with socket.create_server(("127.0.0.1", 0)) as listener:
+            first = replace(self.workers.record.members[0], port=listener.getsockname()[1])
+            self.workers.record = replace(self.workers.record, members=(first,))
+            self.workers.begin(listener, slots)
+
+    def _start(self, order: dict[str, Any], descriptors: Mapping[str, int]) -> Worker:
+        maybe_pause = self._pauses.get(order["rank"])
+        if maybe_pause is None:
+            self.processes.append(self._zygote.start(order, descriptors))
+        else:
+            ours, theirs = socket.socketpair()
+            ours.setblocking(False)
+            self._sockets[order["rank"]] = ours
+            with theirs:
+                order = {**order, "place": maybe_pause.place, "step": maybe_pause.step}
+                self.processes.append(self._zygote.start(order, {**descriptors, "pause_fd": theirs.fileno()}))
+        return self.processes[-1]
+
+    async def paused(self, *ranks: int) -> None:
+        """Once these wait at their places."""
+        for rank in ranks:
+            assert await asyncio.get_running_loop().sock_recv(self._sockets[rank], 1) == b"!", f"rank {rank} is gone"
+
+    def go_on(self, rank: int) -> None:
+        self._sockets[rank].send(b"!")
+
+    def kill(self, rank: int) -> None:
+        os.kill(self.processes[rank].pid, signal.SIGKILL)
+
+    def freeze(self, rank: int) -> None:
+        os.kill(self.processes[rank].pid, signal.SIGSTOP)
+
+    def order(self, rank: int, order: Order) -> None:
+        self.workers._workers[rank].channel.send(order)
+
+    async def waits(self, rank: int) -> None:
+        """Once this one waits for the others."""
+        while not self.workers._workers[rank].is_waiting:
+            await asyncio.sleep(0.02)
+
+    def codes(self) -> list[int | None]:
+        return [process.poll() for process in self.processes]
+
+    def close(self) -> None:
+        self.workers.kill()
+        for test in self._sockets.values():
+            test.close()
+
+
+Act = Callable[[Group], Awaitable[None]]
+
+
+async def nothing(group: Group) -> None:
+    """Let it run."""
+
+
+@dataclass
+class Node:
+    """A run, and the memory of this node's ranks."""
+
+    run: RunRecord
+    job: Job
+    zygote: Zygote
+    slots: list[Slot] = field(default_factory=lambda: [create_slots() for _ in range(3)])
+
+    def train(
+        self, num_ranks: int, act: Act = nothing, *, pauses: Mapping[int, Pause] | None = None, **launch: Any
+    ) -> Group:
+        """A group of so many ranks, under the next token, until all have ended; `act` is what befalls it."""
+        record = self.run.update(lambda newest: replace(newest, token=newest.token + 1))
+        config = LaunchConfig(nodes=1, processes_per_node=num_ranks, **launch)
+        job = replace(self.job, preset=replace(self.job.preset, launch=config))
+
+        async def follow() -> Group:
+            group = Group(job, record.token, self.zygote, pauses or {})
+            try:
+                async with asyncio.timeout(40):
+                    group.begin(self.slots)
+                    await act(group)
+                    await group.ended
+            finally:
+                group.close()
+            return group
+
+        return asyncio.run(follow())
+
+    def reach_store_at(self, endpoint: str) -> None:
+        """The ranks do, not this test."""
+        self.job = replace(self.job, location=replace(self.job.location, endpoint=endpoint))
+
+    def memories(self) -> list[Header | None]:
+        """What is whole in each rank's slots."""
+        found = [Slots(slots).newest(self.job.key, 0) for slots in self.slots]
+        return [memory.header if memory else None for memory in found]
+
+    def steps_in_memory(self) -> list[int | None]:
+        return [header.step if header else None for header in self.memories()]
+
+    def attempts(self) -> list[tuple[int, int, str]]:
+        """Of each token: ranks, step, and where that came from."""
+        found = [event for event in self.events() if event.kind == "attempt"]
+        return [(event.values["world_size"], event.step, event.values["source"]) for event in found]
+
+    def events(self) -> list[Event]:
+        record = self.run.read()
+        return list(EventReader(self.run.store, self.run.prefix(record)).read_new(newest_token=record.token))
+
+    def told(self) -> list[Told]:
+        """The history that counts."""
+        return [
+            (event.step, event.values["loss"], event.values["samples"], event.values["validation"])
+            for event in committed_steps(self.run, self.run.read())
+        ]
+
+    def close(self) -> None:
+        for pair in self.slots:
+            for fd in pair:
+                os.close(fd)
+
+
+def make_node(store: Store, zygote: Zygote) -> Node:
+    key = run_key(recipe=Tiny(), preset=PRESET, dataset_digest="d")
+    run = RunRecord(store, key)
+    run.create_if_missing()
+    job = Job(key=key, generation=0, preset=PRESET, dataset_digest="d", location=store.location)
+    return Node(run=run, job=job, zygote=zygote)
+
+
+def calm() -> tuple[str, list[Told]]:
+    """State and history of a run in one process that nothing happens to."""
+    trainer = make_trainer(preset=PRESET)
+    told = []
+    with exact_arithmetic():
+        for step in range(1, STEPS + 1):
+            outcome = trainer.train_step()
+            told.append((step, outcome.loss, outcome.samples, dict(outcome.validation)))
+    return trainer.state.state_sha256(), told

@@ -1,0 +1,55 @@
+"""What the workers of the handover's tests do: real ones, over samples in memory, that wait where a test says so.
+
+Imported by the zygote: no fixtures, no assertions.
+"""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Callable
+from typing import Any
+
+from tests.unit.tiny import MemoryFeed, tiny_reader
+from training import rank, worker
+from training.config import Preset
+from training.handover import Handover
+from training.loop import Trainer
+
+MID_STEP = "in the midst of the step after"
+VALIDATED = "after validation, before it is noted"
+UPDATING = "in the update to the step after"
+
+
+def run(order: dict[str, Any]) -> int:
+    """A worker of training.worker, which says when it comes to the place and step of its order's pauses."""
+    _feed_from_memory()
+    if "pause_fd" in order:
+        _pause_at(order["place"], order["step"], socket.socket(fileno=order["pause_fd"]))
+    return worker.run(order)
+
+
+def _feed_from_memory() -> None:
+    def feed(*, preset: Preset, **_: object) -> MemoryFeed:
+        return MemoryFeed(tiny_reader(), preset)
+
+    rank.Feed = feed  # type: ignore[misc, assignment]  # this process ends with the test
+
+
+def _pause_at(place: str, step: int, test: socket.socket) -> None:
+    owner, name = {
+        MID_STEP: (Trainer, "microbatch"),
+        UPDATING: (Trainer, "clip"),
+        VALIDATED: (Handover, "complete"),
+    }[place]
+    go_on: Callable[..., Any] = getattr(owner, name)
+
+    def pause(self: Any, *arguments: Any, **values: Any) -> Any:
+        nonlocal step
+        reached = self.step if owner is Handover else self.state.step
+        if reached == step:
+            step = -1
+            test.sendall(b"!")
+            test.recv(1)
+        return go_on(self, *arguments, **values)
+
+    setattr(owner, name, pause)

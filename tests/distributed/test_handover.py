@@ -1,0 +1,198 @@
+"""Real ranks that die, hang, are told to stop, to regroup or to go: the next group goes on at the same step, whatever
+its size, and ends in the bits and the history of a run that nothing happened to."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import closing
+
+import pytest
+
+from tests.distributed import groups
+from tests.distributed.groups import ENTRY, PRESET, STEPS, Group, Node, Pause, make_node
+from tests.distributed.pausing import MID_STEP, UPDATING, VALIDATED
+from tests.faults.proxy import LosingProxy
+from training.control import EXIT_STOPPED, Order
+from training.objectstore import Store
+from training.zygote import Zygote
+
+
+@pytest.fixture(scope="module")
+def zygote() -> Iterator[Zygote]:
+    with closing(Zygote(PRESET, entry=ENTRY)) as running:
+        yield running
+
+
+@pytest.fixture
+def node(store: Store, zygote: Zygote) -> Iterator[Node]:
+    with closing(make_node(store, zygote)) as made:
+        yield made
+
+
+@pytest.fixture(scope="module")
+def calm() -> tuple[str, list[groups.Told]]:
+    return groups.calm()
+
+
+def require_same(node: Node, calm: tuple[str, list[groups.Told]]) -> None:
+    record = node.run.read()
+    assert record.result is not None
+    assert (record.result.step, record.result.state_sha256) == (STEPS, calm[0])
+    assert node.told() == calm[1]
+
+
+@pytest.mark.parametrize("num_ranks_after", [1, 2, 3])
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_rank_killed_in_the_midst_of_a_step_costs_that_step_only(
+    node: Node, calm: tuple[str, list[groups.Told]], victim: int, num_ranks_after: int
+) -> None:
+    async def kill(group: Group) -> None:
+        await group.paused(victim)
+        group.kill(victim)
+
+    first = node.train(2, kill, pauses={victim: Pause(MID_STEP, 7)})
+    assert first.codes()[victim] == -9
+    if num_ranks_after == 1:
+        node.slots = [node.slots[1 - victim]]
+    assert sorted(step or 0 for step in node.steps_in_memory())[-2:] in ([0, 7], [7])
+    node.train(num_ranks_after)
+    assert node.attempts()[-1] == (num_ranks_after, 7, "memory")
+    require_same(node, calm)
+
+
+def test_a_rank_that_waits_for_a_frozen_one_stops_when_it_is_told(
+    node: Node, calm: tuple[str, list[groups.Told]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its main thread is inside a collective, and stays there."""
+    monkeypatch.setattr("training.workers.STOP_SECONDS", 1.0)
+
+    async def freeze(group: Group) -> None:
+        await group.paused(1)
+        group.freeze(1)
+        await group.waits(0)
+        group.workers.stop()
+
+    first = node.train(2, freeze, pauses={1: Pause(MID_STEP, 7)})
+    assert first.codes() == [EXIT_STOPPED, -9]
+    assert node.steps_in_memory() == [7, None, None]
+    node.train(2)
+    assert node.attempts()[-1] == (2, 7, "memory")
+    require_same(node, calm)
+
+
+def test_ranks_that_stop_at_different_steps_go_on_at_the_higher_one(
+    node: Node, calm: tuple[str, list[groups.Told]]
+) -> None:
+    """One is stuck in the midst of an update and leaves nothing; the other has finished that step."""
+
+    async def stop(group: Group) -> None:
+        await group.paused(1)
+        await group.waits(0)
+        group.workers.stop()
+
+    first = node.train(2, stop, pauses={1: Pause(UPDATING, 7)})
+    assert first.codes() == [EXIT_STOPPED, EXIT_STOPPED]
+    assert node.steps_in_memory() == [8, None, None]
+    node.train(3)
+    assert node.attempts()[-1] == (3, 8, "memory")
+    require_same(node, calm)
+
+
+@pytest.mark.parametrize("behind", [0, 1])
+def test_ranks_of_which_one_has_noted_the_validation_go_on_alike(
+    node: Node, calm: tuple[str, list[groups.Told]], behind: int
+) -> None:
+    async def stop(group: Group) -> None:
+        await group.paused(behind)
+        await group.waits(1 - behind)
+        group.workers.stop()
+
+    first = node.train(2, stop, pauses={behind: Pause(VALIDATED, 6)})
+    assert first.codes() == [EXIT_STOPPED, EXIT_STOPPED]
+    assert node.steps_in_memory() == [6, 6, None]
+    node.train(2)
+    assert node.attempts()[-1] == (2, 6, "memory")
+    require_same(node, calm)
+
+
+def test_all_ranks_regroup_after_the_same_step_although_one_is_told(
+    node: Node, calm: tuple[str, list[groups.Told]]
+) -> None:
+    async def regroup(group: Group) -> None:
+        await group.paused(1)
+        group.order(1, Order(do="regroup"))
+        group.go_on(1)
+
+    first = node.train(2, regroup, pauses={1: Pause(MID_STEP, 7)})
+    assert first.codes() == [EXIT_STOPPED, EXIT_STOPPED]
+    step, same, _ = node.steps_in_memory()
+    assert step == same
+    assert step in (8, 9)
+    node.train(3)
+    assert node.attempts()[-1] == (3, step, "memory")
+    require_same(node, calm)
+
+
+def tell_to_go(group: Group, *, rank: int) -> None:
+    group.order(rank, Order(do="preempt", seconds=2.0))
+    group.go_on(rank)
+
+
+def test_preempted_ranks_leave_together_after_a_checkpoint(node: Node, calm: tuple[str, list[groups.Told]]) -> None:
+    async def preempt(group: Group) -> None:
+        await group.paused(1)
+        tell_to_go(group, rank=1)
+
+    first = node.train(2, preempt, pauses={1: Pause(MID_STEP, 7)}, grace_seconds=2.0)
+    assert first.codes() == [EXIT_STOPPED, EXIT_STOPPED]
+    step, same, _ = node.steps_in_memory()
+    assert step == same == node.run.read().checkpoints[-1].step
+    node.train(1)
+    assert node.attempts()[-1] == (1, step, "memory")
+    require_same(node, calm)
+
+
+def test_preempted_ranks_wait_no_longer_than_they_may_for_a_store_that_is_away(
+    node: Node, proxy: LosingProxy, calm: tuple[str, list[groups.Told]]
+) -> None:
+    node.reach_store_at(proxy.endpoint)
+
+    async def preempt_without_store(group: Group) -> None:
+        await group.paused(1)
+        proxy.is_away = True
+        tell_to_go(group, rank=1)
+
+    started = time.monotonic()
+    first = node.train(2, preempt_without_store, pauses={1: Pause(MID_STEP, 7)}, grace_seconds=2.0)
+    assert time.monotonic() - started < 10
+    assert proxy.num_refused > 0
+    assert first.codes() == [EXIT_STOPPED, EXIT_STOPPED]
+    proxy.is_away = False
+    step, same, _ = node.steps_in_memory()
+    assert step == same
+    assert step not in [checkpoint.step for checkpoint in node.run.read().checkpoints]
+    node.train(2)
+    assert node.attempts()[-1] == (2, step, "memory")
+    require_same(node, calm)
+
+
+def test_no_checkpoint_is_needed_to_go_on(
+    node: Node, proxy: LosingProxy, calm: tuple[str, list[groups.Told]]
+) -> None:
+    """The store takes none; so all steps are told again from memory, by whoever is rank 0 then."""
+    node.reach_store_at(proxy.endpoint)
+    proxy.maybe_refused = "/checkpoints/"
+
+    async def kill(group: Group) -> None:
+        await group.paused(0)
+        group.kill(0)
+
+    node.train(2, kill, pauses={0: Pause(MID_STEP, 7)})
+    assert proxy.num_refused > 0
+    assert node.run.read().checkpoints == ()
+    proxy.maybe_refused = None
+    node.train(2)
+    assert node.attempts()[-1] == (2, 7, "memory")
+    assert node.run.read().resume_steps == (0, 0)
+    require_same(node, calm)
