@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from training.control import Order
 from training.errors import InfrastructureError
 from training.slots import HEADER_BYTES, Entry, Header, Memory, Slots, journal_bytes, memory_of, opened, sealed
 from training.snapshot import Image
@@ -47,8 +48,12 @@ class Handover:
         """The agent wants this group to end after the step that it is in; all ranks agree on which that is."""
         self.wants_checkpoint = False
         """Likewise, with a checkpoint before."""
+        self.maybe_must_end_at: float | None = None
+        """By time.monotonic(): the agent waits for that checkpoint no longer."""
         self.is_waiting = False
         """The training thread waits for other ranks."""
+        self.waited_seconds = 0.0
+        """All in all."""
         self.journal: list[Entry] = []
         self.step = 0
         """The last finished one."""
@@ -59,9 +64,12 @@ class Handover:
 
     @contextmanager
     def waiting(self) -> Iterator[None]:
+        """For other ranks, or for the store: nobody is hung who does. It stays so after an error, until the end."""
+        started = time.monotonic()
         self.is_waiting = True
         yield
         self.is_waiting = False
+        self.waited_seconds += time.monotonic() - started
 
     @contextmanager
     def update(self) -> Iterator[None]:
@@ -76,6 +84,13 @@ class Handover:
         """Nobody copies the state meanwhile: to be entered before buffers change that no copy has been made of."""
         with self._lock:
             yield
+
+    def take_order(self, order: Order) -> None:
+        """What ends this group after a step, together with all ranks."""
+        if order.do == "preempt":
+            self.maybe_must_end_at = time.monotonic() + order.seconds
+        self.wants_regroup |= order.do == "regroup"
+        self.wants_checkpoint |= order.do == "preempt"
 
     def note(self, step: int, values: Mapping[str, Any]) -> None:
         """A finished step, as rank 0 tells of it."""
@@ -112,16 +127,17 @@ class Handover:
 
     def find(self, *, since: int, device: torch.device) -> Memory | None:
         """The newest state that any rank has in memory, if it is not older than step `since` and its journal reaches
-        back to it; the same on all ranks, and a journal that tells as much. Collective. Raises `InfrastructureError` if
-        it did not arrive whole.
+        back to it; the same bytes on all ranks, and a journal that tells as much. Collective. Raises
+        `InfrastructureError` if it did not arrive whole.
         """
         own = self._maybe_slots.newest(self._run_key, self._generation) if self._maybe_slots else None
         if own is not None and (own.step < max(since, 1) or not own.reaches_back_to(since)):
             own = None
-        found = _everybodys(-1 if own is None else own.progress, device)
-        if min(found) == max(found):
+        found = _everybodys([-1, 0] if own is None else [own.progress, own.fingerprint], device)
+        if all(same == found[0] for same in found):
             return own
-        return _broadcast(own, found.index(max(found)), device)
+        progress = [numbers[0] for numbers in found]
+        return _broadcast(own, progress.index(max(progress)), device)
 
 
 def _write(
@@ -143,14 +159,15 @@ def _write(
     slots.write(header, fill)
 
 
-def _everybodys(number: int, device: torch.device) -> list[int]:
-    """One of each rank."""
-    own = torch.tensor([number], device=device)
+def _everybodys(numbers: list[int], device: torch.device) -> list[list[int]]:
+    """Those of each rank."""
     if not dist.is_initialized():
-        return [number]
-    found = torch.empty(dist.get_world_size(), dtype=own.dtype, device=device)
+        return [numbers]
+    own = torch.tensor(numbers, device=device)
+    found = torch.empty(dist.get_world_size() * len(own), dtype=own.dtype, device=device)
     dist.all_gather_single(found, own)
-    return [int(value) for value in found.tolist()]
+    everybodys: list[list[int]] = found.view(-1, len(own)).tolist()
+    return everybodys
 
 
 def _broadcast(maybe_own: Memory | None, giver: int, device: torch.device) -> Memory:

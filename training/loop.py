@@ -115,6 +115,8 @@ class Trainer:
         self.state = TrainState(recipe, seed=preset.seed, device=rank.device)
         self.extras = Extras(self.state.model)
         self.reducer = self.make_reducer()
+        self.outside_seconds = 0.0
+        """Of the last step: not spent waiting. Steps take equally long on all ranks; this tells who is slow."""
         self._committed_step = 0
         self._is_checkpoint_late = False
 
@@ -196,12 +198,11 @@ class Trainer:
 
     def train_step(self) -> StepOutcome:
         """One synchronous step: each owned virtual worker's gradient, the mean over all ranks, one optimizer step."""
-        started = time.monotonic()
+        started, waited = time.monotonic(), self.handover.waited_seconds
         self.state.require_same_parameters()
-        words = self.wishes().words()
         self.hold_buffers()
         for worker in self.reducer.owned:
-            self.virtual_worker_step(worker, words if worker == self.reducer.owned.start else NO_WORDS)
+            self.virtual_worker_step(worker)
         with self.handover.waiting():
             total = self.reducer.finish()
         with self.handover.update():
@@ -209,7 +210,9 @@ class Trainer:
             self.handover.note(self.state.step, self.values(outcome, seconds=time.monotonic() - started))
             self.extras.release()
         self.handover.forget(outcome.control.committed_step)
-        return replace(outcome, validation=self.maybe_validate())
+        outcome = replace(outcome, validation=self.maybe_validate())
+        self.outside_seconds = time.monotonic() - started - (self.handover.waited_seconds - waited)
+        return outcome
 
     def hold_buffers(self) -> None:
         """Before they change. Whoever copies the state just now began with those that are there."""
@@ -235,7 +238,7 @@ class Trainer:
         )
 
     def wishes(self) -> Control:
-        """What this rank has to say to the others in the next step."""
+        """What this rank has to say to the others, as late in a step as it can still be said."""
         is_first = self.rank.rank == 0
         return Control(
             regroup=self.handover.wants_regroup,
@@ -251,7 +254,8 @@ class Trainer:
         if step == self.preset.train.steps or not (is_due or self._is_checkpoint_late):
             return False
         patience = 0.0 if self._is_checkpoint_late else PATIENCE_SECONDS
-        self._is_checkpoint_late = not self.saver.is_settled(patience)
+        with self.handover.waiting():
+            self._is_checkpoint_late = not self.saver.is_settled(patience)
         return not self._is_checkpoint_late
 
     def after_step(self, control: Control) -> None:
@@ -259,13 +263,24 @@ class Trainer:
         if control.checkpoint:
             self.save_checkpoint()
         if control.checkpoint_and_regroup:
-            if not control.checkpoint:
-                self.save_checkpoint()
-            self.settle_checkpoint()
-            self.saver.wait_for_rank_0(self.state.step)
+            self.save_last_checkpoint(is_begun=control.checkpoint)
         if control.regroup or control.checkpoint_and_regroup:
             self.handover.leave()
             raise GroupEnded
+
+    def save_last_checkpoint(self, *, is_begun: bool) -> None:
+        """Of this group, if it does not take longer than the node that must go has time."""
+        end = self.handover.maybe_must_end_at or time.monotonic() + self.preset.launch.grace_seconds
+        if not is_begun and self.is_settled_by(end):
+            self.save_checkpoint()
+        if self.is_settled_by(end):
+            self.settle_checkpoint()
+            with self.handover.waiting():
+                self.saver.wait_for_rank_0(self.state.step, end - time.monotonic())
+
+    def is_settled_by(self, end: float) -> bool:
+        with self.handover.waiting():
+            return self.saver.is_settled(end - time.monotonic())
 
     def try_scores(self) -> None:
         """Judge one batch, as is done after training: what is wrong with that should not be found out only then."""
@@ -283,6 +298,7 @@ class Trainer:
             max_samples=max_samples,
             rank=0 if alone else self.rank.rank,
             world_size=1 if alone else self.rank.world_size,
+            waiting=self.handover.waiting,
         )
         self.extras.release()
         return scores
@@ -296,7 +312,7 @@ class Trainer:
         self.handover.complete(validation={name: json_number(mean) for name, mean in scores.items()})
         return scores
 
-    def virtual_worker_step(self, worker: int, words: list[float]) -> None:
+    def virtual_worker_step(self, worker: int) -> None:
         """Forward and backward of one virtual worker's microbatch."""
         ids, batch = self.microbatch(worker)
         self.extras.begin_worker()
@@ -308,6 +324,7 @@ class Trainer:
                     f"step {self.state.step + 1}, virtual worker {worker}: the loss is {loss.item()};"
                     f" samples {', '.join(ids[:8])}{', …' if len(ids) > 8 else ''}"
                 )
+            words = self.wishes().words() if worker == self.reducer.owned[-1] else NO_WORDS
             self.reducer.backward(worker, loss, self.extras.gather(loss.detach(), words, ledger.entries(worker, ids)))
 
     def microbatch(self, worker: int) -> tuple[Sequence[str], Mapping[str, Tensor]]:
@@ -340,7 +357,7 @@ class Trainer:
     def report_step(self, outcome: StepOutcome) -> None:
         if self.maybe_events is not None:
             self.maybe_events.add_again(self.handover.journal[-1])
-        self.tell(Note(event="step", step=self.state.step))
+        self.tell(Note(event="step", step=self.state.step, outside_seconds=self.outside_seconds))
 
     def save_checkpoint(self) -> None:
         """Start saving, off this thread."""
@@ -354,7 +371,8 @@ class Trainer:
     def settle_checkpoint(self) -> None:
         """Wait for the one before. A store that is away makes a checkpoint missing, never the training stop."""
         try:
-            self.saver.wait()
+            with self.handover.waiting():
+                self.saver.wait()
         except (InfrastructureError, DamagedError) as error:
             self.emit("checkpoint_failed", reason=str(error))
 
@@ -363,7 +381,8 @@ class Trainer:
         final: list[CheckpointRef] = []
         self.settle_checkpoint()
         self._save(on_commit=final.append)
-        self.saver.wait()
+        with self.handover.waiting():
+            self.saver.wait()
         if self.rank.rank == 0:
             result = Result(
                 step=self.state.step,

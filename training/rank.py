@@ -75,7 +75,8 @@ def train(
         tell=tell,
     )
     trainer.train()
-    _leave_together(rendezvous, seat)
+    with trainer.handover.waiting():
+        _leave_together(rendezvous, seat)
 
 
 def prepare(seat: Seat) -> torch.device:

@@ -105,18 +105,19 @@ class CheckpointSaver:
             raise InfrastructureError(f"rank {self._rank} resumed from step {resumed_from}, and rank 0 did not")
 
     def is_settled(self, patience_seconds: float) -> bool:
-        """Whether no save is under way, if need be after a while."""
+        """Whether no save is under way, if need be after a while; on rank 0: not on any rank."""
         if self._thread is not None:
             self._thread.join(patience_seconds)
         return self._thread is None or not self._thread.is_alive()
 
-    def wait_for_rank_0(self, step: int) -> None:
-        """Until rank 0 is done with its own part, or gone: whoever goes before may let it be fenced off."""
+    def wait_for_rank_0(self, step: int, seconds: float) -> None:
+        """Until rank 0 has come here too, or is gone, or the time is over: whoever goes before it has committed may let
+        it be fenced off."""
         if self._rank == 0:
             self._rendezvous.set(f"checkpoint/{step}/done", "1")
         else:
             with suppress(RuntimeError):
-                self._rendezvous.wait([f"checkpoint/{step}/done"], PARTS_TIMEOUT)
+                self._rendezvous.wait([f"checkpoint/{step}/done"], timedelta(seconds=max(seconds, 0.1)))  # 0: for ever
 
     def wait(self) -> None:
         """Until the save under way is committed (on rank 0) or sent (elsewhere). Raises what made it fail."""
@@ -137,12 +138,15 @@ class CheckpointSaver:
     ) -> None:
         try:
             self._hand_in(step, part, agreed)
-            if self._rank == 0:
-                reference, record = self._commit(step, infos)
-                on_commit(reference)
-                self._delete_unnamed(reference, record)
         except Exception as error:  # handed to the training thread, which decides
             self._error = error
+        if self._rank == 0:
+            try:
+                reference, record = self._commit(step, infos)  # not before all ranks are done, even if it must fail
+                on_commit(reference)
+                self._delete_unnamed(reference, record)
+            except Exception as error:
+                self._error = self._error or error
 
     def _hand_in(self, step: int, data: bytearray, agreed: Mapping[str, str]) -> None:
         """Write this rank's part, and tell rank 0: also that it failed, or rank 0 would wait in vain."""

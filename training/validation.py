@@ -5,7 +5,8 @@ Batches are fixed. Each is scored by one rank, and every rank adds up the batche
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Protocol
 
 import torch
@@ -37,8 +38,10 @@ def validate(
     max_samples: int | None,
     rank: int,
     world_size: int,
+    waiting: Callable[[], AbstractContextManager[None]],
 ) -> dict[str, float]:
-    """The mean of each of the recipe's metrics over the held-out samples. Collective.
+    """The mean of each of the recipe's metrics over the held-out samples. Collective: other ranks are waited for inside
+    of `waiting`.
 
     Raises `UserError` naming a metric that the recipe's `scores` lacks.
     """
@@ -53,7 +56,9 @@ def validate(
             with recipe_errors("scores() on held-out samples"):
                 mine[place] = _sums(recipe, recipe.scores(model, batch))
     total = torch.zeros(len(recipe.metrics), dtype=torch.float64)
-    for row in _in_order(mine.to(device), len(batches), world_size).cpu():
+    with waiting():
+        rows = _in_order(mine.to(device), len(batches), world_size).cpu()
+    for row in rows:
         total += row
     return dict(zip(recipe.metrics, (total / num_samples).tolist(), strict=True))
 

@@ -93,8 +93,7 @@ def _obey(channel: Channel, handover: Handover) -> None:
                 if order.do == "stop":
                     handover.leave()
                     os._exit(EXIT_STOPPED)
-                handover.wants_regroup |= order.do == "regroup"
-                handover.wants_checkpoint |= order.do == "preempt"
+                handover.take_order(order)
     os._exit(1)
 
 

@@ -177,9 +177,7 @@ def test_preempted_ranks_wait_no_longer_than_they_may_for_a_store_that_is_away(
     require_same(node, calm)
 
 
-def test_no_checkpoint_is_needed_to_go_on(
-    node: Node, proxy: LosingProxy, calm: tuple[str, list[groups.Told]]
-) -> None:
+def test_no_checkpoint_is_needed_to_go_on(node: Node, proxy: LosingProxy, calm: tuple[str, list[groups.Told]]) -> None:
     """The store takes none; so all steps are told again from memory, by whoever is rank 0 then."""
     node.reach_store_at(proxy.endpoint)
     proxy.maybe_refused = "/checkpoints/"

@@ -246,9 +246,7 @@ def test_nothing_changes_while_another_thread_copies(
     assert tensors_sha256(tensorfile.tensors(memory.file)) == settled
 
 
-def test_two_threads_that_leave_write_once_and_both_wait_for_it(
-    slots: Slots, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_two_threads_that_leave_write_once_and_both_wait_for_it(slots: Slots, monkeypatch: pytest.MonkeyPatch) -> None:
     """The agent says stop, and the training thread finds that a peer is gone: each ends the process after its copy."""
     monkeypatch.setattr(handover_module, "LOCK_SECONDS", 0.01)
     handover = Handover(slots, run_key="k", generation=0)
