@@ -220,6 +220,27 @@ def test_a_part_that_cannot_be_written_commits_nothing(run: RunRecord, store: St
     assert run.read().checkpoints == ()
 
 
+def test_rank_0_is_done_once_all_ranks_are_even_if_its_own_part_failed(run: RunRecord, store: Store) -> None:
+    """Else it would let the next checkpoint begin, which the others would have to wait for in the midst of training."""
+    may_fail = threading.Event()
+
+    class Slow(Store):
+        def send(self, key: str, data: bytes | bytearray, *, sha256: str) -> None:
+            if "part-1" in key:
+                may_fail.wait(30)
+            raise InfrastructureError(f"{key}: the test says that the store is away")
+
+    first, second = Group(run=RunRecord(Slow(store.location), "k"), world_size=2).savers
+    for saver in (first, second):
+        saver.save(4, tensors_of(4), on_commit=lambda reference: None)
+    assert not first.is_settled(0.2)
+    may_fail.set()
+    assert first.is_settled(30)
+    for saver, part in ((first, "part-0"), (second, "part-1")):
+        with pytest.raises(InfrastructureError, match=part):
+            saver.wait()
+
+
 def test_a_part_that_reads_back_wrong_commits_nothing(run: RunRecord, store: Store) -> None:
     class Corrupting(Store):
         def send(self, key: str, data: bytes | bytearray, *, sha256: str) -> None:

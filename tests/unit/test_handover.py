@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import os
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import pytest
+import torch
 from torch import Tensor, nn
 
 from tests.unit.attempts import attempt, history, step_through, train
-from tests.unit.tiny import Tiny, exact_arithmetic, make_trainer, tiny_preset
+from tests.unit.tiny import CPU, Tiny, exact_arithmetic, make_trainer, tiny_preset
 from training import handover as handover_module
 from training import tensorfile
 from training.checkpoint import folder
+from training.control import Note
+from training.errors import InfrastructureError
 from training.events import EventReader
 from training.extras import Control
 from training.handover import GroupEnded, Handover
@@ -199,6 +203,53 @@ def test_the_journal_holds_what_no_checkpoint_does(run: RunRecord, slots: Slots)
     assert [entry.step for entry in trainer.handover.journal][-1] == 7
     assert trainer.handover.journal[0].step <= newest + 1, "it may forget late, never early"
     assert len(trainer.handover.journal) < 7
+
+
+@pytest.mark.parametrize("num_whole", [0, 1], ids=["the header", "the rest"])
+def test_what_does_not_arrive_whole_is_not_taken(slots: Slots, monkeypatch: pytest.MonkeyPatch, num_whole: int) -> None:
+    """Of two messages, one is damaged on its way."""
+    handover = Handover(slots, run_key="k", generation=0)
+    handover.keep(lambda: (3, {}))
+    handover.note(3, {})
+    handover.leave()
+    arrived: list[Tensor] = []
+
+    def receive(data: Tensor, giver: int, device: torch.device) -> Tensor:
+        arrived.append(data)
+        data = data.clone()
+        data[len(data) // 2 if num_whole else 0] ^= len(arrived) > num_whole
+        return data
+
+    monkeypatch.setattr(handover_module, "_received", receive)
+    monkeypatch.setattr(handover_module.dist, "get_rank", lambda: 0)
+    with pytest.raises(InfrastructureError, match="did not arrive whole"):
+        handover_module._broadcast(slots.newest("k", 0), 0, CPU)
+    assert len(arrived) == num_whole + 1
+
+
+def test_who_is_slow_shows_in_the_time_not_spent_waiting() -> None:
+    told: list[Note] = []
+    trainer = make_trainer(recipe=Interrupted())
+    trainer.tell = told.append
+    finish = trainer.reducer.finish
+
+    def wait_for_a_slow_peer() -> Tensor:
+        time.sleep(0.3)
+        return finish()
+
+    def report() -> None:
+        with exact_arithmetic():
+            trainer.report_step(trainer.train_step())
+
+    report()
+    trainer.reducer.finish = wait_for_a_slow_peer  # type: ignore[method-assign]
+    report()
+    CALLS[0] = lambda: time.sleep(0.06)
+    report()
+    CALLS[0] = lambda: None
+    assert [note.step for note in told] == [1, 2, 3]
+    assert told[1].outside_seconds < 0.3
+    assert 0.3 <= told[2].outside_seconds < 0.6
 
 
 # ---- two threads -----------------------------------------------------------------------------------------------------
