@@ -74,19 +74,19 @@ def test_get_proven_refuses_other_bytes_by_name(store: Store) -> None:
 
 
 def test_what_is_sent_arrives_whole_or_not_at_all(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
-    store.send("quick/ü ~x", b"abc", sha256=sha256_hex(b"abc"))
+    store.send("quick/ü ~x", b"a", memoryview(b"bc"), b"", sha256=sha256_hex(b"abc"))
     assert store.get("quick/ü ~x") == b"abc"
     statuses: list[int] = []
     request = store._connections.request
 
-    def damaging(method: str, url: str, *, body: bytes = b"", **options: Any) -> BaseHTTPResponse:
+    def damaging(method: str, url: str, *, body: Sequence[bytes] = (), **options: Any) -> BaseHTTPResponse:
         """Flips a bit of every body on its way."""
-        reply = request(method, url, body=bytes(byte ^ 1 for byte in body), **options)
+        reply = request(method, url, body=[bytes(byte ^ 1 for byte in piece) for piece in body], **options)
         statuses.append(reply.status)
         return reply
 
     monkeypatch.setattr(store._connections, "request", damaging)
-    store.send("fallback", b"abc", sha256=sha256_hex(b"abc"))
+    store.send("fallback", b"ab", b"c", sha256=sha256_hex(b"abc"))
     assert statuses == [400], "the store looks"
     assert store.get("fallback") == b"abc", "what is refused there goes the patient way"
     with pytest.raises(DamagedError, match="fallback was read back with other bytes"):

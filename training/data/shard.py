@@ -105,6 +105,11 @@ def num_digits(numbers: Array) -> Array:
 
 def encode_shard(ids: Sequence[str] | Ragged, fields: Columns) -> bytes:
     """Pack columns (each of length [samples]) and the samples' ids. The same input gives the same bytes."""
+    return b"".join(shard_pieces(ids, fields))
+
+
+def shard_pieces(ids: Sequence[str] | Ragged, fields: Columns) -> list[bytes | memoryview]:
+    """The same, not joined: a header and views of the columns."""
     id_rows = ids if isinstance(ids, Ragged) else id_column(ids)
     columns: dict[str, Array] = {ID_BYTES: id_rows.flat, ID_ENDS: id_rows.ends}
     for name, field in fields.items():
@@ -112,14 +117,14 @@ def encode_shard(ids: Sequence[str] | Ragged, fields: Columns) -> bytes:
             columns |= {name + RAGGED: field.flat, name + ENDS: field.ends}
         else:
             columns[name] = field
-    return _encode_safetensors(columns)
+    return _safetensors_pieces(columns)
 
 
-def _encode_safetensors(columns: Mapping[str, Array]) -> bytes:
+def _safetensors_pieces(columns: Mapping[str, Array]) -> list[bytes | memoryview]:
     whole = {name: np.ascontiguousarray(columns[name]) for name in sorted(columns)}
     bodies = [c.astype(c.dtype.newbyteorder("<"), copy=False).reshape(-1).view(np.uint8).data for c in whole.values()]
     about = [(name, column.dtype.name, columns[name].shape, column.nbytes) for name, column in whole.items()]
-    return b"".join((tensorfile.header(about, __metadata__={"format": f"unbroken-shard-{FORMAT}"}), *bodies))
+    return [tensorfile.header(about, __metadata__={"format": f"unbroken-shard-{FORMAT}"}), *bodies]
 
 
 def decode_shard(data: bytes | memoryview, *, name: str) -> Shard:

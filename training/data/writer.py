@@ -31,10 +31,10 @@ from training.data.shard import (
     Column,
     Ragged,
     dtype_is_known,
-    encode_shard,
     id_column,
     num_digits,
     numbered_ids,
+    shard_pieces,
 )
 from training.data.source import (
     Partition,
@@ -229,9 +229,9 @@ class Writer:
         return Receipt(fields=fields, splits=splits, displaced=tuple(displaced)), num_sent
 
     def _send(self, full: _Full) -> tuple[Split, ShardInfo, bool]:
-        data = encode_shard(full.ids, full.columns)
-        info = describe_shard(data, num_samples=len(full.ids))
-        is_new = self._store.put_immutable(shard_key(self._config.name, info.sha256), data, sha256=info.sha256)
+        pieces = shard_pieces(full.ids, full.columns)
+        info = describe_shard(*pieces, num_samples=len(full.ids))
+        is_new = self._store.put_immutable(shard_key(self._config.name, info.sha256), *pieces, sha256=info.sha256)
         return full.split, info, is_new
 
     def _full(
