@@ -27,6 +27,38 @@ Sample = Mapping[str, "np.ndarray[Any, Any]"]
 """One training example: a few arrays by name, with the same dtypes and shapes in every sample."""
 
 
+@dataclass(frozen=True)
+class Table:
+    """Many samples at once: arrays by name, each with one row per sample. The same as its rows given one by one."""
+
+    columns: Mapping[str, np.ndarray[Any, Any]]
+
+    def __post_init__(self) -> None:
+        import numpy as np
+
+        if not (isinstance(self.columns, Mapping) and self.columns):
+            raise ValueError(f"a Table is of arrays by name, not {self.columns!r:.80}")
+        for name, column in self.columns.items():
+            if not isinstance(column, np.ndarray):
+                raise ValueError(f"a Table's column {name!r} is a {type(column).__name__}, not a numpy array")
+            if not column.ndim or column.dtype.hasobject:  # rows may be anything then, and each something else
+                raise ValueError(
+                    f"a Table's column {name!r} has dtype {column.dtype} and shape {column.shape}: no rows"
+                )
+        lengths = {name: len(column) for name, column in self.columns.items()}
+        if len(set(lengths.values())) > 1:
+            raise ValueError(f"a Table's columns differ in length: {lengths}")
+
+    def __len__(self) -> int:
+        return len(next(iter(self.columns.values())))
+
+    def __iter__(self) -> Iterator[Sample]:
+        return (self.row(number) for number in range(len(self)))
+
+    def row(self, number: int) -> Sample:
+        return {name: column[number] for name, column in self.columns.items()}
+
+
 Decode = Callable[[Sample, "np.random.Generator | None"], Sample]
 
 
@@ -55,8 +87,10 @@ class Recipe(ABC):
     """Fields that `encode` gives with a first length that differs from sample to sample (text, compressed images)."""
 
     @abstractmethod
-    def encode(self, record: Record) -> Iterable[Sample]:
-        """The samples of one record (none, one or many). A pure function; `ValueError` says what is wrong."""
+    def encode(self, record: Record) -> Iterable[Sample | Table]:
+        """The samples of one record (none, one or many), singly or as tables. A pure function; `ValueError` says what
+        is wrong.
+        """
 
     def decode(self, sample: Sample, random: np.random.Generator | None) -> Sample:
         """A stored sample as the model wants it: unpacked, augmented, every array of a fixed shape.

@@ -1,4 +1,4 @@
-"""One node's groups of real ranks, one after another, as its agent sees them: forked, told, killed, and started again."""
+"""One node's groups of real ranks, one after another, as its agent sees them: forked, told, killed, started again."""
 
 from __future__ import annotations
 

@@ -141,7 +141,7 @@ def test_all_ranks_regroup_after_the_same_step_although_one_is_told(
 def test_ranks_with_different_bytes_of_one_step_take_the_same(
     node: Node, calm: tuple[str, list[groups.Told]], odd_one: int
 ) -> None:
-    """As fast mode may have left them, in groups that knew nothing of one another: else replicas would part for good."""
+    """As fast mode may have left them, in groups that knew nothing of one another: else replicas part for good."""
     node.train(2, regroup, pauses={1: Pause(MID_STEP, 7)})
     change_a_weight(Slots(node.slots[odd_one]), node.job.key)
     node.train(2)

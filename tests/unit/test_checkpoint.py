@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ from training.checkpoint import (
 )
 from training.documents import parse, sha256_hex
 from training.errors import DamagedError, DeterministicError, FencedError, InfrastructureError
-from training.objectstore import Store, Versioned
+from training.objectstore import Buffer, Store, Versioned
 from training.record import CheckpointRef, RunRecord, with_quarantined
 from training.saver import CheckpointSaver, assign_parts
 from training.state import tensors_sha256
@@ -243,8 +243,9 @@ def test_rank_0_is_done_once_all_ranks_are_even_if_its_own_part_failed(run: RunR
 
 def test_a_part_that_reads_back_wrong_commits_nothing(run: RunRecord, store: Store) -> None:
     class Corrupting(Store):
-        def send(self, key: str, data: bytes | bytearray, *, sha256: str) -> None:
-            self.put(key, data[:-1] + bytes([data[-1] ^ 1]) if "part-0" in key else data)
+        def _put_quickly(self, key: str, pieces: Sequence[Buffer], **_: Any) -> None:
+            (data,) = pieces
+            self.put(key, bytes(data[:-1]) + bytes([data[-1] ^ 1]) if "part-0" in key else bytes(data))
 
     with pytest.raises(DamagedError, match="part-0"):
         Group(run=RunRecord(Corrupting(store.location), "k")).save(4)

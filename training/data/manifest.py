@@ -27,9 +27,12 @@ class ShardInfo:
     num_bytes: int
 
 
-def describe_shard(data: bytes, *, num_samples: int) -> ShardInfo:
+def describe_shard(*pieces: bytes | memoryview, num_samples: int) -> ShardInfo:
     """What the manifest says of an encoded shard."""
-    return ShardInfo(sha256=sha256_hex(data), xxh3=fast_digest(data), num_samples=num_samples, num_bytes=len(data))
+    num_bytes = sum(map(len, pieces))
+    return ShardInfo(
+        sha256=sha256_hex(*pieces), xxh3=fast_digest(*pieces), num_samples=num_samples, num_bytes=num_bytes
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

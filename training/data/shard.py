@@ -22,6 +22,7 @@ ID_BYTES = "id.bytes"
 ID_ENDS = "id.ends"
 RAGGED = ".ragged"
 ENDS = ".ends"
+POWERS_OF_TEN = 10 ** np.arange(1, 19)
 Array = np.ndarray[Any, Any]
 
 _DTYPES = {known: np.dtype(name) for name, known in tensorfile.DTYPES.items() if name != "bfloat16"}
@@ -37,6 +38,12 @@ class Ragged:
     @staticmethod
     def stack(rows: Sequence[Array]) -> Ragged:
         return Ragged(np.concatenate(rows), np.cumsum([len(row) for row in rows], dtype=np.int64))
+
+    @staticmethod
+    def join(parts: Sequence[Ragged]) -> Ragged:
+        """The rows of several, one after another."""
+        lengths = np.concatenate([np.diff(part.ends, prepend=0) for part in parts])
+        return Ragged(np.concatenate([part.flat for part in parts]), np.cumsum(lengths, dtype=np.int64))
 
     def __len__(self) -> int:
         return len(self.ends)
@@ -78,26 +85,46 @@ def dtype_is_known(dtype: np.dtype[Any]) -> bool:
     return tensorfile.DTYPES.get(dtype.name) in _DTYPES
 
 
-def encode_shard(ids: Sequence[str], fields: Columns) -> bytes:
+def id_column(ids: Iterable[str]) -> Ragged:
+    """The samples' ids as they lie in a shard."""
+    encoded = [*map(str.encode, ids)]
+    return Ragged(np.frombuffer(b"".join(encoded), np.uint8), np.cumsum([*map(len, encoded)], dtype=np.int64))
+
+
+def numbered_ids(prefix: str, numbers: range) -> Ragged:
+    """The same of a prefix followed by each number, ten times quicker."""
+    text = (prefix + prefix.join(map(str, numbers))).encode()
+    lengths = len(prefix.encode()) + num_digits(np.arange(numbers.start, numbers.stop))
+    return Ragged(np.frombuffer(text, np.uint8), np.cumsum(lengths))
+
+
+def num_digits(numbers: Array) -> Array:
+    """How long each of these is in decimal; none is negative."""
+    return np.searchsorted(POWERS_OF_TEN, numbers, side="right") + 1
+
+
+def encode_shard(ids: Sequence[str] | Ragged, fields: Columns) -> bytes:
     """Pack columns (each of length [samples]) and the samples' ids. The same input gives the same bytes."""
-    encoded_ids = [*map(str.encode, ids)]
-    columns: dict[str, Array] = {
-        ID_BYTES: np.frombuffer(b"".join(encoded_ids), dtype=np.uint8),
-        ID_ENDS: np.cumsum([*map(len, encoded_ids)], dtype=np.int64),
-    }
+    return b"".join(shard_pieces(ids, fields))
+
+
+def shard_pieces(ids: Sequence[str] | Ragged, fields: Columns) -> list[bytes | memoryview]:
+    """The same, not joined: a header and views of the columns."""
+    id_rows = ids if isinstance(ids, Ragged) else id_column(ids)
+    columns: dict[str, Array] = {ID_BYTES: id_rows.flat, ID_ENDS: id_rows.ends}
     for name, field in fields.items():
         if isinstance(field, Ragged):
             columns |= {name + RAGGED: field.flat, name + ENDS: field.ends}
         else:
             columns[name] = field
-    return _encode_safetensors(columns)
+    return _safetensors_pieces(columns)
 
 
-def _encode_safetensors(columns: Mapping[str, Array]) -> bytes:
+def _safetensors_pieces(columns: Mapping[str, Array]) -> list[bytes | memoryview]:
     whole = {name: np.ascontiguousarray(columns[name]) for name in sorted(columns)}
     bodies = [c.astype(c.dtype.newbyteorder("<"), copy=False).reshape(-1).view(np.uint8).data for c in whole.values()]
     about = [(name, column.dtype.name, columns[name].shape, column.nbytes) for name, column in whole.items()]
-    return b"".join((tensorfile.header(about, __metadata__={"format": f"unbroken-shard-{FORMAT}"}), *bodies))
+    return [tensorfile.header(about, __metadata__={"format": f"unbroken-shard-{FORMAT}"}), *bodies]
 
 
 def decode_shard(data: bytes | memoryview, *, name: str) -> Shard:

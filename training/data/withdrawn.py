@@ -13,7 +13,7 @@ import xxhash
 from training.data.shard import Shard
 from training.errors import DamagedError, InfrastructureError, UserError
 from training.objectstore import MissingError, Store
-from training.recipe import Sample
+from training.recipe import Sample, Table
 
 FORMAT = 1
 Withdrawn = Mapping[str, Collection[str]]
@@ -56,9 +56,9 @@ def record_of(sample_id: str) -> str:
     return sample_id.rpartition("#")[0]
 
 
-def content_of_samples(samples: Iterable[Sample]) -> str:
-    """A digest of a record's samples that does not ask for their order."""
-    return _content(sum(sample_number(sample) for sample in samples))
+def content_of_samples(given: Iterable[Sample | Table]) -> str:
+    """A digest of a record's samples that asks neither for their order nor whether they came as tables."""
+    return _content(sum(sample_number(row) for one in given for row in (one if isinstance(one, Table) else (one,))))
 
 
 def sample_number(sample: Sample) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from copy import copy
 from dataclasses import asdict, dataclass
 from types import MappingProxyType
 from typing import Any, NamedTuple, TypeVar
@@ -24,7 +25,17 @@ from training.data.manifest import (
     receipt_key,
     shard_key,
 )
-from training.data.shard import FORMAT, Array, Column, Ragged, dtype_is_known, encode_shard
+from training.data.shard import (
+    FORMAT,
+    Array,
+    Column,
+    Ragged,
+    dtype_is_known,
+    id_column,
+    num_digits,
+    numbered_ids,
+    shard_pieces,
+)
 from training.data.source import (
     Partition,
     Source,
@@ -45,7 +56,7 @@ from training.data.withdrawn import (
 from training.documents import canonical_json, digest_of, parse, sha256_hex
 from training.errors import DamagedError, UserError
 from training.objectstore import MissingError, Store
-from training.recipe import Recipe, Record, Sample, source_closure_digest
+from training.recipe import Recipe, Record, Sample, Table, source_closure_digest
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,6 +91,8 @@ class WriteResult:
     """See `Receipt.displaced`."""
 
 
+Given = Sample | Table
+"""What a recipe's `encode` gives."""
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 Report = Callable[[PartResult], None]
@@ -216,9 +229,9 @@ class Writer:
         return Receipt(fields=fields, splits=splits, displaced=tuple(displaced)), num_sent
 
     def _send(self, full: _Full) -> tuple[Split, ShardInfo, bool]:
-        data = encode_shard(full.ids, full.columns)
-        info = describe_shard(data, num_samples=len(full.ids))
-        is_new = self._store.put_immutable(shard_key(self._config.name, info.sha256), data, sha256=info.sha256)
+        pieces = shard_pieces(full.ids, full.columns)
+        info = describe_shard(*pieces, num_samples=len(full.ids))
+        is_new = self._store.put_immutable(shard_key(self._config.name, info.sha256), *pieces, sha256=info.sha256)
         return full.split, info, is_new
 
     def _full(
@@ -232,14 +245,12 @@ class Writer:
         for record in read_records(self._source, part, self._config, self._classes):
             samples = _encode(self._recipe, record)
             if self._withdrawn:
-                samples = iter(self._unless_withdrawn(record.id, list(samples), displaced))
+                samples = iter(self._unless_withdrawn(record.id, [*map(_kept, samples)], displaced))
             builder = builders[split_of(record, self._config.test_percent, sha256=digests.get(record.id))]
-            numbered = enumerate(samples)
-            while builder.fill(record.id, numbered):
-                yield builder.take()
+            yield from builder.add(record.id, samples)
         yield from (builder.take() for builder in builders.values() if not builder.is_empty)
 
-    def _unless_withdrawn(self, record: str, samples: list[Sample], displaced: list[str]) -> list[Sample]:
+    def _unless_withdrawn(self, record: str, samples: list[Given], displaced: list[str]) -> list[Given]:
         """None of them if their record is withdrawn: by its id, or by what is in it, wherever it lies by now."""
         content = content_of_samples(samples)
         if content in self._withdrawn_contents:
@@ -281,13 +292,21 @@ def _unsealed(data: bytes) -> dict[str, Any]:
     raise DamagedError("a receipt is damaged")
 
 
-def _encode(recipe: Recipe, record: Record) -> Iterator[Sample]:
+def _encode(recipe: Recipe, record: Record) -> Iterator[Given]:
     try:
-        yield from recipe.encode(record)
+        given = recipe.encode(record)
+        yield from (given,) if isinstance(given, Table) else given
     except UserError:
         raise
     except Exception as error:  # the recipe's own code: whatever it raises, the record is the place to look
         raise UserError(f"cannot read record {record.id}: {type(error).__name__}: {error}") from error
+
+
+def _kept(given: Given) -> Given:
+    """A copy: a recipe may write its next sample into the same arrays."""
+    if isinstance(given, Table):
+        return Table({name: column.copy() for name, column in given.columns.items()})
+    return {name: copy(array) for name, array in given.items()} if isinstance(given, MAPPINGS) else given
 
 
 def _one_behind(work: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
@@ -306,7 +325,7 @@ class _Full(NamedTuple):
     """What makes a shard."""
 
     split: Split
-    ids: list[str]
+    ids: Ragged
     columns: Mapping[str, Column]
 
 
@@ -323,47 +342,94 @@ class _ShardBuilder:
         self._clear()
 
     def _clear(self) -> None:
-        self._ids: list[str] = []
+        self._num_rows = 0
         self._num_bytes = self._fixed_bytes = 0
+        self._ids: list[str] = []
+        self._id_columns: list[Ragged] = []
         self._columns: dict[str, Array] = {}
         self._rows: dict[str, list[Array]] = {}
 
     @property
     def is_empty(self) -> bool:
-        return not self._ids
+        return not self._num_rows
 
-    def fill(self, record: str, samples: Iterator[tuple[int, Sample]]) -> bool:
-        """Take a record's numbered samples until the shard is full, or none is left. Says whether it is full.
+    def add(self, record: str, samples: Iterable[Given]) -> Iterator[_Full]:
+        """Take a record's samples, and give each shard that they fill.
 
         All is copied at once: a recipe may write its next sample into the same arrays.
         """
-        for number, sample in samples:
-            sample_id = f"{record}#{number}"
-            if not isinstance(sample, MAPPINGS):
-                raise UserError(f"record {sample_id}: encode() must give dicts of numpy arrays, not {type(sample)}")
-            if not self._is_alike(sample):
-                self._require_same_fields(sample_id, sample)
-            row = len(self._ids)
-            if not row:
-                self._allocate()
-            for name, column in self._columns.items():
-                column[row] = sample[name]
-            for name, rows in self._rows.items():
-                rows.append(sample[name].copy())
-                self._num_bytes += rows[-1].nbytes
-            self._ids.append(sample_id)
-            self._num_bytes += self._fixed_bytes + len(sample_id)
+        number = 0
+        for given in samples:
+            if isinstance(given, Table):
+                yield from self._add_table(f"{record}#", number, given)
+                number += len(given)
+            else:
+                self._add_sample(f"{record}#{number}", given)
+                number += 1
+                if self._num_bytes >= self._shard_bytes:
+                    yield self.take()
+
+    def _add_sample(self, sample_id: str, sample: Sample) -> None:
+        self._prepare(sample_id, sample)
+        row = self._num_rows
+        for name, column in self._columns.items():
+            column[row] = sample[name]
+        for name, rows in self._rows.items():
+            rows.append(sample[name].copy())
+            self._num_bytes += rows[-1].nbytes
+        self._ids.append(sample_id)
+        self._num_bytes += self._fixed_bytes + len(sample_id)
+        self._num_rows += 1
+
+    def _add_table(self, prefix: str, number: int, table: Table) -> Iterator[_Full]:
+        """As if its rows came one by one, the first with this number."""
+        start = 0
+        while start < len(table):
+            self._prepare(f"{prefix}{number + start}", table.row(start))
+            stop = self._add_rows(prefix, number, table, start)
+            start = stop
             if self._num_bytes >= self._shard_bytes:
-                return True
-        return False
+                yield self.take()
+
+    def _add_rows(self, prefix: str, number: int, table: Table, start: int) -> int:
+        """Those that the shard has room for, and the one that fills it. Gives where they stop."""
+        row_bytes = self._fixed_bytes + sum(table.columns[name][start].nbytes for name in self._rows) + len(prefix)
+        missing = self._shard_bytes - self._num_bytes
+        candidates = np.arange(start, min(len(table), start + missing // (row_bytes + 1) + 1))
+        filled = np.cumsum(row_bytes + num_digits(number + candidates))
+        num_rows = min(len(candidates), int(np.searchsorted(filled, missing)) + 1)
+        stop = start + num_rows
+        for name, column in self._columns.items():
+            column[self._num_rows : self._num_rows + num_rows] = table.columns[name][start:stop]
+        for name, rows in self._rows.items():
+            rows.extend(table.columns[name][start:stop].copy())
+        self._close_ids()
+        self._id_columns.append(numbered_ids(prefix, range(number + start, number + stop)))
+        self._num_bytes += int(filled[num_rows - 1])
+        self._num_rows += num_rows
+        return stop
+
+    def _close_ids(self) -> None:
+        if self._ids:
+            self._id_columns.append(id_column(self._ids))
+            self._ids = []
 
     def take(self) -> _Full:
-        num_rows = len(self._ids)
-        columns: dict[str, Column] = {name: column[:num_rows] for name, column in self._columns.items()}
+        self._close_ids()
+        columns: dict[str, Column] = {name: column[: self._num_rows] for name, column in self._columns.items()}
         columns |= {name: Ragged.stack(rows) for name, rows in self._rows.items()}
-        full = _Full(self._split, self._ids, columns)
+        full = _Full(self._split, Ragged.join(self._id_columns), columns)
         self._clear()
         return full
+
+    def _prepare(self, sample_id: str, sample: Sample) -> None:
+        """Raises `UserError` unless it is a sample with the fields of those before."""
+        if not isinstance(sample, MAPPINGS):
+            raise UserError(f"record {sample_id}: encode() must give dicts of numpy arrays, not {type(sample)}")
+        if not self._is_alike(sample):
+            self._require_same_fields(sample_id, sample)
+        if not self._num_rows:
+            self._allocate()
 
     def _allocate(self) -> None:
         """Columns for as many rows as a shard can have; memory that no row comes to is never touched."""

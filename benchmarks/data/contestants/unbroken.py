@@ -27,7 +27,7 @@ from training.data.source import open_source
 from training.data.stream import Stream
 from training.data.writer import Writer
 from training.objectstore import Store, StoreLocation
-from training.recipe import Recipe, Record, Sample
+from training.recipe import Recipe, Record, Sample, Table
 from training.reduce import owned_range
 
 NAME = "bench"
@@ -45,10 +45,12 @@ class Unpack(Recipe):
     """One raw file holds many samples."""
 
     kind_name: str
+    is_one_by_one: bool = False
     model = loss = scores = inputs = optimizer = cast(Any, _no_model)
 
-    def encode(self, record: Record) -> Iterable[Sample]:
-        return samples(columns(np.frombuffer(record.data, dtype=KINDS[self.kind_name].dtype)))
+    def encode(self, record: Record) -> Iterable[Sample | Table]:
+        table = columns(np.frombuffer(record.data, dtype=KINDS[self.kind_name].dtype))
+        return samples(table) if self.is_one_by_one else (Table(table),)
 
 
 def _location(task: Task) -> StoreLocation:
