@@ -22,10 +22,10 @@ from training import errors, membership
 from training.control import Order
 from training.documents import canonical_json, parse
 from training.errors import InfrastructureError, UserError
-from training.job import Job, read_job
+from training.job import Job, location_from, read_job
 from training.links import Links, Place
 from training.node import Node
-from training.objectstore import MissingError, Store, StoreLocation
+from training.objectstore import MissingError, Store
 from training.processes import die_with
 from training.protocol import (
     Action,
@@ -264,12 +264,8 @@ def main() -> None:
     logging.getLogger("botocore").setLevel(logging.WARNING)
     node, key, digest = int(sys.argv[1]), sys.argv[2], sys.argv[3]
     die_with(os.getppid())
-    location = StoreLocation(
-        endpoint=os.environ.get("UNBROKEN_S3_ENDPOINT") or None,
-        bucket=os.environ["UNBROKEN_S3_BUCKET"],
-        prefix=os.environ.get("UNBROKEN_S3_PREFIX", ""),
-        region=os.environ.get("UNBROKEN_S3_REGION", "us-east-1"),
-    )
+    location = location_from(os.environ)
+    assert location is not None, "agents are started by the engine, which says where the store is"
     address = os.environ.get("UNBROKEN_NODE_ADDRESS", "127.0.0.1")
     try:
         job = read_job(Store(location), key, digest)

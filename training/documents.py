@@ -59,6 +59,12 @@ def parse(kind: type[T], document: Any) -> T:
     return made
 
 
+def prepare_to_parse(*kinds: type) -> None:
+    """What the first `parse` of each would do first."""
+    for kind in kinds:
+        _adapter(kind)
+
+
 @cache
 def _adapter(kind: type) -> TypeAdapter[Any]:
     from pydantic import TypeAdapter

@@ -5,9 +5,9 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from training.control import Order
 from training.errors import InfrastructureError
-from training.slots import HEADER_BYTES, Entry, Header, Memory, Slots, journal_bytes, memory_of, opened, sealed
+from training.slots import HEADER_BYTES, Entry, Header, Memory, Slots, journal_bytes, opened, sealed
 from training.snapshot import Image
 
 LOCK_SECONDS = 1.0
@@ -26,6 +26,16 @@ log = logging.getLogger(__name__)
 
 class GroupEnded(Exception):
     """All ranks stopped after the same step, because an agent wanted it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Found:
+    """What the group goes on with."""
+
+    step: int
+    take: Callable[[], Memory]
+    """The same bytes on all ranks, and a journal that tells as much: those of the lowest of the farthest ranks.
+    Collective. Raises `InfrastructureError` if they did not arrive whole."""
 
 
 class Handover:
@@ -108,6 +118,15 @@ class Handover:
         if self.journal and self.journal[0].step <= step:
             self.journal = [entry for entry in self.journal if entry.step > step]
 
+    def reserve(self) -> None:
+        """Have memory ready for what `leave` will write, which says what is wrong if there is none."""
+        slots, state = self._maybe_slots, self._maybe_state
+        if slots is not None and state is not None:
+            with suppress(Exception):
+                with self._lock:
+                    num_bytes = sum(tensor.nbytes for tensor in state()[1].values())
+                slots.reserve(num_bytes)
+
     def leave(self) -> None:
         """Write the last finished step into a slot, on whatever thread; nothing if an update does not end. Who comes
         while another thread writes waits: the process ends after this. Raises nothing, as there is more to say.
@@ -125,19 +144,51 @@ class Handover:
             finally:
                 self._lock.release()
 
-    def find(self, *, since: int, device: torch.device) -> Memory | None:
+    def find(self, *, since: int, device: torch.device) -> Found | None:
         """The newest state that any rank has in memory, if it is not older than step `since` and its journal reaches
-        back to it; the same bytes on all ranks, and a journal that tells as much. Collective. Raises
-        `InfrastructureError` if it did not arrive whole.
+        back to it. Collective.
         """
         own = self._maybe_slots.newest(self._run_key, self._generation) if self._maybe_slots else None
         if own is not None and (own.step < max(since, 1) or not own.reaches_back_to(since)):
             own = None
         found = _everybodys([-1, 0] if own is None else [own.progress, own.fingerprint], device)
-        if all(same == found[0] for same in found):
-            return own
-        progress = [numbers[0] for numbers in found]
-        return _broadcast(own, progress.index(max(progress)), device)
+        best = max(found, key=lambda numbers: numbers[0])
+        if best[0] < 0:
+            return None
+        return Found(step=best[0] // 2, take=lambda: self._hand_out(own, [same == best for same in found], device))
+
+    def _hand_out(self, maybe_memory: Memory | None, has_it: Sequence[bool], device: torch.device) -> Memory:
+        """What the ranks have that have it. Each gives it to one that lacks it, and so on in rounds, as in a binomial
+        tree. Collective.
+        """
+        givers = [rank for rank, has in enumerate(has_it) if has]
+        takers = [rank for rank, has in enumerate(has_it) if not has]
+        own = dist.get_rank() if takers else 0
+        while takers:
+            pairs = list(zip(givers, takers, strict=False))
+            for giver, taker in pairs:
+                if own == giver:
+                    assert maybe_memory is not None
+                    _give(maybe_memory, taker, device)
+                elif own == taker:
+                    maybe_memory = self._take(giver, device)
+            givers += takers[: len(pairs)]
+            takers = takers[len(pairs) :]
+        assert maybe_memory is not None
+        return maybe_memory
+
+    def _take(self, giver: int, device: torch.device) -> Memory:
+        """Into an own slot, where it is found again if this group ends soon."""
+        header_bytes = bytearray(HEADER_BYTES)
+        _receive(header_bytes, giver, device)
+        header = opened(header_bytes)
+        if header is None:
+            raise InfrastructureError("a header that was handed over did not arrive whole")
+        assert self._maybe_slots is not None, "whoever hands states over has slots, and so have the others"
+        taken = self._maybe_slots.write(header, lambda body: _receive(body, giver, device))
+        if taken is None:
+            raise InfrastructureError(f"the state of step {header.step} did not arrive whole")
+        return taken
 
 
 def _write(
@@ -170,27 +221,14 @@ def _everybodys(numbers: list[int], device: torch.device) -> list[list[int]]:
     return everybodys
 
 
-def _broadcast(maybe_own: Memory | None, giver: int, device: torch.device) -> Memory:
-    """The giver's. All must take part."""
-    sent = torch.empty(HEADER_BYTES, dtype=torch.uint8)
-    if dist.get_rank() == giver:
-        assert maybe_own is not None
-        sent = torch.frombuffer(bytearray(sealed(maybe_own.header)), dtype=torch.uint8)
-    header = opened(_received(sent, giver, device).numpy().tobytes())
-    if header is None:
-        raise InfrastructureError("a header that was handed over did not arrive whole")
-    body = torch.empty(header.num_bytes, dtype=torch.uint8)
-    if dist.get_rank() == giver:
-        assert maybe_own is not None
-        body = torch.frombuffer(maybe_own.body, dtype=torch.uint8)
-    body = _received(body, giver, device)
-    found = memory_of(header, body.numpy().data)
-    if found is None:
-        raise InfrastructureError(f"the state of step {header.step} did not arrive whole")
-    return found
+def _give(memory: Memory, taker: int, device: torch.device) -> None:
+    for data in (bytearray(sealed(memory.header)), memory.body):
+        dist.send(torch.frombuffer(data, dtype=torch.uint8).to(device), taker)
 
 
-def _received(data: Tensor, giver: int, device: torch.device) -> Tensor:
-    there = data.to(device)
-    dist.broadcast(there, giver)
-    return there.cpu()
+def _receive(place: bytearray | memoryview, giver: int, device: torch.device) -> None:
+    here = torch.frombuffer(place, dtype=torch.uint8)
+    there = here.to(device)
+    dist.recv(there, giver)
+    if there is not here:
+        here.copy_(there)

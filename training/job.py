@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from training.config import Preset
 from training.documents import canonical_json, parse, sha256_hex
-from training.objectstore import Store, StoreLocation
+from training.objectstore import Store, StoreLocation, shared_store
 from training.record import InitialWeights, RunRecord
 
 
@@ -32,7 +33,7 @@ class Job:
         return parse(Job, document)
 
     def open_run(self) -> RunRecord:
-        return RunRecord(Store(self.location), self.key)
+        return RunRecord(shared_store(self.location), self.key)
 
 
 def store_job(store: Store, job: Job) -> str:
@@ -65,6 +66,18 @@ def _job_key(run_key: str, digest: str) -> str:
 def agent_command(run_key: str, job_digest: str) -> tuple[str, ...]:
     """How an engine starts the agent of node `{node}`."""
     return (sys.executable, "-m", "training.agent", "{node}", run_key, job_digest)
+
+
+def location_from(environment: Mapping[str, str]) -> StoreLocation | None:
+    """The inverse of `agent_environment`; None if there is nothing of it."""
+    if "UNBROKEN_S3_BUCKET" not in environment:
+        return None
+    return StoreLocation(
+        endpoint=environment.get("UNBROKEN_S3_ENDPOINT") or None,
+        bucket=environment["UNBROKEN_S3_BUCKET"],
+        prefix=environment.get("UNBROKEN_S3_PREFIX", ""),
+        region=environment.get("UNBROKEN_S3_REGION", "us-east-1"),
+    )
 
 
 def agent_environment(location: StoreLocation) -> dict[str, str]:

@@ -6,12 +6,14 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from training import tensorfile
+from training.beside import beside
 from training.checkpoint import load_initial, newest_proven
 from training.config import Preset
 from training.control import Note
@@ -138,11 +140,13 @@ class Trainer:
         if self.state.step == 0:
             self.try_scores()
         config = self.preset.train
+        maybe_reserving = None
         fill_new_memory(True)  # with NaN: a recipe that reads it, and has other bits each time, is found in one step
         while self.state.step < config.steps:
             outcome = self.train_step()
             fill_new_memory(False)  # it costs up to a tenth of a step
             self.report_step(outcome)
+            maybe_reserving = maybe_reserving or beside(self.handover.reserve)  # now that all its tensors are there
             if self.state.step < config.steps:
                 self.after_step(outcome.control)
         self.finish()
@@ -152,21 +156,35 @@ class Trainer:
         weights; rank 0 notes which."""
         record = self.run.read()
         since = record.checkpoints[-1].step if record.checkpoints else 0
-        memory = self.handover.find(since=since, device=self.rank.device)
-        if memory is not None:
+        found = self.handover.find(since=since, device=self.rank.device)
+        if found is not None:
+            noting = beside(partial(self.note_resumption, since))
+            self.begin_reading(found.step)
+            memory = found.take()
             self.state.load(tensorfile.tensors(memory.file), step=memory.step)
-            self.handover.journal = [entry for entry in memory.entries() if entry.step > since]
+            self.handover.journal = [entry for entry in memory.entries if entry.step > since]
         else:
             since = self.load_checkpoint()
-        self.saver.require_agreement(self.state.step)
-        token = self.rank.token
-        if self.rank.rank == 0:
-            self.run.update(lambda newest: with_resume_step(newest, since, token=token))
+            self.saver.require_agreement(since)
+            noting = beside(partial(self.note_resumption, since))
+            self.begin_reading(since)
+        noting.result()
         self._committed_step = since
         self.handover.keep(self.settled_state)
         self.handover.step = self.state.step
-        self.tell_history(source="memory" if memory is not None else "checkpoint" if since else "start")
+        self.tell_history(source="memory" if found is not None else "checkpoint" if since else "start")
         self.tell(Note(event="began", step=self.state.step))
+
+    def note_resumption(self, step: int) -> None:
+        """In the record, that steps after this one are told of by this group."""
+        token = self.rank.token
+        if self.rank.rank == 0:
+            self.run.update(lambda newest: with_resume_step(newest, step, token=token))
+
+    def begin_reading(self, step: int) -> None:
+        """The samples of that step and those after it."""
+        if step < self.preset.train.steps:
+            self._maybe_microbatches = self.feed.microbatches(workers=self.reducer.owned, step=step)
 
     def load_checkpoint(self) -> int:
         """The newest proven checkpoint, or the initial weights. Returns the step."""
@@ -330,7 +348,8 @@ class Trainer:
     def microbatch(self, worker: int) -> tuple[Sequence[str], Mapping[str, Tensor]]:
         """Ids and tensors of the next microbatch, which is `worker`'s own of this step."""
         if self._maybe_microbatches is None:
-            self._maybe_microbatches = self.feed.microbatches(workers=self.reducer.owned, step=self.state.step)
+            self.begin_reading(self.state.step)
+        assert self._maybe_microbatches is not None
         batch = next(self._maybe_microbatches)
         assert (batch.step, batch.worker) == (self.state.step, worker)
         return batch.ids, {name: torch.from_numpy(array).to(self.rank.device) for name, array in batch.fields.items()}

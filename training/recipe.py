@@ -8,9 +8,11 @@ import importlib.util
 import math
 import sys
 import threading
+import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, is_dataclass
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -195,6 +197,7 @@ def _look_beside(folder: str) -> None:
     importlib.invalidate_caches()
 
 
+SETTLED_SECONDS = 2.0
 _PARSING = threading.Lock()
 """Python's parser counts its depth for all threads together, and two at once can make it fail (CPython #106905)."""
 
@@ -230,15 +233,28 @@ def _collect(name: str, root: Path, found: dict[str, str]) -> None:
     path = Path(spec.origin)
     if root not in path.parents or path.suffix != ".py":
         return
-    source = path.read_bytes()
-    found[name] = sha256_hex(source)
-    with _PARSING:
-        tree = ast.parse(source)
-    for imported in _imports(tree, package=spec.parent or ""):
+    found[name], imports = _read_source(path, package=spec.parent or "")
+    for imported in imports:
         try:
             _collect(imported, root, found)
         except (ImportError, ValueError):  # an attribute of a module, not a module
             continue
+
+
+def _read_source(path: Path, *, package: str) -> tuple[str, Sequence[str]]:
+    """The digest of a module, and what it imports; as it was, if the file was not touched since."""
+    about = path.stat()
+    is_settled = time.time() - about.st_mtime > SETTLED_SECONDS  # else it may change and keep its time
+    read = _source if is_settled else _source.__wrapped__
+    return read(path, package, (about.st_mtime_ns, about.st_ctime_ns, about.st_size, about.st_ino))
+
+
+@cache
+def _source(path: Path, package: str, version: tuple[int, ...]) -> tuple[str, Sequence[str]]:
+    source = path.read_bytes()
+    with _PARSING:
+        tree = ast.parse(source)
+    return sha256_hex(source), tuple(_imports(tree, package=package))
 
 
 def _imports(tree: ast.AST, *, package: str) -> Iterator[str]:

@@ -10,13 +10,16 @@ import json
 import mmap
 import os
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from typing import Any
 
 from training.documents import canonical_json, fast_digest, parse
 from training.errors import DamagedError
 
 HEADER_BYTES = 4096
+JOURNAL_BYTES = 1 << 20
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,8 +40,9 @@ class Header:
     step: int
     num_file_bytes: int
     num_bytes: int
-    digest: str = ""
-    """xxh3-128 of all of it."""
+    file_digest: str = ""
+    """xxh3-128, as the next."""
+    journal_digest: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,25 +61,26 @@ class Memory:
     def file(self) -> memoryview:
         return self.body[: self.header.num_file_bytes]
 
-    def entries(self) -> list[Entry]:
+    @cached_property
+    def entries(self) -> Sequence[Entry]:
+        """The journal."""
         documents = json.loads(bytes(self.body[self.header.num_file_bytes :]))
         return [parse(Entry, document) for document in documents]
 
     @property
     def fingerprint(self) -> int:
         """Of the state, without the journal, whose times are each rank's own."""
-        return int(fast_digest(self.file)[:15], 16)
+        return int(self.header.file_digest[:15], 16)
 
     @property
     def progress(self) -> int:
         """Grows with every step, and once more when its validation is noted: ranks may stop in between."""
-        entries = self.entries()
-        is_noted = not entries or "validation" in entries[-1].values
+        is_noted = not self.entries or "validation" in self.entries[-1].values
         return 2 * self.step + is_noted
 
     def reaches_back_to(self, step: int) -> bool:
         """Whether the journal tells of every step after that one."""
-        return {entry.step for entry in self.entries()} >= set(range(step + 1, self.step + 1))
+        return {entry.step for entry in self.entries} >= set(range(step + 1, self.step + 1))
 
 
 def journal_bytes(entries: Sequence[Entry]) -> bytes:
@@ -98,33 +103,57 @@ class Slots:
         newest_first = sorted(self._descriptors, key=_step_of, reverse=True)
         return next((memory for fd in newest_first if (memory := _read(fd, run_key, generation)) is not None), None)
 
-    def write(self, header: Header, fill: Callable[[memoryview], None]) -> None:
-        """Into the slot that is not the newest. `fill` writes the file and the journal into what it is given."""
+    def write(self, header: Header, fill: Callable[[memoryview], None]) -> Memory | None:
+        """Into the slot that is not the newest. `fill` writes the file and the journal into what it is given.
+
+        A header that has digests is of a body that comes from elsewhere: None, and nothing is there to be found, if it
+        is another one.
+        """
         fd = min(self._descriptors, key=_step_of)
         if os.fstat(fd).st_size >= HEADER_BYTES:
             os.pwrite(fd, bytes(HEADER_BYTES), 0)  # nothing here is believed from now on
-        os.ftruncate(fd, HEADER_BYTES + header.num_bytes)
-        body = memoryview(mmap.mmap(fd, HEADER_BYTES + header.num_bytes))[HEADER_BYTES:]
+        if os.fstat(fd).st_size < HEADER_BYTES + header.num_bytes:
+            os.ftruncate(fd, HEADER_BYTES + header.num_bytes)
+        body = _body(fd, header)
         fill(body)
-        os.pwrite(fd, sealed(replace(header, digest=fast_digest(body))), 0)
+        proven = _proving(header, body)
+        if header.file_digest and header != proven:
+            return None
+        os.pwrite(fd, sealed(proven), 0)
+        return Memory(header=proven, body=body)
+
+    def reserve(self, num_bytes: int) -> None:
+        """Have memory for so large a file and some journal ready: to write into pages that are there is several times
+        quicker than into new ones. May go on beside `write`."""
+        for fd in self._descriptors:
+            with suppress(OSError):  # then there may be none when it is needed, and that is told there
+                if os.fstat(fd).st_size < HEADER_BYTES + num_bytes:
+                    os.posix_fallocate(fd, 0, HEADER_BYTES + num_bytes + JOURNAL_BYTES)
 
 
 def _read(fd: int, run_key: str, generation: int) -> Memory | None:
     header = _header_of(fd)
     if header is None or (header.run_key, header.generation) != (run_key, generation):
         return None
-    body = memoryview(mmap.mmap(fd, HEADER_BYTES + header.num_bytes))[HEADER_BYTES:]
-    return memory_of(header, body)
+    body = _body(fd, header)
+    return Memory(header=header, body=body) if header == _proving(header, body) else None
 
 
-def memory_of(header: Header, body: memoryview) -> Memory | None:
-    """None if the header is another body's."""
-    return Memory(header=header, body=body) if fast_digest(body) == header.digest else None
+def _body(fd: int, header: Header) -> memoryview:
+    """Mapped page by page as it is used, it would take ten times as long."""
+    flags = mmap.MAP_SHARED | mmap.MAP_POPULATE
+    return memoryview(mmap.mmap(fd, HEADER_BYTES + header.num_bytes, flags=flags))[HEADER_BYTES:]
+
+
+def _proving(header: Header, body: memoryview) -> Header:
+    """With the digests of a body."""
+    file, journal = body[: header.num_file_bytes], body[header.num_file_bytes :]
+    return replace(header, file_digest=fast_digest(file), journal_digest=fast_digest(journal))
 
 
 def _header_of(fd: int) -> Header | None:
     header = opened(os.pread(fd, HEADER_BYTES, 0))
-    is_as_long = header is not None and os.fstat(fd).st_size == HEADER_BYTES + header.num_bytes
+    is_as_long = header is not None and os.fstat(fd).st_size >= HEADER_BYTES + header.num_bytes
     return header if is_as_long else None
 
 
@@ -139,7 +168,7 @@ def sealed(header: Header) -> bytes:
     return canonical_json([document.decode(), fast_digest(document)]).ljust(HEADER_BYTES)
 
 
-def opened(data: bytes) -> Header | None:
+def opened(data: bytes | bytearray) -> Header | None:
     """The inverse of `sealed`; None if that is not what this is."""
     try:
         document, digest = json.loads(data)

@@ -25,6 +25,10 @@ from training.errors import InfrastructureError
 
 ANSWER_SECONDS = 120.0
 """After which a zygote counts as hung. The slowest answer waits for the recipe's import."""
+ONE_THREAD = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
+ENVIRONMENT = {"RES_OPTIONS": "timeout:1 attempts:1"}
+"""torch asks for the name of every address that it connects to, only for its log; a name server that is away would
+hold up a recovery for five seconds each time."""
 NUM_TRIES = 3
 
 
@@ -219,7 +223,7 @@ def _popen(plan: forking.Plan) -> subprocess.Popen[bytes]:
         return subprocess.Popen(
             [sys.executable, "-m", forking.MODULE, str(plan_fd)],
             stdin=subprocess.DEVNULL,
-            env={**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"},  # it must have one thread
+            env={**ENVIRONMENT, **os.environ, **ONE_THREAD},
             pass_fds=(plan.socket_fd, plan_fd),
         )
     finally:

@@ -87,6 +87,7 @@ class Host:
         ]
         self.namespace.execute(["ip", "-batch", "-"], given="\n".join(commands) + "\n")
         self.is_on = True
+        self.output(["mount", "--bind", "/dev/null", "/etc/resolv.conf"])  # else lookups wait for a name server in vain
         if self._own_bandwidth is not None:
             self.limit_bandwidth(self._own_bandwidth)
 

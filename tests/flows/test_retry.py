@@ -13,7 +13,7 @@ from tests.waiting import wait_until
 def test_retry_after_storage_was_away_re_attaches(stack: Stack) -> None:
     """S3 stops under a run until Prefect gives the train task up for a retry; the ranks never notice."""
     before = run_keys(stack)
-    steps = 600
+    steps = 2000  # so that they are not done before it is given up
     command = stack.start("run", "digits", "--json", "--set", "seed=21", "--set", f"train.steps={steps}")
     run = wait_for_step(stack, before, step=60)
     ranks = {process.pid for process in processes(stack, "training.worker")}
@@ -23,7 +23,7 @@ def test_retry_after_storage_was_away_re_attaches(stack: Stack) -> None:
         assert {process.pid for process in processes(stack, "training.worker")} == ranks, "a healthy job was stopped"
     finally:
         supervisor.remote(stack.home).startProcess("s3")
-    output, _ = command.communicate(timeout=150)
+    output, _ = command.communicate(timeout=200)
     assert command.returncode == 0, output
     record = run.read()
     assert record.result is not None

@@ -225,7 +225,7 @@ def test_rank_0_is_done_once_all_ranks_are_even_if_its_own_part_failed(run: RunR
     may_fail = threading.Event()
 
     class Slow(Store):
-        def send(self, key: str, data: bytes | bytearray, *, sha256: str) -> None:
+        def put_proven(self, key: str, data: bytes | bytearray, *, sha256: str) -> None:
             if "part-1" in key:
                 may_fail.wait(30)
             raise InfrastructureError(f"{key}: the test says that the store is away")

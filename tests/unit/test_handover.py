@@ -207,24 +207,30 @@ def test_the_journal_holds_what_no_checkpoint_does(run: RunRecord, slots: Slots)
 
 @pytest.mark.parametrize("num_whole", [0, 1], ids=["the header", "the rest"])
 def test_what_does_not_arrive_whole_is_not_taken(slots: Slots, monkeypatch: pytest.MonkeyPatch, num_whole: int) -> None:
-    """Of two messages, one is damaged on its way."""
+    """Of two messages, one is damaged on its way; and nothing of it is found later."""
     handover = Handover(slots, run_key="k", generation=0)
-    handover.keep(lambda: (3, {}))
+    handover.keep(lambda: (3, {"model.weight": torch.ones(2, 3)}))
     handover.note(3, {})
     handover.leave()
-    arrived: list[Tensor] = []
+    sent: list[Tensor] = []
+    num_received = 0
 
-    def receive(data: Tensor, giver: int, device: torch.device) -> Tensor:
-        arrived.append(data)
-        data = data.clone()
-        data[len(data) // 2 if num_whole else 0] ^= len(arrived) > num_whole
-        return data
+    def receive(place: Tensor, giver: int) -> None:
+        nonlocal num_received
+        place.copy_(sent[num_received])
+        place[len(place) // 2 if num_whole else 0] ^= num_received == num_whole
+        num_received += 1
 
-    monkeypatch.setattr(handover_module, "_received", receive)
-    monkeypatch.setattr(handover_module.dist, "get_rank", lambda: 0)
+    newest = slots.newest("k", 0)
+    assert newest is not None
+    monkeypatch.setattr(handover_module.dist, "send", lambda data, taker: sent.append(data))
+    monkeypatch.setattr(handover_module.dist, "recv", receive)
+    handover_module._give(newest, 0, CPU)
+    takers = Slots(create_slots())
     with pytest.raises(InfrastructureError, match="did not arrive whole"):
-        handover_module._broadcast(slots.newest("k", 0), 0, CPU)
-    assert len(arrived) == num_whole + 1
+        Handover(takers, run_key="k", generation=0)._take(0, CPU)
+    assert num_received == num_whole + 1
+    assert takers.newest("k", 0) is None
 
 
 def test_who_is_slow_shows_in_the_time_not_spent_waiting() -> None:
@@ -328,6 +334,7 @@ def test_a_copy_that_fails_does_not_keep_the_process_from_saying_why_it_ends(
         raise OSError("no memory is left")
 
     handover.keep(fail)
+    handover.reserve()
     handover.leave()
     assert slots.newest("k", 0) is None
     with handover.update():

@@ -55,7 +55,7 @@ def test_what_is_left_is_found(descriptors: Descriptors) -> None:
         memory = found(Slots(descriptors))
         assert memory is not None
         assert (memory.step, bytes(memory.file)) == (step, bytes([step]) + FILE)
-        assert [(entry.step, entry.values["loss"]) for entry in memory.entries()] == [
+        assert [(entry.step, entry.values["loss"]) for entry in memory.entries] == [
             (s, s / 8) for s in range(1, step + 1)
         ]
 

@@ -4,22 +4,27 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from multiprocessing.context import BaseContext
+from typing import TypeVar
 
 import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
+from training.beside import beside
 from training.config import Preset
 from training.data.manifest import load_manifest
 from training.data.opening import open_order, open_reader
 from training.data.reader import Reader
 from training.data.stream import Microbatch, Stream
 from training.errors import UnbrokenError
-from training.objectstore import Store, StoreLocation
+from training.objectstore import StoreLocation, shared_store
 from training.processes import die_after
 from training.recipe import load_recipe
+
+Item = TypeVar("Item")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,7 +39,7 @@ class Feed:
         """Of the virtual workers `workers`, from `step` to the run's end, in the order of (step, worker)."""
         num_processes = _even_divisor(len(workers), at_most=self.preset.launch.data_workers)
         if num_processes == 0:
-            return iter(self._stream(workers, step))
+            return begun(lambda: self._stream(workers, step))
         loader = DataLoader(
             _FeedDataset(self, workers, step),
             batch_size=None,
@@ -46,16 +51,33 @@ class Feed:
 
     def held_out(self) -> Reader:
         """The samples of the test split."""
-        store = Store(self.location)
+        store = shared_store(self.location)
         manifest = load_manifest(store, self.preset.data.name, self.dataset_digest)
         return open_reader(store, self.preset, load_recipe(self.preset), manifest, "test")
 
     def _stream(self, workers: Sequence[int], step: int) -> Stream:
-        store = Store(self.location)
+        store = shared_store(self.location)
         manifest = load_manifest(store, self.preset.data.name, self.dataset_digest)
         reader = open_reader(store, self.preset, load_recipe(self.preset), manifest, "train")
         order = open_order(self.preset, manifest)
         return Stream(reader, order, workers=workers, step=step, num_steps=self.preset.train.steps)
+
+
+def begun(make: Callable[[], Iterable[Item]]) -> Iterator[Item]:
+    """All that `make` gives; the first is being made from now on, beside the caller."""
+
+    def begin() -> tuple[list[Item], Iterator[Item]]:
+        items = iter(make())
+        return [*islice(items, 1)], items
+
+    beginning = beside(begin)
+
+    def give() -> Iterator[Item]:
+        first, others = beginning.result()
+        yield from first
+        yield from others
+
+    return give()
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,8 @@ from training.data.shard import Array
 
 NUM_THREADS = 2
 MAX_BLOCK_STEPS = 64
+GROWTH = 4
+"""Of each block over the one before, until they are as long as they may be."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,11 +55,11 @@ class Stream:
     def __iter__(self) -> Iterator[Microbatch]:
         pool = ThreadPoolExecutor(NUM_THREADS, thread_name_prefix="blocks")
         try:
-            block_steps = self._block_steps() if self._steps else 1
-            block = self._steps[:block_steps]
+            most_steps = self._block_steps() if self._steps else 1
+            block = self._steps[:1]  # so that training begins soon
             waiting = self._begin(pool, block)
             while block:
-                following = self._steps[block.stop - self._steps.start :][:block_steps]
+                following = self._steps[block.stop - self._steps.start :][: min(most_steps, GROWTH * len(block))]
                 ready, waiting = waiting, self._begin(pool, following)
                 yield from self._cut(block, ready)
                 block = following

@@ -1,0 +1,137 @@
+"""One contestant after another through the same faults, on the same hosts."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing, contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TypeVar
+
+from benchmarks.recovery.faults import FAULTS
+from benchmarks.recovery.systems import NUM_HOSTS, SYSTEMS, System
+from benchmarks.recovery.timeline import longest_pause, recovery, step_seconds
+from tests.faults.hosts import Cluster, Host
+
+T = TypeVar("T")
+LOOK_SECONDS = 1.0
+"""To look takes some of the same processors' time."""
+STEADY_STEPS = 30
+STEADY_SECONDS = 2.0
+START_SECONDS = 120.0
+LIMIT_SECONDS = 60.0
+"""After which it counts as never."""
+RETURN_SECONDS = 20.0
+"""For a host to come back by itself, before what runs there is started anew."""
+REJOIN = "rejoin"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Result:
+    """Of one fault. `maybe_seconds` is None if nobody went on in time."""
+
+    system: str
+    num_bytes: int
+    fault: str
+    step_seconds: float
+    maybe_seconds: float | None
+    maybe_lost_seconds: float | None = None
+    num_redone: int = 0
+
+
+class NeverError(Exception):
+    """What was waited for did not happen in time."""
+
+
+@contextmanager
+def running(name: str, num_bytes: int, *, parent: Path) -> Iterator[tuple[System, Sequence[Host]]]:
+    """A contestant on a cluster of its own, in steady training."""
+    with (
+        Cluster(NUM_HOSTS, store=os.environ["AWS_ENDPOINT_URL"]) as cluster,
+        TemporaryDirectory(prefix=f"{name}-", dir=parent) as folder,
+        closing(SYSTEMS[name](cluster, Path(folder), num_bytes)) as system,
+    ):
+        for host in cluster.hosts:
+            system.start(host)
+        wait_for_steady(system, START_SECONDS)
+        yield system, cluster.hosts
+
+
+def measure(name: str, num_bytes: int, faults: Sequence[str], *, parent: Path) -> Iterator[Result]:
+    """Each fault once, each in a run that goes well until then; the run is begun anew where it cannot go on."""
+    left = list(faults)
+    while left:
+        with running(name, num_bytes, parent=parent) as (system, hosts):
+            while left:
+                fault = left.pop(0)
+                try:
+                    yield from _suffer(name, num_bytes, fault, system, hosts[1 + len(left) % (NUM_HOSTS - 1)])
+                except NeverError:
+                    break
+
+
+def _suffer(name: str, num_bytes: int, fault: str, system: System, host: Host) -> Iterator[Result]:
+    """The fault, and for a host that was lost how long the others pause when it is back."""
+    result = partial(
+        Result, system=name, num_bytes=num_bytes, step_seconds=step_seconds(system.steps()[-STEADY_STEPS:])
+    )
+    fault_time = time.time()
+    healing = FAULTS[fault].make(system, host)
+    healing.fire()
+    try:
+        found = _wait(lambda: recovery(system.steps(), fault_time=fault_time), LIMIT_SECONDS)
+    except NeverError:
+        yield result(fault=fault, maybe_seconds=None)
+        raise
+    finally:
+        healing.heal()
+    yield result(
+        fault=fault,
+        maybe_seconds=found.seconds,
+        maybe_lost_seconds=found.lost_seconds,
+        num_redone=found.num_redone,
+    )
+    back = time.time()
+    if FAULTS[fault].needs_restart:
+        system.start(host)
+        wait_for_steady(system, START_SECONDS)
+    else:
+        _wait_for_return(system, host)
+    if fault == "node loss":
+        pause = longest_pause(system.steps(), since=back, until=time.time())
+        yield result(fault=REJOIN, maybe_seconds=pause)
+
+
+def _wait_for_return(system: System, host: Host) -> None:
+    try:
+        wait_for_steady(system, RETURN_SECONDS)
+    except NeverError:
+        system.start(host)
+        wait_for_steady(system, START_SECONDS)
+
+
+def wait_for_steady(system: System, seconds: float) -> None:
+    """Until all hosts have trained together for some steps, and for some time."""
+
+    def look() -> bool | None:
+        steps = system.steps()
+        if not steps or steps[-1].num_ranks != NUM_HOSTS:
+            return None
+        last = [step for step in steps[-10 * STEADY_STEPS :] if step.group == steps[-1].group]
+        is_long = len(last) >= STEADY_STEPS and last[-1].time - last[0].time >= STEADY_SECONDS
+        return True if is_long or len(last) == 10 * STEADY_STEPS else None
+
+    _wait(look, seconds)
+
+
+def _wait(look: Callable[[], T | None], seconds: float) -> T:
+    deadline = time.monotonic() + seconds
+    while (found := look()) is None:
+        if time.monotonic() > deadline:
+            raise NeverError
+        time.sleep(LOOK_SECONDS)
+    return found
