@@ -52,7 +52,13 @@ class KillAll(Lasting):
 
 
 def _kill_worker(system: System, host: Host) -> Lasting:
-    return _Once(system.rank_on(host))
+    return _Once(_rank_on(system, host))
+
+
+def _rank_on(system: System, host: Host) -> psutil.Process:
+    found = system.maybe_rank_on(host)
+    assert found is not None, "all were in training"
+    return found
 
 
 def _lose_coordinator(system: System, host: Host) -> Lasting:
@@ -66,7 +72,7 @@ FAULTS: Mapping[str, Fault] = MappingProxyType(
         "node loss": Fault(make=lambda system, host: KillAll(host), needs_restart=True),
         "power loss": Fault(make=lambda system, host: PowerLoss(host), needs_restart=True),
         "partition": Fault(make=lambda system, host: Cut(host), needs_restart=False),
-        "hang": Fault(make=lambda system, host: Stop([system.rank_on(host)]), needs_restart=False),
+        "hang": Fault(make=lambda system, host: Stop([_rank_on(system, host)]), needs_restart=False),
         "coordinator loss": Fault(make=_lose_coordinator, needs_restart=True),
     }
 )

@@ -96,7 +96,7 @@ def _suffer(name: str, num_bytes: int, fault: str, system: System, host: Host) -
         num_redone=found.num_redone,
     )
     back = time.time()
-    if FAULTS[fault].needs_restart:
+    if FAULTS[fault].needs_restart or system.maybe_rank_on(host) is None:
         system.start(host)
         wait_for_steady(system, START_SECONDS)
     else:

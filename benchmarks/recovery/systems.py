@@ -55,7 +55,7 @@ class System(Protocol):
         """All that were told of so far, by time."""
         ...
 
-    def rank_on(self, host: Host) -> psutil.Process: ...
+    def maybe_rank_on(self, host: Host) -> psutil.Process | None: ...
 
     def coordinator(self) -> Host | psutil.Process:
         """What the others need to meet: a host, or a process on none of them."""
@@ -73,7 +73,7 @@ class Logged:
     num_bytes: int
     _running: dict[int, subprocess.Popen[str]] = field(default_factory=dict)
     _offsets: dict[Path, int] = field(default_factory=dict)
-    _steps: list[Step] = field(default_factory=list)
+    _lines: list[Step] = field(default_factory=list)
 
     def run(self, host: Host, command: list[str], **env: str) -> None:
         if host.number in self._running:
@@ -84,6 +84,7 @@ class Logged:
             self._running[host.number] = host.start(command, env={**address, **env}, stdout=log, stderr=log)
 
     def steps(self) -> list[Step]:
+        """Each counts from when the first of its ranks had finished it."""
         for path in self.folder.glob("host*.log"):
             with path.open() as log:
                 log.seek(self._offsets.get(path, 0))
@@ -92,12 +93,13 @@ class Logged:
                         break
                     self._offsets[path] = log.tell()
                     if line.startswith('{"time"'):
-                        self._steps.append(Step(**json.loads(line)))
-        self._steps.sort(key=lambda step: step.time)
-        return self._steps
+                        self._lines.append(Step(**json.loads(line)))
+        self._lines.sort(key=lambda step: step.time)
+        first = {(step.group, step.number): step for step in reversed(self._lines)}
+        return sorted(first.values(), key=lambda step: step.time)
 
-    def rank_on(self, host: Host) -> psutil.Process:
-        return next(process for process in host.processes() if self._is_rank(process))
+    def maybe_rank_on(self, host: Host) -> psutil.Process | None:
+        return next((process for process in host.processes() if self._is_rank(process)), None)
 
     def _is_rank(self, process: psutil.Process) -> bool:
         raise NotImplementedError
@@ -133,6 +135,7 @@ class Unbroken(Logged):
         self._begun = 0
         self._num_ranks = 0
         self._numbers: set[int] = set()
+        self._steps: list[Step] = []
 
     def start(self, host: Host) -> None:
         command = [part.replace("{node}", str(host.number)) for part in agent_command(self._run.run_key, self._job)]

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import sys
+import time
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -43,7 +43,8 @@ def main() -> None:
         step = saved["step"]
     replicas = DistributedDataParallel(model)
     begun = step
-    group = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}:{os.getpid()}"
+    group = torch.tensor([time.time_ns()])
+    dist.broadcast(group, 0)
     while True:
         torch.manual_seed(step * world_size + rank)
         optimizer.zero_grad()
@@ -51,7 +52,7 @@ def main() -> None:
         loss.backward()
         optimizer.step()
         step += 1
-        print_step(step, num_ranks=world_size, group=group)
+        print_step(step, num_ranks=world_size, group=str(group.item()))
         if step == begun + 1:
             dist.distributed_c10d._set_pg_timeout(timedelta(seconds=DETECTION_SECONDS))
         if rank == 0 and step % CHECKPOINT_EVERY_STEPS == 0:
