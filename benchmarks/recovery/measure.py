@@ -13,11 +13,12 @@ from tempfile import TemporaryDirectory
 from typing import TypeVar
 
 from benchmarks.recovery.faults import FAULTS
-from benchmarks.recovery.systems import NUM_HOSTS, SYSTEMS, System
-from benchmarks.recovery.timeline import longest_pause, recovery, step_seconds
+from benchmarks.recovery.systems import SYSTEMS, System
+from benchmarks.recovery.timeline import Recovery, longest_pause, recovery, step_seconds
 from tests.faults.hosts import Cluster, Host
 
 T = TypeVar("T")
+NUM_HOSTS = 3
 LOOK_SECONDS = 1.0
 """To look takes some of the same processors' time."""
 STEADY_STEPS = 30
@@ -48,16 +49,18 @@ class NeverError(Exception):
 
 
 @contextmanager
-def running(name: str, num_bytes: int, *, parent: Path) -> Iterator[tuple[System, Sequence[Host]]]:
+def running(
+    name: str, num_bytes: int, *, num_hosts: int = NUM_HOSTS, parent: Path
+) -> Iterator[tuple[System, Sequence[Host]]]:
     """A contestant on a cluster of its own, in steady training."""
     with (
-        Cluster(NUM_HOSTS, store=os.environ["AWS_ENDPOINT_URL"]) as cluster,
+        Cluster(num_hosts, store=os.environ["AWS_ENDPOINT_URL"]) as cluster,
         TemporaryDirectory(prefix=f"{name}-", dir=parent) as folder,
         closing(SYSTEMS[name](cluster, Path(folder), num_bytes)) as system,
     ):
         for host in cluster.hosts:
             system.start(host)
-        wait_for_steady(system, START_SECONDS)
+        wait_for_steady(system, cluster.hosts, START_SECONDS)
         yield system, cluster.hosts
 
 
@@ -68,58 +71,63 @@ def measure(name: str, num_bytes: int, faults: Sequence[str], *, parent: Path) -
         with running(name, num_bytes, parent=parent) as (system, hosts):
             while left:
                 fault = left.pop(0)
+                about = partial(Result, system=name, num_bytes=num_bytes, step_seconds=_recent_step_seconds(system))
+                host = hosts[1 + len(left) % (NUM_HOSTS - 1)]
                 try:
-                    yield from _suffer(name, num_bytes, fault, system, hosts[1 + len(left) % (NUM_HOSTS - 1)])
+                    found = _suffer(fault, system, host)
                 except NeverError:
+                    yield about(fault=fault, maybe_seconds=None)
                     break
+                yield about(
+                    fault=fault,
+                    maybe_seconds=found.seconds,
+                    maybe_lost_seconds=found.lost_seconds,
+                    num_redone=found.num_redone,
+                )
+                if left:
+                    pause = _pause_at_return(fault, system, hosts, host)
+                    if fault == "node loss":
+                        yield about(fault=REJOIN, maybe_seconds=pause)
 
 
-def _suffer(name: str, num_bytes: int, fault: str, system: System, host: Host) -> Iterator[Result]:
-    """The fault, and for a host that was lost how long the others pause when it is back."""
-    result = partial(
-        Result, system=name, num_bytes=num_bytes, step_seconds=step_seconds(system.steps()[-STEADY_STEPS:])
-    )
+def _recent_step_seconds(system: System) -> float:
+    return step_seconds(system.steps()[-STEADY_STEPS:])
+
+
+def _suffer(fault: str, system: System, host: Host) -> Recovery:
+    """The fault, until some group goes on; then it is healed. Raises `NeverError`."""
     fault_time = time.time()
     healing = FAULTS[fault].make(system, host)
     healing.fire()
     try:
         found = _wait(lambda: recovery(system.steps(), fault_time=fault_time), LIMIT_SECONDS)
-    except NeverError:
-        yield result(fault=fault, maybe_seconds=None)
-        raise
+        assert healing.fired
     finally:
         healing.heal()
-    yield result(
-        fault=fault,
-        maybe_seconds=found.seconds,
-        maybe_lost_seconds=found.lost_seconds,
-        num_redone=found.num_redone,
-    )
+    return found
+
+
+def _pause_at_return(fault: str, system: System, hosts: Sequence[Host], host: Host) -> float:
+    """Wait until the host trains with the others again, by itself if it can. Returns how long these paused for it."""
     back = time.time()
-    if FAULTS[fault].needs_restart or system.maybe_rank_on(host) is None:
-        system.start(host)
-        wait_for_steady(system, START_SECONDS)
-    else:
-        _wait_for_return(system, host)
-    if fault == "node loss":
-        pause = longest_pause(system.steps(), since=back, until=time.time())
-        yield result(fault=REJOIN, maybe_seconds=pause)
-
-
-def _wait_for_return(system: System, host: Host) -> None:
     try:
-        wait_for_steady(system, RETURN_SECONDS)
+        if FAULTS[fault].needs_restart or system.maybe_rank_on(host) is None:
+            system.start(host)
+            wait_for_steady(system, hosts, START_SECONDS)
+        else:
+            wait_for_steady(system, hosts, RETURN_SECONDS)
     except NeverError:
         system.start(host)
-        wait_for_steady(system, START_SECONDS)
+        wait_for_steady(system, hosts, START_SECONDS)
+    return longest_pause(system.steps(), since=back, until=time.time())
 
 
-def wait_for_steady(system: System, seconds: float) -> None:
+def wait_for_steady(system: System, hosts: Sequence[Host], seconds: float) -> None:
     """Until all hosts have trained together for some steps, and for some time."""
 
     def look() -> bool | None:
         steps = system.steps()
-        if not steps or steps[-1].num_ranks != NUM_HOSTS:
+        if not steps or steps[-1].num_ranks != len(hosts):
             return None
         last = [step for step in steps[-10 * STEADY_STEPS :] if step.group == steps[-1].group]
         is_long = len(last) >= STEADY_STEPS and last[-1].time - last[0].time >= STEADY_SECONDS

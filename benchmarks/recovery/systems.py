@@ -6,7 +6,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
@@ -33,8 +33,6 @@ from training.recipe import load_recipe
 from training.record import RunRecord, run_key
 
 BUCKET = "recovery"
-NUM_HOSTS = 3
-MIN_HOSTS = 2
 TORCHFT = Contestant("torchft", "torchft", ("torchft==0.2.0", "torch==2.13.0", "numpy"))
 RANK_OF_TORCHRUN = "benchmarks.recovery.contestants.torchrun"
 RANK_OF_TORCHFT = "benchmarks.recovery.contestants.torchft"
@@ -42,6 +40,11 @@ RENDEZVOUS_PORT = 29400
 LIGHTHOUSE_PORT = 29510
 NUM_RECORDS = 40
 MANY = 1_000_000
+
+
+def min_hosts(hosts: Sequence[Host]) -> int:
+    """Training goes on without one of them."""
+    return len(hosts) - 1
 
 
 class System(Protocol):
@@ -116,7 +119,7 @@ class Unbroken(Logged):
     def __post_init__(self) -> None:
         (self.folder / "raw").mkdir()
         (self.folder / "raw" / "numbers.csv").write_text("".join(f"{number}\n" for number in range(NUM_RECORDS)))
-        preset = _preset(self.num_bytes)
+        preset = _preset(self.num_bytes, num_nodes=len(self.cluster.hosts), min_nodes=min_hosts(self.cluster.hosts))
         recipe = load_recipe(preset)
         store = Store(
             StoreLocation(endpoint=os.environ["AWS_ENDPOINT_URL"], bucket=BUCKET, prefix=f"{self.folder.name}/")
@@ -166,8 +169,9 @@ class Torchrun(Logged):
     """Its agents meet at the first host. The settings are the quickest that it was seen to work with."""
 
     def start(self, host: Host) -> None:
+        hosts = self.cluster.hosts
         config = "last_call_timeout=1,keep_alive_interval=1,keep_alive_max_attempt=3,heartbeat_timeout=2"
-        command = [sys.executable, "-m", "torch.distributed.run", f"--nnodes={MIN_HOSTS}:{NUM_HOSTS}"]
+        command = [sys.executable, "-m", "torch.distributed.run", f"--nnodes={min_hosts(hosts)}:{len(hosts)}"]
         command += ["--nproc-per-node=1", f"--max-restarts={MANY}", "--monitor-interval=0.05", "--rdzv-id=recovery"]
         command += ["--rdzv-backend=c10d", f"--rdzv-endpoint={self.cluster.hosts[0].address}:{RENDEZVOUS_PORT}"]
         command += [f"--rdzv-conf={config},is_host={int(host.number == 0)}", f"--local-addr={host.address}"]
@@ -191,7 +195,7 @@ class Torchft(Logged):
         self._lighthouse = self._light(python.with_name("torchft_lighthouse"))
 
     def _light(self, command: Path) -> psutil.Process:
-        options = ["--min_replicas", str(MIN_HOSTS), "--bind", f"0.0.0.0:{LIGHTHOUSE_PORT}"]
+        options = ["--min_replicas", str(min_hosts(self.cluster.hosts)), "--bind", f"0.0.0.0:{LIGHTHOUSE_PORT}"]
         options += ["--join_timeout_ms", "1000", "--quorum_tick_ms", "20"]
         options += ["--heartbeat_timeout_ms", str(round(DETECTION_SECONDS * 1000))]
         with (self.folder / "lighthouse.log").open("a") as log:
@@ -209,7 +213,7 @@ class Torchft(Logged):
         return RANK_OF_TORCHFT in process.cmdline()
 
 
-def _preset(num_bytes: int) -> Preset:
+def _preset(num_bytes: int, *, num_nodes: int, min_nodes: int) -> Preset:
     return Preset(
         name="sized",
         recipe="benchmarks.recovery.contestants.unbroken:Sized",
@@ -221,8 +225,8 @@ def _preset(num_bytes: int) -> Preset:
             checkpoint_every_steps=CHECKPOINT_EVERY_STEPS,
         ),
         launch=LaunchConfig(
-            nodes=NUM_HOSTS,
-            min_nodes=MIN_HOSTS,
+            nodes=num_nodes,
+            min_nodes=min_nodes,
             join_seconds=60.0,
             silence_seconds=DETECTION_SECONDS,
             hang_seconds=DETECTION_SECONDS,

@@ -28,17 +28,13 @@ class Recovery:
     num_redone: int
 
 
-def recovery(steps: Sequence[Step], *, fault_time: float, num_ranks: int | None = None) -> Recovery | None:
-    """None as long as no other group than that of the fault has finished a step (of so many ranks, if given)."""
+def recovery(steps: Sequence[Step], *, fault_time: float) -> Recovery | None:
+    """None as long as no other group than that of the fault has finished a step."""
     before = [step for step in steps if step.time <= fault_time]
     if not before:
         raise ValueError("no step was finished before the fault")
     struck = before[-1].group
-    after = [
-        step
-        for step in steps
-        if step.time > fault_time and step.group != struck and num_ranks in (None, step.num_ranks)
-    ]
+    after = [step for step in steps if step.time > fault_time and step.group != struck]
     if not after:
         return None
     first = after[0]

@@ -81,6 +81,7 @@ def steps(workload: Workload, mode: Literal["exact", "fast"]) -> Iterator[None]:
     fill_new_memory(False)  # as Trainer.train does after its first step
     train = TrainConfig(
         steps=NUM_STEPS,
+        checkpoint_every_steps=NUM_STEPS,  # none: there is no store
         batch_size=VIRTUAL_WORKERS * SAMPLES_PER_MICROBATCH,
         virtual_workers=VIRTUAL_WORKERS,
         clip_norm=CLIP_NORM,
