@@ -51,6 +51,8 @@ bench: install ## Data, training steps and checkpoints beside other libraries (t
 	$(BIN)/python -m benchmarks.data.scale
 	$(BIN)/python -m benchmarks.training
 	$(BIN)/python -m benchmarks.training.checkpoints
+	$(BIN)/python -m benchmarks.recovery
+	$(BIN)/python -m benchmarks.recovery.kills
 	$(BIN)/python -m benchmarks.recovery.goodput
 
 screenshots: install ## Take the README's screenshots with a headless Chromium

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 from training.events import Event, EventReader
 from training.record import Record, RunRecord
@@ -18,6 +20,8 @@ class Progress:
     samples_per_second: float | None = None
     num_ranks: int = 0
     checkpoint_step: int = 0
+    slow: str = ""
+    """The node that the others wait for."""
     trouble: str = ""
     """Why the last group of ranks ended, while the next one has done no step yet."""
 
@@ -25,9 +29,10 @@ class Progress:
         """All of it on one line."""
         loss = f"loss {self.loss:.4f}" if self.loss is not None else "starting"
         speed = f"{self.samples_per_second:,.0f} samples/s" if self.samples_per_second else "- samples/s"
+        notes = [self.slow, self.trouble and f"started again: {self.trouble}"]
         return (
             f"step {self.step}/{self.num_steps}  {loss}  {speed}  {self.num_ranks} ranks"
-            f"  checkpoint {self.checkpoint_step}{self.trouble and f'  started again: {self.trouble}'}"
+            f"  checkpoint {self.checkpoint_step}{''.join(f'  {note}' for note in notes if note)}"
         )
 
 
@@ -56,6 +61,14 @@ class Follower:
         return record, events
 
 
+def _slow(maybe_straggler: Mapping[str, Any] | None) -> str:
+    return (
+        ""
+        if maybe_straggler is None
+        else "node {node} is slow: rank {rank} takes {factor:.1f} times as long".format(**maybe_straggler)
+    )
+
+
 def _after(progress: Progress, event: Event) -> Progress:
     changes: dict[str, object] = {}
     if event.kind == "step":
@@ -66,5 +79,7 @@ def _after(progress: Progress, event: Event) -> Progress:
     elif event.kind == "checkpoint":
         changes = {"checkpoint_step": event.step}
     elif event.kind == "attempt":
-        changes = {"num_ranks": event.values["world_size"], "step": event.step}
+        changes = {"num_ranks": event.values["world_size"], "step": event.step, "slow": ""}
+    elif event.kind == "pace":
+        changes = {"slow": _slow(event.values["straggler"])}
     return Progress(**{**vars(progress), **changes})

@@ -31,8 +31,6 @@ class Note:
 
     event: Literal["began", "step", "beat", "failed"]
     step: int = 0
-    outside_seconds: float = 0.0
-    """Of a step: not spent waiting for other ranks."""
     is_waiting: bool = False
     """Of a beat: the main thread waits for other ranks."""
     class_name: str = ""

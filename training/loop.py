@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -26,6 +27,7 @@ from training.extras import NO_WORDS, Control, Extras
 from training.fast import FastReducer
 from training.handover import GroupEnded, Handover
 from training.objective import Objective, fill_new_memory, recipe_errors, seed_streams, stream_seed
+from training.pace import Straggler, maybe_straggler, of_all_ranks
 from training.recipe import Recipe, learning_rate_scale
 from training.record import CheckpointRef, InitialWeights, Result, RunRecord, with_result, with_resume_step
 from training.saver import CheckpointSaver
@@ -117,8 +119,9 @@ class Trainer:
         self.state = TrainState(recipe, seed=preset.seed, device=rank.device)
         self.extras = Extras(self.state.model)
         self.reducer = self.make_reducer()
-        self.outside_seconds = 0.0
-        """Of the last step: not spent waiting. Steps take equally long on all ranks; this tells who is slow."""
+        self._outside_seconds: list[float] = []
+        """Of the steps since ranks were compared: not spent waiting."""
+        self._nodes: Sequence[int] = ()
         self._committed_step = 0
         self._is_checkpoint_late = False
 
@@ -155,6 +158,7 @@ class Trainer:
         """Take up what a rank has in memory, or the newest proven checkpoint, or begin at step 0, as a rule with new
         weights; rank 0 notes which."""
         record = self.run.read()
+        self._nodes = [member.node for member in record.members]
         since = record.checkpoints[-1].step if record.checkpoints else 0
         found = self.handover.find(since=since, device=self.rank.device)
         if found is not None:
@@ -229,7 +233,7 @@ class Trainer:
             self.extras.release()
         self.handover.forget(outcome.control.committed_step)
         outcome = replace(outcome, validation=self.maybe_validate())
-        self.outside_seconds = time.monotonic() - started - (self.handover.waited_seconds - waited)
+        self._outside_seconds.append(time.monotonic() - started - (self.handover.waited_seconds - waited))
         return outcome
 
     def hold_buffers(self) -> None:
@@ -279,12 +283,27 @@ class Trainer:
     def after_step(self, control: Control) -> None:
         """What the ranks decided."""
         if control.checkpoint:
+            self.compare_pace()
             self.save_checkpoint()
         if control.checkpoint_and_regroup:
             self.save_last_checkpoint(is_begun=control.checkpoint)
         if control.regroup or control.checkpoint_and_regroup:
             self.handover.leave()
             raise GroupEnded
+
+    def compare_pace(self) -> None:
+        """Since the last time: how long a step took each rank without waiting, and who kept the others waiting."""
+        with self.handover.waiting():
+            outside = of_all_ranks(statistics.median(self._outside_seconds), self.rank.device)
+        self._outside_seconds.clear()
+        slow = maybe_straggler(outside)
+        self.emit("pace", outside_seconds=outside, straggler=slow and self.named(slow))
+
+    def named(self, slow: Straggler) -> dict[str, object]:
+        """With its node: ranks follow the order of nodes."""
+        place = slow.rank // self.preset.launch.processes_per_node
+        node = self._nodes[place] if place < len(self._nodes) else place
+        return {"rank": slow.rank, "node": node, "factor": slow.factor}
 
     def save_last_checkpoint(self, *, is_begun: bool) -> None:
         """Of this group, if it does not take longer than the node that must go has time."""
@@ -371,12 +390,13 @@ class Trainer:
             "samples": outcome.samples,
             "learning_rate": float(self.state.optimizer.param_groups[0]["lr"]),
             "samples_per_second": self.preset.train.batch_size / seconds,
+            "seconds": seconds,
         }
 
     def report_step(self, outcome: StepOutcome) -> None:
         if self.maybe_events is not None:
             self.maybe_events.add_again(self.handover.journal[-1])
-        self.tell(Note(event="step", step=self.state.step, outside_seconds=self.outside_seconds))
+        self.tell(Note(event="step", step=self.state.step))
 
     def save_checkpoint(self) -> None:
         """Start saving, off this thread."""

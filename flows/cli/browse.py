@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import App, Parameter
@@ -35,6 +36,34 @@ def runs_ls(*, json: Json = False) -> None:
     columns = ["key", "state", "checkpoint_step", "attempts", "tracking_run_id", "failure"]
     print_table(
         columns, [[row["key"][:12], *("" if row[name] is None else row[name] for name in columns[1:])] for row in rows]
+    )
+
+
+@runs.command(name="show")
+def runs_show(key: Key, *, json: Json = False) -> None:
+    """One run: its state, the groups that trained it, why nodes left, and where the time went."""
+    from training.events import EventReader
+    from training.goodput import account
+
+    run = find_run(open_store(), key)
+    record = run.read()
+    events = EventReader(run.store, run.prefix(record)).read_new(newest_token=record.token)
+    goodput = account(events, record.resume_steps)
+    departures = [asdict(departure) for departure in record.departures]
+    if json:
+        print_json({**_summary(record), "departures": departures, "seconds": goodput.seconds, "goodput": goodput.share})
+        return
+    print_table(["what", "value"], [[name, value] for name, value in _summary(record).items() if value is not None])
+    if departures:
+        columns = ["token", "node", "step", "cause"]
+        print_table(columns, [[departure[name] for name in columns] for departure in departures])
+    print_table(
+        ["time went into", "seconds", "share"],
+        [
+            [use, f"{spent:.1f}", f"{spent / goodput.wall_seconds:.1%}"]
+            for use, spent in goodput.seconds.items()
+            if spent
+        ],
     )
 
 

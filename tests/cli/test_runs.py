@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import re
 import uuid
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 
@@ -12,8 +14,9 @@ from infra.launcher import JobSpec
 from infra.local.launcher import LocalLauncher
 from tests.cli.commands import complaint, unbroken
 from tests.conftest import Stack
+from training.events import Event, chunk_key
 from training.objectstore import Store, StoreLocation
-from training.record import RunRecord
+from training.record import Departure, RunRecord
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,6 +79,22 @@ def test_run_without_logs_on_this_machine_says_so(corner: Corner) -> None:
     assert "run aa11 left no log on this machine" in _refused(corner, "logs", "aa")
 
 
+def test_a_run_is_shown_with_why_nodes_left_and_where_its_time_went(corner: Corner) -> None:
+    run = corner.add_run("aa11")
+    lost = Departure(token=1, node=1, cause="worker killed by signal 9", step=1, class_name="Killed")
+    record = run.update(lambda record: replace(record, token=1, resume_steps=(0,), departures=(lost,)))
+    lines = [
+        Event(kind="attempt", time=10.0, token=1, step=0, values={"source": "start"}),
+        Event(kind="step", time=13.0, token=1, step=1, values={"seconds": 2.0}),
+    ]
+    corner.store.put(chunk_key(run.prefix(record), 1, 0), b"".join(line.to_line() for line in lines))
+    shown = _unbroken(corner, "show", "aa")
+    assert "worker killed by signal 9" in shown
+    assert re.search(r"productive\s+2\.0\s+66\.7%", shown)
+    found = json.loads(_unbroken(corner, "show", "aa", "--json"))
+    assert (found["goodput"], found["seconds"]["waiting"]) == (pytest.approx(2 / 3), 1.0)
+
+
 def test_run_at_work_is_removed_only_once_it_is_cancelled(corner: Corner, at_work: str) -> None:
     corner.add_run(at_work)
     corner.add_run("ab11")
@@ -93,8 +112,8 @@ def _refused(corner: Corner, verb: str, key: str) -> str:
     return complaint(unbroken(corner.stack, "runs", verb, key, variables={"UNBROKEN_S3_PREFIX": corner.prefix}))
 
 
-def _unbroken(corner: Corner, verb: str, key: str) -> str:
-    done = unbroken(corner.stack, "runs", verb, key, variables={"UNBROKEN_S3_PREFIX": corner.prefix})
+def _unbroken(corner: Corner, verb: str, key: str, *options: str) -> str:
+    done = unbroken(corner.stack, "runs", verb, key, *options, variables={"UNBROKEN_S3_PREFIX": corner.prefix})
     assert done.returncode == 0, done.stderr
     return done.stdout
 

@@ -26,7 +26,8 @@ from training.record import Record, Result, RunRecord, run_key
 STEPS = 200
 EVERY = 20
 SLOW_WHILE = "TEST_IS_SLOW_WHILE"
-"""Names the file, in the environment of the agents."""
+SLOWER_WHILE = "TEST_IS_SLOWER_WHILE"
+"""Name the files, in the environment of the agents: one for all, and one for each."""
 PAUSE_SECONDS = 0.15
 
 
@@ -35,8 +36,9 @@ class Slow(Tiny):
     """Takes its time for as long as a file is there, so that no fault comes too late."""
 
     def loss(self, model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
-        if os.path.exists(os.environ.get(SLOW_WHILE, "")):
-            time.sleep(PAUSE_SECONDS)
+        for variable in (SLOW_WHILE, SLOWER_WHILE):
+            if os.path.exists(os.environ.get(variable, "")):
+                time.sleep(PAUSE_SECONDS)
         return super().loss(model, batch)
 
 
@@ -58,12 +60,17 @@ class Agents:
         """No fault will come any more."""
         (self.folder / "slow").unlink()
 
+    def slower(self, host: Host) -> Path:
+        """As long as this is there, that host is slower than the others."""
+        return self.folder / f"slower{host.number}"
+
     def start(self, host: Host) -> subprocess.Popen[str]:
         command = [
             part.replace("{node}", str(host.number)) for part in agent_command(self.run.run_key, self.job_digest)
         ]
         address = {"UNBROKEN_NODE_ADDRESS": host.address, "GLOO_SOCKET_IFNAME": INTERFACE}
         address[SLOW_WHILE] = str(self.folder / "slow")
+        address[SLOWER_WHILE] = str(self.slower(host))
         with (self.folder / f"node{host.number}.log").open("a") as log:
             environment = {**agent_environment(self.location), **address}
             self.running.append(host.start(command, env=environment, stdout=log, stderr=log))

@@ -67,9 +67,13 @@ def begin(store: Store, cluster: Cluster, folder: Path, *, num_nodes: int = 3) -
 
 
 def attempts(agents: Agents) -> list[Event]:
+    return told(agents, "attempt")
+
+
+def told(agents: Agents, kind: str) -> list[Event]:
     record = agents.run.read()
     events = EventReader(agents.run.store, agents.run.prefix(record)).read_new(newest_token=record.token)
-    return [event for event in events if event.kind == "attempt"]
+    return [event for event in events if event.kind == kind]
 
 
 def wait_for_group(agents: Agents, *, num_ranks: int, after: int) -> Event:
@@ -163,11 +167,19 @@ def test_links_cut_and_the_store_away(
     require_same(agents, calm)
 
 
-def test_a_preempted_node_leaves_a_checkpoint_and_says_so(
+def slow_nodes(agents: Agents) -> set[int]:
+    return {straggler["node"] for event in told(agents, "pace") if (straggler := event.values["straggler"])}
+
+
+def test_a_slow_node_is_named_and_a_preempted_one_leaves_a_checkpoint_and_says_so(
     store: Store, cluster: Cluster, hosts: Sequence[Host], tmp_path: Path, calm: Agents
 ) -> None:
     agents = begin(store, cluster, tmp_path)
     started = start_all(agents, hosts)
+    agents.slower(hosts[1]).touch()
+    wait_until(lambda: slow_nodes(agents), what="the slow node to be named")
+    assert slow_nodes(agents) == {1}
+    agents.slower(hosts[1]).unlink()
     started[0].send_signal(signal.SIGTERM)
     assert started[0].wait(timeout=60) == EXIT_PREEMPTED
     agents.running.remove(started[0])

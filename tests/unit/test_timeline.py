@@ -9,9 +9,7 @@ from benchmarks.recovery.timeline import Step, longest_pause, recovery, step_sec
 
 
 def steps_of(group: str, *times: float, first: int, num_ranks: int = 3) -> list[Step]:
-    return [
-        Step(time=time, number=first + place, num_ranks=num_ranks, group=group) for place, time in enumerate(times)
-    ]
+    return [Step(time=time, number=first + place, num_ranks=num_ranks, group=group) for place, time in enumerate(times)]
 
 
 BEFORE = steps_of("a", 1.0, 1.1, 1.2, 1.3, first=1)

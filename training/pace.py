@@ -1,0 +1,41 @@
+"""Who is slow. In synchronous training a step takes all ranks equally long; they differ in how much of it they wait."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+SLOW_FACTOR = 1.5
+
+
+@dataclass(frozen=True, kw_only=True)
+class Straggler:
+    """A rank that all others wait for."""
+
+    rank: int
+    factor: float
+    """Its time outside of collectives, of the others' median."""
+
+
+def maybe_straggler(outside_seconds: Sequence[float]) -> Straggler | None:
+    """The slowest rank, if it is far from the others. `outside_seconds`: what a step takes without waiting, by rank."""
+    if len(outside_seconds) < 2:
+        return None
+    slowest = max(range(len(outside_seconds)), key=outside_seconds.__getitem__)
+    usual = statistics.median(seconds for rank, seconds in enumerate(outside_seconds) if rank != slowest)
+    if outside_seconds[slowest] <= SLOW_FACTOR * usual or usual <= 0:
+        return None
+    return Straggler(rank=slowest, factor=outside_seconds[slowest] / usual)
+
+
+def of_all_ranks(seconds: float, device: torch.device) -> list[float]:
+    """One number of each. Collective."""
+    if not dist.is_initialized():
+        return [seconds]
+    found = torch.empty(dist.get_world_size(), dtype=torch.float64, device=device)
+    dist.all_gather_single(found, torch.tensor([seconds], dtype=torch.float64, device=device))
+    return [float(one) for one in found]
