@@ -2,7 +2,8 @@
 
 Parameters travel in buckets, the last ones first, since their gradients are ready first. When a rank's last virtual
 worker has filled a bucket, a thread exchanges it: an all-to-all hands each rank one slice of every subtree's sum, it
-adds these in tree order, and an all-gather returns the whole. (Buckets and overlap: PyTorch DDP, Li et al., VLDB'20.)
+adds these in tree order, and an all-gather returns the whole. Two ranks with one subtree each do an all-reduce instead.
+(Buckets and overlap: PyTorch DDP, Li et al., VLDB'20.)
 """
 
 from __future__ import annotations
@@ -102,6 +103,8 @@ class _Group:
         self.device = device
         self.plans = [subtrees(owned_range(r, world_size, virtual_workers)) for r in range(world_size)]
         self.own_plan = self.plans[rank]
+        self.is_pair = [len(plan) for plan in self.plans] == [1, 1]
+        """The root has two terms, and a + b is b + a to the last bit: any all-reduce adds them up as the tree does."""
 
     def exchange(self, rows: Tensor, received: Tensor, flat: Tensor) -> None:
         """From this rank's subtree sums (`rows`, [subtrees, n]) to the sum over all virtual workers (`flat`, [n])."""
@@ -109,6 +112,9 @@ class _Group:
         everybody = [subtree for plan in self.plans for subtree in plan]
         if self.world_size == 1:
             flat.copy_(fold(everybody, rows.unbind()))
+            return
+        if self.is_pair:  # `rows` is `flat`
+            dist.all_reduce(flat)
             return
         send = rows.view(len(rows), self.world_size, slice_size).transpose(0, 1).reshape(-1)
         counts = [len(plan) * slice_size for plan in self.plans]
@@ -130,9 +136,13 @@ class _Bucket:
         num_elements = sum(p.numel() for p in parameters) + num_extras
         slice_size = -(-num_elements // group.world_size)
         num_rows = sum(len(plan) for plan in group.plans)
-        self._rows = torch.zeros(len(group.own_plan), slice_size * group.world_size, device=group.device)
-        self._received = torch.empty(num_rows * slice_size if group.world_size > 1 else 0, device=group.device)
-        self._flat = torch.empty(slice_size * group.world_size, device=group.device)
+        self._flat = torch.zeros(slice_size * group.world_size, device=group.device)
+        self._rows = self._flat.unsqueeze(0)
+        if not group.is_pair:
+            self._rows = torch.zeros(len(group.own_plan), slice_size * group.world_size, device=group.device)
+        self._received = torch.empty(
+            0 if group.world_size == 1 or group.is_pair else num_rows * slice_size, device=group.device
+        )
         self._row_views = [self._views(row) for row in self._rows]
         self._flat_views = self._views(self._flat)
         self._extras: Tensor | None = None
