@@ -21,6 +21,7 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from types import FrameType
 from typing import Any, NoReturn
 
 from training.documents import parse
@@ -33,7 +34,7 @@ PRELOADED = ("numpy", "numpy.ma", "encodings.idna", "torch", "torch._dynamo", "t
 MAX_MESSAGE_BYTES = 1 << 16
 MAX_HANDED = 200
 STOP_SIGNALS = frozenset({signal.SIGTERM, signal.SIGINT, signal.SIGHUP})
-"""Blocked here: sent to a whole process group, they are for the agent to act on."""
+"""Sent to a whole process group, they are for the agent to act on: it may want a checkpoint of the workers first."""
 DEVICES = ("/dev/nvidia", "/dev/kfd")
 log = logging.getLogger(MODULE)
 
@@ -201,6 +202,8 @@ class Server:
             self._socket.close()
             for pidfd in self._workers:
                 os.close(pidfd)
+            for number in STOP_SIGNALS:
+                signal.signal(number, _leave_to_the_agent)
             signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
             _rename()
             _renew_randomness()
@@ -292,6 +295,10 @@ def _renew_randomness() -> None:
 
     np.random.seed()
     multiprocessing.current_process().authkey = os.urandom(32)
+
+
+def _leave_to_the_agent(number: int, frame: FrameType | None) -> None:
+    """Not SIG_IGN, which what a worker executes would inherit."""
 
 
 def _rename() -> None:

@@ -180,7 +180,8 @@ def test_a_slow_node_is_named_and_a_preempted_one_leaves_a_checkpoint_and_says_s
     wait_until(lambda: slow_nodes(agents), what="the slow node to be named")
     assert slow_nodes(agents) == {1}
     agents.slower(hosts[1]).unlink()
-    started[0].send_signal(signal.SIGTERM)
+    for process in hosts[0].processes():  # as engines do that signal a whole group
+        process.send_signal(signal.SIGTERM)
     assert started[0].wait(timeout=60) == EXIT_PREEMPTED
     agents.running.remove(started[0])
     resumed = wait_for_group(agents, num_ranks=2, after=1)

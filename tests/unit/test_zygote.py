@@ -173,8 +173,7 @@ time.sleep(120)
     agent.stdout.close()
 
 
-def test_signals_to_the_group_spare_the_zygote_but_not_its_workers() -> None:
-    """As they did before there was a zygote: it is the agent that decides what they mean."""
+def test_signals_to_the_group_are_the_agents_to_act_on() -> None:
     program = f"""
 from tests.unit.tiny import tiny_preset
 from training.zygote import Zygote
@@ -189,14 +188,15 @@ for stop in (signal.SIGTERM, signal.SIGINT):
     pid = zygote.pid
     signal.signal(stop, signal.SIG_IGN)
     os.killpg(0, stop)
-    print(worker.wait(60), zygote.pid == pid, flush=True)
+    lives = worker.poll() is None
+    worker.kill()
+    print(lives, worker.wait(60), zygote.pid == pid, flush=True)
 print(zygote.start({{"code": 6}}, {{}}).wait(60), zygote.pid == pid)
 """
     agent = subprocess.run(
         [sys.executable, "-c", program], capture_output=True, text=True, timeout=100, start_new_session=True, check=True
     )
-    # a Python program ends by the exception that SIGINT raises in it
-    assert agent.stdout.splitlines() == ["-15 True", "1 True", "6 True"]
+    assert agent.stdout.splitlines() == ["True -9 True", "True -9 True", "6 True"]
 
 
 def test_many_workers_leave_nothing_behind(shared: Zygote) -> None:
