@@ -48,11 +48,11 @@ def account(events: Iterable[Event], resume_steps: Sequence[int | None]) -> Good
             between = "recovery" if event.values["source"] == "memory" else "waiting"
         if event.kind != "step":
             continue
-        begun = max(now, event.time - event.values["seconds"])
+        begun = max(now, event.time - event.values.get("seconds", 0.0))  # steps of older versions did not tell
         seconds[between] += begun - now
         seconds["productive" if (event.step, event.time) in counting else "redone"] += max(0.0, event.time - begun)
         now = max(now, event.time)
-        between = "validation" if "validation" in event.values else "checkpoint"
+        between = "validation" if event.values.get("validation") else "checkpoint"
     seconds[between] += max(event.time for event in events) - now
     return Goodput(seconds=seconds)
 

@@ -296,7 +296,7 @@ class Trainer:
         with self.handover.waiting():
             outside = of_all_ranks(statistics.median(self._outside_seconds), self.rank.device)
         self._outside_seconds.clear()
-        slow = maybe_straggler(outside)
+        slow = maybe_straggler(outside) if self.preset.train.mode == "exact" else None  # DDP waits as it goes back
         self.emit("pace", outside_seconds=outside, straggler=slow and self.named(slow))
 
     def named(self, slow: Straggler) -> dict[str, object]:
@@ -409,11 +409,11 @@ class Trainer:
 
     def settle_checkpoint(self) -> None:
         """Wait for the one before. A store that is away makes a checkpoint missing, never the training stop."""
-        try:
-            with self.handover.waiting():
+        with self.handover.waiting():
+            try:
                 self.saver.wait()
-        except (InfrastructureError, DamagedError) as error:
-            self.emit("checkpoint_failed", reason=str(error))
+            except (InfrastructureError, DamagedError) as error:
+                self.emit("checkpoint_failed", reason=str(error))
 
     def finish(self) -> None:
         """Prove the last state, then commit the result. Only rank 0 speaks to the record."""

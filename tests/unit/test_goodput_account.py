@@ -13,7 +13,9 @@ from training.goodput import USES, account
 
 
 def step(number: int, *, token: int = 1, end: float, seconds: float = 1.0, **values: Any) -> Event:
-    return Event(kind="step", time=end, token=token, step=number, values={"seconds": seconds, **values})
+    return Event(
+        kind="step", time=end, token=token, step=number, values={"seconds": seconds, "validation": {}, **values}
+    )
 
 
 def attempt(token: int, *, at: float, source: str, step: int = 0) -> Event:
@@ -70,6 +72,11 @@ def test_steps_that_are_done_again_count_once() -> None:
         "checkpoint": 0.0,
         "validation": 0.0,
     }
+
+
+def test_steps_of_runs_that_did_not_tell_how_long_they_took_count_as_what_lies_between() -> None:
+    old = [Event(kind="step", time=float(number), token=1, step=number, values={}) for number in (1, 2)]
+    assert account([attempt(1, at=0.0, source="start"), *old], [0]).wall_seconds == 2.0
 
 
 def test_no_events_took_no_time() -> None:

@@ -470,4 +470,6 @@ class _ShardBuilder:
             raise UserError(f"record {sample_id}: field {name!r} must have another name, without a dot")
         if name in self._ragged and array.ndim == 0:
             raise UserError(f"record {sample_id}: field {name!r} is in the recipe's `ragged`, but has no length")
+        if 0 in array.shape[name in self._ragged :]:
+            raise UserError(f"record {sample_id}: field {name!r} has shape {list(array.shape)}: nothing is in it")
         return FieldInfo(dtype=array.dtype.name, shape=self._shape_of(name, array))
