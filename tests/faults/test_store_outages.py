@@ -56,6 +56,7 @@ class Outage:
 
     def report_step(self, outcome: StepOutcome) -> None:
         self._report_step(outcome)
+        assert not self._trainer.handover.is_waiting, "a rank that trains may hang, whatever became of its checkpoint"
         if not self.is_on:
             return
         self.steps.append(self._trainer.state.step)

@@ -139,6 +139,7 @@ NO_TABLES: dict[str, tuple[Any, str]] = {
     "dtype": ({"x": np.zeros(2, np.complex64)}, r"record 0\.csv:1#0: field 'x' has dtype complex64"),
     "number as a name": ({1: np.zeros(2)}, r"record 0\.csv:1#0: field 1 is a float64"),
     "reserved name": ({"__metadata__": np.zeros(2)}, r"record 0\.csv:1#0: field '__metadata__' must have another name"),
+    "nothing in it": ({"x": np.zeros((2, 3, 0))}, r"record 0\.csv:1#0: field 'x' has shape \[3, 0\]: nothing is in it"),
     "ragged without a length": ({"text": np.zeros(2)}, r"record 0\.csv:1#0: field 'text' .* has no length"),
 }
 
