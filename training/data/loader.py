@@ -118,7 +118,7 @@ class _FeedDataset(IterableDataset["Microbatch | _Failed"]):
 def _fork_server() -> BaseContext:
     """Its processes are forked from one that has imported this module and done nothing else: so they start at once."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["training.data.apart", __name__])
+    context.set_forkserver_preload([__name__])
     return context
 
 
