@@ -249,9 +249,10 @@ def _warm_store() -> None:
     from training.objectstore import read_api_ahead, shared_store
 
     try:
-        read_api_ahead()
         if location := location_from(os.environ):
             shared_store(location).prepare()
+        else:
+            read_api_ahead()
     except Exception as error:  # the workers will say so, each for itself
         log.warning("clients of the store are not prepared: %s", error)
 

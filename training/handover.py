@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from training.collectives import of_all_ranks
 from training.control import Order
 from training.errors import InfrastructureError
 from training.slots import HEADER_BYTES, Entry, Header, Memory, Slots, journal_bytes, opened, sealed
@@ -151,7 +152,8 @@ class Handover:
         own = self._maybe_slots.newest(self._run_key, self._generation) if self._maybe_slots else None
         if own is not None and (own.step < max(since, 1) or not own.reaches_back_to(since)):
             own = None
-        found = _everybodys([-1, 0] if own is None else [own.progress, own.fingerprint], device)
+        mine = [-1, 0] if own is None else [own.progress, own.fingerprint]
+        found: list[list[int]] = of_all_ranks(torch.tensor(mine, device=device)).tolist()
         best = max(found, key=lambda numbers: numbers[0])
         if best[0] < 0:
             return None
@@ -208,17 +210,6 @@ def _write(
         body[image.num_bytes :] = journal
 
     slots.write(header, fill)
-
-
-def _everybodys(numbers: list[int], device: torch.device) -> list[list[int]]:
-    """Those of each rank."""
-    if not dist.is_initialized():
-        return [numbers]
-    own = torch.tensor(numbers, device=device)
-    found = torch.empty(dist.get_world_size() * len(own), dtype=own.dtype, device=device)
-    dist.all_gather_single(found, own)
-    everybodys: list[list[int]] = found.view(-1, len(own)).tolist()
-    return everybodys
 
 
 def _give(memory: Memory, taker: int, device: torch.device) -> None:

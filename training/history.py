@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 from training.events import Event, EventReader, committed
 from training.record import Record, RunRecord
 
 
 def committed_steps(run: RunRecord, record: Record) -> list[Event]:
     """The step events that count, one per step, in order."""
-    events = EventReader(run.store, run.prefix(record)).read_new(newest_token=record.token)
-    return committed(events, record.resume_steps)
+    return committed(events_of(run, record), record.resume_steps)
+
+
+def events_of(run: RunRecord, record: Record) -> Iterator[Event]:
+    """All that was told of the run so far, whether it counts or not."""
+    return EventReader(run.store, run.prefix(record)).read_new(newest_token=record.token)

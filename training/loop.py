@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -16,6 +17,7 @@ from torch import Tensor
 from training import tensorfile
 from training.beside import beside
 from training.checkpoint import load_initial, newest_proven
+from training.collectives import of_all_ranks
 from training.config import Preset
 from training.control import Note
 from training.data import ledger
@@ -27,13 +29,14 @@ from training.extras import NO_WORDS, Control, Extras
 from training.fast import FastReducer
 from training.handover import GroupEnded, Handover
 from training.objective import Objective, fill_new_memory, recipe_errors, seed_streams, stream_seed
-from training.pace import Straggler, maybe_straggler, of_all_ranks
+from training.pace import Straggler, maybe_straggler
 from training.recipe import Recipe, learning_rate_scale
 from training.record import CheckpointRef, InitialWeights, Result, RunRecord, with_result, with_resume_step
 from training.saver import CheckpointSaver
 from training.state import TrainState
 from training.validation import HeldOut, validate
 
+MAX_COMPARED_STEPS = 1000
 PATIENCE_SECONDS = 2.0
 """How long a checkpoint that is due waits for the one before it."""
 
@@ -119,8 +122,8 @@ class Trainer:
         self.state = TrainState(recipe, seed=preset.seed, device=rank.device)
         self.extras = Extras(self.state.model)
         self.reducer = self.make_reducer()
-        self._outside_seconds: list[float] = []
-        """Of the steps since ranks were compared: not spent waiting."""
+        self._outside_seconds: deque[float] = deque(maxlen=MAX_COMPARED_STEPS)
+        """Of the newest steps since ranks were compared: not spent waiting."""
         self._nodes: Sequence[int] = ()
         self._committed_step = 0
         self._is_checkpoint_late = False
@@ -294,7 +297,8 @@ class Trainer:
     def compare_pace(self) -> None:
         """Since the last time: how long a step took each rank without waiting, and who kept the others waiting."""
         with self.handover.waiting():
-            outside = of_all_ranks(statistics.median(self._outside_seconds), self.rank.device)
+            mine = torch.tensor([statistics.median(self._outside_seconds)], dtype=torch.float64)
+            outside: list[float] = of_all_ranks(mine.to(self.rank.device)).flatten().tolist()
         self._outside_seconds.clear()
         slow = maybe_straggler(outside) if self.preset.train.mode == "exact" else None  # DDP waits as it goes back
         self.emit("pace", outside_seconds=outside, straggler=slow and self.named(slow))

@@ -6,9 +6,6 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
-import torch.distributed as dist
-
 SLOW_FACTOR = 1.5
 
 
@@ -30,12 +27,3 @@ def maybe_straggler(outside_seconds: Sequence[float]) -> Straggler | None:
     if outside_seconds[slowest] <= SLOW_FACTOR * usual or usual <= 0:
         return None
     return Straggler(rank=slowest, factor=outside_seconds[slowest] / usual)
-
-
-def of_all_ranks(seconds: float, device: torch.device) -> list[float]:
-    """One number of each. Collective."""
-    if not dist.is_initialized():
-        return [seconds]
-    found = torch.empty(dist.get_world_size(), dtype=torch.float64, device=device)
-    dist.all_gather_single(found, torch.tensor([seconds], dtype=torch.float64, device=device))
-    return [float(one) for one in found]

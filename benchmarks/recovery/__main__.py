@@ -16,9 +16,9 @@ from benchmarks.data.store import make_bucket, running_store
 from benchmarks.recovery.faults import FAULTS
 from benchmarks.recovery.measure import LIMIT_SECONDS, REJOIN, Result, measure
 from benchmarks.recovery.systems import BUCKET, SYSTEMS
+from benchmarks.recovery.workload import MEGABYTE
 
 T = TypeVar("T")
-MEGABYTE = 1_000_000
 
 
 def main() -> None:

@@ -17,9 +17,9 @@ from benchmarks.recovery.faults import FAULTS
 from benchmarks.recovery.measure import running
 from benchmarks.recovery.systems import BUCKET, System
 from benchmarks.recovery.timeline import Step, recovery, step_seconds
+from benchmarks.recovery.workload import MEGABYTE
 from tests.faults.hosts import Host
 
-MEGABYTE = 1_000_000
 SETTLING_SECONDS = 3.0
 
 

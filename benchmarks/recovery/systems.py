@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -68,7 +69,7 @@ class System(Protocol):
 
 
 @dataclass
-class Logged:
+class Logged(ABC):
     """Keeps the processes on each host, and reads the lines that its ranks print."""
 
     cluster: Cluster
@@ -104,8 +105,8 @@ class Logged:
     def maybe_rank_on(self, host: Host) -> psutil.Process | None:
         return next((process for process in host.processes() if self._is_rank(process)), None)
 
-    def _is_rank(self, process: psutil.Process) -> bool:
-        raise NotImplementedError
+    @abstractmethod
+    def _is_rank(self, process: psutil.Process) -> bool: ...
 
     def close(self) -> None:
         for host in self.cluster.hosts:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+MEGABYTE = 1_000_000
 WIDTH = 64
 HIDDEN = 256
 NUM_PASSES = 24

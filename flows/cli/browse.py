@@ -42,13 +42,12 @@ def runs_ls(*, json: Json = False) -> None:
 @runs.command(name="show")
 def runs_show(key: Key, *, json: Json = False) -> None:
     """One run: its state, the groups that trained it, why nodes left, and where the time went."""
-    from training.events import EventReader
     from training.goodput import account
+    from training.history import events_of
 
     run = find_run(open_store(), key)
     record = run.read()
-    events = EventReader(run.store, run.prefix(record)).read_new(newest_token=record.token)
-    goodput = account(events, record.resume_steps)
+    goodput = account(events_of(run, record), record.resume_steps)
     departures = [asdict(departure) for departure in record.departures]
     if json:
         print_json({**_summary(record), "departures": departures, "seconds": goodput.seconds, "goodput": goodput.share})

@@ -13,8 +13,8 @@ from typing import Any
 from tests.unit.tiny import Tiny, exact_arithmetic, make_trainer, tiny_preset
 from training.config import LaunchConfig
 from training.control import Order
-from training.events import Event, EventReader
-from training.history import committed_steps
+from training.events import Event
+from training.history import committed_steps, events_of
 from training.job import Job
 from training.objectstore import Store
 from training.record import Member, RunRecord, run_key
@@ -157,8 +157,7 @@ class Node:
         return [(event.values["world_size"], event.step, event.values["source"]) for event in found]
 
     def events(self) -> list[Event]:
-        record = self.run.read()
-        return list(EventReader(self.run.store, self.run.prefix(record)).read_new(newest_token=record.token))
+        return list(events_of(self.run, self.run.read()))
 
     def told(self) -> list[Told]:
         """The history that counts."""

@@ -21,8 +21,8 @@ from tests.faults.network import Cut, StoreTrouble
 from tests.faults.relay import Trouble
 from tests.waiting import wait_until
 from training.agent import EXIT_PREEMPTED
-from training.events import Event, EventReader
-from training.history import committed_steps
+from training.events import Event
+from training.history import committed_steps, events_of
 from training.objectstore import Store
 
 STEPS = 300
@@ -71,9 +71,7 @@ def attempts(agents: Agents) -> list[Event]:
 
 
 def told(agents: Agents, kind: str) -> list[Event]:
-    record = agents.run.read()
-    events = EventReader(agents.run.store, agents.run.prefix(record)).read_new(newest_token=record.token)
-    return [event for event in events if event.kind == kind]
+    return [event for event in events_of(agents.run, agents.run.read()) if event.kind == kind]
 
 
 def wait_for_group(agents: Agents, *, num_ranks: int, after: int) -> Event:
@@ -103,6 +101,7 @@ def require_same(agents: Agents, calm: Agents) -> None:
 def start_all(agents: Agents, hosts: Sequence[Host]) -> list[subprocess.Popen[str]]:
     started = [agents.start(host) for host in hosts]
     wait_for_group(agents, num_ranks=len(hosts), after=0)
+    wait_until(lambda: told(agents, "step"), what="a step")  # before that there is nothing in memory
     return started
 
 

@@ -17,7 +17,7 @@ from tests.unit.attempts import attempt, history, step_through, train
 from tests.unit.tiny import make_trainer, tiny_preset
 from training.checkpoint import load_checkpoint
 from training.errors import InfrastructureError
-from training.events import EventReader
+from training.history import events_of
 from training.loop import StepOutcome, Trainer
 from training.objectstore import Store
 from training.record import RunRecord
@@ -69,9 +69,7 @@ class Outage:
 
 def told(run: RunRecord, kind: str) -> list[int]:
     """The steps of the events of a kind."""
-    record = run.read()
-    events = EventReader(run.store, run.prefix(record)).read_new(newest_token=record.token)
-    return [event.step for event in events if event.kind == kind]
+    return [event.step for event in events_of(run, run.read()) if event.kind == kind]
 
 
 def require_truth(run: RunRecord, *, steps: int = STEPS) -> None:

@@ -14,10 +14,11 @@ from hypothesis import strategies as st
 
 from tests.unit.data_source import data_config, local_source, tiny_line
 from tests.unit.tiny import Tiny
+from training.data.builder import ShardBuilder
 from training.data.manifest import Manifest
 from training.data.shard import Array, encode_shard
 from training.data.withdrawn import content_of_samples
-from training.data.writer import _ShardBuilder, write_dataset
+from training.data.writer import write_dataset
 from training.errors import UserError
 from training.objectstore import Store
 from training.recipe import Record, Sample, Table
@@ -42,7 +43,7 @@ def one_by_one(table: Table) -> list[Sample]:
 
 
 def shards(records: Mapping[str, Sequence[Given]], shard_bytes: int) -> list[bytes]:
-    builder = _ShardBuilder("train", shard_bytes, {}, RAGGED)
+    builder = ShardBuilder("train", shard_bytes, {}, RAGGED)
     full = [full for record, samples in records.items() for full in builder.add(record, samples)]
     full += [] if builder.is_empty else [builder.take()]
     return [encode_shard(shard.ids, shard.columns) for shard in full]
@@ -162,6 +163,6 @@ def test_what_is_no_table_is_named_by_its_record(store: Store, tmp_path: Path, g
 
 @pytest.mark.parametrize("changed", [{"x": np.zeros((2, 4))}, {"x": np.zeros((2, 3), np.int8)}, {"y": np.zeros(2)}])
 def test_a_table_with_other_fields_than_before_is_named_by_its_first_sample(changed: Mapping[str, Array]) -> None:
-    builder = _ShardBuilder("train", 1000, {}, ())
+    builder = ShardBuilder("train", 1000, {}, ())
     with pytest.raises(UserError, match=r"record a#2: its fields are .*, where those before had"):
         list(builder.add("a", [Table({"x": np.zeros((2, 3))}), Table(changed)]))

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from copy import copy
 from dataclasses import asdict, dataclass
 from types import MappingProxyType
-from typing import Any, NamedTuple, TypeVar
-
-import numpy as np
+from typing import Any, TypeVar
 
 from training.config import DataConfig
+from training.data.builder import MAPPINGS, FullShard, Given, ShardBuilder
 from training.data.lease import Lease, publish, writing
 from training.data.manifest import (
     SPLITS,
@@ -25,17 +24,7 @@ from training.data.manifest import (
     receipt_key,
     shard_key,
 )
-from training.data.shard import (
-    FORMAT,
-    Array,
-    Column,
-    Ragged,
-    dtype_is_known,
-    id_column,
-    num_digits,
-    numbered_ids,
-    shard_pieces,
-)
+from training.data.shard import FORMAT, shard_pieces
 from training.data.source import (
     Partition,
     Source,
@@ -56,7 +45,7 @@ from training.data.withdrawn import (
 from training.documents import canonical_json, digest_of, parse, sha256_hex
 from training.errors import DamagedError, UserError
 from training.objectstore import MissingError, Store
-from training.recipe import Recipe, Record, Sample, Table, source_closure_digest
+from training.recipe import Recipe, Record, Table, source_closure_digest
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,13 +80,9 @@ class WriteResult:
     """See `Receipt.displaced`."""
 
 
-Given = Sample | Table
-"""What a recipe's `encode` gives."""
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 Report = Callable[[PartResult], None]
-ARRAYS = (np.ndarray, np.generic)
-MAPPINGS = (dict, Mapping)  # a dict is known sooner as such
 WHOLE_FILES = ("files", "folders")
 """Formats whose records are files: a file's digest is its record's."""
 
@@ -218,7 +203,7 @@ class Writer:
     def _write(self, part: Partition, digests: Mapping[str, str]) -> tuple[Receipt, int]:
         """`digests` are those of records, where they are known already."""
         fields: dict[str, FieldInfo] = {}
-        builders = {s: _ShardBuilder(s, self._config.shard_bytes, fields, self._recipe.ragged) for s in SPLITS}
+        builders = {s: ShardBuilder(s, self._config.shard_bytes, fields, self._recipe.ragged) for s in SPLITS}
         shards: dict[Split, list[ShardInfo]] = {split: [] for split in SPLITS}
         num_sent = 0
         displaced: list[str] = []
@@ -228,7 +213,7 @@ class Writer:
         splits = {split: tuple(shards[split]) for split in SPLITS}
         return Receipt(fields=fields, splits=splits, displaced=tuple(displaced)), num_sent
 
-    def _send(self, full: _Full) -> tuple[Split, ShardInfo, bool]:
+    def _send(self, full: FullShard) -> tuple[Split, ShardInfo, bool]:
         pieces = shard_pieces(full.ids, full.columns)
         info = describe_shard(*pieces, num_samples=len(full.ids))
         is_new = self._store.put_immutable(shard_key(self._config.name, info.sha256), *pieces, sha256=info.sha256)
@@ -237,10 +222,10 @@ class Writer:
     def _full(
         self,
         part: Partition,
-        builders: Mapping[Split, _ShardBuilder],
+        builders: Mapping[Split, ShardBuilder],
         digests: Mapping[str, str],
         displaced: list[str],
-    ) -> Iterator[_Full]:
+    ) -> Iterator[FullShard]:
         """The partition's samples by full shards, and at the end what is left."""
         for record in read_records(self._source, part, self._config, self._classes):
             samples = _encode(self._recipe, record)
@@ -319,157 +304,3 @@ def _one_behind(work: Callable[[Item], Result], items: Iterable[Item]) -> Iterat
             pending = pool.submit(work, item)
         if pending:
             yield pending.result()
-
-
-class _Full(NamedTuple):
-    """What makes a shard."""
-
-    split: Split
-    ids: Ragged
-    columns: Mapping[str, Column]
-
-
-class _ShardBuilder:
-    """Collects samples until they fill a shard. Boundaries depend on the samples alone."""
-
-    def __init__(self, split: Split, shard_bytes: int, fields: dict[str, FieldInfo], ragged: Collection[str]) -> None:
-        """`fields` is shared by a partition's builders, and filled from the first sample."""
-        self._split = split
-        self._shard_bytes = shard_bytes
-        self._fields = fields
-        self._ragged = ragged
-        self._alike: dict[str, tuple[np.dtype[Any], tuple[int | None, ...]]] = {}
-        self._clear()
-
-    def _clear(self) -> None:
-        self._num_rows = 0
-        self._num_bytes = self._fixed_bytes = 0
-        self._ids: list[str] = []
-        self._id_columns: list[Ragged] = []
-        self._columns: dict[str, Array] = {}
-        self._rows: dict[str, list[Array]] = {}
-
-    @property
-    def is_empty(self) -> bool:
-        return not self._num_rows
-
-    def add(self, record: str, samples: Iterable[Given]) -> Iterator[_Full]:
-        """Take a record's samples, and give each shard that they fill.
-
-        All is copied at once: a recipe may write its next sample into the same arrays.
-        """
-        number = 0
-        for given in samples:
-            if isinstance(given, Table):
-                yield from self._add_table(f"{record}#", number, given)
-                number += len(given)
-            else:
-                self._add_sample(f"{record}#{number}", given)
-                number += 1
-                if self._num_bytes >= self._shard_bytes:
-                    yield self.take()
-
-    def _add_sample(self, sample_id: str, sample: Sample) -> None:
-        self._prepare(sample_id, sample)
-        row = self._num_rows
-        for name, column in self._columns.items():
-            column[row] = sample[name]
-        for name, rows in self._rows.items():
-            rows.append(sample[name].copy())
-            self._num_bytes += rows[-1].nbytes
-        self._ids.append(sample_id)
-        self._num_bytes += self._fixed_bytes + len(sample_id)
-        self._num_rows += 1
-
-    def _add_table(self, prefix: str, number: int, table: Table) -> Iterator[_Full]:
-        """As if its rows came one by one, the first with this number."""
-        start = 0
-        while start < len(table):
-            self._prepare(f"{prefix}{number + start}", table.row(start))
-            stop = self._add_rows(prefix, number, table, start)
-            start = stop
-            if self._num_bytes >= self._shard_bytes:
-                yield self.take()
-
-    def _add_rows(self, prefix: str, number: int, table: Table, start: int) -> int:
-        """Those that the shard has room for, and the one that fills it. Gives where they stop."""
-        row_bytes = self._fixed_bytes + sum(table.columns[name][start].nbytes for name in self._rows) + len(prefix)
-        missing = self._shard_bytes - self._num_bytes
-        candidates = np.arange(start, min(len(table), start + missing // (row_bytes + 1) + 1))
-        filled = np.cumsum(row_bytes + num_digits(number + candidates))
-        num_rows = min(len(candidates), int(np.searchsorted(filled, missing)) + 1)
-        stop = start + num_rows
-        for name, column in self._columns.items():
-            column[self._num_rows : self._num_rows + num_rows] = table.columns[name][start:stop]
-        for name, rows in self._rows.items():
-            rows.extend(table.columns[name][start:stop].copy())
-        self._close_ids()
-        self._id_columns.append(numbered_ids(prefix, range(number + start, number + stop)))
-        self._num_bytes += int(filled[num_rows - 1])
-        self._num_rows += num_rows
-        return stop
-
-    def _close_ids(self) -> None:
-        if self._ids:
-            self._id_columns.append(id_column(self._ids))
-            self._ids = []
-
-    def take(self) -> _Full:
-        self._close_ids()
-        columns: dict[str, Column] = {name: column[: self._num_rows] for name, column in self._columns.items()}
-        columns |= {name: Ragged.stack(rows) for name, rows in self._rows.items()}
-        full = _Full(self._split, Ragged.join(self._id_columns), columns)
-        self._clear()
-        return full
-
-    def _prepare(self, sample_id: str, sample: Sample) -> None:
-        """Raises `UserError` unless it is a sample with the fields of those before."""
-        if not isinstance(sample, MAPPINGS):
-            raise UserError(f"record {sample_id}: encode() must give dicts of numpy arrays, not {type(sample)}")
-        if not self._is_alike(sample):
-            self._require_same_fields(sample_id, sample)
-        if not self._num_rows:
-            self._allocate()
-
-    def _allocate(self) -> None:
-        """Columns for as many rows as a shard can have; memory that no row comes to is never touched."""
-        fixed = {name: field for name, field in self._fields.items() if name not in self._ragged}
-        row_types = {name: np.dtype((field.dtype, field.shape)) for name, field in fixed.items()}
-        self._fixed_bytes = sum(row_type.itemsize for row_type in row_types.values())
-        num_rows = self._shard_bytes // (self._fixed_bytes + len("#0")) + 1
-        self._columns = {name: np.empty(num_rows, row_type) for name, row_type in row_types.items()}
-        self._rows = {name: [] for name in self._fields if name in self._ragged}
-
-    def _is_alike(self, sample: Sample) -> bool:
-        """Whether its arrays are like those before: to ask is ten times quicker than to describe them."""
-        for name, (dtype, shape) in self._alike.items():
-            array = sample.get(name)
-            if not isinstance(array, ARRAYS) or array.dtype != dtype:
-                return False
-            if array.shape != shape and self._shape_of(name, array) != shape:
-                return False
-        return len(sample) == len(self._alike)
-
-    def _shape_of(self, name: str, array: Array) -> tuple[int | None, ...]:
-        return (None, *array.shape[1:]) if name in self._ragged and array.ndim else array.shape
-
-    def _require_same_fields(self, sample_id: str, sample: Sample) -> None:
-        fields = {name: self._declared(sample_id, name, array) for name, array in sample.items()}
-        if not self._fields:
-            self._fields.update(fields)
-        if fields != self._fields:
-            raise UserError(f"record {sample_id}: its fields are {fields}, where those before had {self._fields}")
-        self._alike = {name: (array.dtype, fields[name].shape) for name, array in sample.items()}
-
-    def _declared(self, sample_id: str, name: str, array: Array) -> FieldInfo:
-        if not isinstance(name, str) or not isinstance(array, ARRAYS):
-            raise UserError(f"record {sample_id}: field {name!r} is a {type(array).__name__}, not a numpy array")
-        if not dtype_is_known(array.dtype):
-            raise UserError(f"record {sample_id}: field {name!r} has dtype {array.dtype}")
-        if not name or "." in name or name == "__metadata__":
-            raise UserError(f"record {sample_id}: field {name!r} must have another name, without a dot")
-        if name in self._ragged and array.ndim == 0:
-            raise UserError(f"record {sample_id}: field {name!r} is in the recipe's `ragged`, but has no length")
-        if 0 in array.shape[name in self._ragged :]:
-            raise UserError(f"record {sample_id}: field {name!r} has shape {list(array.shape)}: nothing is in it")
-        return FieldInfo(dtype=array.dtype.name, shape=self._shape_of(name, array))

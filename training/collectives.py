@@ -1,0 +1,16 @@
+"""What all ranks have to say, heard by each."""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+def of_all_ranks(own: Tensor) -> Tensor:
+    """Every rank's vector of [n] numbers, as [ranks, n]; without a group, this one's. Collective."""
+    if not dist.is_initialized():
+        return own.unsqueeze(0)
+    found = torch.empty(dist.get_world_size() * len(own), dtype=own.dtype, device=own.device)
+    dist.all_gather_single(found, own)
+    return found.view(-1, len(own))
