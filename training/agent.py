@@ -47,7 +47,7 @@ from training.protocol import (
 )
 from training.record import Member, Record, RunRecord
 from training.slots import create_slots
-from training.workers import Outcome, Workers
+from training.workers import Hand, Outcome, Workers
 from training.zygote import Zygote
 
 EXIT_PREEMPTED = 75
@@ -103,6 +103,8 @@ class _Shell:
         self._links = Links(self._incarnation, secret=record.secret, on_event=self._events.put_nowait)
         self._places: dict[int, Place] = {}
         self._maybe_workers: Workers | None = None
+        self._hands: dict[int, Hand] = {}
+        """Processes that stayed from the last group, by local rank."""
         self._maybe_code: int | None = None
         self._pending: set[asyncio.Task[None]] = set()
         self._timing = Timing(silence=launch.silence_seconds, join=launch.join_seconds)
@@ -134,6 +136,8 @@ class _Shell:
         finally:
             if self._maybe_workers is not None:
                 self._maybe_workers.kill()
+            for hand in self._hands.values():
+                hand.end()
             looking.cancel()
             await self._links.close()
 
@@ -225,11 +229,16 @@ class _Shell:
             node=self._agent.node,
             record=record,
             start=self._agent.zygote.start,
+            slots=self._slots,
             on_end=self._workers_ended,
+            may_stay=True,
+            hands=self._hands,
         )
-        self._maybe_workers.begin(self._listener, self._slots)
+        self._maybe_workers.begin(self._listener)
 
     def _workers_ended(self, outcome: Outcome) -> None:
+        assert self._maybe_workers is not None
+        self._hands = self._maybe_workers.hands
         self._maybe_workers = None
         self._listener, before = self._bind(), self._listener  # in this order, or it might get the same port
         before.close()

@@ -14,3 +14,8 @@ def of_all_ranks(own: Tensor) -> Tensor:
     found = torch.empty(dist.get_world_size() * len(own), dtype=own.dtype, device=own.device)
     dist.all_gather_single(found, own)
     return found.view(-1, len(own))
+
+
+def is_of_lost_peer(error: BaseException) -> bool:
+    """Whether an error of a collective says only that another rank is gone."""
+    return isinstance(error, dist.DistError) or "gloo" in str(error) or "Connection" in str(error)

@@ -95,6 +95,10 @@ class EventWriter:
         self._thread.join()
         self.flush()
 
+    def abandon(self) -> None:
+        """Send nothing more: the next group tells what this one had no time to tell."""
+        self._stopped.set()
+
     def _run(self) -> None:
         while not self._stopped.wait(FLUSH_SECONDS):
             try:

@@ -94,6 +94,12 @@ class ExactReducer:
             bucket.hand_out()
         return self._buckets[-1].extras
 
+    def close(self) -> None:
+        """Let the parameters go: another reducer may be made for them."""
+        for bucket in self._buckets:
+            bucket.close()
+        self._exchange.close()
+
 
 class _Group:
     """The ranks, and which subtrees each of them adds up."""
@@ -148,8 +154,10 @@ class _Bucket:
         self._extras: Tensor | None = None
         self._missing: set[Tensor] = set()
         self._tree = TreeSum()
-        for parameter in parameters:
-            parameter.register_post_accumulate_grad_hook(self._arrived)  # type: ignore[no-untyped-call]  # no annotation
+        self._hooks = [
+            p.register_post_accumulate_grad_hook(self._arrived)  # type: ignore[no-untyped-call]  # no annotation
+            for p in parameters
+        ]
 
     def _views(self, flat: Tensor) -> list[Tensor]:
         """Its pieces: one like each parameter, and the extras."""
@@ -209,6 +217,12 @@ class _Bucket:
     def _extras_as_list(self) -> list[Tensor]:
         return [] if self._extras is None else [self._extras]
 
+    def close(self) -> None:
+        for hook in self._hooks:
+            hook.remove()
+        for parameter in self._parameters:
+            parameter.grad = None
+
     def exchange(self) -> None:
         self._group.exchange(self._rows, self._received, self._flat)
 
@@ -240,6 +254,9 @@ class _Exchange:
         started, self._started = self._started, []
         for future in started:
             future.result()
+
+    def close(self) -> None:
+        self._pool.shutdown(wait=False)
 
 
 def _exchange_after(maybe_before: Future[None] | None, bucket: _Bucket) -> None:

@@ -64,6 +64,12 @@ class Extras:
         """The buffers as they are now are so again."""
         self._before = None
 
+    def take_back(self) -> None:
+        """Whatever has been done with them since: the step will not be finished."""
+        if self._before is not None:
+            self._buffers.put_back(self._before)
+            self._before = None
+
     def settled(self) -> dict[str, Tensor]:
         """Those of the last finished step, by name, as far as they may differ from what they are now."""
         return {} if self._before is None else self._buffers.by_name(self._before)

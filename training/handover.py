@@ -25,8 +25,16 @@ LOCK_SECONDS = 1.0
 log = logging.getLogger(__name__)
 
 
-class GroupEnded(Exception):
+class GroupOver(Exception):
+    """This rank is in no group any more, and its state is that of its last finished step."""
+
+
+class GroupEnded(GroupOver):
     """All ranks stopped after the same step, because an agent wanted it."""
+
+
+class GroupLost(GroupOver):
+    """Another rank is gone, and the step that this one was in will not be finished."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,10 +45,12 @@ class Found:
     take: Callable[[], Memory]
     """The same bytes on all ranks, and a journal that tells as much: those of the lowest of the farthest ranks.
     Collective. Raises `InfrastructureError` if they did not arrive whole."""
+    is_here: bool
+    """This rank left them itself, and its tensors hold them still."""
 
 
 class Handover:
-    """Keeps the way from one group of ranks to the next, for one rank.
+    """Keeps the way from one group of ranks to the next, for one process, which may be in both.
 
     Replicated state changes only inside `update`, once per step: at any other moment it is that of the last finished
     step, seen from any thread, whatever the training thread waits for.
@@ -54,6 +64,8 @@ class Handover:
         self._maybe_state: Callable[[], tuple[int, Mapping[str, Tensor]]] | None = None
         self._lock = threading.Lock()
         self._leaving = threading.Lock()
+        self._has_tried = False
+        self._maybe_left: Memory | None = None
         self._is_whole = True
         self.wants_regroup = False
         """The agent wants this group to end after the step that it is in; all ranks agree on which that is."""
@@ -69,9 +81,17 @@ class Handover:
         self.step = 0
         """The last finished one."""
 
+    def begin_group(self) -> None:
+        """What was wanted of the group before is not wanted of this one. To be called by whoever takes orders."""
+        self.wants_regroup = self.wants_checkpoint = self.is_waiting = False
+        self.maybe_must_end_at = None
+
     def keep(self, state: Callable[[], tuple[int, Mapping[str, Tensor]]]) -> None:
         """From now on `leave` finds the last finished step and its tensors there."""
-        self._maybe_state = state
+        with self._leaving:
+            self._maybe_state = state
+            self._has_tried = False
+            self._maybe_left = None
 
     @contextmanager
     def waiting(self) -> Iterator[None]:
@@ -128,18 +148,25 @@ class Handover:
                     num_bytes = sum(tensor.nbytes for tensor in state()[1].values())
                 slots.reserve(num_bytes)
 
+    @property
+    def has_left(self) -> bool:
+        """Whether the state as it is now is in a slot."""
+        return self._maybe_left is not None
+
     def leave(self) -> None:
         """Write the last finished step into a slot, on whatever thread; nothing if an update does not end. Who comes
-        while another thread writes waits: the process ends after this. Raises nothing, as there is more to say.
+        while another thread writes waits: the process may end after this. Raises nothing, as there is more to say.
         """
         with self._leaving:
-            if self._maybe_slots is None or self._maybe_state is None or not self._lock.acquire(timeout=LOCK_SECONDS):
+            slots, state = self._maybe_slots, self._maybe_state
+            if slots is None or state is None or self._has_tried or not self._lock.acquire(timeout=LOCK_SECONDS):
                 return
-            slots, self._maybe_slots = self._maybe_slots, None  # once is enough, and the next worker may read by now
+            self._has_tried = True  # once is enough, and the next worker may read by now
             try:
                 if self._is_whole:
-                    step, tensors = self._maybe_state()
-                    _write(slots, self._run_key, self._generation, step, tensors, journal_bytes(self.journal))
+                    step, tensors = state()
+                    journal = journal_bytes(self.journal)
+                    self._maybe_left = _write(slots, self._run_key, self._generation, step, tensors, journal)
             except Exception:  # what no checkpoint can hold, either; or there is no memory for it
                 log.exception("nothing is left in memory of step %d", self.step)
             finally:
@@ -149,7 +176,9 @@ class Handover:
         """The newest state that any rank has in memory, if it is not older than step `since` and its journal reaches
         back to it. Collective.
         """
-        own = self._maybe_slots.newest(self._run_key, self._generation) if self._maybe_slots else None
+        own = self._maybe_left
+        if own is None and self._maybe_slots is not None:
+            own = self._maybe_slots.newest(self._run_key, self._generation)
         if own is not None and (own.step < max(since, 1) or not own.reaches_back_to(since)):
             own = None
         mine = [-1, 0] if own is None else [own.progress, own.fingerprint]
@@ -157,7 +186,11 @@ class Handover:
         best = max(found, key=lambda numbers: numbers[0])
         if best[0] < 0:
             return None
-        return Found(step=best[0] // 2, take=lambda: self._hand_out(own, [same == best for same in found], device))
+        return Found(
+            step=best[0] // 2,
+            take=lambda: self._hand_out(own, [same == best for same in found], device),
+            is_here=self.has_left and mine == best,
+        )
 
     def _hand_out(self, maybe_memory: Memory | None, has_it: Sequence[bool], device: torch.device) -> Memory:
         """What the ranks have that have it. Each gives it to one that lacks it, and so on in rounds, as in a binomial
@@ -195,7 +228,7 @@ class Handover:
 
 def _write(
     slots: Slots, run_key: str, generation: int, step: int, tensors: Mapping[str, Tensor], journal: bytes
-) -> None:
+) -> Memory | None:
     image = Image(tensors)
     header = Header(
         run_key=run_key,
@@ -209,7 +242,7 @@ def _write(
         image.write(body[: image.num_bytes])
         body[image.num_bytes :] = journal
 
-    slots.write(header, fill)
+    return slots.write(header, fill)
 
 
 def _give(memory: Memory, taker: int, device: torch.device) -> None:

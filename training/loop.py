@@ -6,9 +6,9 @@ import math
 import statistics
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import cached_property, partial
 from typing import Protocol
 
 import torch
@@ -17,7 +17,7 @@ from torch import Tensor
 from training import tensorfile
 from training.beside import beside
 from training.checkpoint import load_initial, newest_proven
-from training.collectives import of_all_ranks
+from training.collectives import is_of_lost_peer, of_all_ranks
 from training.config import Preset
 from training.control import Note
 from training.data import ledger
@@ -27,7 +27,7 @@ from training.events import EventWriter, json_number
 from training.exact import ExactReducer
 from training.extras import NO_WORDS, Control, Extras
 from training.fast import FastReducer
-from training.handover import GroupEnded, Handover
+from training.handover import GroupEnded, GroupLost, Handover
 from training.objective import Objective, fill_new_memory, recipe_errors, seed_streams, stream_seed
 from training.pace import Straggler, maybe_straggler
 from training.recipe import Recipe, learning_rate_scale
@@ -61,6 +61,8 @@ class Reducer(Protocol):
     def backward(self, worker: int, loss: Tensor, extras: Tensor) -> None: ...
 
     def finish(self) -> Tensor: ...
+
+    def close(self) -> None: ...
 
 
 class Feed(Protocol):
@@ -103,10 +105,12 @@ class Trainer:
         saver: CheckpointSaver,
         events: EventWriter | None,
         rank: Rank,
+        state: TrainState | None = None,
         handover: Handover | None = None,
         tell: Callable[[Note], None] = lambda note: None,
     ) -> None:
-        """`tell` hears how far this rank has come."""
+        """`state` is a new one, or that of the group before, which `handover` knows. `tell` hears how far this rank has
+        come."""
         self.preset = preset
         self.recipe = recipe
         self.feed = feed
@@ -119,16 +123,22 @@ class Trainer:
         self.rank = rank
         self.handover = handover or Handover()
         self.tell = tell
-        self.state = TrainState(recipe, seed=preset.seed, device=rank.device)
-        self.extras = Extras(self.state.model)
-        self.reducer = self.make_reducer()
+        self.state = state or self.new_state()
         self._outside_seconds: deque[float] = deque(maxlen=MAX_COMPARED_STEPS)
         """Of the newest steps since ranks were compared: not spent waiting."""
         self._nodes: Sequence[int] = ()
         self._committed_step = 0
         self._is_checkpoint_late = False
 
-    def make_reducer(self) -> Reducer:
+    def new_state(self) -> TrainState:
+        return TrainState(self.recipe, seed=self.preset.seed, device=self.rank.device)
+
+    @cached_property
+    def extras(self) -> Extras:
+        return Extras(self.state.model)
+
+    @cached_property
+    def reducer(self) -> Reducer:
         train = self.preset.train
         objective = Objective(self.recipe, self.state.model, precision=train.precision)
         group = {
@@ -164,11 +174,15 @@ class Trainer:
         self._nodes = [member.node for member in record.members]
         since = record.checkpoints[-1].step if record.checkpoints else 0
         found = self.handover.find(since=since, device=self.rank.device)
+        is_here = found is not None and found.is_here
+        if self.state.step > 0 and not is_here:
+            self.state = self.new_state()  # nothing of another step may stay
         if found is not None:
             noting = beside(partial(self.note_resumption, since))
             self.begin_reading(found.step)
             memory = found.take()
-            self.state.load(tensorfile.tensors(memory.file), step=memory.step)
+            if not is_here:
+                self.state.load(tensorfile.tensors(memory.file), step=memory.step)
             self.handover.journal = [entry for entry in memory.entries if entry.step > since]
         else:
             since = self.load_checkpoint()
@@ -229,7 +243,7 @@ class Trainer:
         for worker in self.reducer.owned:
             self.virtual_worker_step(worker)
         with self.handover.waiting():
-            total = self.reducer.finish()
+            total = self.reduce()
         with self.handover.update():
             outcome = self.update(total)
             self.handover.note(self.state.step, self.values(outcome, seconds=time.monotonic() - started))
@@ -238,6 +252,25 @@ class Trainer:
         outcome = replace(outcome, validation=self.maybe_validate())
         self._outside_seconds.append(time.monotonic() - started - (self.handover.waited_seconds - waited))
         return outcome
+
+    def reduce(self) -> Tensor:
+        """The sums over all virtual workers. Raises `GroupLost` if another rank does not give its part."""
+        try:
+            return self.reducer.finish()
+        except RuntimeError as error:
+            if is_of_lost_peer(error):
+                raise GroupLost(str(error)) from error
+            raise
+
+    def let_go(self) -> None:
+        """After `GroupOver`: the state is whole, and may be trained further in another group by another Trainer."""
+        with self.handover.standstill():
+            self.extras.take_back()
+        self.reducer.close()
+        if self.maybe_events is not None:
+            self.maybe_events.abandon()
+        if isinstance(self._maybe_microbatches, Generator):
+            beside(self._maybe_microbatches.close)  # its threads may be busy
 
     def hold_buffers(self) -> None:
         """Before they change. Whoever copies the state just now began with those that are there."""
@@ -291,7 +324,6 @@ class Trainer:
         if control.checkpoint_and_regroup:
             self.save_last_checkpoint(is_begun=control.checkpoint)
         if control.regroup or control.checkpoint_and_regroup:
-            self.handover.leave()
             raise GroupEnded
 
     def compare_pace(self) -> None:

@@ -13,12 +13,13 @@ import time
 import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 from cyclopts import App, Parameter
 
 from training import membership
 from training.config import Preset, load_preset, parse_override
+from training.control import Seat
 from training.documents import canonical_json
 from training.errors import UnbrokenError, UserError
 from training.events import EventWriter
@@ -26,9 +27,6 @@ from training.job import Job, read_job, store_job
 from training.objectstore import Store, StoreLocation
 from training.processes import die_with
 from training.record import Record, RunRecord, run_key, trajectory_key, without_failure
-
-if TYPE_CHECKING:
-    from training.rank import Seat
 
 LINE_SECONDS = 5.0
 app = App(name="torchrun … -m training.main", help=__doc__, version_flags=[])
@@ -94,8 +92,6 @@ class Launched:
         return PrefixStore(f"unbroken/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
 
     def seat(self, *, token: int) -> Seat:
-        from training.rank import Seat
-
         return Seat(rank=self.rank, local_rank=self.local_rank, world_size=self.world_size, token=token)
 
 
@@ -136,7 +132,8 @@ def begin(store: Store, preset: Preset, dataset: str) -> dict[str, Any]:
 def _train(job: Job, seat: Seat, rendezvous: Any) -> None:
     from training import rank
 
-    rank.train(job, seat, rendezvous, make_events=_SpokenEvents)
+    kit = rank.prepare(job, local_rank=seat.local_rank)
+    rank.train(kit, seat, rendezvous, make_events=_SpokenEvents)
 
 
 class _SpokenEvents(EventWriter):

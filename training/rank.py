@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from concurrent.futures import Future
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -12,30 +13,55 @@ import torch
 import torch.distributed as dist
 
 from training import environment
-from training.control import Note
+from training.beside import beside
+from training.control import Note, Seat
 from training.data.loader import Feed
 from training.errors import UserError
 from training.events import EventWriter
-from training.handover import Handover
+from training.handover import GroupOver, Handover
 from training.job import Job
 from training.loop import Rank, Trainer
 from training.recipe import Recipe, load_recipe
 from training.record import Record, RunRecord, run_key, with_environment
 from training.saver import CheckpointSaver
+from training.state import TrainState
 
 
-@dataclass(frozen=True, kw_only=True)
-class Seat:
-    """Which rank of the group of `token` this process is."""
+@dataclass(kw_only=True)
+class Kit:
+    """What a process brings into every group that it joins, made before anybody waits for it."""
 
-    rank: int
-    local_rank: int
-    world_size: int
-    token: int
+    job: Job
+    device: torch.device
+    recipe: Recipe
+    environment: dict[str, str]
+    state: TrainState
+    maybe_leaving: Future[None] | None = None
+    """The group before, as long as its connections are being closed."""
+
+    @property
+    def may_stay(self) -> bool:
+        """Whether this process can leave a group and join another: DistributedDataParallel and NCCL are not known to
+        let go of what they hold."""
+        return self.job.preset.train.mode == "exact" and self.device.type == "cpu"
+
+
+def prepare(job: Job, *, local_rank: int) -> Kit:
+    """Raises `UserError` if the recipe here is another than the run's, `DeterministicError` if it gives no model."""
+    device = settle_arithmetic(local_rank)
+    recipe = load_recipe(job.preset)
+    require_same_source(job, recipe)
+    return Kit(
+        job=job,
+        device=device,
+        recipe=recipe,
+        environment=environment.fingerprint(),
+        state=TrainState(recipe, seed=job.preset.seed, device=device),
+    )
 
 
 def train(
-    job: Job,
+    kit: Kit,
     seat: Seat,
     rendezvous: Any,
     handover: Handover | None = None,
@@ -45,46 +71,44 @@ def train(
 ) -> None:
     """Train the job's run to its committed result. `rendezvous` is the group's store; `tell` hears how far it came.
 
-    `handover` holds what the group before left, and takes what this one leaves.
-
-    Raises what made it fail; after that, no collective may follow.
+    `handover` holds what the group before left, and takes what this one leaves. Raises `GroupOver` if the process may
+    join another group, and else what made it fail; after that, no collective may follow.
     """
-    device = prepare(seat)
-    recipe = load_recipe(job.preset)
-    require_same_source(job, recipe)
+    job = kit.job
     run = job.open_run()
-    record = _admitted(run, seat.token)
-    dist.init_process_group(
-        "nccl" if device.type == "cuda" else "gloo",
-        store=rendezvous,
-        rank=seat.rank,
-        world_size=seat.world_size,
-        timeout=timedelta(seconds=job.preset.launch.collective_timeout_seconds),
-    )
+    record = _admitted(run, seat.token, kit.environment)
+    _join(kit, seat, rendezvous)
     events = make_events(run.store, run.prefix(record), seat.token) if seat.rank == 0 else None
     trainer = Trainer(
         preset=job.preset,
-        recipe=recipe,
+        recipe=kit.recipe,
         feed=Feed(preset=job.preset, location=job.location, dataset_digest=job.dataset_digest),
         initial=job.initial,
         run=run,
         saver=_saver(job, seat, run, rendezvous, events),
         events=events,
-        rank=Rank(rank=seat.rank, world_size=seat.world_size, token=seat.token, device=device),
+        rank=Rank(rank=seat.rank, world_size=seat.world_size, token=seat.token, device=kit.device),
+        state=kit.state,
         handover=handover,
         tell=tell,
     )
-    trainer.train()
+    try:
+        trainer.train()
+    except GroupOver:
+        trainer.let_go()
+        kit.state = trainer.state
+        kit.maybe_leaving = beside(dist.destroy_process_group)
+        raise
     with trainer.handover.waiting():
         _leave_together(rendezvous, seat)
 
 
-def prepare(seat: Seat) -> torch.device:
-    """Arithmetic that gives the same bits each time, and the device to do it on."""
+def settle_arithmetic(local_rank: int) -> torch.device:
+    """Have it give the same bits each time; returns the device to do it on."""
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # or cuBLAS refuses to be deterministic
     torch.set_num_threads(environment.THREADS_PER_RANK)
     torch.use_deterministic_algorithms(True)
-    return torch.device("cuda", seat.local_rank) if torch.cuda.is_available() else torch.device("cpu")
+    return torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
 
 
 def require_same_source(job: Job, recipe: Recipe) -> None:
@@ -94,9 +118,21 @@ def require_same_source(job: Job, recipe: Recipe) -> None:
         raise UserError("the recipe's source changed since this run was submitted: start the pipeline again")
 
 
-def _admitted(run: RunRecord, token: int) -> Record:
+def _join(kit: Kit, seat: Seat, rendezvous: Any) -> None:
+    """Become a rank of the group."""
+    if kit.maybe_leaving is not None:
+        kit.maybe_leaving.result()
+    dist.init_process_group(
+        "nccl" if kit.device.type == "cuda" else "gloo",
+        store=rendezvous,
+        rank=seat.rank,
+        world_size=seat.world_size,
+        timeout=timedelta(seconds=kit.job.preset.launch.collective_timeout_seconds),
+    )
+
+
+def _admitted(run: RunRecord, token: int, here: dict[str, str]) -> Record:
     """Raises `FencedError` if a newer group owns the run, `UserError` if it was begun in another environment."""
-    here = environment.fingerprint()
     record = run.update(lambda newest: with_environment(newest, here, token=token))
     environment.require_same(record.environment, here)
     return record

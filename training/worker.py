@@ -8,39 +8,33 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any
+from typing import Any, Literal
 
-from training.control import EXIT_STOPPED, Channel, Note
+from training.attendance import Attendance
+from training.control import EXIT_STOPPED, Call, Channel, Note, Order
 from training.documents import parse
 from training.errors import UnbrokenError
 from training.job import Job
 from training.slots import Slots
 
-if TYPE_CHECKING:
-    from training.handover import Handover
-
 BEAT_SECONDS = 0.25
+PATIENCE_SECONDS = 0.2
+"""How long a worker that is told to stop may take to leave its group and stay, before it ends instead."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class WorkerOrder:
-    """What the agent tells a worker."""
+    """What the agent tells a worker as it begins. The groups that it belongs to, it is called to."""
 
     job: dict[str, Any]
-    token: int
-    rank: int
     local_rank: int
-    world_size: int
-    store_address: str
-    store_port: int
+    may_stay: bool = False
+    """Between two groups, if the training can."""
     control_fd: int = -1
     """This worker's end of the socket between it and its agent (training.control)."""
-    maybe_listen_fd: int | None = None
-    """Only for rank 0: the socket that the agent bound for the group's store."""
     slot_fd_0: int = -1
     slot_fd_1: int = -1
     """Where state is left and found (training.slots)."""
@@ -48,85 +42,123 @@ class WorkerOrder:
 
 def run(document: dict[str, Any]) -> int:
     """Train as the order says. Returns the exit code, with which the caller ends this process at once."""
-    order = parse(WorkerOrder, document)
-    from training.handover import GroupEnded, Handover
-
-    slots = Slots([order.slot_fd_0, order.slot_fd_1])
-    handover = Handover(slots, run_key=order.job["key"], generation=order.job["generation"])
-    channel = Channel(socket.socket(fileno=order.control_fd))
-    for target in (_obey, _beat):
-        threading.Thread(target=target, args=(channel, handover), name="control", daemon=True).start()
-    try:
-        _train(order, handover, channel.send)
-    except GroupEnded:
-        return EXIT_STOPPED
-    except Exception as error:  # the agent decides what it means; no more collectives after an error
-        handover.leave()
-        _report(error, channel, handover.step)
-        return error.exit_code if isinstance(error, UnbrokenError) else 1
-    return 0
+    return _Worker(parse(WorkerOrder, document)).run()
 
 
-def _report(error: Exception, channel: Channel, step: int) -> None:
-    if _class_name(error) == "Exception":
-        traceback.print_exc()
-    with suppress(OSError):
-        message = str(error) or repr(error)
-        channel.send(Note(event="failed", class_name=_class_name(error), message=message, step=step))
-    sys.stdout.flush()
-    sys.stderr.flush()
+class _Worker:
+    """One thread trains, one obeys, one gives signs of life."""
 
+    def __init__(self, order: WorkerOrder) -> None:
+        from training.handover import Handover
 
-def _beat(channel: Channel, handover: Handover) -> None:
-    """Tell the agent that this process lives, and whether it waits for others."""
-    with suppress(OSError):
+        self._order = order
+        self._channel = Channel(socket.socket(fileno=order.control_fd))
+        self._attendance = Attendance()
+        self._may_stay = False
+        slots = Slots([order.slot_fd_0, order.slot_fd_1])
+        self._handover = Handover(slots, run_key=order.job["key"], generation=order.job["generation"])
+
+    def run(self) -> int:
+        from training.handover import GroupEnded
+
+        for target in (self._obey, self._beat):
+            threading.Thread(target=target, name="control", daemon=True).start()
+        try:
+            return self._serve()
+        except Exception as error:  # the agent decides what it means; no more collectives after an error
+            self._handover.leave()
+            if isinstance(error, GroupEnded):
+                return EXIT_STOPPED
+            self._report(error)
+            return error.exit_code if isinstance(error, UnbrokenError) else 1
+
+    def _serve(self) -> int:
+        """Train in one group after another, until the run is finished."""
+        from training.handover import GroupOver
+        from training.rank import prepare, train
+
+        kit = prepare(Job.from_json(self._order.job), local_rank=self._order.local_rank)
+        self._may_stay = self._order.may_stay and kit.may_stay
         while True:
-            channel.send(Note(event="beat", step=handover.step, is_waiting=handover.is_waiting))
-            time.sleep(BEAT_SECONDS)
+            call, maybe_listener = self._attendance.next_call()
+            try:
+                train(kit, call.seat, _rendezvous(call, maybe_listener), self._handover, self._channel.send)
+            except GroupOver as over:
+                if not self._may_stay:
+                    raise
+                self._attendance.leave()
+                self._channel.send(_note("left", over, self._handover.step))
+            else:
+                return 0
+            self._handover.leave()
+            if not self._handover.has_left:  # then the next group must not count on it
+                return EXIT_STOPPED
+
+    def _obey(self) -> None:
+        """What the agent says, until it is gone: then this process goes too."""
+        with suppress(EOFError, OSError):
+            while True:
+                for order in self._channel.orders():
+                    self._do(order)
+        os._exit(1)
+
+    def _do(self, order: Order) -> None:
+        if order.maybe_call is not None:
+            maybe_listener = self._channel.descriptors.popleft() if order.maybe_call.is_host else None
+            self._handover.begin_group()
+            self._attendance.call(order.maybe_call, maybe_listener)
+        elif order.do == "stop":
+            if self._attendance.must_end(PATIENCE_SECONDS if self._may_stay else 0.0):
+                self._handover.leave()
+                os._exit(EXIT_STOPPED)
+        else:
+            self._handover.take_order(order)
+
+    def _beat(self) -> None:
+        """Tell the agent that this process lives, and whether it waits for others."""
+        with suppress(OSError):
+            while True:
+                self._channel.send(Note(event="beat", step=self._handover.step, is_waiting=self._handover.is_waiting))
+                time.sleep(BEAT_SECONDS)
+
+    def _report(self, error: Exception) -> None:
+        note = _note("failed", error, self._handover.step)
+        if note.class_name == "Exception":
+            traceback.print_exc()
+        with suppress(OSError):
+            self._channel.send(note)
+        sys.stdout.flush()
+        sys.stderr.flush()
 
 
-def _obey(channel: Channel, handover: Handover) -> None:
-    """What the agent says, until it is gone: then this process goes too."""
-    with suppress(EOFError, OSError):
-        while True:
-            for order in channel.orders():
-                if order.do == "stop":
-                    handover.leave()
-                    os._exit(EXIT_STOPPED)
-                handover.take_order(order)
-    os._exit(1)
+def _note(event: Literal["left", "failed"], error: Exception, step: int) -> Note:
+    return Note(event=event, class_name=_class_name(error), message=str(error) or repr(error), step=step)
 
 
 def _class_name(error: Exception) -> str:
     """The class that says who must act; errors of the group's collectives say only that a peer is gone."""
     if isinstance(error, UnbrokenError):
         return next(kind.__name__ for kind in type(error).__mro__ if kind.__module__ == UnbrokenError.__module__)
-    import torch.distributed as dist
+    from training.collectives import is_of_lost_peer
+    from training.handover import GroupEnded, GroupLost
 
-    peer_is_gone = isinstance(error, dist.DistError) or "gloo" in str(error) or "Connection" in str(error)
-    return "PeerLost" if peer_is_gone else "Exception"
-
-
-def _train(order: WorkerOrder, handover: Handover, tell: Callable[[Note], None]) -> None:
-    from training.rank import Seat, train
-
-    seat = Seat(rank=order.rank, local_rank=order.local_rank, world_size=order.world_size, token=order.token)
-    train(Job.from_json(order.job), seat, _rendezvous(order), handover, tell)
+    if isinstance(error, GroupEnded):
+        return ""  # nobody's fault
+    return "PeerLost" if isinstance(error, GroupLost) or is_of_lost_peer(error) else "Exception"
 
 
-def _rendezvous(order: WorkerOrder) -> Any:
+def _rendezvous(call: Call, maybe_listener: int | None) -> Any:
     """The group's own store, on the one socket that its first node's agent bound; and in it a corner of its token's
     own, as an agent that never learnt that it was named offers the same socket again."""
     from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]  # public, but not listed
 
-    is_master = order.maybe_listen_fd is not None
     store = TCPStore(
-        order.store_address,
-        order.store_port,
-        world_size=order.world_size,
-        is_master=is_master,
+        call.store_address,
+        call.store_port,
+        world_size=call.seat.world_size,
+        is_master=call.is_host,
         timeout=timedelta(seconds=60),
         wait_for_workers=False,
-        master_listen_fd=order.maybe_listen_fd,
+        master_listen_fd=maybe_listener,
     )
-    return PrefixStore(str(order.token), store)
+    return PrefixStore(str(call.seat.token), store)

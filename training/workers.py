@@ -1,4 +1,4 @@
-"""This node's workers of one group: started together, told what to do on the way, and gone together."""
+"""This node's workers of one group: called together, told what to do on the way, and out of it together."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol
 
-from training.control import EXIT_STOPPED, Channel, Note, Order
+from training.control import EXIT_STOPPED, Call, Channel, Note, Order, Seat
+from training.errors import InfrastructureError
 from training.job import Job
 from training.record import Departure, Record
 from training.worker import WorkerOrder
@@ -38,19 +39,31 @@ Start = Callable[[dict[str, Any], Mapping[str, int]], Process]
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """How a node's workers ended."""
+    """How a node's workers ended, or left their group."""
 
     step: int
     is_finished: bool
     maybe_departure: Departure | None
 
 
+@dataclass(frozen=True, kw_only=True)
+class Hand:
+    """A process that is in no group, and can be called to one."""
+
+    process: Process
+    channel: Channel
+
+    def end(self) -> None:
+        self.process.kill()
+        self.channel.end.close()
+
+
 @dataclass(kw_only=True)
 class _Worker:
     """One rank."""
 
-    process: Process
-    channel: Channel
+    hand: Hand
+    local_rank: int
     heard_at: float
     step: int = 0
     moved_at: float = 0.0
@@ -59,14 +72,19 @@ class _Worker:
     is_waiting: bool = False
     is_condemned: bool = False
     """Its agent killed it, for no fault of its own."""
+    has_left: bool = False
     maybe_failure: Note | None = None
     maybe_code: int | None = None
+
+    @property
+    def is_in(self) -> bool:
+        return self.maybe_code is None and not self.has_left
 
     def failure(self) -> Note | None:
         """What it said, or what its exit code says."""
         if self.maybe_code in (0, EXIT_STOPPED) or self.is_condemned:
             return None
-        if self.maybe_failure is not None:
+        if self.maybe_failure is not None or self.has_left:
             return self.maybe_failure
         code = self.maybe_code or 0
         message = f"worker killed by signal {-code}" if code < 0 else f"worker exited with {code}"
@@ -75,67 +93,90 @@ class _Worker:
 
 @dataclass(kw_only=True)
 class Workers:
-    """Those of one group, on this node. `on_end` is called once, when all are gone."""
+    """Those of one group, on this node. `on_end` is called once, when none is in it any more."""
 
     job: Job
     node: int
     record: Record
     start: Start
+    slots: Sequence[tuple[int, int]]
+    """Of each local rank."""
     on_end: Callable[[Outcome], None]
+    may_stay: bool = False
+    """Whether processes may outlast their group."""
+    hands: dict[int, Hand] = field(default_factory=dict)
+    """By local rank: those who stayed from the group before, then those who stay from this one."""
     _workers: list[_Worker] = field(default_factory=list)
     _is_stopping: bool = False
     _has_ended: bool = False
     _looked_at: float = 0.0
     _maybe_hung: Note | None = None
 
-    def begin(self, listener: socket.socket, slots: Sequence[tuple[int, int]]) -> None:
-        """Start them. Ranks follow the order of nodes; the first node's `listener` is the group's store."""
-        per_node = self.job.preset.launch.processes_per_node
-        position = [member.node for member in self.record.members].index(self.node)
+    def begin(self, listener: socket.socket) -> None:
+        """Call them. Ranks follow the order of nodes; the first node's `listener` is the group's store."""
         loop = asyncio.get_running_loop()
-        for local_rank in range(per_node):
-            ours, theirs = socket.socketpair()
-            first, second = slots[local_rank]
-            descriptors = {"control_fd": theirs.fileno(), "slot_fd_0": first, "slot_fd_1": second}
-            if position == local_rank == 0:
-                descriptors["maybe_listen_fd"] = listener.fileno()
-            order = self._order(position * per_node + local_rank, local_rank)
-            process = self.start(asdict(order), descriptors)
-            theirs.close()
-            worker = _Worker(process=process, channel=Channel(ours), heard_at=loop.time(), moved_at=loop.time())
+        hands, self.hands = self.hands, {}
+        for local_rank in range(self.job.preset.launch.processes_per_node):
+            hand = hands.get(local_rank)
+            if hand is not None and hand.process.poll() is not None:  # it ended, and nobody needed it
+                hand.channel.end.close()
+                hand = None
+            hand = hand or self._fork(local_rank)
+            worker = _Worker(hand=hand, local_rank=local_rank, heard_at=loop.time(), moved_at=loop.time())
             self._workers.append(worker)
-            loop.add_reader(ours, self._hear, worker)
-            loop.add_reader(process.fileno(), self._bury, worker)
+            loop.add_reader(hand.channel.end, self._hear, worker)
+            loop.add_reader(hand.process.fileno(), self._bury, worker)
+            call = self._call(local_rank)
+            with suppress(OSError):  # it is gone, and buried soon
+                hand.channel.send(Order(do="join", maybe_call=call), *[listener.fileno()][: call.is_host])
 
-    def _order(self, rank: int, local_rank: int) -> WorkerOrder:
-        first = self.record.members[0]
-        return WorkerOrder(
-            job=self.job.to_json(),
-            token=self.record.token,
-            rank=rank,
-            local_rank=local_rank,
-            world_size=len(self.record.members) * self.job.preset.launch.processes_per_node,
+    def _fork(self, local_rank: int) -> Hand:
+        """Raises `InfrastructureError`."""
+        ours, theirs = socket.socketpair()
+        first, second = self.slots[local_rank]
+        order = WorkerOrder(job=self.job.to_json(), local_rank=local_rank, may_stay=self.may_stay)
+        with theirs:
+            descriptors = {"control_fd": theirs.fileno(), "slot_fd_0": first, "slot_fd_1": second}
+            return Hand(process=self.start(asdict(order), descriptors), channel=Channel(ours))
+
+    def _call(self, local_rank: int) -> Call:
+        first, per_node = self.record.members[0], self.job.preset.launch.processes_per_node
+        position = [member.node for member in self.record.members].index(self.node)
+        return Call(
+            seat=Seat(
+                rank=position * per_node + local_rank,
+                local_rank=local_rank,
+                world_size=len(self.record.members) * per_node,
+                token=self.record.token,
+            ),
             store_address=first.address,
             store_port=first.port,
+            is_host=position == local_rank == 0,
         )
 
     def ask(self, order: Order) -> None:
         for worker in self._workers:
             with suppress(OSError):  # it is gone, and buried soon
-                worker.channel.send(order)
+                worker.hand.channel.send(order)
 
     def stop(self) -> None:
-        """At once; whoever does not stop is killed."""
+        """At once; whoever does not leave, or stop, is killed."""
         if not self._is_stopping:
             self._is_stopping = True
             self.ask(Order(do="stop"))
-            asyncio.get_running_loop().call_later(STOP_SECONDS, self.kill)
+            asyncio.get_running_loop().call_later(STOP_SECONDS, self._kill_late)
+
+    def _kill_late(self) -> None:
+        for worker in self._workers:
+            if worker.is_in:
+                worker.is_condemned = True
+                worker.hand.process.kill()
 
     def kill(self) -> None:
-        for worker in self._workers:
-            if worker.maybe_code is None:
-                worker.is_condemned = True
-                worker.process.kill()
+        """All of them, and those who stayed."""
+        self._kill_late()
+        for hand in self.hands.values():
+            hand.end()
 
     def kill_hung(self, now: float, *, hang_seconds: float) -> None:
         """Whoever gives no sign of life, or does not come to the end of a step that all others wait in."""
@@ -144,41 +185,60 @@ class Workers:
                 worker.heard_at = worker.moved_at = now
         self._looked_at = now
         for worker in self._workers:
-            if worker.maybe_code is None and (reason := _hang(worker, now, hang_seconds)):
+            if worker.is_in and (reason := _hang(worker, now, hang_seconds)):
                 log.warning("node %d: step %d: %s", self.node, worker.step + 1, reason)
                 self._maybe_hung = Note(event="failed", step=worker.step, class_name="Hung", message=reason)
-                worker.process.kill()
+                worker.hand.process.kill()
 
     def _hear(self, worker: _Worker) -> None:
         loop = asyncio.get_running_loop()
         try:
-            for note in worker.channel.notes():
+            for note in worker.hand.channel.notes():
                 _take(worker, note, loop.time())
         except (EOFError, OSError):
-            loop.remove_reader(worker.channel.end)
+            loop.remove_reader(worker.hand.channel.end)
+        if worker.has_left:
+            self._look_whether_all_are_out()
 
     def _bury(self, worker: _Worker) -> None:
         loop = asyncio.get_running_loop()
-        worker.maybe_code = worker.process.poll()
+        worker.maybe_code = worker.hand.process.poll()
         if worker.maybe_code is None:
             return  # its exit code is on the way
-        loop.remove_reader(worker.process.fileno())
-        worker.channel.end.setblocking(False)
+        loop.remove_reader(worker.hand.process.fileno())
+        worker.hand.channel.end.setblocking(False)
         with suppress(EOFError, OSError):  # what it said last
             while True:
-                for note in worker.channel.notes():
+                for note in worker.hand.channel.notes():
                     _take(worker, note, loop.time())
-        loop.remove_reader(worker.channel.end)
-        worker.channel.end.close()
-        if all(other.maybe_code is not None for other in self._workers):
+        loop.remove_reader(worker.hand.channel.end)
+        worker.hand.channel.end.close()
+        if worker.maybe_code != 0:
+            self._replace(worker.local_rank)
+        self._look_whether_all_are_out()
+
+    def _replace(self, local_rank: int) -> None:
+        """Another process makes itself ready while the next group is found."""
+        if self.may_stay:
+            with suppress(InfrastructureError):  # who begins the next group is told
+                self.hands[local_rank] = self._fork(local_rank)
+
+    def _look_whether_all_are_out(self) -> None:
+        if not any(worker.is_in for worker in self._workers):
             self._end()
-        elif worker.maybe_code != 0:
+        elif any(worker.has_left or worker.maybe_code for worker in self._workers):
             self.stop()
 
     def _end(self) -> None:
         if self._has_ended:
             return
         self._has_ended = True
+        loop = asyncio.get_running_loop()
+        for worker in self._workers:
+            if worker.maybe_code is None:
+                loop.remove_reader(worker.hand.process.fileno())
+                loop.remove_reader(worker.hand.channel.end)
+                self.hands[worker.local_rank] = worker.hand
         failures = [failure for worker in self._workers if (failure := worker.failure())]
         step = max(worker.step for worker in self._workers)
         is_finished = all(worker.maybe_code == 0 for worker in self._workers)
@@ -206,6 +266,9 @@ def _take(worker: _Worker, note: Note, now: float) -> None:
     match note.event:
         case "failed":
             worker.maybe_failure = note
+        case "left":
+            worker.has_left, worker.step = True, note.step
+            worker.maybe_failure = note if note.class_name else None
         case "beat":
             worker.is_waiting = note.is_waiting
         case "began":

@@ -8,7 +8,7 @@ import signal
 import socket
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, cast
 
 from tests.unit.tiny import Tiny, exact_arithmetic, make_trainer, tiny_preset
 from training.config import LaunchConfig
@@ -19,7 +19,7 @@ from training.job import Job
 from training.objectstore import Store
 from training.record import Member, RunRecord, run_key
 from training.slots import Header, Slots, create_slots
-from training.workers import Outcome, Workers
+from training.workers import Hand, Outcome, Workers
 from training.zygote import Worker, Zygote
 
 ENTRY = "tests.distributed.pausing:run"
@@ -42,32 +42,41 @@ class Pause:
 class Group:
     """The workers of one token."""
 
-    def __init__(self, job: Job, token: int, zygote: Zygote, pauses: Mapping[int, Pause]) -> None:
-        self._zygote = zygote
-        self._pauses = pauses
-        self._sockets: dict[int, socket.socket] = {}
+    def __init__(self, job: Job, token: int, node: Node, **staying: Any) -> None:
+        self._zygote = node.zygote
+        self._pauses = node.pauses
+        self._sockets = node.sockets
         self.processes: list[Worker] = []
         self.ended: asyncio.Future[Outcome] = asyncio.get_running_loop().create_future()
         member = Member(node=0, incarnation="i", address="127.0.0.1", port=0)
         record = replace(job.open_run().read(), token=token, members=(member,))
-        self.workers = Workers(job=job, node=0, record=record, start=self._start, on_end=self.ended.set_result)
+        self.workers = Workers(
+            job=job,
+            node=0,
+            record=record,
+            start=self._start,
+            slots=node.slots,
+            on_end=self.ended.set_result,
+            **staying,
+        )
 
-    def begin(self, slots: list[Slot]) -> None:
+    def begin(self) -> None:
         with socket.create_server(("127.0.0.1", 0)) as listener:
             first = replace(self.workers.record.members[0], port=listener.getsockname()[1])
             self.workers.record = replace(self.workers.record, members=(first,))
-            self.workers.begin(listener, slots)
+            self.workers.begin(listener)
 
     def _start(self, order: dict[str, Any], descriptors: Mapping[str, int]) -> Worker:
-        maybe_pause = self._pauses.get(order["rank"])
-        if maybe_pause is None:
+        pauses = self._pauses.get(order["local_rank"])
+        if not pauses:
             self.processes.append(self._zygote.start(order, descriptors))
         else:
+            pause = pauses.pop(0)
             ours, theirs = socket.socketpair()
             ours.setblocking(False)
-            self._sockets[order["rank"]] = ours
+            self._sockets[order["local_rank"]] = ours
             with theirs:
-                order = {**order, "place": maybe_pause.place, "step": maybe_pause.step}
+                order = {**order, "place": pause.place, "step": pause.step}
                 self.processes.append(self._zygote.start(order, {**descriptors, "pause_fd": theirs.fileno()}))
         return self.processes[-1]
 
@@ -80,26 +89,28 @@ class Group:
         self._sockets[rank].send(b"!")
 
     def kill(self, rank: int) -> None:
-        os.kill(self.processes[rank].pid, signal.SIGKILL)
+        os.kill(self.pids()[rank], signal.SIGKILL)
 
     def freeze(self, rank: int) -> None:
-        os.kill(self.processes[rank].pid, signal.SIGSTOP)
+        os.kill(self.pids()[rank], signal.SIGSTOP)
 
     def order(self, rank: int, order: Order) -> None:
-        self.workers._workers[rank].channel.send(order)
+        self.workers._workers[rank].hand.channel.send(order)
 
     async def waits(self, rank: int) -> None:
         """Once this one waits for the others."""
         while not self.workers._workers[rank].is_waiting:
             await asyncio.sleep(0.02)
 
+    def pids(self) -> list[int]:
+        """Of the group's ranks."""
+        return [cast(Worker, worker.hand.process).pid for worker in self.workers._workers]
+
     def codes(self) -> list[int | None]:
         return [process.poll() for process in self.processes]
 
     def close(self) -> None:
         self.workers.kill()
-        for test in self._sockets.values():
-            test.close()
 
 
 Act = Callable[[Group], Awaitable[None]]
@@ -117,22 +128,38 @@ class Node:
     job: Job
     zygote: Zygote
     slots: list[Slot] = field(default_factory=lambda: [create_slots() for _ in range(3)])
+    hands: dict[int, Hand] = field(default_factory=dict)
+    """Processes that stayed, by rank."""
+    pauses: dict[int, list[Pause]] = field(default_factory=dict)
+    """Of each process that a rank gets, one after another."""
+    sockets: dict[int, socket.socket] = field(default_factory=dict)
+    """To those that pause."""
 
     def train(
-        self, num_ranks: int, act: Act = nothing, *, pauses: Mapping[int, Pause] | None = None, **launch: Any
+        self,
+        num_ranks: int,
+        act: Act = nothing,
+        *,
+        pauses: Mapping[int, Pause] | None = None,
+        may_stay: bool = False,
+        **launch: Any,
     ) -> Group:
-        """A group of so many ranks, under the next token, until all have ended; `act` is what befalls it."""
+        """A group of so many ranks, under the next token, until all are out of it; `act` is what befalls it."""
         record = self.run.update(lambda newest: replace(newest, token=newest.token + 1))
         config = LaunchConfig(nodes=1, processes_per_node=num_ranks, **launch)
         job = replace(self.job, preset=replace(self.job.preset, launch=config))
 
         async def follow() -> Group:
-            group = Group(job, record.token, self.zygote, pauses or {})
+            hands = {rank: self.hands.pop(rank) for rank in range(num_ranks) if rank in self.hands}
+            self.pauses |= {rank: [pause] for rank, pause in (pauses or {}).items()}
+            group = Group(job, record.token, self, may_stay=may_stay, hands=hands)
             try:
                 async with asyncio.timeout(40):
-                    group.begin(self.slots)
+                    group.begin()
                     await act(group)
                     await group.ended
+                    self.hands |= group.workers.hands
+                    group.workers.hands = {}
             finally:
                 group.close()
             return group
@@ -167,6 +194,10 @@ class Node:
         ]
 
     def close(self) -> None:
+        for hand in self.hands.values():
+            hand.end()
+        for test in self.sockets.values():
+            test.close()
         for pair in self.slots:
             for fd in pair:
                 os.close(fd)

@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import replace
+from functools import partial
 
 import pytest
 
@@ -120,11 +121,11 @@ def test_ranks_of_which_one_has_noted_the_validation_go_on_alike(
     require_same(node, calm)
 
 
-async def regroup(group: Group) -> None:
-    await group.paused(1)
-    group.order(1, Order(do="regroup"))
+async def regroup(group: Group, rank: int = 1) -> None:
+    await group.paused(rank)
+    group.order(rank, Order(do="regroup"))
     await asyncio.sleep(0.1)  # so that it has been read
-    group.go_on(1)
+    group.go_on(rank)
 
 
 def test_all_ranks_regroup_after_the_same_step_although_one_is_told(
@@ -225,4 +226,66 @@ def test_no_checkpoint_is_needed_to_go_on(node: Node, proxy: LosingProxy, calm: 
     node.train(2)
     assert node.attempts()[-1] == (2, 7, "memory")
     assert node.run.read().resume_steps == (0, 0)
+    require_same(node, calm)
+
+
+# ---- processes that stay ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("victims", [(0, 0), (1, 1), (0, 1), (1, 0)])
+def test_survivors_keep_their_process_and_go_on_with_the_state_that_they_have(
+    node: Node, calm: tuple[str, list[groups.Told]], victims: tuple[int, int]
+) -> None:
+    """Two groups of three end by a kill, and the third finishes."""
+    for victim, step in zip(victims, (4, 7), strict=True):
+        node.pauses.setdefault(victim, []).append(Pause(MID_STEP, step))
+    pids = []
+    for victim in victims:
+
+        async def kill(group: Group, victim: int = victim) -> None:
+            await group.paused(victim)
+            group.kill(victim)
+
+        pids.append(node.train(3, kill, may_stay=True).pids())
+    pids.append(node.train(3, may_stay=True).pids())
+    for before, after, victim in zip(pids, pids[1:], victims, strict=False):
+        assert [rank for rank in range(3) if before[rank] != after[rank]] == [victim]
+    assert node.attempts()[-1] == (3, 7, "memory")
+    require_same(node, calm)
+
+
+def test_ranks_that_regroup_keep_their_processes(node: Node, calm: tuple[str, list[groups.Told]]) -> None:
+    first = node.train(2, regroup, pauses={1: Pause(MID_STEP, 7)}, may_stay=True)
+    second = node.train(3, may_stay=True)
+    assert second.pids()[:2] == first.pids()
+    assert node.attempts()[-1] == (3, 8, "memory")
+    require_same(node, calm)
+
+
+def test_a_process_whose_state_is_behind_takes_that_of_the_others(
+    node: Node, calm: tuple[str, list[groups.Told]]
+) -> None:
+    """One sat out a group, in which the other came further."""
+    first = node.train(2, regroup, pauses={1: Pause(MID_STEP, 4)}, may_stay=True)
+    node.hands.pop(0).end()
+    node.train(1, partial(regroup, rank=0), pauses={0: Pause(MID_STEP, 9)})
+    last = node.train(2, may_stay=True)
+    assert last.pids()[1] == first.pids()[1]
+    assert node.attempts()[-1] == (2, 10, "memory")
+    require_same(node, calm)
+
+
+def test_a_rank_that_cannot_leave_in_time_ends_instead(node: Node, calm: tuple[str, list[groups.Told]]) -> None:
+    """It waits for a frozen one, whose connection says nothing."""
+
+    async def freeze(group: Group) -> None:
+        await group.paused(1)
+        group.freeze(1)
+        await group.waits(0)
+        group.workers.stop()
+
+    first = node.train(2, freeze, pauses={1: Pause(MID_STEP, 7)}, may_stay=True)
+    assert first.codes()[:2] == [EXIT_STOPPED, -9]
+    assert node.train(2, may_stay=True).pids()[0] != first.pids()[0]
+    assert node.attempts()[-1] == (2, 7, "memory")
     require_same(node, calm)

@@ -64,6 +64,7 @@ def train_until(trainer: Trainer, step: int) -> None:
     trainer.after_step = watch  # type: ignore[method-assign]
     with pytest.raises(GroupEnded):
         train(trainer)
+    trainer.handover.leave()
     assert trainer.state.step == step
 
 

@@ -313,7 +313,7 @@ class HalfPrecision(Tiny):
 
 def test_weights_of_another_dtype_than_float32_are_refused() -> None:
     with pytest.raises(UserError, match=r"parameters of torch\.bfloat16; exact mode needs float32"):
-        make_trainer(recipe=HalfPrecision())
+        _ = make_trainer(recipe=HalfPrecision()).reducer
 
 
 class Unreached(nn.Module):

@@ -23,7 +23,10 @@ from training.objectstore import StoreLocation
 from training.record import Member, Record
 from training.workers import Outcome, Workers
 
-BEGIN = "import json, os, signal, socket, sys\nagent = socket.socket(fileno=int(sys.argv[1]))\n"
+BEGIN = (
+    "import json, os, signal, socket, sys\nagent = socket.socket(fileno=int(sys.argv[1]))\n"
+    "call = json.loads(socket.recv_fds(agent, 9999, 1)[0])['maybe_call']\n"
+)
 SAY = "agent.sendall(json.dumps({}).encode() + b'\\n')\n"
 OBEY = f"agent.recv(99)\nsys.exit({EXIT_STOPPED})\n"
 
@@ -70,15 +73,19 @@ def outcome(*scripts: str, act: Callable[[Workers], None] = lambda workers: None
         left = iter(scripts)
 
         def start(order: dict[str, Any], descriptors: Mapping[str, int]) -> Script:
-            assert order["world_size"] == len(scripts)
             return Script(next(left), descriptors)
 
         member = Member(node=1, incarnation="i", address="127.0.0.1", port=1)
         workers = Workers(
-            job=job, node=1, record=Record(key="k", token=3, members=(member,)), start=start, on_end=ended.set_result
+            job=job,
+            node=1,
+            record=Record(key="k", token=3, members=(member,)),
+            start=start,
+            slots=[(0, 0)] * len(scripts),
+            on_end=ended.set_result,
         )
         with socket.socket() as listener:
-            workers.begin(listener, [(0, 0)] * len(scripts))
+            workers.begin(listener)
             act(workers)
             async with asyncio.timeout(60):
                 while not ended.done():
