@@ -17,11 +17,26 @@ from torch import Tensor
 from training.collectives import of_all_ranks
 from training.control import Order
 from training.errors import InfrastructureError
-from training.slots import HEADER_BYTES, Entry, Header, Memory, Slots, journal_bytes, opened, sealed
+from training.live import Live
+from training.slots import (
+    HEADER_BYTES,
+    Entry,
+    Header,
+    Held,
+    Memory,
+    Slots,
+    journal_bytes,
+    opened,
+    progress_of,
+    reaches_back_to,
+    sealed,
+)
 from training.snapshot import Image
 
 LOCK_SECONDS = 1.0
 """After which a rank that is stuck in the midst of an update leaves nothing."""
+CHUNK_BYTES = 4 << 20
+"""Of a state that is sent: what fits into a cache is joined and hashed at little cost."""
 log = logging.getLogger(__name__)
 
 
@@ -42,11 +57,11 @@ class Found:
     """What the group goes on with."""
 
     step: int
-    take: Callable[[], Memory]
+    take: Callable[[], Held]
     """The same bytes on all ranks, and a journal that tells as much: those of the lowest of the farthest ranks.
     Collective. Raises `InfrastructureError` if they did not arrive whole."""
     is_here: bool
-    """This rank left them itself, and its tensors hold them still."""
+    """This rank's tensors hold them."""
 
 
 class Handover:
@@ -65,7 +80,7 @@ class Handover:
         self._lock = threading.Lock()
         self._leaving = threading.Lock()
         self._has_tried = False
-        self._maybe_left: Memory | None = None
+        self._maybe_live: Live | None = None
         self._is_whole = True
         self.wants_regroup = False
         """The agent wants this group to end after the step that it is in; all ranks agree on which that is."""
@@ -91,7 +106,7 @@ class Handover:
         with self._leaving:
             self._maybe_state = state
             self._has_tried = False
-            self._maybe_left = None
+            self._maybe_live = None
 
     @contextmanager
     def waiting(self) -> Iterator[None]:
@@ -148,10 +163,13 @@ class Handover:
                     num_bytes = sum(tensor.nbytes for tensor in state()[1].values())
                 slots.reserve(num_bytes)
 
-    @property
-    def has_left(self) -> bool:
-        """Whether the state as it is now is in a slot."""
-        return self._maybe_left is not None
+    def stay(self) -> None:
+        """This process will be in the next group too: what it holds need not be copied, but others may ask for it."""
+        assert self._maybe_state is not None, "who was in a group has kept a state"
+        step, tensors = self._maybe_state()
+        self._maybe_live = Live(
+            run_key=self._run_key, generation=self._generation, step=step, tensors=tensors, entries=self.journal
+        )
 
     def leave(self) -> None:
         """Write the last finished step into a slot, on whatever thread; nothing if an update does not end. Who comes
@@ -165,8 +183,7 @@ class Handover:
             try:
                 if self._is_whole:
                     step, tensors = state()
-                    journal = journal_bytes(self.journal)
-                    self._maybe_left = _write(slots, self._run_key, self._generation, step, tensors, journal)
+                    _write(slots, self._run_key, self._generation, step, tensors, journal_bytes(self.journal))
             except Exception:  # what no checkpoint can hold, either; or there is no memory for it
                 log.exception("nothing is left in memory of step %d", self.step)
             finally:
@@ -176,12 +193,12 @@ class Handover:
         """The newest state that any rank has in memory, if it is not older than step `since` and its journal reaches
         back to it. Collective.
         """
-        own = self._maybe_left
+        own: Held | None = self._maybe_live
         if own is None and self._maybe_slots is not None:
             own = self._maybe_slots.newest(self._run_key, self._generation)
-        if own is not None and (own.step < max(since, 1) or not own.reaches_back_to(since)):
+        if own is not None and (own.step < max(since, 1) or not reaches_back_to(own, since)):
             own = None
-        mine = [-1, 0] if own is None else [own.progress, own.fingerprint]
+        mine = [-1, 0] if own is None else [progress_of(own), own.fingerprint]
         found: list[list[int]] = of_all_ranks(torch.tensor(mine, device=device)).tolist()
         best = max(found, key=lambda numbers: numbers[0])
         if best[0] < 0:
@@ -189,10 +206,10 @@ class Handover:
         return Found(
             step=best[0] // 2,
             take=lambda: self._hand_out(own, [same == best for same in found], device),
-            is_here=self.has_left and mine == best,
+            is_here=self._maybe_live is not None and mine == best,
         )
 
-    def _hand_out(self, maybe_memory: Memory | None, has_it: Sequence[bool], device: torch.device) -> Memory:
+    def _hand_out(self, maybe_held: Held | None, has_it: Sequence[bool], device: torch.device) -> Held:
         """What the ranks have that have it. Each gives it to one that lacks it, and so on in rounds, as in a binomial
         tree. Collective.
         """
@@ -203,14 +220,14 @@ class Handover:
             pairs = list(zip(givers, takers, strict=False))
             for giver, taker in pairs:
                 if own == giver:
-                    assert maybe_memory is not None
-                    _give(maybe_memory, taker, device)
+                    assert maybe_held is not None
+                    _give(maybe_held, taker, device)
                 elif own == taker:
-                    maybe_memory = self._take(giver, device)
+                    maybe_held = self._take(giver, device)
             givers += takers[: len(pairs)]
             takers = takers[len(pairs) :]
-        assert maybe_memory is not None
-        return maybe_memory
+        assert maybe_held is not None
+        return maybe_held
 
     def _take(self, giver: int, device: torch.device) -> Memory:
         """Into an own slot, where it is found again if this group ends soon."""
@@ -228,7 +245,7 @@ class Handover:
 
 def _write(
     slots: Slots, run_key: str, generation: int, step: int, tensors: Mapping[str, Tensor], journal: bytes
-) -> Memory | None:
+) -> None:
     image = Image(tensors)
     header = Header(
         run_key=run_key,
@@ -242,17 +259,25 @@ def _write(
         image.write(body[: image.num_bytes])
         body[image.num_bytes :] = journal
 
-    return slots.write(header, fill)
+    slots.write(header, fill)
 
 
-def _give(memory: Memory, taker: int, device: torch.device) -> None:
-    for data in (bytearray(sealed(memory.header)), memory.body):
-        dist.send(torch.frombuffer(data, dtype=torch.uint8).to(device), taker)
+def _give(held: Held, taker: int, device: torch.device) -> None:
+    header = held.header
+    dist.send(torch.frombuffer(bytearray(sealed(header)), dtype=torch.uint8).to(device), taker)
+    for start, stop in _chunks(header.num_bytes):
+        dist.send(torch.frombuffer(held.read(start, stop), dtype=torch.uint8).to(device), taker)
 
 
 def _receive(place: bytearray | memoryview, giver: int, device: torch.device) -> None:
-    here = torch.frombuffer(place, dtype=torch.uint8)
-    there = here.to(device)
-    dist.recv(there, giver)
-    if there is not here:
-        here.copy_(there)
+    """One chunk after another."""
+    for start, stop in _chunks(len(place)):
+        here = torch.frombuffer(place, dtype=torch.uint8, offset=start, count=stop - start)
+        there = here.to(device)
+        dist.recv(there, giver)
+        if there is not here:
+            here.copy_(there)
+
+
+def _chunks(num_bytes: int) -> Iterator[tuple[int, int]]:
+    return ((start, min(start + CHUNK_BYTES, num_bytes)) for start in range(0, num_bytes, CHUNK_BYTES))

@@ -33,6 +33,7 @@ from training.pace import Straggler, maybe_straggler
 from training.recipe import Recipe, learning_rate_scale
 from training.record import CheckpointRef, InitialWeights, Result, RunRecord, with_result, with_resume_step
 from training.saver import CheckpointSaver
+from training.slots import file_of
 from training.state import TrainState
 from training.validation import HeldOut, validate
 
@@ -180,10 +181,10 @@ class Trainer:
         if found is not None:
             noting = beside(partial(self.note_resumption, since))
             self.begin_reading(found.step)
-            memory = found.take()
+            held = found.take()
             if not is_here:
-                self.state.load(tensorfile.tensors(memory.file), step=memory.step)
-            self.handover.journal = [entry for entry in memory.entries if entry.step > since]
+                self.state.load(tensorfile.tensors(file_of(held)), step=held.step)
+            self.handover.journal = [entry for entry in held.entries if entry.step > since]
         else:
             since = self.load_checkpoint()
             self.saver.require_agreement(since)

@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, Protocol
 
 from training.documents import canonical_json, fast_digest, parse
 from training.errors import DamagedError
@@ -45,46 +45,79 @@ class Header:
     journal_digest: str = ""
 
 
+class Held(Protocol):
+    """A state that a rank has between two groups."""
+
+    @property
+    def header(self) -> Header:
+        """With its digests."""
+        ...
+
+    @property
+    def entries(self) -> Sequence[Entry]:
+        """The journal."""
+        ...
+
+    @property
+    def fingerprint(self) -> int:
+        """Of the state, without the journal, whose times are each rank's own."""
+        ...
+
+    @property
+    def step(self) -> int: ...
+
+    def read(self, start: int, stop: int) -> memoryview:
+        """Those bytes of the file with the journal after it."""
+        ...
+
+
 @dataclass(frozen=True, kw_only=True)
 class Memory:
-    """A state as it is handed over."""
+    """What a slot holds."""
 
     header: Header
     body: memoryview
     """The file, and the journal."""
 
-    @property
-    def step(self) -> int:
-        return self.header.step
-
-    @property
-    def file(self) -> memoryview:
-        return self.body[: self.header.num_file_bytes]
-
     @cached_property
     def entries(self) -> Sequence[Entry]:
-        """The journal."""
         documents = json.loads(bytes(self.body[self.header.num_file_bytes :]))
         return [parse(Entry, document) for document in documents]
 
     @property
     def fingerprint(self) -> int:
-        """Of the state, without the journal, whose times are each rank's own."""
-        return int(self.header.file_digest[:15], 16)
+        return fingerprint_of(self.header.file_digest)
 
     @property
-    def progress(self) -> int:
-        """Grows with every step, and once more when its validation is noted: ranks may stop in between."""
-        is_noted = not self.entries or "validation" in self.entries[-1].values
-        return 2 * self.step + is_noted
+    def step(self) -> int:
+        return self.header.step
 
-    def reaches_back_to(self, step: int) -> bool:
-        """Whether the journal tells of every step after that one."""
-        return {entry.step for entry in self.entries} >= set(range(step + 1, self.step + 1))
+    def read(self, start: int, stop: int) -> memoryview:
+        return self.body[start:stop]
+
+
+def file_of(held: Held) -> memoryview:
+    return held.read(0, held.header.num_file_bytes)
+
+
+def progress_of(held: Held) -> int:
+    """Grows with every step, and once more when its validation is noted: ranks may stop in between."""
+    is_noted = not held.entries or "validation" in held.entries[-1].values
+    return 2 * held.step + is_noted
+
+
+def reaches_back_to(held: Held, step: int) -> bool:
+    """Whether the journal tells of every step after that one."""
+    return {entry.step for entry in held.entries} >= set(range(step + 1, held.step + 1))
+
+
+def fingerprint_of(file_digest: str) -> int:
+    """As a number that fits into an int64."""
+    return int(file_digest[:15], 16)
 
 
 def journal_bytes(entries: Sequence[Entry]) -> bytes:
-    return canonical_json([asdict(entry) for entry in entries])
+    return canonical_json([vars(entry) for entry in entries])
 
 
 def create_slots() -> tuple[int, int]:

@@ -6,7 +6,7 @@ times quicker than into fresh ones. Format: https://github.com/huggingface/safet
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor
@@ -48,6 +48,16 @@ class Image:
             tensor = self._tensors[name]
             _put(tensor.detach(), buffer[start : start + tensor.nbytes])
             start += tensor.nbytes
+
+    def pieces(self) -> Iterator[memoryview]:
+        """Of the file, in order; nothing is copied that lies in memory as it does there."""
+        yield memoryview(bytearray(self._header))
+        for name in self._names:
+            yield _bytes_of(self._tensors[name].detach())
+
+
+def _bytes_of(tensor: Tensor) -> memoryview:
+    return tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
 
 
 def _put(tensor: Tensor, place: memoryview) -> None:

@@ -90,9 +90,7 @@ class _Worker:
                 self._channel.send(_note("left", over, self._handover.step))
             else:
                 return 0
-            self._handover.leave()
-            if not self._handover.has_left:  # then the next group must not count on it
-                return EXIT_STOPPED
+            self._handover.stay()
 
     def _obey(self) -> None:
         """What the agent says, until it is gone: then this process goes too."""

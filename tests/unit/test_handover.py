@@ -25,7 +25,7 @@ from training.handover import GroupEnded, Handover
 from training.loop import Trainer
 from training.objectstore import Store
 from training.record import RunRecord
-from training.slots import Slots, create_slots
+from training.slots import Slots, create_slots, file_of
 from training.state import tensors_sha256
 
 STEPS = 9
@@ -304,7 +304,7 @@ def test_nothing_changes_while_another_thread_copies(
     memory = slots.newest("k", 0)
     assert memory is not None
     assert memory.step == 2
-    assert tensors_sha256(tensorfile.tensors(memory.file)) == settled
+    assert tensors_sha256(tensorfile.tensors(file_of(memory))) == settled
 
 
 def test_two_threads_that_leave_write_once_and_both_wait_for_it(slots: Slots, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,7 +9,17 @@ from collections.abc import Iterator
 
 import pytest
 
-from training.slots import HEADER_BYTES, Entry, Header, Memory, Slots, create_slots, journal_bytes
+from training.slots import (
+    HEADER_BYTES,
+    Entry,
+    Header,
+    Memory,
+    Slots,
+    create_slots,
+    file_of,
+    journal_bytes,
+    reaches_back_to,
+)
 
 FILE = bytes(range(200))
 Descriptors = tuple[int, int]
@@ -54,7 +64,7 @@ def test_what_is_left_is_found(descriptors: Descriptors) -> None:
         write(slots, step)
         memory = found(Slots(descriptors))
         assert memory is not None
-        assert (memory.step, bytes(memory.file)) == (step, bytes([step]) + FILE)
+        assert (memory.step, bytes(file_of(memory))) == (step, bytes([step]) + FILE)
         assert [(entry.step, entry.values["loss"]) for entry in memory.entries] == [
             (s, s / 8) for s in range(1, step + 1)
         ]
@@ -65,7 +75,7 @@ def test_the_journal_must_reach_back_far_enough(descriptors: Descriptors) -> Non
     write(slots, 9, told_since=4)
     memory = found(slots)
     assert memory is not None
-    assert [since for since in range(10) if memory.reaches_back_to(since)] == [4, 5, 6, 7, 8, 9]
+    assert [since for since in range(10) if reaches_back_to(memory, since)] == [4, 5, 6, 7, 8, 9]
 
 
 @pytest.mark.parametrize(("key", "generation"), [("other", 0), ("k", 1)])

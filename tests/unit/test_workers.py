@@ -23,10 +23,13 @@ from training.objectstore import StoreLocation
 from training.record import Member, Record
 from training.workers import Outcome, Workers
 
-BEGIN = (
-    "import json, os, signal, socket, sys\nagent = socket.socket(fileno=int(sys.argv[1]))\n"
-    "call = json.loads(socket.recv_fds(agent, 9999, 1)[0])['maybe_call']\n"
-)
+BEGIN = """
+import json, os, signal, socket, sys
+agent = socket.socket(fileno=int(sys.argv[1]))
+call = b""
+while not call.endswith(b"\\n"):
+    call += socket.recv_fds(agent, 1, 1)[0]
+"""
 SAY = "agent.sendall(json.dumps({}).encode() + b'\\n')\n"
 OBEY = f"agent.recv(99)\nsys.exit({EXIT_STOPPED})\n"
 
