@@ -105,6 +105,7 @@ class _Shell:
         self._maybe_workers: Workers | None = None
         self._hands: dict[int, Hand] = {}
         """Processes that stayed from the last group, by local rank."""
+        self._spares: dict[int, Hand] = {}
         self._maybe_code: int | None = None
         self._pending: set[asyncio.Task[None]] = set()
         self._timing = Timing(silence=launch.silence_seconds, join=launch.join_seconds)
@@ -136,7 +137,7 @@ class _Shell:
         finally:
             if self._maybe_workers is not None:
                 self._maybe_workers.kill()
-            for hand in self._hands.values():
+            for hand in (*self._hands.values(), *self._spares.values()):
                 hand.end()
             looking.cancel()
             await self._links.close()
@@ -233,6 +234,7 @@ class _Shell:
             on_end=self._workers_ended,
             may_stay=True,
             hands=self._hands,
+            spares=self._spares,
         )
         self._maybe_workers.begin(self._listener)
 

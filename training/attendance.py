@@ -22,6 +22,10 @@ class Attendance:
         self._is_out.clear()
         self._calls.put((call, maybe_listener))
 
+    @property
+    def is_in(self) -> bool:
+        return not self._is_out.is_set()
+
     def next_call(self) -> tuple[Call, int | None]:
         """Wait for it."""
         return self._calls.get()

@@ -133,6 +133,9 @@ class LaunchConfig:
     """What a preempted node takes at most for a last checkpoint."""
     collective_timeout_seconds: int = 60
     max_restarts: int = 20
+    keep_spares: bool = False
+    """For each rank of a node, one more process that has made its model and takes the place of one that dies at once.
+    It takes the memory of the weights."""
     data_workers: int = 0
     """Processes per rank that read and decode (0: threads of the rank itself)."""
     cache_memory_bytes: int = 1 << 30

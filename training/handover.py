@@ -102,11 +102,13 @@ class Handover:
         self.maybe_must_end_at = None
 
     def keep(self, state: Callable[[], tuple[int, Mapping[str, Tensor]]]) -> None:
-        """From now on `leave` finds the last finished step and its tensors there."""
+        """From now on `leave` finds the last finished step and its tensors there, and what was found counts no more."""
         with self._leaving:
             self._maybe_state = state
             self._has_tried = False
             self._maybe_live = None
+            if self._maybe_slots is not None:
+                self._maybe_slots.clear()
 
     @contextmanager
     def waiting(self) -> Iterator[None]:

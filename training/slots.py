@@ -143,8 +143,7 @@ class Slots:
         is another one.
         """
         fd = min(self._descriptors, key=_step_of)
-        if os.fstat(fd).st_size >= HEADER_BYTES:
-            os.pwrite(fd, bytes(HEADER_BYTES), 0)  # nothing here is believed from now on
+        _unseal(fd)
         if os.fstat(fd).st_size < HEADER_BYTES + header.num_bytes:
             os.ftruncate(fd, HEADER_BYTES + header.num_bytes)
         body = _body(fd, header)
@@ -155,6 +154,11 @@ class Slots:
         os.pwrite(fd, sealed(proven), 0)
         return Memory(header=proven, body=body)
 
+    def clear(self) -> None:
+        """What was found is in use now, and changes; later it must not be found again."""
+        for fd in self._descriptors:
+            _unseal(fd)
+
     def reserve(self, num_bytes: int) -> None:
         """Have memory for so large a file and some journal ready: to write into pages that are there is several times
         quicker than into new ones. May go on beside `write`."""
@@ -162,6 +166,12 @@ class Slots:
             with suppress(OSError):  # then there may be none when it is needed, and that is told there
                 if os.fstat(fd).st_size < HEADER_BYTES + num_bytes:
                     os.posix_fallocate(fd, 0, HEADER_BYTES + num_bytes + JOURNAL_BYTES)
+
+
+def _unseal(fd: int) -> None:
+    """Nothing there is believed from now on."""
+    if os.fstat(fd).st_size >= HEADER_BYTES:
+        os.pwrite(fd, bytes(HEADER_BYTES), 0)
 
 
 def _read(fd: int, run_key: str, generation: int) -> Memory | None:

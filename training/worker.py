@@ -116,7 +116,9 @@ class _Worker:
         """Tell the agent that this process lives, and whether it waits for others."""
         with suppress(OSError):
             while True:
-                self._channel.send(Note(event="beat", step=self._handover.step, is_waiting=self._handover.is_waiting))
+                if self._attendance.is_in:  # else nobody listens
+                    beat = Note(event="beat", step=self._handover.step, is_waiting=self._handover.is_waiting)
+                    self._channel.send(beat)
                 time.sleep(BEAT_SECONDS)
 
     def _report(self, error: Exception) -> None:

@@ -106,6 +106,8 @@ class Workers:
     """Whether processes may outlast their group."""
     hands: dict[int, Hand] = field(default_factory=dict)
     """By local rank: those who stayed from the group before, then those who stay from this one."""
+    spares: dict[int, Hand] = field(default_factory=dict)
+    """By local rank: they belong to no group, until one is needed."""
     _workers: list[_Worker] = field(default_factory=list)
     _is_stopping: bool = False
     _has_ended: bool = False
@@ -175,7 +177,7 @@ class Workers:
     def kill(self) -> None:
         """All of them, and those who stayed."""
         self._kill_late()
-        for hand in self.hands.values():
+        for hand in (*self.hands.values(), *self.spares.values()):
             hand.end()
 
     def kill_hung(self, now: float, *, hang_seconds: float) -> None:
@@ -197,6 +199,8 @@ class Workers:
                 _take(worker, note, loop.time())
         except (EOFError, OSError):
             loop.remove_reader(worker.hand.channel.end)
+        if worker.slowest_seconds:  # it has finished a step
+            self._maybe_add_spare(worker.local_rank)
         if worker.has_left:
             self._look_whether_all_are_out()
 
@@ -218,10 +222,18 @@ class Workers:
         self._look_whether_all_are_out()
 
     def _replace(self, local_rank: int) -> None:
-        """Another process makes itself ready while the next group is found."""
-        if self.may_stay:
+        """By a spare, or by a process that makes itself ready while the next group is found."""
+        if local_rank in self.spares:
+            self.hands[local_rank] = self.spares.pop(local_rank)
+        elif self.may_stay:
             with suppress(InfrastructureError):  # who begins the next group is told
                 self.hands[local_rank] = self._fork(local_rank)
+
+    def _maybe_add_spare(self, local_rank: int) -> None:
+        """Once there is nothing more urgent to do."""
+        if self.may_stay and self.job.preset.launch.keep_spares and local_rank not in self.spares:
+            with suppress(InfrastructureError):  # then there is none
+                self.spares[local_rank] = self._fork(local_rank)
 
     def _look_whether_all_are_out(self) -> None:
         if not any(worker.is_in for worker in self._workers):

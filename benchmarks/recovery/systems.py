@@ -103,7 +103,9 @@ class Logged(ABC):
         return sorted(first.values(), key=lambda step: step.time)
 
     def maybe_rank_on(self, host: Host) -> psutil.Process | None:
-        return next((process for process in host.processes() if self._is_rank(process)), None)
+        """The oldest: those that came later are spares."""
+        found = [process for process in host.processes() if self._is_rank(process)]
+        return min(found, key=lambda process: process.create_time(), default=None)
 
     @abstractmethod
     def _is_rank(self, process: psutil.Process) -> bool: ...
@@ -232,6 +234,7 @@ def _preset(num_bytes: int, *, num_nodes: int, min_nodes: int) -> Preset:
             silence_seconds=DETECTION_SECONDS,
             hang_seconds=DETECTION_SECONDS,
             max_restarts=MANY,
+            keep_spares=True,
         ),
         hyperparameters={"num_bytes": num_bytes},
     )
