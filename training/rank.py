@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any
 
@@ -14,6 +14,7 @@ import torch.distributed as dist
 
 from training import environment
 from training.beside import beside
+from training.connections import Connections
 from training.control import Note, Seat
 from training.data.loader import Feed
 from training.errors import UserError
@@ -36,6 +37,8 @@ class Kit:
     recipe: Recipe
     environment: dict[str, str]
     state: TrainState
+    connections: Connections = field(default_factory=Connections)
+    """To the other ranks of the group."""
     maybe_leaving: Future[None] | None = None
     """The group before, as long as its connections are being closed."""
 
@@ -122,13 +125,14 @@ def _join(kit: Kit, seat: Seat, rendezvous: Any) -> None:
     """Become a rank of the group."""
     if kit.maybe_leaving is not None:
         kit.maybe_leaving.result()
-    dist.init_process_group(
-        "nccl" if kit.device.type == "cuda" else "gloo",
-        store=rendezvous,
-        rank=seat.rank,
-        world_size=seat.world_size,
-        timeout=timedelta(seconds=kit.job.preset.launch.collective_timeout_seconds),
-    )
+    with kit.connections.opening():
+        dist.init_process_group(
+            "nccl" if kit.device.type == "cuda" else "gloo",
+            store=rendezvous,
+            rank=seat.rank,
+            world_size=seat.world_size,
+            timeout=timedelta(seconds=kit.job.preset.launch.collective_timeout_seconds),
+        )
 
 
 def _admitted(run: RunRecord, token: int, here: dict[str, str]) -> Record:

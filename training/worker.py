@@ -11,7 +11,7 @@ import traceback
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from training.attendance import Attendance
 from training.control import EXIT_STOPPED, Call, Channel, Note, Order
@@ -19,6 +19,9 @@ from training.documents import parse
 from training.errors import UnbrokenError
 from training.job import Job
 from training.slots import Slots
+
+if TYPE_CHECKING:
+    from training.rank import Kit
 
 BEAT_SECONDS = 0.25
 PATIENCE_SECONDS = 0.2
@@ -54,7 +57,7 @@ class _Worker:
         self._order = order
         self._channel = Channel(socket.socket(fileno=order.control_fd))
         self._attendance = Attendance()
-        self._may_stay = False
+        self._maybe_kit: Kit | None = None
         slots = Slots([order.slot_fd_0, order.slot_fd_1])
         self._handover = Handover(slots, run_key=order.job["key"], generation=order.job["generation"])
 
@@ -78,13 +81,14 @@ class _Worker:
         from training.rank import prepare, train
 
         kit = prepare(Job.from_json(self._order.job), local_rank=self._order.local_rank)
-        self._may_stay = self._order.may_stay and kit.may_stay
+        may_stay = self._order.may_stay and kit.may_stay
+        self._maybe_kit = kit if may_stay else None
         while True:
             call, maybe_listener = self._attendance.next_call()
             try:
                 train(kit, call.seat, _rendezvous(call, maybe_listener), self._handover, self._channel.send)
             except GroupOver as over:
-                if not self._may_stay:
+                if not may_stay:
                     raise
                 self._attendance.leave()
                 self._channel.send(_note("left", over, self._handover.step))
@@ -106,11 +110,17 @@ class _Worker:
             self._handover.begin_group()
             self._attendance.call(order.maybe_call, maybe_listener)
         elif order.do == "stop":
-            if self._attendance.must_end(PATIENCE_SECONDS if self._may_stay else 0.0):
-                self._handover.leave()
-                os._exit(EXIT_STOPPED)
+            self._stop()
         else:
             self._handover.take_order(order)
+
+    def _stop(self) -> None:
+        """Have the training thread leave its group; or end this process, once what it holds is left in memory."""
+        if self._maybe_kit is not None:
+            self._maybe_kit.connections.cut()
+        if self._attendance.must_end(PATIENCE_SECONDS if self._maybe_kit is not None else 0.0):
+            self._handover.leave()
+            os._exit(EXIT_STOPPED)
 
     def _beat(self) -> None:
         """Tell the agent that this process lives, and whether it waits for others."""

@@ -275,8 +275,11 @@ def test_a_process_whose_state_is_behind_takes_that_of_the_others(
     require_same(node, calm)
 
 
-def test_a_rank_that_cannot_leave_in_time_ends_instead(node: Node, calm: tuple[str, list[groups.Told]]) -> None:
-    """It waits for a frozen one, whose connection says nothing."""
+def test_a_rank_that_waits_for_a_frozen_one_stays_when_it_is_told_to_stop(
+    node: Node, calm: tuple[str, list[groups.Told]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing comes by the connection between the two, which is open."""
+    monkeypatch.setattr("training.workers.STOP_SECONDS", 1.0)
 
     async def freeze(group: Group) -> None:
         await group.paused(1)
@@ -285,7 +288,36 @@ def test_a_rank_that_cannot_leave_in_time_ends_instead(node: Node, calm: tuple[s
         group.workers.stop()
 
     first = node.train(2, freeze, pauses={1: Pause(MID_STEP, 7)}, may_stay=True)
-    assert first.codes()[:2] == [EXIT_STOPPED, -9]
-    assert node.train(2, may_stay=True).pids()[0] != first.pids()[0]
+    second = node.train(2, may_stay=True)
+    assert [before == after for before, after in zip(first.pids(), second.pids(), strict=True)] == [True, False]
+    assert node.attempts()[-1] == (2, 7, "memory")
+    require_same(node, calm)
+
+
+def test_ranks_that_cannot_leave_in_time_end_instead(node: Node, calm: tuple[str, list[groups.Told]]) -> None:
+    """They compute."""
+
+    async def stop(group: Group) -> None:
+        await group.paused(0, 1)
+        group.workers.stop()
+
+    first = node.train(2, stop, pauses={0: Pause(MID_STEP, 7), 1: Pause(MID_STEP, 7)}, may_stay=True)
+    assert first.codes()[:2] == [EXIT_STOPPED, EXIT_STOPPED]
+    assert not set(node.train(2, may_stay=True).pids()) & set(first.pids())
+    assert node.attempts()[-1] == (2, 7, "memory")
+    require_same(node, calm)
+
+
+def test_a_spare_takes_the_place_of_a_rank_that_dies(node: Node, calm: tuple[str, list[groups.Told]]) -> None:
+    async def kill(group: Group) -> None:
+        await group.paused(1)
+        group.kill(1)
+
+    first = node.train(2, kill, pauses={1: Pause(MID_STEP, 7)}, may_stay=True, keep_spares=True)
+    spares = {process.pid for process in first.processes} - set(first.pids())
+    second = node.train(2, may_stay=True)
+    assert len(spares) == 2
+    assert second.pids()[0] == first.pids()[0]
+    assert second.pids()[1] in spares
     assert node.attempts()[-1] == (2, 7, "memory")
     require_same(node, calm)

@@ -1,0 +1,76 @@
+"""What is read of a living state is, to the byte, what a slot would hold."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from training.live import Live, read_pieces
+from training.slots import Entry, Header, Slots, create_slots, file_of, journal_bytes, progress_of, reaches_back_to
+from training.snapshot import Image
+
+TENSORS = {
+    "model.weight": torch.arange(12, dtype=torch.float32).reshape(3, 4).t(),
+    "model.count": torch.tensor(7),
+    "model.none": torch.empty(0),
+    "optimizer.m": torch.linspace(0, 1, 1000, dtype=torch.float64),
+}
+ENTRIES = [Entry(time=float(step), step=step, values={"loss": 0.5}) for step in (4, 5)]
+
+
+@pytest.fixture
+def slots() -> Iterator[Slots]:
+    descriptors = create_slots()
+    yield Slots(descriptors)
+    for fd in descriptors:
+        os.close(fd)
+
+
+def live() -> Live:
+    return Live(run_key="k", generation=0, step=5, tensors=TENSORS, entries=ENTRIES)
+
+
+def test_it_is_the_same_as_in_a_slot(slots: Slots) -> None:
+    image, journal = Image(TENSORS), journal_bytes(ENTRIES)
+    header = Header(
+        run_key="k",
+        generation=0,
+        step=5,
+        num_file_bytes=image.num_bytes,
+        num_bytes=image.num_bytes + len(journal),
+    )
+
+    def fill(body: memoryview) -> None:
+        image.write(body[: image.num_bytes])
+        body[image.num_bytes :] = journal
+
+    memory = slots.write(header, fill)
+    assert memory is not None
+    held = live()
+    assert (held.header, held.fingerprint, held.step) == (memory.header, memory.fingerprint, memory.step)
+    assert file_of(held) == file_of(memory)
+    assert held.read(0, held.header.num_bytes) == memory.body
+    assert list(held.entries) == list(memory.entries)
+    assert progress_of(held) == progress_of(memory)
+    assert reaches_back_to(held, 3)
+    assert not reaches_back_to(held, 2)
+
+
+@given(st.lists(st.binary(max_size=9), max_size=9), st.data())
+def test_any_bytes_of_pieces_are_those_of_the_whole(pieces: list[bytes], data: st.DataObject) -> None:
+    whole = b"".join(pieces)
+    start = data.draw(st.integers(0, len(whole)))
+    stop = data.draw(st.integers(start, len(whole)))
+    assert read_pieces([memoryview(piece) for piece in pieces], start, stop) == whole[start:stop]
+
+
+def test_what_lies_in_one_piece_is_not_copied() -> None:
+    piece = bytearray(b"abcdef")
+    found = read_pieces([memoryview(b"x"), memoryview(piece)], 2, 5)
+    piece[2] = ord("!")
+    assert found == b"b!d"
