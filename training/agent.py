@@ -240,6 +240,7 @@ class _Shell:
 
     def _workers_ended(self, outcome: Outcome) -> None:
         assert self._maybe_workers is not None
+        log.info("node %d: out of the group of token %d", self._agent.node, self._maybe_workers.record.token)
         self._hands = self._maybe_workers.hands
         self._maybe_workers = None
         self._listener, before = self._bind(), self._listener  # in this order, or it might get the same port

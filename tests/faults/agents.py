@@ -77,6 +77,10 @@ class Agents:
         self.newest[host.number] = self.running[-1]
         return self.running[-1]
 
+    def is_out_of(self, token: int, host: Host) -> bool:
+        """Whether that host's agent has said that its ranks left the group of that token."""
+        return f"out of the group of token {token}\n" in (self.folder / f"node{host.number}.log").read_text()
+
     def restart(self, host: Host) -> None:
         """In the place of one that was killed."""
         before = self.newest[host.number]

@@ -158,7 +158,7 @@ def test_links_cut_and_the_store_away(
         victim = KillProcess(find(hosts[1], "training.agent")[0])
         victim.fire()
         assert victim.fired
-        wait_until(lambda: not find(hosts[0], "training.worker"), what="the group to pause")
+        wait_until(lambda: agents.is_out_of(before, hosts[0]), what="the group to pause")
         assert agents.run.read().token == before, "nobody goes on without the record"
     wait_for_group(agents, num_ranks=2, after=3)
     assert agents.running.pop(1).wait(timeout=30) == -9
