@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any
@@ -124,7 +124,7 @@ def require_same_source(job: Job, recipe: Recipe) -> None:
 def _join(kit: Kit, seat: Seat, rendezvous: Any) -> None:
     """Become a rank of the group."""
     if kit.maybe_leaving is not None:
-        kit.maybe_leaving.result()
+        wait([kit.maybe_leaving])
     with kit.connections.opening():
         dist.init_process_group(
             "nccl" if kit.device.type == "cuda" else "gloo",
