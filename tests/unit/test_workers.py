@@ -10,18 +10,19 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
 import pytest
 
 from tests.unit.tiny import tiny_preset
-from training.control import EXIT_STOPPED, Order
+from training.control import EXIT_STOPPED, Channel, Order
+from training.errors import InfrastructureError
 from training.job import Job
 from training.objectstore import StoreLocation
 from training.record import Member, Record
-from training.workers import Outcome, Workers
+from training.workers import Hand, Outcome, Workers
 
 BEGIN = """
 import json, os, signal, socket, sys
@@ -60,8 +61,18 @@ class Script:
         self._process.kill()
 
 
-def outcome(*scripts: str, act: Callable[[Workers], None] = lambda workers: None, hang_seconds: float = 60) -> Outcome:
-    """Of a group of one node with these workers."""
+def outcome(
+    *scripts: str,
+    act: Callable[[Workers], None] = lambda workers: None,
+    hang_seconds: float = 60,
+    before: Callable[[Workers], None] = lambda workers: None,
+    then: Callable[[Workers], None] = lambda workers: None,
+    later: Sequence[str] = (),
+    may_stay: bool = False,
+) -> Outcome:
+    """Of a group of one node with these workers, and `then` a look at what is left. What is forked `later` does what is
+    written there; if nothing is, nothing can be forked.
+    """
     job = Job(
         key="k",
         generation=0,
@@ -73,10 +84,13 @@ def outcome(*scripts: str, act: Callable[[Workers], None] = lambda workers: None
 
     async def follow() -> Outcome:
         ended: asyncio.Future[Outcome] = asyncio.get_running_loop().create_future()
-        left = iter(scripts)
+        left = iter([*scripts, *later])
 
         def start(order: dict[str, Any], descriptors: Mapping[str, int]) -> Script:
-            return Script(next(left), descriptors)
+            script = next(left, None)
+            if script is None:
+                raise InfrastructureError("no worker could be forked")
+            return Script(script, descriptors)
 
         member = Member(node=1, incarnation="i", address="127.0.0.1", port=1)
         workers = Workers(
@@ -86,8 +100,10 @@ def outcome(*scripts: str, act: Callable[[Workers], None] = lambda workers: None
             start=start,
             slots=[(0, 0)] * len(scripts),
             on_end=ended.set_result,
+            may_stay=may_stay,
         )
         with socket.socket() as listener:
+            before(workers)
             workers.begin(listener)
             act(workers)
             async with asyncio.timeout(60):
@@ -95,6 +111,8 @@ def outcome(*scripts: str, act: Callable[[Workers], None] = lambda workers: None
                     workers.kill_hung(asyncio.get_running_loop().time(), hang_seconds=hang_seconds)
                     with suppress(TimeoutError):
                         await asyncio.wait_for(asyncio.shield(ended), 0.02)
+            then(workers)
+            workers.kill()
         return ended.result()
 
     return asyncio.run(follow())
@@ -179,3 +197,53 @@ def test_signals_are_named() -> None:
     assert found.maybe_departure is not None
     assert found.maybe_departure.class_name == "Killed"
     assert found.maybe_departure.cause == "worker killed by signal 15"
+
+
+# ---- processes that stay ---------------------------------------------------------------------------------------------
+
+LEFT = say(event="began", step=5) + say(event="left", step=6, class_name="PeerLost", message="gloo: connection closed")
+LEFT += "signal.pause()\n"
+
+
+def test_who_left_stays_and_tells_why() -> None:
+    hands = {}
+    found = outcome(LEFT, LEFT, then=lambda workers: hands.update(workers.hands), may_stay=True)
+    assert sorted(hands) == [0, 1]
+    assert found.step == 6
+    assert not found.is_finished
+    assert found.maybe_departure is not None
+    assert (found.maybe_departure.class_name, found.maybe_departure.step) == ("PeerLost", 6)
+
+
+def test_when_one_leaves_the_others_are_told_to_and_nobody_is_to_blame() -> None:
+    wanted = say(event="left", step=6)
+    told = "assert json.loads(agent.makefile().readline())['do'] == 'stop'\n" + wanted + "signal.pause()\n"
+    assert outcome(wanted + "signal.pause()\n", told, may_stay=True) == Outcome(
+        step=6, is_finished=False, maybe_departure=None
+    )
+
+
+@pytest.mark.parametrize("later", [[], ["signal.pause()\n"]], ids=["nothing can be forked", "it can"])
+def test_who_dies_is_replaced_at_once_if_that_can_be(later: list[str]) -> None:
+    hands: dict[int, Hand] = {}
+    found = outcome(LEFT, KILLED, later=later, then=lambda workers: hands.update(workers.hands), may_stay=True)
+    assert sorted(hands) == [0, 1][: 1 + len(later)]
+    assert found.maybe_departure is not None
+    assert found.maybe_departure.cause == "worker killed by signal 9"
+
+
+def test_who_ended_while_nobody_needed_it_is_not_called() -> None:
+    """The group before left a process that has died since."""
+    ours, theirs = socket.socketpair()
+    gone = Hand(process=Script("", {"control_fd": theirs.fileno()}), channel=Channel(ours))
+    gone.process.kill()
+    gone.process._process.wait(30)  # type: ignore[attr-defined]
+    done = say(event="step", step=6)
+
+    def lend(workers: Workers) -> None:
+        """Before they begin."""
+        workers.hands = {0: gone}
+
+    assert outcome(done, before=lend) == Outcome(step=6, is_finished=True, maybe_departure=None)
+    assert ours.fileno() == -1
+    theirs.close()
