@@ -47,7 +47,7 @@ from training.protocol import (
 )
 from training.record import Member, Record, RunRecord
 from training.slots import create_slots
-from training.workers import Hand, Outcome, Workers
+from training.workers import Hand, Outcome, Workers, fork
 from training.zygote import Zygote
 
 EXIT_PREEMPTED = 75
@@ -104,7 +104,7 @@ class _Shell:
         self._places: dict[int, Place] = {}
         self._maybe_workers: Workers | None = None
         self._hands: dict[int, Hand] = {}
-        """Processes that stayed from the last group, by local rank."""
+        """Processes that wait to be called, by local rank."""
         self._spares: dict[int, Hand] = {}
         self._maybe_code: int | None = None
         self._pending: set[asyncio.Task[None]] = set()
@@ -147,6 +147,8 @@ class _Shell:
         while not self._agent.zygote.is_ready():
             self._agent.zygote.prepare()
             await asyncio.sleep(WARM_UP_LOOK_SECONDS)
+        for local_rank, slots in enumerate(self._slots):
+            self._hands[local_rank] = fork(self._agent.zygote.start, self._agent.job, local_rank, slots, may_stay=True)
 
     async def _next_event(self) -> Event:
         try:

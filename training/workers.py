@@ -58,6 +58,15 @@ class Hand:
         self.channel.end.close()
 
 
+def fork(start: Start, job: Job, local_rank: int, slots: tuple[int, int], *, may_stay: bool) -> Hand:
+    """A process that makes itself ready to be called. Raises `InfrastructureError`."""
+    ours, theirs = socket.socketpair()
+    order = WorkerOrder(job=job.to_json(), local_rank=local_rank, may_stay=may_stay)
+    with theirs:
+        descriptors = {"control_fd": theirs.fileno(), "slot_fd_0": slots[0], "slot_fd_1": slots[1]}
+        return Hand(process=start(asdict(order), descriptors), channel=Channel(ours))
+
+
 @dataclass(kw_only=True)
 class _Worker:
     """One rank."""
@@ -133,13 +142,7 @@ class Workers:
                 hand.channel.send(Order(do="join", maybe_call=call), *[listener.fileno()][: call.is_host])
 
     def _fork(self, local_rank: int) -> Hand:
-        """Raises `InfrastructureError`."""
-        ours, theirs = socket.socketpair()
-        first, second = self.slots[local_rank]
-        order = WorkerOrder(job=self.job.to_json(), local_rank=local_rank, may_stay=self.may_stay)
-        with theirs:
-            descriptors = {"control_fd": theirs.fileno(), "slot_fd_0": first, "slot_fd_1": second}
-            return Hand(process=self.start(asdict(order), descriptors), channel=Channel(ours))
+        return fork(self.start, self.job, local_rank, self.slots[local_rank], may_stay=self.may_stay)
 
     def _call(self, local_rank: int) -> Call:
         first, per_node = self.record.members[0], self.job.preset.launch.processes_per_node
