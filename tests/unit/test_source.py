@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import io
+import os
 import subprocess
 import sys
 import tarfile
@@ -67,6 +68,20 @@ def raw(tmp_path: Path) -> Path:
 def test_a_folder_is_listed_in_the_order_of_names_without_what_is_hidden_or_excluded(raw: Path) -> None:
     config = data_config(glob="*.csv", exclude=("skip",))
     assert names(local_source(raw.parent, config)) == ["a.csv", "a/10.csv", "a/2.csv", "b.csv"]
+
+
+def test_a_file_written_anew_is_another_one_although_its_size_and_time_are_the_same(raw: Path) -> None:
+    """Unpacked archives and `rsync --times` give such files; the shard stage would be taken for finished."""
+    source = local_source(raw.parent, data_config(glob="b.csv"))
+    (before,) = source.list_files()
+    times = (raw / "b.csv").stat()
+    (raw / "b.csv").write_text("c.csv\n")
+    os.utime(raw / "b.csv", ns=(times.st_atime_ns, times.st_mtime_ns))
+    (after,) = source.list_files()
+    assert (after.name, after.num_bytes) == (before.name, before.num_bytes)
+    assert after != before
+    with pytest.raises(UserError, match=r"b\.csv was changed while it was read"):
+        source.require_unchanged(before)
 
 
 def test_a_single_file_needs_no_glob(raw: Path) -> None:
@@ -141,6 +156,31 @@ def test_damaged_gz_is_the_users_error_and_names_the_file(tmp_path: Path, damage
     config = data_config()
     with pytest.raises(UserError, match=r"x\.csv\.gz: damaged gzip data after line \d+"):
         all_records(local_source(tmp_path, config), config)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "says"),
+    [
+        ("x.csv.gz", b"", r"x\.csv\.gz: damaged gzip data: the file is empty"),
+        ("x.csv.bz2", b"BZh9", r"x\.csv\.bz2: of packed lines only \.gz is read"),
+        ("x.csv.ZST", b"\x28\xb5", r"x\.csv\.ZST: of packed lines only \.gz is read"),
+    ],
+)
+def test_what_would_be_lines_of_garbage_is_named(tmp_path: Path, name: str, content: bytes, says: str) -> None:
+    (tmp_path / "raw").mkdir()
+    (tmp_path / "raw" / name).write_bytes(content)
+    config = data_config()
+    with pytest.raises(UserError, match=says):
+        all_records(local_source(tmp_path, config), config)
+    config = data_config(format="files")
+    assert all_records(local_source(tmp_path, config), config) == [(name, content)]
+
+
+def test_gz_may_be_written_in_capitals(tmp_path: Path) -> None:
+    (tmp_path / "raw").mkdir()
+    (tmp_path / "raw/X.CSV.GZ").write_bytes(gzip.compress(b"1\n"))
+    config = data_config()
+    assert all_records(local_source(tmp_path, config), config) == [("X.CSV.GZ:1", b"1")]
 
 
 def test_a_missing_source_is_named(tmp_path: Path) -> None:
@@ -256,6 +296,34 @@ def test_a_damaged_header_is_no_end_of_an_archive(tmp_path: Path) -> None:
         read_all(local_source(tmp_path, config), config)
 
 
+@pytest.mark.parametrize("kind", [tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.FIFOTYPE], ids=["soft", "hard", "fifo"])
+def test_a_member_without_bytes_is_named(tmp_path: Path, kind: bytes) -> None:
+    write_tar(tmp_path / "raw/x.tar", TAR)
+    with tarfile.open(tmp_path / "raw/x.tar", "a") as archive:
+        member = tarfile.TarInfo("c.jpg")
+        member.type, member.linkname = kind, "a/1.jpg"
+        archive.addfile(member)
+    config = data_config(format="webdataset")
+    with pytest.raises(UserError, match=r"x\.tar: member 'c\.jpg' is a link, or no file"):
+        read_all(local_source(tmp_path, config), config)
+
+
+def test_folders_and_hidden_members_are_no_records(tmp_path: Path) -> None:
+    write_tar(
+        tmp_path / "raw/x.tar", [("._a.jpg", b"mac"), ("./a.jpg", b"1"), ("./._b.jpg", b"mac"), ("./b.jpg", b"2")]
+    )
+    with tarfile.open(tmp_path / "raw/x.tar", "a") as archive:
+        member = tarfile.TarInfo("./c")
+        member.type = tarfile.DIRTYPE
+        archive.addfile(member)
+    config = data_config(format="webdataset")
+    found = read_all(local_source(tmp_path, config), config)
+    assert [(record.id, dict(record.fields)) for record in found] == [
+        ("x.tar:./a", {"jpg": b"1"}),
+        ("x.tar:./b", {"jpg": b"2"}),
+    ]
+
+
 def test_members_of_a_record_must_be_neighbours(tmp_path: Path) -> None:
     write_tar(tmp_path / "raw/x.tar", [("a.txt", b"1"), ("b.txt", b"2"), ("a.cls", b"3")])
     config = data_config(format="webdataset")
@@ -287,6 +355,19 @@ def test_two_columns_of_one_name_are_refused(tmp_path: Path) -> None:
     parquet.write_table(table, tmp_path / "raw/x.parquet")
     config = data_config(format="parquet")
     with pytest.raises(UserError, match=r"x\.parquet: two columns have the name 'x'"):
+        read_all(local_source(tmp_path, config), config)
+
+
+def test_a_page_that_is_not_what_its_checksum_says_is_named(tmp_path: Path) -> None:
+    (tmp_path / "raw").mkdir()
+    path = tmp_path / "raw/x.parquet"
+    plain: dict[str, Any] = {"compression": "none", "use_dictionary": False, "write_page_checksum": True}
+    parquet.write_table(pa.table({"x": np.arange(300) + 0.5}), path, **plain)
+    data = bytearray(path.read_bytes())
+    data[data.index(np.float64(100.5).tobytes())] ^= 1
+    path.write_bytes(data)
+    config = data_config(format="parquet")
+    with pytest.raises(UserError, match=r"x\.parquet: not readable as data\.format = 'parquet' after row 0: .*CRC"):
         read_all(local_source(tmp_path, config), config)
 
 

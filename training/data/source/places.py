@@ -29,7 +29,8 @@ class SourceFile:
     name: str
     num_bytes: int
     changed: str
-    """When it last changed, as the source tells (nanoseconds, or an ETag)."""
+    """When it last changed, as the source tells: an ETag, or the times (in nanoseconds) of its bytes, which whoever
+    writes may set back, and of its entry in the folder, which nobody can."""
 
 
 class Source(Protocol):
@@ -110,8 +111,8 @@ def _source_file(path: Path, name: str) -> SourceFile:
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from error
     if not S_ISREG(stat.st_mode):
-        raise UserError(f"{path} is no file: name it in data.exclude, or choose data.glob so that it does not count")
-    return SourceFile(name=name, num_bytes=stat.st_size, changed=str(stat.st_mtime_ns))
+        raise UserError(f"{path} is no file: choose data.glob so that it does not count, or exclude its folder")
+    return SourceFile(name=name, num_bytes=stat.st_size, changed=f"{stat.st_mtime_ns} {stat.st_ctime_ns}")
 
 
 class Bucket:

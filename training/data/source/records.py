@@ -7,6 +7,7 @@ import gzip
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import PurePosixPath
 from typing import Any, BinaryIO
 
 from training.config import DataConfig
@@ -20,6 +21,8 @@ from training.recipe import Record
 Records = Iterator[Record]
 MAX_ROWS = 1024
 PARQUET_BYTES = 8 << 20
+PACKED = frozenset({".bz2", ".xz", ".lzma", ".zst", ".lz4", ".br", ".zip", ".7z", ".z"})
+"""Suffixes of what would be taken for lines of garbage."""
 
 
 def read_records(source: Source, partition: Partition, config: DataConfig, classes: tuple[str, ...] = ()) -> Records:
@@ -60,7 +63,12 @@ def _whole_file(file: SourceFile, stream: BinaryIO) -> Records:
 
 
 def _lines(file: SourceFile, stream: BinaryIO) -> Records:
-    if file.name.endswith(".gz"):
+    suffix = PurePosixPath(file.name.lower()).suffix
+    if suffix in PACKED:
+        raise UserError(f"{file.name}: of packed lines only .gz is read: unpack it, or pack it anew with gzip")
+    if suffix == ".gz":
+        if not file.num_bytes:
+            raise UserError(f"{file.name}: damaged gzip data: the file is empty, which no packed one is")
         stream = gzip.GzipFile(fileobj=stream)  # type: ignore[assignment]  # it is an BinaryIO in all that is used
     number = 0
     try:
@@ -79,7 +87,9 @@ def _parquet_rows(file: SourceFile, stream: BinaryIO) -> Records:
 
     number = 0
     try:
-        with parquet.ParquetFile(stream, buffer_size=1 << 20, pre_buffer=False) as table:
+        with parquet.ParquetFile(
+            stream, buffer_size=1 << 20, pre_buffer=False, page_checksum_verification=True
+        ) as table:
             _require_different_names(file, table.schema_arrow.names)
             for batch in table.iter_batches(batch_size=_num_rows_at_once(table.metadata)):
                 for row in batch.to_pylist():

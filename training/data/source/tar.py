@@ -36,7 +36,7 @@ def tar_samples(file: SourceFile, stream: BinaryIO) -> Iterator[Record]:
     key, fields, seen = "", dict[str, bytes](), set[int]()
     try:
         with tarfile.open(fileobj=stream, mode="r|*", tarinfo=_StrictTarInfo) as archive:
-            for name, extension, content in _members(archive):
+            for name, extension, content in _members(file, archive):
                 if name != key and fields:
                     yield Record(id=f"{file.name}:{key}", data=b"", fields=fields)
                     fields = {}
@@ -62,12 +62,18 @@ def _require_new(file: SourceFile, key: str, seen: set[int]) -> None:
     seen.add(digest)
 
 
-def _members(archive: tarfile.TarFile) -> Iterator[tuple[str, str, bytes]]:
-    """(key, extension, content) of each file."""
+def _members(file: SourceFile, archive: tarfile.TarFile) -> Iterator[tuple[str, str, bytes]]:
+    """(key, extension, content) of each file but the hidden ones (macOS adds some). Raises `UserError` for a link."""
     for member in archive:
-        if member.isfile():
-            folder, slash, base = member.name.rpartition("/")
-            stem, _, extension = base.partition(".")
-            content = archive.extractfile(member)
-            assert content is not None
-            yield folder + slash + stem, extension.lower(), content.read()
+        folder, slash, base = member.name.rpartition("/")
+        if member.isdir() or any(part.startswith(".") for part in member.name.split("/") if part not in (".", "..")):
+            continue
+        if not member.isfile():
+            raise UserError(
+                f"{file.name}: member {member.name!r} is a link, or no file: its bytes are not there. Pack the archive"
+                " again with tar's --dereference and --hard-dereference"
+            )
+        stem, _, extension = base.partition(".")
+        content = archive.extractfile(member)
+        assert content is not None
+        yield folder + slash + stem, extension.lower(), content.read()
