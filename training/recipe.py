@@ -43,6 +43,8 @@ class Table:
         for name, column in self.columns.items():
             if not isinstance(column, np.ndarray):
                 raise ValueError(f"a Table's column {name!r} is a {type(column).__name__}, not a numpy array")
+            if isinstance(column, np.ma.MaskedArray):
+                raise ValueError(f"a Table's column {name!r} is masked, and a mask is not kept: fill it, or give both")
             if not column.ndim or column.dtype.hasobject:  # rows may be anything then, and each something else
                 raise ValueError(
                     f"a Table's column {name!r} has dtype {column.dtype} and shape {column.shape}: no rows"

@@ -136,6 +136,7 @@ NO_TABLES: dict[str, tuple[Any, str]] = {
     "number": ({"x": np.float64(7)}, "a Table's column 'x' is a float64, not a numpy array"),
     "no rows": ({"x": np.array(7)}, r"column 'x' has dtype int64 and shape \(\): no rows"),
     "objects": ({"x": np.array([b"a", None])}, "column 'x' has dtype object"),
+    "masked": ({"x": np.ma.masked_array([1.0, 2.0], mask=[False, True])}, "column 'x' is masked"),
     "lengths": ({"x": np.zeros(2), "y": np.zeros(3)}, "a Table's columns differ in length: {'x': 2, 'y': 3}"),
     "dtype": ({"x": np.zeros(2, np.complex64)}, r"record 0\.csv:1#0: field 'x' has dtype complex64"),
     "number as a name": ({1: np.zeros(2)}, r"record 0\.csv:1#0: field 1 is a float64"),
@@ -164,5 +165,5 @@ def test_what_is_no_table_is_named_by_its_record(store: Store, tmp_path: Path, g
 @pytest.mark.parametrize("changed", [{"x": np.zeros((2, 4))}, {"x": np.zeros((2, 3), np.int8)}, {"y": np.zeros(2)}])
 def test_a_table_with_other_fields_than_before_is_named_by_its_first_sample(changed: Mapping[str, Array]) -> None:
     builder = ShardBuilder("train", 1000, {}, ())
-    with pytest.raises(UserError, match=r"record a#2: its fields are .*, where those before had"):
+    with pytest.raises(UserError, match=r"record a#2: its fields are not those of the records before: field"):
         list(builder.add("a", [Table({"x": np.zeros((2, 3))}), Table(changed)]))

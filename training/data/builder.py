@@ -7,14 +7,15 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from training.data.manifest import FieldInfo, Split
-from training.data.shard import Array, Column, Ragged, dtype_is_known, id_column, num_digits, numbered_ids
+from training.data.manifest import FieldInfo, Split, difference
+from training.data.shard import DTYPE_NAMES, Array, Column, Ragged, dtype_is_known, id_column, num_digits, numbered_ids
 from training.errors import UserError
 from training.recipe import Sample, Table
 
 Given = Sample | Table
 """What a recipe's `encode` gives."""
 ARRAYS = (np.ndarray, np.generic)
+MASKED = np.ma.MaskedArray
 MAPPINGS = (dict, Mapping)  # a dict is known sooner as such
 
 
@@ -123,6 +124,8 @@ class ShardBuilder:
         """Raises `UserError` unless it is a sample with the fields of those before."""
         if not isinstance(sample, MAPPINGS):
             raise UserError(f"record {sample_id}: encode() must give dicts of numpy arrays, not {type(sample)}")
+        if not sample:
+            raise UserError(f"record {sample_id}: encode() gives a sample without any field")
         if not self._is_alike(sample):
             self._require_same_fields(sample_id, sample)
         if not self._num_rows:
@@ -141,7 +144,7 @@ class ShardBuilder:
         """Whether its arrays are like those before: to ask is ten times quicker than to describe them."""
         for name, (dtype, shape) in self._alike.items():
             array = sample.get(name)
-            if not isinstance(array, ARRAYS) or array.dtype != dtype:
+            if not isinstance(array, ARRAYS) or array.dtype != dtype or isinstance(array, MASKED):
                 return False
             if array.shape != shape and self._shape_of(name, array) != shape:
                 return False
@@ -154,15 +157,19 @@ class ShardBuilder:
         fields = {name: self._declared(sample_id, name, array) for name, array in sample.items()}
         if not self._fields:
             self._fields.update(fields)
-        if fields != self._fields:
-            raise UserError(f"record {sample_id}: its fields are {fields}, where those before had {self._fields}")
+        if told := difference(fields, self._fields):
+            raise UserError(f"record {sample_id}: its fields are not those of the records before: {told}")
         self._alike = {name: (array.dtype, fields[name].shape) for name, array in sample.items()}
 
     def _declared(self, sample_id: str, name: str, array: Array) -> FieldInfo:
         if not isinstance(name, str) or not isinstance(array, ARRAYS):
             raise UserError(f"record {sample_id}: field {name!r} is a {type(array).__name__}, not a numpy array")
+        if isinstance(array, MASKED):
+            raise UserError(
+                f"record {sample_id}: field {name!r} is masked, and a mask is not kept: fill it, or give both"
+            )
         if not dtype_is_known(array.dtype):
-            raise UserError(f"record {sample_id}: field {name!r} has dtype {array.dtype}")
+            raise UserError(f"record {sample_id}: field {name!r} has dtype {array.dtype}, not one of {DTYPE_NAMES}")
         if not name or "." in name or name == "__metadata__":
             raise UserError(f"record {sample_id}: field {name!r} must have another name, without a dot")
         if name in self._ragged and array.ndim == 0:

@@ -42,6 +42,22 @@ class FieldInfo:
     dtype: str
     shape: tuple[int | None, ...]
 
+    def __str__(self) -> str:
+        return f"{self.dtype}[{', '.join('any' if length is None else str(length) for length in self.shape)}]"
+
+
+def difference(fields: Mapping[str, FieldInfo], before: Mapping[str, FieldInfo]) -> str:
+    """In which fields samples are not like those before; nothing if in none."""
+    told = [f"field {name!r} is new" for name in fields if name not in before]
+    told += [f"field {name!r} is missing" for name in before if name not in fields]
+    for name, was in before.items():
+        now = fields.get(name, was)
+        if now != was:
+            told.append(f"field {name!r} is {now}, not {was}")
+            if now.dtype == was.dtype and now.shape and was.shape and now.shape[1:] == was.shape[1:]:
+                told[-1] += " (may its length differ? Then name it in the recipe's `ragged`)"
+    return "; ".join(told)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Manifest:

@@ -27,6 +27,8 @@ Array = np.ndarray[Any, Any]
 
 _DTYPES = {known: np.dtype(name) for name, known in tensorfile.DTYPES.items() if name != "bfloat16"}
 
+DTYPE_NAMES = ", ".join(dtype.name for dtype in _DTYPES.values())
+
 
 @dataclass(frozen=True)
 class Ragged:

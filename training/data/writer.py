@@ -20,6 +20,7 @@ from training.data.manifest import (
     ShardInfo,
     Split,
     describe_shard,
+    difference,
     load_shard,
     receipt_key,
     shard_key,
@@ -172,7 +173,7 @@ class Writer:
             lease.enter_again()
             results = [self.write(part) for part in self.parts]
         receipts = [parse(Receipt, _unsealed(self._store.get(result.receipt))) for result in results]
-        manifest = _merge(receipts, self._config, self._classes)
+        manifest = _merge(self.parts, receipts, self._config, self._classes)
         publish(self._store, self._config.name, manifest, lease)
         require_none_withdrawn_since(self._store, self._config.name, self._withdrawn)
         return WriteResult(
@@ -246,17 +247,21 @@ class Writer:
         return samples
 
 
-def _merge(receipts: Sequence[Receipt], config: DataConfig, classes: tuple[str, ...]) -> Manifest:
+def _merge(
+    parts: Sequence[Partition], receipts: Sequence[Receipt], config: DataConfig, classes: tuple[str, ...]
+) -> Manifest:
     fields = next((receipt.fields for receipt in receipts if receipt.fields), {})
-    for receipt in receipts:
-        if receipt.fields and receipt.fields != fields:
-            raise UserError(f"the samples' fields differ between files: {fields} and {receipt.fields}")
+    for part, receipt in zip(parts, receipts, strict=True):
+        told = receipt.fields and difference(receipt.fields, fields)
+        if told:
+            raise UserError(f"{part.files[0].name}: its samples' fields are not those of the files before: {told}")
     splits = {split: tuple(shard for r in receipts for shard in r.splits[split]) for split in SPLITS}
     for split, shards in splits.items():
         if not shards:
             raise UserError(
                 f"data.source = {config.source!r} gives no sample for the {split} split: it is too small for"
-                f" data.test_percent = {config.test_percent}, or the recipe's encode() yields nothing"
+                f" data.test_percent = {config.test_percent} (equal records count as one), or the recipe's encode()"
+                " yields nothing"
             )
     return Manifest(fields=fields, splits=splits, classes=classes)
 
