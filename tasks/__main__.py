@@ -13,7 +13,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any, TextIO
+from typing import Annotated, Any, TextIO, TypeVar
 
 from cyclopts import App, Parameter
 
@@ -21,7 +21,9 @@ from tasks.results import Dataset, Evaluation, TrainedModel
 from tasks.stack import open_stack
 from training.config import Preset, load_preset
 from training.documents import parse
-from training.errors import UnbrokenError, UserError
+from training.errors import DamagedError, UnbrokenError, UserError
+
+Result = TypeVar("Result")
 
 app = App(name="python -m tasks", help="Run one stage of the pipeline.", version_flags=[])
 
@@ -41,7 +43,10 @@ def run_stage(
     config = load_preset(preset)
     open_stack()  # before anything imports Prefect, which reads its settings then
     folder = out / config.name
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--out = {str(out)!r}: cannot make {folder}: {error.strerror}") from error
     STAGES[stage](config, folder)
 
 
@@ -77,7 +82,7 @@ def _evaluate(preset: Preset, folder: Path) -> None:
 def _register(preset: Preset, folder: Path) -> None:
     from tasks.register import register
 
-    evaluation = parse(Evaluation, _read_json(folder / "evaluation.json"))
+    evaluation = _read(folder / "evaluation.json", Evaluation)
     version = register.fn(preset, _dataset(folder), _model(folder), evaluation)
     fixed = {"name": version.name, "run_key": version.run_key, "weights_sha256": version.weights_sha256}
     _write_json(folder / "registration.json", fixed)
@@ -92,17 +97,20 @@ STAGES: dict[str, Callable[[Preset, Path], None]] = {
 
 
 def _dataset(folder: Path) -> Dataset:
-    return parse(Dataset, _read_json(folder / "dataset.json"))
+    return _read(folder / "dataset.json", Dataset)
 
 
 def _model(folder: Path) -> TrainedModel:
-    return parse(TrainedModel, _read_json(folder / "model.json"))
+    return _read(folder / "model.json", TrainedModel)
 
 
-def _read_json(path: Path) -> Any:
+def _read(path: Path, kind: type[Result]) -> Result:
     if not path.is_file():
         raise UserError(f"{path} does not exist: run the stage before this one first")
-    return json.loads(path.read_text())
+    try:
+        return parse(kind, json.loads(path.read_text()))
+    except (ValueError, DamagedError) as error:
+        raise UserError(f"{path} is not what a stage leaves there: run the stage before this one again") from error
 
 
 def _write_json(path: Path, document: Any) -> None:

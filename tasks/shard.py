@@ -66,8 +66,11 @@ def shard(preset: Preset) -> Dataset:
         written = writer.finish(write_parts(writer), lease)
     manifest = written.manifest
     log.info(
-        "dataset %s: %d of %d partitions found finished, %d shards sent",
+        "dataset %s@%s: %s train and %s test samples; %d of %d partitions found finished, %d shards sent",
+        preset.data.name,
         manifest.digest[:12],
+        f"{manifest.num_samples('train'):,}",
+        f"{manifest.num_samples('test'):,}",
         written.num_partitions_reused,
         written.num_partitions,
         written.num_shards_sent,

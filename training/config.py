@@ -28,7 +28,7 @@ class DataConfig:
     """What is a record: a file; a file whose first folder is its label; a line (`.gz` is unpacked); a row; a group of
     members of a tar archive."""
     glob: str = "*"
-    """Which files of a folder count."""
+    """Which files of a folder count, by their names alone (`*.csv`), however deep they lie."""
     exclude: tuple[str, ...] = ()
     """Folders, by name, that do not count."""
     test_percent: int = 10
@@ -38,6 +38,7 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         require_name("data.name", self.name)
+        _require("/" not in self.glob, "data.glob", f"= {self.glob!r} is compared with files' names: without folders")
         _require(0 < self.test_percent < 100, "data.test_percent", "must lie between 1 and 99")
         _require(self.shard_bytes >= 1024, "data.shard_bytes", "must be at least 1024")
         _require(self.partition_bytes >= 1024, "data.partition_bytes", "must be at least 1024")
@@ -238,7 +239,7 @@ def _find(name_or_path: str) -> Path:
     if path.is_file():
         return path
     raise UserError(
-        f"no preset {name_or_path!r}: it is neither a file nor one of {', '.join(sorted(built_in))}"
+        f"no preset {name_or_path!r}: there is no such file, and no built-in one of that name"
         + _nearest(name_or_path, built_in)
     )
 

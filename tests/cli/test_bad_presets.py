@@ -29,6 +29,7 @@ def setting(name: str, text: str, *named: str) -> Mistake:
 
 OPTIONS = [
     Mistake(name="unknown preset", arguments=("digit",), named=("'digit'", "did you mean 'digits'?")),
+    Mistake(name="no preset", arguments=("/tmp",), named=("'/tmp'", "no such file", "(known: digits, stdlib)")),
     setting("unknown key", "train.stepz=5", "train.stepz", "did you mean 'steps'?"),
     setting("unknown table", "trian.steps=5", "'trian'", "did you mean 'train'?"),
     setting("wrong type", "train.steps=many", "train.steps = 'many'", "valid integer"),
@@ -37,6 +38,7 @@ OPTIONS = [
     setting("out of range", "data.test_percent=100", "data.test_percent", "between 1 and 99"),
     setting("batch not divisible", "train.batch_size=60", "train.batch_size = 60", "train.virtual_workers = 8", "64"),
     setting("more ranks than work", "launch.nodes=9", "launch.nodes", "9 ranks", "train.virtual_workers = 8"),
+    setting("glob of a path", "data.glob=raw/*.csv", "data.glob = 'raw/*.csv'", "without folders"),
     setting("missing source", "data.source=nowhere.csv", "data.source = 'nowhere.csv'", "does not exist"),
     setting("missing package", "data.source=package://nowhere/x", "data.source", "no installed package 'nowhere'"),
     setting("source without a bucket", "data.source=s3://", "data.source = 's3://'"),

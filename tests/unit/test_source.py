@@ -308,6 +308,15 @@ def test_a_member_without_bytes_is_named(tmp_path: Path, kind: bytes) -> None:
         read_all(local_source(tmp_path, config), config)
 
 
+def test_a_member_whose_name_is_not_utf8_is_named(tmp_path: Path) -> None:
+    (tmp_path / "raw").mkdir()
+    with tarfile.open(tmp_path / "raw/x.tar", "w", encoding="latin-1", format=tarfile.GNU_FORMAT) as archive:
+        archive.addfile(tarfile.TarInfo("é.txt"))
+    config = data_config(format="webdataset")
+    with pytest.raises(UserError, match=r"x\.tar: member '\\udce9\.txt': its name must be UTF-8"):
+        read_all(local_source(tmp_path, config), config)
+
+
 def test_folders_and_hidden_members_are_no_records(tmp_path: Path) -> None:
     write_tar(
         tmp_path / "raw/x.tar", [("._a.jpg", b"mac"), ("./a.jpg", b"1"), ("./._b.jpg", b"mac"), ("./b.jpg", b"2")]

@@ -63,7 +63,10 @@ def _require_new(file: SourceFile, key: str, seen: set[int]) -> None:
 
 
 def _members(file: SourceFile, archive: tarfile.TarFile) -> Iterator[tuple[str, str, bytes]]:
-    """(key, extension, content) of each file but the hidden ones (macOS adds some). Raises `UserError` for a link."""
+    """(key, extension, content) of each file but the hidden ones (macOS adds some).
+
+    Raises `UserError` for a link, and for a name that no id can be made of.
+    """
     for member in archive:
         folder, slash, base = member.name.rpartition("/")
         if member.isdir() or any(part.startswith(".") for part in member.name.split("/") if part not in (".", "..")):
@@ -73,6 +76,10 @@ def _members(file: SourceFile, archive: tarfile.TarFile) -> Iterator[tuple[str, 
                 f"{file.name}: member {member.name!r} is a link, or no file: its bytes are not there. Pack the archive"
                 " again with tar's --dereference and --hard-dereference"
             )
+        try:
+            member.name.encode()
+        except UnicodeEncodeError as error:
+            raise UserError(f"{file.name}: member {member.name!a}: its name must be UTF-8") from error
         stem, _, extension = base.partition(".")
         content = archive.extractfile(member)
         assert content is not None
