@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -65,14 +64,17 @@ def _row(store: Store, name: str, digest: str, sharded: str) -> dict[str, Any]:
 
 
 @data.command(name="show")
-def show(version: Version) -> None:
-    """Print a version's manifest: fields, splits and shards."""
+def show(version: Version, *, json: Json = True) -> None:  # for those who ask every verb for it
+    """Print a version's manifest: fields, splits and shards. JSON, asked for or not."""
     print_json(_find(open_store(), version)[2].to_json())
 
 
 @data.command(name="diff")
 def diff(a: Version, b: Version, *, json: Json = False) -> None:
-    """What version B has that A has not, and the other way round: shards, bytes and samples of each split."""
+    """What version B has that A has not, and the other way round: shards, bytes and samples of each split.
+
+    A sample is known by its id; those that both have under one id with another content are counted as changed.
+    """
     from training.data.versions import compare
 
     store = open_store()
@@ -178,14 +180,14 @@ def _print_withdrawal(told: dict[str, Any], *, json: bool) -> None:
 
 
 @data.command(name="rm")
-def rm(version: Version) -> None:
+def rm(version: Version, *, json: Json = False) -> None:
     """Remove a version that no run was trained on. `gc` then removes the shards that no other version has."""
     from training.data.versions import find_version, remove_version
 
     store = open_store()
     name, digest = find_version(store, version)
     remove_version(store, name, digest)
-    print(f"removed {name} {digest}")
+    _print_version(name, digest, f"removed {name} {digest}", json=json)
 
 
 @data.command(name="gc")
@@ -214,6 +216,7 @@ def export(
     *,
     to: Annotated[Path, Parameter(help="A new folder.")],
     format: Literal["webdataset", "parquet"],
+    json: Json = False,
 ) -> None:
     """Write a version as WebDataset archives or Parquet files, one per shard, into a new folder."""
     from training.data import exchange
@@ -222,14 +225,18 @@ def export(
     name, digest, _ = _find(store, version)
     live = LiveLine()
     for path in exchange.export(store, name, digest, to, form=format):
-        live.show(str(path))
-    live.end(f"{name} {digest} is in {to}")
+        if not json:
+            live.show(str(path))
+    live.end()
+    _print_version(name, digest, f"{name} {digest} is in {to}", json=json)
 
 
 @data.command(name="import")
 def import_(
     name: Annotated[str, Parameter(help="The dataset's name.")],
     folder: Annotated[Path, Parameter(help="What an export wrote, with its dataset.json.")],
+    *,
+    json: Json = False,
 ) -> None:
     """Make a version of what `export` wrote: the same one, to the last bit."""
     from training.config import require_name
@@ -237,7 +244,14 @@ def import_(
 
     require_name("NAME", name)
     manifest = exchange.import_folder(open_store(), name, folder)
-    print(f"{name} {manifest.digest}", file=sys.stdout)
+    _print_version(name, manifest.digest, f"{name} {manifest.digest}", json=json)
+
+
+def _print_version(name: str, digest: str, line: str, *, json: bool) -> None:
+    if json:
+        print_json({"name": name, "digest": digest})
+    else:
+        print(line)
 
 
 def _find(store: Store, text: str) -> tuple[str, str, Manifest]:

@@ -93,10 +93,14 @@ def test_strange_objects_beside_the_manifests_stop_nothing(stack: Stack, name: s
 
 def test_export_and_import(stack: Stack, name: str, manifest: Manifest, tmp_path: Path) -> None:
     out = str(tmp_path / "out")
-    done = unbroken(stack, "data", "export", name, "--to", out, "--format", "parquet")
+    done = unbroken(stack, "data", "export", name, "--to", out, "--format", "parquet", "--json")
     assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout) == {"name": name, "digest": manifest.digest}
     done = unbroken(stack, "data", "import", f"{name}-copy", out)
     assert done.stdout.split() == [f"{name}-copy", manifest.digest]
+    assert json.loads(unbroken(stack, "data", "show", f"{name}-copy", "--json").stdout) == json.loads(
+        manifest.to_bytes()
+    )
 
 
 @pytest.mark.parametrize(

@@ -181,6 +181,15 @@ def test_difference_counts_shards_bytes_and_samples(store: Store, folder: Path) 
     assert all(row.bytes_only_b >= row.bytes_only_a for row in rows)
 
 
+def test_difference_counts_samples_whose_content_changed_under_their_id(store: Store, folder: Path) -> None:
+    first = write(store, folder)
+    lines = (folder / "raw/2.csv").read_text().splitlines()
+    (folder / "raw/2.csv").write_text("\n".join([*lines[:4], lines[4].replace(",", ",1", 1), *lines[5:]]))
+    rows = list(compare(store, ("tiny", first), ("tiny", write(store, folder))))
+    both = [(row.samples_changed, row.samples_only_a, row.samples_only_b) for row in rows]
+    assert sorted(both) in ([(0, 0, 0), (1, 0, 0)], [(0, 0, 1), (0, 1, 0)]), "or it has moved to the other split"
+
+
 def test_a_version_that_a_run_was_trained_on_is_not_removed(store: Store, folder: Path) -> None:
     manifest = write(store, folder)
     store_job(
@@ -432,6 +441,27 @@ def test_an_unknown_record_is_named_before_anything_is_written(store: Store, fol
         withdraw(store, "tiny", first.digest, ["0.csv:1", "9.csv:1"])
     assert withdrawn_records(store, "tiny") == {}
     assert (sorted(store.list_keys("datasets/tiny/shards/")), versions(store, "tiny")) == (before, [first.digest])
+
+
+def test_a_withdrawal_that_was_done_is_told_again(store: Store, folder: Path) -> None:
+    """MLflow may have been away when it was; and it makes no version, which would be the newest then."""
+    first = write(store, folder)
+    (sample,) = make_reader(store, "tiny", first, "train").read([0]).ids
+    record = sample.removesuffix("#0")
+    name, _, number = record.partition(":")
+    lines = (folder / "raw" / name).read_text().splitlines(keepends=True)
+    (folder / "raw/moved.csv").write_text(lines.pop(int(number) - 1))
+    (folder / "raw" / name).write_text("".join(lines))
+    moved = write(store, folder)
+    done = withdraw(store, "tiny", first.digest, [record])
+    assert set(done.versions_that_hold_them) == {first.digest, moved.digest}
+    found = versions(store, "tiny")
+    again = withdraw(store, "tiny", done.new_digest, [record])
+    assert (again.new_digest, again.num_samples_removed) == (done.new_digest, 0)
+    assert again.versions_that_train_on_them == done.versions_that_train_on_them
+    assert versions(store, "tiny") == found
+    with pytest.raises(UserError, match=r"holds no record '.*#0': a record's id is"):
+        withdraw(store, "tiny", done.new_digest, [sample])
 
 
 def test_a_split_is_not_emptied(store: Store, folder: Path) -> None:

@@ -12,6 +12,7 @@ from datetime import datetime
 from training.data.activity import distrust, read_activity
 from training.data.lease import writing
 from training.data.manifest import SPLITS, Manifest, ShardInfo, load_manifest, load_shard, manifest_key, shard_key
+from training.data.withdrawn import sample_at, sample_number
 from training.documents import sha256_hex
 from training.errors import DamagedError, UserError
 from training.job import read_jobs
@@ -140,6 +141,8 @@ class Difference:
     bytes_only_b: int
     samples_only_a: int
     samples_only_b: int
+    samples_changed: int
+    """In both under one id, but not the same."""
 
 
 def compare(store: Store, a: tuple[str, Manifest], b: tuple[str, Manifest]) -> Iterator[Difference]:
@@ -147,7 +150,7 @@ def compare(store: Store, a: tuple[str, Manifest], b: tuple[str, Manifest]) -> I
     for split in SPLITS:
         shards_a, shards_b = set(a[1].splits[split]), set(b[1].splits[split])
         only_a, only_b = shards_a - shards_b, shards_b - shards_a
-        ids_a, ids_b = _ids_in(store, a[0], only_a), _ids_in(store, b[0], only_b)
+        samples_a, samples_b = _samples_in(store, a[0], only_a), _samples_in(store, b[0], only_b)
         yield Difference(
             split=split,
             shards_shared=len(shards_a & shards_b),
@@ -155,12 +158,18 @@ def compare(store: Store, a: tuple[str, Manifest], b: tuple[str, Manifest]) -> I
             shards_only_b=len(only_b),
             bytes_only_a=sum(shard.num_bytes for shard in only_a),
             bytes_only_b=sum(shard.num_bytes for shard in only_b),
-            samples_only_a=len(ids_a - ids_b),
-            samples_only_b=len(ids_b - ids_a),
+            samples_only_a=len(samples_a.keys() - samples_b.keys()),
+            samples_only_b=len(samples_b.keys() - samples_a.keys()),
+            samples_changed=sum(samples_a[one] != samples_b[one] for one in samples_a.keys() & samples_b.keys()),
         )
 
 
-def _ids_in(store: Store, dataset: str, shards: Collection[ShardInfo]) -> set[str]:
+def _samples_in(store: Store, dataset: str, shards: Collection[ShardInfo]) -> dict[str, int]:
+    """A digest of each sample, by its id."""
+
+    def read(info: ShardInfo) -> dict[str, int]:
+        shard = load_shard(store, dataset, info)
+        return {shard.id_of(row): sample_number(sample_at(shard, row)) for row in range(len(shard))}
+
     with ThreadPoolExecutor(NUM_AT_ONCE) as pool:
-        found = pool.map(lambda info: load_shard(store, dataset, info).ids, shards)
-        return {sample_id for ids in found for sample_id in ids}
+        return {one: number for found in pool.map(read, shards) for one, number in found.items()}

@@ -29,12 +29,12 @@ from training.data.withdrawn import (
     record_of,
     records_in,
     require_none_withdrawn_since,
+    sample_at,
     sample_number,
     withdrawn_records,
 )
 from training.errors import UserError
 from training.objectstore import Store
-from training.recipe import Sample
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,7 +56,8 @@ class Withdrawal:
 def withdraw(store: Store, dataset: str, digest: str, record_ids: Collection[str], *, reason: str = "") -> Withdrawal:
     """Make a version without these records, and have every later sharding of the source leave them out too.
 
-    Raises `UserError` naming an id that the version does not hold, before anything is written.
+    What the version lacks because it was withdrawn before is only told of again: who holds it, and who used it.
+    Raises `UserError` naming an id that the version never held, before anything is written.
     """
     with writing(store, dataset) as lease:
         return _withdraw(store, dataset, digest, frozenset(record_ids), reason, lease)
@@ -65,16 +66,24 @@ def withdraw(store: Store, dataset: str, digest: str, record_ids: Collection[str
 def _withdraw(store: Store, dataset: str, digest: str, wanted: frozenset[str], reason: str, lease: Lease) -> Withdrawal:
     old = load_manifest(store, dataset, digest)
     records = _contents(store, dataset, old, wanted)
-    missing = wanted - records.keys()
+    noted = withdrawn_records(store, dataset)
+    again = {record: noted[record] for record in wanted & noted.keys() - records.keys()}
+    missing = wanted - records.keys() - again.keys()
     if missing:
-        raise UserError(f"dataset {dataset!r} version {digest[:12]} holds no record {min(missing)!r}")
-    known = _merged(withdrawn_records(store, dataset), records)
+        raise UserError(
+            f"dataset {dataset!r} version {digest[:12]} holds no record {min(missing)!r}: a record's id is its place in"
+            " the source, as in 'folder/file', 'file:line' or 'archive:name', without a sample's '#0'"
+        )
+    known = _merged(noted, records)
     doomed = _doomed(store, dataset, old, known)
     new = replace(old, splits={split: _splits_without(store, dataset, old, split, doomed) for split in SPLITS})
-    note_withdrawn(store, dataset, records, reason)
-    publish(store, dataset, new, lease)
+    if records:
+        note_withdrawn(store, dataset, records, reason)
+    if doomed:  # else it would become the newest version by being asked about
+        publish(store, dataset, new, lease)
     require_none_withdrawn_since(store, dataset, known)
-    holding = _versions_holding(store, dataset, wanted, _numbers(store, dataset, doomed))
+    numbers = _numbers(store, dataset, doomed) | _numbers_again(store, dataset, again)
+    holding = _versions_holding(store, dataset, wanted, numbers)
     trained = tuple(digest for digest, splits in holding.items() if "train" in splits)
     return Withdrawal(
         old_digest=digest,
@@ -134,26 +143,45 @@ def _doomed(store: Store, dataset: str, manifest: Manifest, withdrawn: Withdrawn
 def _numbers(store: Store, dataset: str, doomed: Mapping[ShardInfo, Rows]) -> set[int]:
     """The digests of the samples that go."""
     return {
-        sample_number(_sample(shard, row))
+        sample_number(sample_at(shard, row))
         for info, shard in zip(doomed, _shards(store, dataset, doomed), strict=True)
         for row in doomed[info]
     }
 
 
+def _numbers_again(store: Store, dataset: str, again: Withdrawn) -> set[int]:
+    """The digests of samples withdrawn before: of what was noted, where a version holds it under its id still; and a
+    single sample's, which is its record's.
+    """
+    if not again:
+        return set()
+    infos = _infos(_manifests(store, dataset))
+    found = records_in(_shards(store, dataset, infos))
+    places = [place for one in found if one.content in again.get(one.id, ()) for place in one.places]
+    rows = (sample_at(load_shard(store, dataset, infos[number]), row) for number, row in places)
+    return {int(content, 16) for content in contents_of(again)} | {sample_number(row) for row in rows}
+
+
+def _manifests(store: Store, dataset: str) -> dict[str, Manifest]:
+    return {digest: load_manifest(store, dataset, digest) for digest in versions(store, dataset)}
+
+
+def _infos(manifests: Mapping[str, Manifest]) -> list[ShardInfo]:
+    """Each shard once, however many versions share it."""
+    return list(dict.fromkeys(info for m in manifests.values() for split in SPLITS for info in m.splits[split]))
+
+
 def _versions_holding(
     store: Store, dataset: str, records: Collection[str], numbers: Collection[int]
 ) -> dict[str, set[Split]]:
-    """Every version with one of these records, or of these samples under another id, and the splits it has them in.
-
-    Each shard is read once, however many versions share it.
-    """
-    manifests = {digest: load_manifest(store, dataset, digest) for digest in versions(store, dataset)}
-    infos = list(dict.fromkeys(info for m in manifests.values() for split in SPLITS for info in m.splits[split]))
+    """Every version with one of these records, or of these samples under another id, and the splits it has them in."""
+    manifests = _manifests(store, dataset)
+    infos = _infos(manifests)
     found = {
         info
         for info, shard in zip(infos, _shards(store, dataset, infos), strict=True)
         if any(
-            record_of(shard.id_of(row)) in records or sample_number(_sample(shard, row)) in numbers
+            record_of(shard.id_of(row)) in records or sample_number(sample_at(shard, row)) in numbers
             for row in range(len(shard))
         )
     }
@@ -162,10 +190,6 @@ def _versions_holding(
         for digest, manifest in manifests.items()
     }
     return {digest: splits for digest, splits in holding.items() if splits}
-
-
-def _sample(shard: Shard, row: int) -> Sample:
-    return {name: column[row] for name, column in shard.columns.items()}
 
 
 def _splits_without(

@@ -61,6 +61,10 @@ def content_of_samples(given: Iterable[Sample | Table]) -> str:
     return _content(sum(sample_number(row) for one in given for row in (one if isinstance(one, Table) else (one,))))
 
 
+def sample_at(shard: Shard, row: int) -> Sample:
+    return {name: column[row] for name, column in shard.columns.items()}
+
+
 def sample_number(sample: Sample) -> int:
     """A digest of one sample: its fields' names, dtypes, shapes and bytes."""
     digest = xxhash.xxh3_128()
@@ -81,7 +85,7 @@ def records_in(shards: Iterable[Shard]) -> Iterator[FoundRecord]:
     for record, group in groupby(rows, key=lambda found: record_of(found[2].id_of(found[1]))):
         total, places = 0, []
         for number, row, shard in group:
-            total += sample_number({name: column[row] for name, column in shard.columns.items()})
+            total += sample_number(sample_at(shard, row))
             places.append((number, row))
         yield FoundRecord(id=record, content=_content(total), places=tuple(places))
 
