@@ -19,7 +19,7 @@ from tasks.stack import open_stack, store_location
 from training.config import Preset
 from training.data.activity import read_activity
 from training.data.lease import writing
-from training.data.source import Partition, open_source, partitions
+from training.data.source import READING, Partition, open_source, partitions
 from training.data.withdrawn import withdrawn_records
 from training.data.writer import PartResult, Writer
 from training.documents import digest_of
@@ -42,6 +42,7 @@ def shard_cache_key(context: Any, arguments: dict[str, Any]) -> str:
     return digest_of(
         {
             "stage": "shard",
+            "reading": READING,
             "listing": [asdict(part) for part in partitions(source, preset.data)],
             "data": asdict(preset.data),
             "recipe": [source_closure_digest(recipe), asdict(recipe)],

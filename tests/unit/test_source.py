@@ -380,6 +380,18 @@ def test_a_page_that_is_not_what_its_checksum_says_is_named(tmp_path: Path) -> N
         read_all(local_source(tmp_path, config), config)
 
 
+@pytest.mark.parametrize(("kind", "where"), [("parquet", "after row 0"), ("webdataset", "at all")])
+def test_another_file_among_them_is_named_with_the_key_that_leaves_it_out(
+    tmp_path: Path, kind: str, where: str
+) -> None:
+    (tmp_path / "raw").mkdir()
+    (tmp_path / "raw/_SUCCESS").touch()
+    config = data_config(format=kind)
+    said = rf"_SUCCESS: not readable as data\.format = '{kind}' {where}: .* \(data\.glob says which files count\)"
+    with pytest.raises(UserError, match=said):
+        read_all(local_source(tmp_path, config), config)
+
+
 def test_values_that_python_does_not_know_are_named(tmp_path: Path) -> None:
     (tmp_path / "raw").mkdir()
     far = pa.array([0, 2**59], pa.int64()).cast(pa.timestamp("ms"))

@@ -185,6 +185,17 @@ def test_what_encodes_the_records_is_part_of_the_receipts_name(store: Store, fol
         assert write(store, folder, config, recipe).num_partitions_reused == 0
 
 
+def test_another_way_of_reading_looks_at_finished_partitions_anew(
+    store: Store, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They may lack what an earlier release skipped in silence."""
+    first = write(store, folder)
+    monkeypatch.setattr("training.data.writer.READING", 0)
+    again = write(store, folder)
+    assert (again.num_partitions_reused, again.num_shards_sent) == (0, 0)
+    assert again.manifest == first.manifest
+
+
 def test_equal_records_are_never_in_both_splits(store: Store, tmp_path: Path) -> None:
     numbers = [*range(80), *range(80), *range(40, 80)]
     for file, start in (("a", 0), ("b", 100)):

@@ -27,6 +27,7 @@ from training.data.manifest import (
 )
 from training.data.shard import FORMAT, shard_pieces
 from training.data.source import (
+    READING,
     Partition,
     Source,
     classes_of,
@@ -141,6 +142,7 @@ class Writer:
         self._withdrawn_contents = contents_of(withdrawn)
         encoding = {
             "format": FORMAT,
+            "reading": READING,
             "recipe": source_closure_digest(recipe),
             "hyperparameters": asdict(recipe),
             "record_format": config.format,

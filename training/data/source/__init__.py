@@ -8,9 +8,10 @@ from training.data.source.partition import (
     partitions,
 )
 from training.data.source.places import Bucket, Folder, Source, SourceFile, open_source
-from training.data.source.records import content_of, read_records
+from training.data.source.records import READING, content_of, read_records
 
 __all__ = [
+    "READING",
     "Bucket",
     "Folder",
     "Partition",

@@ -13,12 +13,14 @@ from typing import Any, BinaryIO
 from training.config import DataConfig
 from training.data.source.partition import Partition
 from training.data.source.places import Source, SourceFile
-from training.data.source.tar import tar_samples
+from training.data.source.tar import WHICH_COUNT, tar_samples
 from training.documents import canonical_json
 from training.errors import UserError
 from training.recipe import Record
 
 Records = Iterator[Record]
+READING = 2
+"""Raise it when a file gives other records than before, or is refused: then what is finished is read anew."""
 MAX_ROWS = 1024
 PARQUET_BYTES = 8 << 20
 PACKED = frozenset({".bz2", ".xz", ".lzma", ".zst", ".lz4", ".br", ".zip", ".7z", ".z"})
@@ -96,7 +98,8 @@ def _parquet_rows(file: SourceFile, stream: BinaryIO) -> Records:
                     number += 1
                     yield Record(id=f"{file.name}:{number}", data=b"", fields=row)
     except (pa.ArrowException, OSError, OverflowError, ValueError, LookupError) as error:
-        raise UserError(f"{file.name}: not readable as data.format = 'parquet' after row {number}: {error}") from error
+        where = f"{file.name}: not readable as data.format = 'parquet' after row {number}"
+        raise UserError(f"{where}: {error} ({WHICH_COUNT})") from error
 
 
 def _require_different_names(file: SourceFile, names: Sequence[str]) -> None:

@@ -17,6 +17,9 @@ from training.data.source.places import SourceFile
 from training.errors import UserError
 from training.recipe import Record
 
+WHICH_COUNT = "data.glob says which files count"
+"""For whoever has others beside them, such as Spark's _SUCCESS."""
+
 
 class _StrictTarInfo(tarfile.TarInfo):
     """The library takes a cut, or a damaged header, for an archive's end; here it must have its end mark."""
@@ -47,9 +50,10 @@ def tar_samples(file: SourceFile, stream: BinaryIO) -> Iterator[Record]:
                     raise UserError(f"{file.name}: member '{name}.{extension}' comes twice in its record")
                 fields[extension] = content
     except (tarfile.TarError, EOFError, zlib.error, OSError) as error:
-        raise UserError(
-            f"{file.name}: not readable as data.format = 'webdataset' after record {key!r}: {error}"
-        ) from error
+        where = f"{file.name}: not readable as data.format = 'webdataset' " + (
+            f"after record {key!r}" if key else "at all"
+        )
+        raise UserError(f"{where}: {error} ({WHICH_COUNT})") from error
     if fields:
         yield Record(id=f"{file.name}:{key}", data=b"", fields=fields)
 
