@@ -122,7 +122,7 @@ class _Group:
         slice_size = flat.numel() // self.world_size
         everybody = [subtree for plan in self.plans for subtree in plan]
         if self.world_size == 1:
-            fold(everybody, rows.unbind())
+            fold(everybody, rows.unbind())  # adds into the first, which is `flat`, as it is for a pair
             return
         if self.is_pair:
             dist.all_reduce(flat)
@@ -205,11 +205,11 @@ class _Bucket:
         place = self._place
         if not place.joins_sibling and not place.ends_subtree:
             return  # its sibling comes next
-        row = place.subtree + self._tree.num_waiting
-        gradients = [p.grad for p in self._parameters if p.grad is not None]
-        torch._foreach_copy_(self._row_views[row][: len(gradients)], gradients)
+        row = place.subtree + self._tree.num_waiting  # kept gradients would be new memory in each step, and cost more
+        *views, extras = self._row_views[row]
+        torch._foreach_copy_(views, [p.grad for p in self._parameters if p.grad is not None])
         if self._extras is not None:
-            self._row_views[row][-1].copy_(self._extras)
+            extras.copy_(self._extras)
         self._tree.push(int(place.joins_sibling), self._rows[row])
         if place.ends_subtree:
             self._tree.total()  # it is in row `place.subtree`
