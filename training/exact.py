@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -109,17 +110,21 @@ class _Group:
         self.device = device
         self.plans = [subtrees(owned_range(r, world_size, virtual_workers)) for r in range(world_size)]
         self.own_plan = self.plans[rank]
+        self.num_rows = max(n + max(1, subtree.level) for n, subtree in enumerate(self.own_plan))
+        """Of sums at a time: the subtrees before, and those on the way in this one."""
         self.is_pair = [len(plan) for plan in self.plans] == [1, 1]
         """The root has two terms, and a + b is b + a to the last bit: any all-reduce adds them up as the tree does."""
+        self.is_in_place = world_size == 1 or self.is_pair
+        """The sum over all virtual workers takes the place of this rank's first subtree's."""
 
     def exchange(self, rows: Tensor, received: Tensor, flat: Tensor) -> None:
         """From this rank's subtree sums (`rows`, [subtrees, n]) to the sum over all virtual workers (`flat`, [n])."""
         slice_size = flat.numel() // self.world_size
         everybody = [subtree for plan in self.plans for subtree in plan]
         if self.world_size == 1:
-            flat.copy_(fold(everybody, rows.unbind()))
+            fold(everybody, rows.unbind())  # adds into the first, which is `flat`, as it is for a pair
             return
-        if self.is_pair:  # `rows` is `flat`
+        if self.is_pair:
             dist.all_reduce(flat)
             return
         send = rows.view(len(rows), self.world_size, slice_size).transpose(0, 1).reshape(-1)
@@ -141,22 +146,18 @@ class _Bucket:
         self._group = group
         num_elements = sum(p.numel() for p in parameters) + num_extras
         slice_size = -(-num_elements // group.world_size)
-        num_rows = sum(len(plan) for plan in group.plans)
-        self._flat = torch.zeros(slice_size * group.world_size, device=group.device)
-        self._rows = self._flat.unsqueeze(0)
-        if not group.is_pair:
-            self._rows = torch.zeros(len(group.own_plan), slice_size * group.world_size, device=group.device)
-        self._received = torch.empty(
-            0 if group.world_size == 1 or group.is_pair else num_rows * slice_size, device=group.device
-        )
+        self._rows = torch.zeros(group.num_rows, slice_size * group.world_size, device=group.device)
+        self._flat = self._rows[0] if group.is_in_place else torch.zeros_like(self._rows[0])
+        num_received = 0 if group.is_in_place else sum(len(plan) for plan in group.plans) * slice_size
+        self._received = torch.empty(num_received, device=group.device)
         self._row_views = [self._views(row) for row in self._rows]
         self._flat_views = self._views(self._flat)
         self._extras: Tensor | None = None
-        self._missing: set[Tensor] = set()
+        self._missing: set[int] = set()
         self._tree = TreeSum()
         self._hooks = [
-            p.register_post_accumulate_grad_hook(self._arrived)  # type: ignore[no-untyped-call]  # no annotation
-            for p in parameters
+            p.register_post_accumulate_grad_hook(partial(self._arrived, n))  # type: ignore[no-untyped-call]  # no annotation
+            for n, p in enumerate(parameters)
         ]
 
     def _views(self, flat: Tensor) -> list[Tensor]:
@@ -169,7 +170,7 @@ class _Bucket:
     def begin(self, place: Place) -> None:
         """The next virtual worker. Autograd itself adds a right sibling's gradients to the left one's."""
         self._place = place
-        self._missing = set(self._parameters)
+        self._missing = set(range(len(self._parameters)))
         if not place.joins_sibling:
             self._extras = None
             for parameter in self._parameters:
@@ -178,44 +179,43 @@ class _Bucket:
     def add_extras(self, extras: Tensor) -> None:
         self._extras = extras if self._extras is None else self._extras.add_(extras)
 
-    def _arrived(self, parameter: Tensor) -> None:
-        if parameter not in self._missing:
+    def _arrived(self, number: int, parameter: Tensor) -> None:
+        if number not in self._missing:
             raise UserError(
                 f"a parameter of shape {list(parameter.shape)} gets its gradient in two goes, as under reentrant"
                 " activation checkpointing: use torch.utils.checkpoint with use_reentrant=False"
             )
         if parameter.grad is not None and parameter.grad.is_sparse:
             raise UserError(f"a parameter of shape {list(parameter.shape)} has a sparse gradient: use sparse=False")
-        self._missing.discard(parameter)
+        self._missing.remove(number)
         if not self._missing:
             self._end_leaf()
 
     def fill_up(self) -> None:
         """Zeros for what the loss did not reach. They are added, not left out: -0 + 0 is 0."""
-        for parameter in list(self._missing):
+        for number in list(self._missing):
+            parameter = self._parameters[number]
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
             else:
                 parameter.grad.add_(0.0)
-            self._arrived(parameter)
+            self._arrived(number, parameter)
 
     def _end_leaf(self) -> None:
         place = self._place
         if not place.joins_sibling and not place.ends_subtree:
             return  # its sibling comes next
-        self._tree.push(int(place.joins_sibling), [*self._gradients(), *self._extras_as_list()])
+        row = place.subtree + self._tree.num_waiting  # kept gradients would be new memory in each step, and cost more
+        *views, extras = self._row_views[row]
+        torch._foreach_copy_(views, [p.grad for p in self._parameters if p.grad is not None])
+        if self._extras is not None:
+            extras.copy_(self._extras)
+        self._tree.push(int(place.joins_sibling), self._rows[row])
         if place.ends_subtree:
-            views = self._row_views[place.subtree]
-            torch._foreach_copy_(views if self._extras is not None else views[:-1], self._tree.total())
+            self._tree.total()  # it is in row `place.subtree`
         if place.ends_rank:
             self.is_full = True
             self._when_full()
-
-    def _gradients(self) -> list[Tensor]:
-        return [p.grad for p in self._parameters if p.grad is not None]
-
-    def _extras_as_list(self) -> list[Tensor]:
-        return [] if self._extras is None else [self._extras]
 
     def close(self) -> None:
         for hook in self._hooks:
@@ -224,7 +224,7 @@ class _Bucket:
             parameter.grad = None
 
     def exchange(self) -> None:
-        self._group.exchange(self._rows, self._received, self._flat)
+        self._group.exchange(self._rows[: len(self._group.own_plan)], self._received, self._flat)
 
     def hand_out(self) -> None:
         self.is_full = False

@@ -18,10 +18,13 @@ class FastReducer:
     def __init__(self, objective: nn.Module, *, virtual_workers: int, rank: int, world_size: int) -> None:
         self.owned = owned_range(rank, world_size, virtual_workers)
         self._parameters = [p for p in objective.parameters() if p.requires_grad]
-        self._objective = DistributedDataParallel(objective) if world_size > 1 else objective
+        self._objective = objective
+        if world_size > 1:  # buffers are averaged with the extras, and the gradients may stay where they were summed
+            self._objective = DistributedDataParallel(objective, broadcast_buffers=False, gradient_as_bucket_view=True)
         self._scale = world_size / virtual_workers  # DDP takes the mean over ranks
-        self._world_size = world_size
+        self._is_alone = world_size == 1
         self._extras: Tensor | None = None
+        self._maybe_summing: dist.Work | None = None
 
     def forward(self, worker: int, batch: Mapping[str, Tensor]) -> Tensor:
         """The loss of one virtual worker's microbatch."""
@@ -43,15 +46,17 @@ class FastReducer:
         return loss
 
     def backward(self, worker: int, loss: Tensor, extras: Tensor) -> None:
-        """Its gradients, added to those before."""
+        """Its gradients, added to those before. The extras are on their way meanwhile."""
         self._extras = extras if self._extras is None else self._extras.add_(extras)
+        if worker == self.owned.stop - 1 and not self._is_alone:
+            self._maybe_summing = dist.all_reduce(self._extras, async_op=True)
         (loss * self._scale).backward()  # type: ignore[no-untyped-call]  # torch has no annotation here
 
     def finish(self) -> Tensor:
         """The mean gradients are in their places; returns the sum of all extras."""
         assert self._extras is not None
-        if self._world_size > 1:
-            dist.all_reduce(self._extras)
+        if self._maybe_summing is not None:
+            self._maybe_summing.wait()
         return self._extras
 
     def close(self) -> None:

@@ -393,9 +393,9 @@ class Trainer:
         seed_streams(stream_seed(self.preset.seed, self.state.step, worker), self.rank.device)
         with recipe_errors(f"step {self.state.step + 1}, virtual worker {worker}", ids):
             loss = self.reducer.forward(worker, batch)
-            if not torch.isfinite(loss):
+            if not math.isfinite(value := loss.item()):
                 raise DeterministicError(
-                    f"step {self.state.step + 1}, virtual worker {worker}: the loss is {loss.item()};"
+                    f"step {self.state.step + 1}, virtual worker {worker}: the loss is {value};"
                     f" samples {', '.join(ids[:8])}{', …' if len(ids) > 8 else ''}"
                 )
             words = self.wishes().words() if worker == self.reducer.owned[-1] else NO_WORDS
@@ -412,7 +412,7 @@ class Trainer:
 
     def clip(self) -> float:
         """Scale the gradients; returns the norm before. It is taken parameter by parameter, whoever has which."""
-        gradients = [p.grad for p in self.state.model.parameters() if p.grad is not None]
+        gradients = [p.grad for p in self.state.trained.values() if p.grad is not None]
         norm = float(torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients))))
         limit = self.preset.train.clip_norm
         if limit is not None and norm > limit:

@@ -15,7 +15,6 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 
@@ -76,34 +75,34 @@ def places(leaves: range) -> dict[int, Place]:
 
 
 class TreeSum:
-    """Adds subtrees' sums, given from left to right, along the tree. A sum is a list of tensors."""
+    """Adds subtrees' sums, given from left to right, along the tree. Each is added into the one to its left."""
 
     def __init__(self) -> None:
-        self._stack: list[tuple[int, list[Tensor]]] = []
+        self._stack: list[tuple[int, Tensor]] = []
 
-    def push(self, level: int, value: list[Tensor]) -> None:
+    @property
+    def num_waiting(self) -> int:
+        """How many sums wait for those to their right."""
+        return len(self._stack)
+
+    def push(self, level: int, value: Tensor) -> None:
         """Add the next subtree, of 2^level leaves. `value` is kept, and may be added into."""
         while self._stack and self._stack[-1][0] == level:
-            value = _add(self._stack.pop()[1], value)
+            value = self._stack.pop()[1].add_(value)
             level += 1
         self._stack.append((level, value))
 
-    def total(self) -> list[Tensor]:
+    def total(self) -> Tensor:
         """The root: what remains at the right edge is folded from the right. Begins anew after."""
         value = self._stack.pop()[1]
         while self._stack:
-            value = _add(self._stack.pop()[1], value)
+            value = self._stack.pop()[1].add_(value)
         return value
-
-
-def _add(left: list[Tensor], right: list[Tensor]) -> list[Tensor]:
-    torch._foreach_add_(left, right)
-    return left
 
 
 def fold(plan: Iterable[Subtree], sums: Iterable[Tensor]) -> Tensor:
     """The root, from the sums of subtrees that cover all leaves, given from left to right. They are added into."""
     tree = TreeSum()
     for subtree, value in zip(plan, sums, strict=True):
-        tree.push(subtree.level, [value])
-    return tree.total()[0]
+        tree.push(subtree.level, value)
+    return tree.total()

@@ -32,7 +32,8 @@ class TrainState:
         with recipe_errors("optimizer()"):
             self.optimizer: Optimizer = recipe.optimizer(self.model)
             self._first_settings = settings_of(self.optimizer)
-        self._trained = self._parameters_to_train()
+        self.trained = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+        """The parameters that are trained, by name: the same ones in every step."""
         self.step = 0
 
     def tensors(self) -> dict[str, Tensor]:
@@ -80,9 +81,6 @@ class TrainState:
         saved = self.model.state_dict().keys()
         return {name: buffer for name, buffer in self.model.named_buffers() if name not in saved}
 
-    def _parameters_to_train(self) -> list[str]:
-        return [name for name, parameter in self.model.named_parameters() if parameter.requires_grad]
-
     def unsummed_digests(self) -> dict[str, str]:
         """Of the buffers that are not averaged over virtual workers: they must be the same on all ranks."""
         found = {name: b.cpu().contiguous() for name, b in self.model.named_buffers() if not b.is_floating_point()}
@@ -90,7 +88,7 @@ class TrainState:
 
     def require_same_parameters(self) -> None:
         """Raises `DeterministicError` if the recipe trains other parameters than at first."""
-        changed = set(self._parameters_to_train()) ^ set(self._trained)
+        changed = self.trained.keys() ^ {name for name, p in self.model.named_parameters() if p.requires_grad}
         if changed:
             raise DeterministicError(
                 f"step {self.step + 1}: {min(changed)} was frozen or unfrozen during training: decide in model()"
