@@ -6,13 +6,20 @@ from typing import TYPE_CHECKING, Any
 
 from prefect.tasks import exponential_backoff
 
-from training.errors import CancelledError, DamagedError, DeterministicError, FencedError, UserError
+from training.errors import (
+    CancelledError,
+    DamagedError,
+    DeterministicError,
+    FencedError,
+    OutOfMemoryError,
+    UserError,
+)
 
 if TYPE_CHECKING:
     from prefect import Task
     from prefect.client.schemas.objects import State, TaskRun
 
-NOT_WORTH_A_RETRY = (UserError, DeterministicError, FencedError, DamagedError, CancelledError)
+NOT_WORTH_A_RETRY = (UserError, DeterministicError, FencedError, DamagedError, OutOfMemoryError, CancelledError)
 
 
 async def worth_a_retry(task: Task[..., Any], task_run: TaskRun, state: State[Any]) -> bool:

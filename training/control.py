@@ -60,6 +60,8 @@ class Note:
     """Of a beat: the main thread waits for other ranks."""
     class_name: str = ""
     message: str = ""
+    records: tuple[str, ...] = ()
+    """Of a failure: those that cause it, each by itself."""
 
 
 class Channel:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import ClassVar
 
 
@@ -28,6 +29,11 @@ class DeterministicError(UnbrokenError):
 
     exit_code = 4
 
+    def __init__(self, message: str = "", *, records: Sequence[str] = ()) -> None:
+        """`records`: ids of those that each make it fail, and without which it would not."""
+        super().__init__(message)
+        self.records = tuple(records)
+
 
 class FencedError(UnbrokenError):
     """A newer token owns the run: this process must stop and write nothing more."""
@@ -41,7 +47,21 @@ class DamagedError(UnbrokenError):
     exit_code = 6
 
 
+class OutOfMemoryError(UnbrokenError):
+    """Memory ran out again and again: whoever sized the run must act."""
+
+    exit_code = 7
+
+
 class CancelledError(UnbrokenError):
     """A person asked the run to stop."""
 
     exit_code = 130
+
+
+def error_of(kind: str, message: str, records: Sequence[str] = ()) -> UnbrokenError:
+    """The error that a record names by its class."""
+    if kind == DeterministicError.__name__:
+        return DeterministicError(message, records=records)
+    found: type[UnbrokenError] = globals()[kind]
+    return found(message)

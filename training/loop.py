@@ -20,16 +20,19 @@ from training.checkpoint import load_initial, newest_proven
 from training.collectives import is_of_lost_peer, of_all_ranks
 from training.config import Preset
 from training.control import Note
+from training.crashes import Crashes
 from training.data import ledger
 from training.data.stream import Microbatch
 from training.errors import DamagedError, DeterministicError, InfrastructureError
 from training.events import EventWriter, json_number
 from training.exact import ExactReducer
 from training.extras import NO_WORDS, Control, Extras
+from training.failures import crash_to_explain
 from training.fast import FastReducer
 from training.handover import GroupEnded, GroupLost, Handover
 from training.objective import Objective, fill_new_memory, recipe_errors, seed_streams, stream_seed
 from training.pace import Straggler, maybe_straggler
+from training.poison import Replay, Samples, explained
 from training.recipe import Recipe, learning_rate_scale
 from training.record import CheckpointRef, InitialWeights, Result, RunRecord, with_result, with_resume_step
 from training.saver import CheckpointSaver
@@ -109,9 +112,10 @@ class Trainer:
         state: TrainState | None = None,
         handover: Handover | None = None,
         tell: Callable[[Note], None] = lambda note: None,
+        crashes: Crashes | None = None,
     ) -> None:
         """`state` is a new one, or that of the group before, which `handover` knows. `tell` hears how far this rank has
-        come."""
+        come. `crashes` finds what killed ranks before."""
         self.preset = preset
         self.recipe = recipe
         self.feed = feed
@@ -127,6 +131,9 @@ class Trainer:
         self.state = state or self.new_state()
         self._outside_seconds: deque[float] = deque(maxlen=MAX_COMPARED_STEPS)
         """Of the newest steps since ranks were compared: not spent waiting."""
+        self._maybe_crashes = crashes
+        self._maybe_suspect_step: int | None = None
+        """After which ranks died twice alike."""
         self._nodes: Sequence[int] = ()
         self._committed_step = 0
         self._is_checkpoint_late = False
@@ -160,6 +167,7 @@ class Trainer:
         maybe_reserving = None
         fill_new_memory(True)  # with NaN: a recipe that reads it, and has other bits each time, is found in one step
         while self.state.step < config.steps:
+            self.require_survivable()
             outcome = self.train_step()
             fill_new_memory(False)  # it costs up to a tenth of a step
             self.report_step(outcome)
@@ -173,6 +181,7 @@ class Trainer:
         weights; rank 0 notes which."""
         record = self.run.read()
         self._nodes = [member.node for member in record.members]
+        self._maybe_suspect_step = crash_to_explain(record)
         since = record.checkpoints[-1].step if record.checkpoints else 0
         found = self.handover.find(since=since, device=self.rank.device)
         is_here = found is not None and found.is_here
@@ -206,7 +215,20 @@ class Trainer:
     def begin_reading(self, step: int) -> None:
         """The samples of that step and those after it."""
         if step < self.preset.train.steps:
+            self.require_readable(step)
             self._maybe_microbatches = self.feed.microbatches(workers=self.reducer.owned, step=step)
+
+    def require_readable(self, step: int) -> None:
+        """If ranks died twice alike: that none dies of what it decodes."""
+        if self._maybe_crashes is not None and self._maybe_suspect_step is not None:
+            with self.handover.waiting():
+                self._maybe_crashes.require_readable(self.reducer.owned, step, self._maybe_suspect_step)
+
+    def require_survivable(self) -> None:
+        """If ranks died twice alike in the step to come: that none does again."""
+        if self._maybe_crashes is not None and self.state.step == self._maybe_suspect_step:
+            with self.handover.waiting():
+                self._maybe_crashes.require_survivable(self.reducer.owned, self.state.step, self.state.tensors())
 
     def load_checkpoint(self) -> int:
         """The newest proven checkpoint, or the initial weights. Returns the step."""
@@ -284,7 +306,8 @@ class Trainer:
         loss = self.extras.hand_out(total / self.preset.train.virtual_workers)
         grad_norm = self.clip()
         if not (math.isfinite(loss) and math.isfinite(grad_norm)):
-            raise DeterministicError(f"step {step + 1}: the loss is {loss}, the gradient norm {grad_norm}")
+            message = f"step {step + 1}: the loss is {loss}, the gradient norm {grad_norm}"
+            raise self.explained_together(DeterministicError(message))
         self.state.set_learning_rate_scale(learning_rate_scale(self.recipe, step, self.preset.train.steps))
         with recipe_errors(f"step {step + 1}, optimizer.step()"):
             self.state.optimizer.step()
@@ -391,15 +414,51 @@ class Trainer:
         ids, batch = self.microbatch(worker)
         self.extras.begin_worker()
         seed_streams(stream_seed(self.preset.seed, self.state.step, worker), self.rank.device)
-        with recipe_errors(f"step {self.state.step + 1}, virtual worker {worker}", ids):
-            loss = self.reducer.forward(worker, batch)
-            if not math.isfinite(value := loss.item()):
-                raise DeterministicError(
-                    f"step {self.state.step + 1}, virtual worker {worker}: the loss is {value};"
-                    f" samples {', '.join(ids[:8])}{', …' if len(ids) > 8 else ''}"
-                )
-            words = self.wishes().words() if worker == self.reducer.owned[-1] else NO_WORDS
-            self.reducer.backward(worker, loss, self.extras.gather(loss.detach(), words, ledger.entries(worker, ids)))
+        try:
+            with recipe_errors(f"step {self.state.step + 1}, virtual worker {worker}", ids):
+                loss = self.reducer.forward(worker, batch)
+                if not math.isfinite(value := loss.item()):
+                    raise DeterministicError(
+                        f"step {self.state.step + 1}, virtual worker {worker}: the loss is {value};"
+                        f" samples {', '.join(ids[:8])}{', …' if len(ids) > 8 else ''}"
+                    )
+                words = self.wishes().words() if worker == self.reducer.owned[-1] else NO_WORDS
+                told = self.extras.gather(loss.detach(), words, ledger.entries(worker, ids))
+                self.reducer.backward(worker, loss, told)
+        except DeterministicError as error:
+            raise self.explained(error, worker, (ids, batch)) or RuntimeError(str(error)) from error
+
+    def explained(self, error: DeterministicError, worker: int, samples: Samples) -> DeterministicError | None:
+        """With the records that cause it; None if it does not come again when the microbatch is replayed."""
+        replay = Replay(
+            self.recipe, self.state, self.extras, seed=self.preset.seed, precision=self.preset.train.precision
+        )
+        step = self.state.step
+        with self.handover.waiting():  # others wait for this rank, whose replays take longer than a step
+            return explained(
+                error,
+                partial(replay.failure, worker),
+                samples,
+                lambda: self.samples_of(worker, step + 1 if step + 1 < self.preset.train.steps else max(0, step - 1)),
+                seconds=self.replay_seconds(),
+            )
+
+    def replay_seconds(self) -> float:
+        """How long this rank may look for a record: the others must not give it up meanwhile."""
+        return self.preset.launch.collective_timeout_seconds / 2
+
+    def samples_of(self, worker: int, step: int) -> Samples:
+        """Of any virtual worker and step, read anew."""
+        batch = next(self.feed.microbatches(workers=[worker], step=step))
+        return batch.ids, self.on_device(batch)
+
+    def explained_together(self, error: DeterministicError) -> DeterministicError:
+        """What all ranks found wrong at once: which virtual worker's it is. Collective: who finds nothing waits."""
+        found = (self.explained(error, w, self.samples_of(w, self.state.step)) for w in self.reducer.owned)
+        first = next((one for one in found if one is not None), error)
+        with self.handover.waiting():
+            of_all_ranks(torch.zeros(1, device=self.rank.device))
+        return first
 
     def microbatch(self, worker: int) -> tuple[Sequence[str], Mapping[str, Tensor]]:
         """Ids and tensors of the next microbatch, which is `worker`'s own of this step."""
@@ -408,7 +467,10 @@ class Trainer:
         assert self._maybe_microbatches is not None
         batch = next(self._maybe_microbatches)
         assert (batch.step, batch.worker) == (self.state.step, worker)
-        return batch.ids, {name: torch.from_numpy(array).to(self.rank.device) for name, array in batch.fields.items()}
+        return batch.ids, self.on_device(batch)
+
+    def on_device(self, batch: Microbatch) -> Mapping[str, Tensor]:
+        return {name: torch.from_numpy(array).to(self.rank.device) for name, array in batch.fields.items()}
 
     def clip(self) -> float:
         """Scale the gradients; returns the norm before. It is taken parameter by parameter, whoever has which."""

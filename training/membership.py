@@ -9,10 +9,8 @@ import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+from training.failures import FOR_GOOD, MAX_ALIKE, PREEMPTION, class_of
 from training.record import Departure, Failure, Member, Record
-
-FOR_GOOD = ("UserError", "DeterministicError", "DamagedError")
-"""Errors that no restart can heal."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,26 +67,39 @@ def launched_elsewhere(record: Record) -> Record:
 
 
 def _failure(record: Record, new: Sequence[Departure], *, max_restarts: int) -> Failure | None:
-    found = (failure_to_report(record, departure, max_restarts=max_restarts) for departure in new)
-    return next((failure for failure in found if failure is not None), None)
+    """The one that names records, of several."""
+    found = [failure_to_report(record, departure, max_restarts=max_restarts) for departure in new]
+    failures = [failure for failure in found if failure is not None]
+    return max(failures, key=lambda failure: len(failure.records), default=None)
 
 
 def failure_to_report(record: Record, latest: Departure, *, max_restarts: int) -> Failure | None:
-    """Whether the run should stop for good after `latest`, and why.
+    """Whether the run should stop for good after `latest`, and why (training.failures).
 
-    At once for errors that a restart cannot heal; at the second time for the same error at the same step; and after
-    `max_restarts` restarts in a row that came no further, and without a new checkpoint.
+    At once for errors that a restart cannot heal; after the same error at the same step, so many times; after so many
+    restarts for want of memory without a new checkpoint; and after `max_restarts` restarts of any kind in a row that
+    came no further, and without a new checkpoint.
     """
+    policy = class_of(latest.class_name)
     if latest.class_name in FOR_GOOD:
-        return Failure(kind=latest.class_name, message=latest.cause)
-    counting = [d for d in record.departures if d.token > record.forgiven_token and d.class_name != "Preempted"]
+        return Failure(kind=latest.class_name, message=latest.cause, records=latest.records)
+    counting = [d for d in record.departures if d.token > record.forgiven_token]
+    counting = [d for d in counting if class_of(d.class_name) is not PREEMPTION]
     same = [d for d in counting if (d.cause, d.step) == (latest.cause, latest.step)]
-    if latest.class_name == "Exception" and len({d.token for d in same}) > 1:
-        return Failure(
-            kind="DeterministicError", message=f"twice the same failure at step {latest.step}: {latest.cause}"
-        )
+    most = MAX_ALIKE.get(latest.class_name)
+    if most is not None and len({d.token for d in same}) >= most:
+        times = {2: "twice", 3: "three times"}[most]
+        return Failure(kind=policy.kind, message=f"{times} the same failure at step {latest.step}: {latest.cause}")
     newest = record.checkpoints[-1].token if record.checkpoints else 0
-    restarts = _restarts_in_vain([d for d in counting if d.token > newest])
+    since = [d for d in counting if d.token > newest]
+    alike = {d.token for d in since if class_of(d.class_name) is policy}
+    if policy.max_in_vain is not None and len(alike) >= policy.max_in_vain:
+        return Failure(
+            kind=policy.kind,
+            message=f"{policy.name}, {len(alike)} times since the newest checkpoint: {latest.cause}. What helps:"
+            f" {policy.advice}",
+        )
+    restarts = _restarts_in_vain(since)
     if restarts > max_restarts:
         return Failure(
             kind="InfrastructureError",

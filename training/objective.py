@@ -69,10 +69,15 @@ def recipe_errors(where: str, ids: Sequence[str] = ()) -> Iterator[None]:
     """Say where the recipe's own code failed, and on which samples. Memory that runs out is not its doing."""
     try:
         yield
-    except (MemoryError, torch.OutOfMemoryError, UnbrokenError):
+    except UnbrokenError:
         raise
     except Exception as error:
-        if "allocate memory" in str(error):  # how torch says on a CPU that memory ran out
+        if is_lack_of_memory(error):
             raise
         samples = f"; samples {', '.join(ids[:8])}" if ids else ""
         raise DeterministicError(f"{where}: the recipe failed: {type(error).__name__}: {error}{samples}") from error
+
+
+def is_lack_of_memory(error: Exception) -> bool:
+    """However Python and torch say it; torch on a CPU has no class for it."""
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "allocate memory" in str(error)

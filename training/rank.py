@@ -16,6 +16,7 @@ from training import environment
 from training.beside import beside
 from training.connections import Connections
 from training.control import Note, Seat
+from training.crashes import Crashes
 from training.data.loader import Feed
 from training.errors import UserError
 from training.events import EventWriter
@@ -82,10 +83,12 @@ def train(
     record = _admitted(run, seat.token, kit.environment)
     _join(kit, seat, rendezvous)
     events = make_events(run.store, run.prefix(record), seat.token) if seat.rank == 0 else None
+    feed = Feed(preset=job.preset, location=job.location, dataset_digest=job.dataset_digest)
+    patience = job.preset.launch.collective_timeout_seconds / 2
     trainer = Trainer(
         preset=job.preset,
         recipe=kit.recipe,
-        feed=Feed(preset=job.preset, location=job.location, dataset_digest=job.dataset_digest),
+        feed=feed,
         initial=job.initial,
         run=run,
         saver=_saver(job, seat, run, rendezvous, events),
@@ -94,6 +97,7 @@ def train(
         state=kit.state,
         handover=handover,
         tell=tell,
+        crashes=Crashes(feed, local_rank=seat.local_rank, seconds=patience),
     )
     try:
         trainer.train()

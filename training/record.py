@@ -59,6 +59,9 @@ class Departure:
     cause: str
     step: int
     class_name: str
+    """Says which class of failure it is (training.failures)."""
+    records: tuple[str, ...] = ()
+    """Those that cause it, each by itself."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,6 +70,8 @@ class Failure:
 
     kind: str
     message: str
+    records: tuple[str, ...] = ()
+    """Those that cause it, each by itself."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Any, Literal
 from training.attendance import Attendance
 from training.control import EXIT_STOPPED, Call, Channel, Note, Order
 from training.documents import parse
-from training.errors import UnbrokenError
+from training.errors import OutOfMemoryError, UnbrokenError
+from training.failures import ReaderDiedError
 from training.job import Job
 from training.slots import Slots
 
@@ -142,18 +143,29 @@ class _Worker:
 
 
 def _note(event: Literal["left", "failed"], error: Exception, step: int) -> Note:
-    return Note(event=event, class_name=_class_name(error), message=str(error) or repr(error), step=step)
+    return Note(
+        event=event,
+        class_name=_class_name(error),
+        message=str(error) or repr(error),
+        step=step,
+        records=getattr(error, "records", ()),
+    )
 
 
 def _class_name(error: Exception) -> str:
     """The class that says who must act; errors of the group's collectives say only that a peer is gone."""
     if isinstance(error, UnbrokenError):
         return next(kind.__name__ for kind in type(error).__mro__ if kind.__module__ == UnbrokenError.__module__)
+    if isinstance(error, ReaderDiedError):
+        return error.class_name
     from training.collectives import is_of_lost_peer
     from training.handover import GroupEnded, GroupLost
+    from training.objective import is_lack_of_memory
 
     if isinstance(error, GroupEnded):
         return ""  # nobody's fault
+    if is_lack_of_memory(error):
+        return OutOfMemoryError.__name__
     return "PeerLost" if isinstance(error, GroupLost) or is_of_lost_peer(error) else "Exception"
 
 

@@ -12,6 +12,7 @@ from typing import Any, Protocol
 
 from training.control import EXIT_STOPPED, Call, Channel, Note, Order, Seat
 from training.errors import InfrastructureError
+from training.failures import of_exit_code, oom_kills
 from training.job import Job
 from training.record import Departure, Record
 from training.worker import WorkerOrder
@@ -89,15 +90,14 @@ class _Worker:
     def is_in(self) -> bool:
         return self.maybe_code is None and not self.has_left
 
-    def failure(self) -> Note | None:
+    def failure(self, *, is_out_of_memory: bool) -> Note | None:
         """What it said, or what its exit code says."""
         if self.maybe_code in (0, EXIT_STOPPED) or self.is_condemned:
             return None
         if self.maybe_failure is not None or self.has_left:
             return self.maybe_failure
-        code = self.maybe_code or 0
-        message = f"worker killed by signal {-code}" if code < 0 else f"worker exited with {code}"
-        return Note(event="failed", step=self.step, class_name="Killed", message=message)
+        class_name, message = of_exit_code(self.maybe_code or 0, is_out_of_memory=is_out_of_memory)
+        return Note(event="failed", step=self.step, class_name=class_name, message=message)
 
 
 @dataclass(kw_only=True)
@@ -122,6 +122,8 @@ class Workers:
     _has_ended: bool = False
     _looked_at: float = 0.0
     _maybe_hung: Note | None = None
+    _oom_kills: int = field(default_factory=oom_kills)
+    """Before they began."""
 
     def begin(self, listener: socket.socket) -> None:
         """Call them. Ranks follow the order of nodes; the first node's `listener` is the group's store."""
@@ -254,7 +256,9 @@ class Workers:
                 loop.remove_reader(worker.hand.process.fileno())
                 loop.remove_reader(worker.hand.channel.end)
                 self.hands[worker.local_rank] = worker.hand
-        failures = [failure for worker in self._workers if (failure := worker.failure())]
+        is_out_of_memory = oom_kills() > self._oom_kills
+        found = (worker.failure(is_out_of_memory=is_out_of_memory) for worker in self._workers)
+        failures = [failure for failure in found if failure]
         step = max(worker.step for worker in self._workers)
         is_finished = all(worker.maybe_code == 0 for worker in self._workers)
         self.on_end(Outcome(step=step, is_finished=is_finished, maybe_departure=self._departure(failures)))
@@ -265,7 +269,7 @@ class Workers:
             failures = [self._maybe_hung]
         if not failures:
             return None
-        worst = min(failures, key=lambda note: (note.class_name == "PeerLost", note.class_name == "Exception"))
+        worst = min(failures, key=_blame)
         log.warning("node %d left token %d: %s", self.node, self.record.token, worst.message)
         return Departure(
             token=self.record.token,
@@ -273,7 +277,13 @@ class Workers:
             cause=worst.message,
             step=worst.step,
             class_name=worst.class_name,
+            records=worst.records,
         )
+
+
+def _blame(note: Note) -> tuple[bool, ...]:
+    """What says most comes first."""
+    return not note.records, note.class_name == "PeerLost", note.class_name == "Exception"
 
 
 def _take(worker: _Worker, note: Note, now: float) -> None:

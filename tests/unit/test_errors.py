@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pickle
+
 from training import errors
 from training.errors import UnbrokenError
 from training.objectstore import MissingError
@@ -17,6 +19,7 @@ def test_every_error_has_an_exit_code_of_its_own() -> None:
         "DeterministicError": 4,
         "FencedError": 5,
         "DamagedError": 6,
+        "OutOfMemoryError": 7,
         "CancelledError": 130,
     }
 
@@ -24,3 +27,12 @@ def test_every_error_has_an_exit_code_of_its_own() -> None:
 def test_a_missing_object_is_an_infrastructure_error() -> None:
     assert issubclass(MissingError, errors.InfrastructureError)
     assert MissingError.exit_code == 3
+
+
+def test_a_record_names_an_error_by_its_class() -> None:
+    found = errors.error_of("DeterministicError", "why", ["a.csv:3"])
+    assert isinstance(found, errors.DeterministicError)
+    assert (str(found), found.records) == ("why", ("a.csv:3",))
+    again = pickle.loads(pickle.dumps(found))  # as Prefect keeps what a task raised
+    assert (str(again), again.records) == ("why", ("a.csv:3",))
+    assert type(errors.error_of("OutOfMemoryError", "why")) is errors.OutOfMemoryError

@@ -122,7 +122,7 @@ def test_resume_steps_line_up_with_tokens() -> None:
 
 
 def test_a_result_ends_a_failure() -> None:
-    failed = replace(RUN, failure=Failure(kind="UserError", message="x"))
+    failed = replace(RUN, failure=Failure(kind="UserError", message="x", records=("r",)))
     record = with_result(failed, RESULT, token=3)
     assert (record.result, record.failure) == (RESULT, None)
 
@@ -148,13 +148,13 @@ FULL = Record(
     resume_steps=(0, 5),
     checkpoints=(checkpoint(5, token=1),),
     quarantined=(Quarantined(checkpoint=checkpoint(7, token=1), reason="r"),),
-    departures=(Departure(token=1, node=0, cause="c", step=6, class_name="Killed"),),
+    departures=(Departure(token=1, node=0, cause="c", step=6, class_name="Killed", records=("r",)),),
     forgiven_token=1,
     environment={"torch": "2"},
     tracking_run_id="t",
     continued=Continued(run_key="o", generation=0, step=5),
     result=RESULT,
-    failure=Failure(kind="UserError", message="x"),
+    failure=Failure(kind="UserError", message="x", records=("r",)),
 )
 
 

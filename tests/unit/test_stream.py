@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import threading
@@ -29,9 +30,11 @@ from training.data.opening import open_order
 from training.data.stream import Microbatch, Stream
 from training.data.writer import write_dataset
 from training.errors import DamagedError, DeterministicError, UnbrokenError, UserError
+from training.failures import CRASHED, ReaderDiedError
 from training.objectstore import Store
 from training.recipe import Sample
 from training.reduce import owned_range
+from training.worker import _class_name
 
 STEPS = 12
 
@@ -267,3 +270,34 @@ def test_a_stream_that_is_left_leaves_no_thread(store: Store, preset: Preset, ma
     assert set(threading.enumerate()) - before
     stream.close()  # type: ignore[attr-defined]
     wait_until(lambda: not set(threading.enumerate()) - before, what="the stream's threads to end")
+
+
+@pytest.mark.parametrize("data_workers", [0, 2])
+def test_a_record_that_cannot_be_decoded_is_named(
+    store: Store, preset: Preset, manifest: Manifest, data_workers: int
+) -> None:
+    """By its id, which can be withdrawn."""
+    preset = replace(preset, recipe="tests.unit.test_stream:Refusing")
+    with pytest.raises(DeterministicError) as caught:
+        next(feed_of(store, preset, manifest, data_workers).microbatches(workers=range(4), step=0))
+    (record,) = caught.value.records
+    assert str(caught.value).startswith(f"sample {record}#0: decode() failed")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Dies(Tiny):
+    """Its decode() does, as one written in C may on a broken image."""
+
+    def decode(self, sample: Sample, random: np.random.Generator | None) -> Sample:
+        os.kill(os.getpid(), signal.SIGSEGV)
+        return sample
+
+
+def test_a_reading_process_that_dies_is_told_by_its_signal_and_without_its_pid(
+    store: Store, preset: Preset, manifest: Manifest
+) -> None:
+    """So that two deaths are alike."""
+    preset = replace(preset, recipe=f"{__name__}:Dies")
+    with pytest.raises(ReaderDiedError, match=r"^a process that reads for a worker killed by SIGSEGV$") as caught:
+        next(feed_of(store, preset, manifest, 2).microbatches(workers=range(4), step=0))
+    assert _class_name(caught.value) == CRASHED

@@ -39,8 +39,8 @@ def say(**note: Any) -> str:
     return SAY.format(json.dumps(note).replace("false", "False").replace("true", "True"))
 
 
-def fail(class_name: str, message: str, *, step: int = 4) -> str:
-    return say(event="failed", class_name=class_name, message=message, step=step) + "sys.exit(1)\n"
+def fail(class_name: str, message: str, *, step: int = 4, **more: Any) -> str:
+    return say(event="failed", class_name=class_name, message=message, step=step, **more) + "sys.exit(1)\n"
 
 
 class Script:
@@ -197,6 +197,22 @@ def test_signals_are_named() -> None:
     assert found.maybe_departure is not None
     assert found.maybe_departure.class_name == "Killed"
     assert found.maybe_departure.cause == "worker killed by signal 15"
+
+
+@pytest.mark.parametrize("sign", [signal.SIGSEGV, signal.SIGABRT])
+def test_who_dies_of_what_it_did_has_crashed(sign: signal.Signals) -> None:
+    found = outcome(f"os.kill(os.getpid(), {int(sign)})\n")
+    assert found.maybe_departure is not None
+    assert (found.maybe_departure.class_name, found.maybe_departure.cause) == (
+        "Crashed",
+        f"worker killed by {sign.name}",
+    )
+
+
+def test_the_records_that_a_worker_names_are_told() -> None:
+    found = outcome(fail("DeterministicError", "a loss"), fail("DeterministicError", "b loss", records=["a.csv:3"]))
+    assert found.maybe_departure is not None
+    assert (found.maybe_departure.cause, found.maybe_departure.records) == ("b loss", ("a.csv:3",))
 
 
 # ---- processes that stay ---------------------------------------------------------------------------------------------

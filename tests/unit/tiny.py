@@ -90,7 +90,7 @@ class MemoryReader:
         return len(next(iter(self._columns.values())))
 
     def read(self, indices: Sequence[int] | np.ndarray[Any, Any]) -> tuple[list[str], dict[str, np.ndarray[Any, Any]]]:
-        return [f"memory:{index}" for index in indices], {name: c[indices] for name, c in self._columns.items()}
+        return [f"memory:{index}#0" for index in indices], {name: c[indices] for name, c in self._columns.items()}
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from multiprocessing.context import BaseContext
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
@@ -20,6 +20,7 @@ from training.data.opening import open_order, open_reader
 from training.data.reader import Reader
 from training.data.stream import Microbatch, Stream
 from training.errors import UnbrokenError
+from training.failures import ReaderDiedError
 from training.objectstore import StoreLocation, shared_store
 from training.processes import die_after
 from training.recipe import load_recipe
@@ -84,15 +85,27 @@ def begun(make: Callable[[], Iterable[Item]]) -> Iterator[Item]:
 class _Failed:
     """An error of ours on its way to the rank: torch would send its traceback as its message."""
 
-    kind: type[UnbrokenError]
-    message: str
+    error: UnbrokenError
 
 
 def _received(loader: Iterable[Microbatch | _Failed]) -> Iterator[Microbatch]:
-    for item in loader:
+    items = iter(loader)
+    while True:
+        try:
+            item = next(items)
+        except StopIteration:
+            return
+        except RuntimeError as error:
+            raise _reason(error, items) from error
         if isinstance(item, _Failed):
-            raise item.kind(item.message)
+            raise item.error
         yield item
+
+
+def _reason(error: RuntimeError, items: Any) -> Exception:
+    """Torch says which process is gone, but not how it ended."""
+    codes = [process.exitcode for process in items._workers if process.exitcode]
+    return ReaderDiedError(codes[0]) if codes else error
 
 
 class _FeedDataset(IterableDataset["Microbatch | _Failed"]):
@@ -112,7 +125,7 @@ class _FeedDataset(IterableDataset["Microbatch | _Failed"]):
         try:
             yield from self._feed._stream(self._workers[info.id :: info.num_workers], self._step)
         except UnbrokenError as error:
-            yield _Failed(type(error), str(error))
+            yield _Failed(error)
 
 
 def _fork_server() -> BaseContext:

@@ -14,6 +14,7 @@ from training.data.cache import ShardCache
 from training.data.manifest import FieldInfo
 from training.data.order import Integers
 from training.data.shard import Array, Column, Ragged, Shard
+from training.data.withdrawn import record_of
 from training.errors import DeterministicError, UnbrokenError, UserError
 from training.recipe import Decode, Sample
 
@@ -104,11 +105,7 @@ class Reader:
     def read(self, indices: Sequence[int] | Integers, *, maybe_epochs: Integers | None = None) -> Rows:
         """The samples in the order asked for. Without epochs, the recipe's `decode` leaves nothing to chance."""
         indices = np.asarray(indices, dtype=np.int64)
-        if len(indices) and not 0 <= indices.min() <= indices.max() < len(self):
-            raise IndexError(f"samples are numbered from 0 to {len(self) - 1}")
-        numbers = np.searchsorted(self._starts, indices, side="right") - 1
-        rows = indices - self._starts[numbers]
-        shards = {number: self.cache.get(number) for number in np.unique(numbers).tolist()}
+        shards, numbers, rows = self._find(indices)
         ids = LazyIds(shards, numbers, rows)
         if self._maybe_decode is None:
             return Rows(ids=ids, fields=_gather(shards, numbers, rows))
@@ -119,6 +116,18 @@ class Reader:
             for k, (number, row) in enumerate(zip(numbers.tolist(), rows.tolist(), strict=True))
         ]
         return Rows(ids=ids, fields=_stack(samples, ids))
+
+    def ids(self, indices: Integers) -> Sequence[str]:
+        """Those of samples that nobody decodes."""
+        return LazyIds(*self._find(indices))
+
+    def _find(self, indices: Integers) -> tuple[Mapping[int, Shard], Integers, Integers]:
+        """The shards that samples lie in; for each sample the shard's number, and the row."""
+        if len(indices) and not 0 <= indices.min() <= indices.max() < len(self):
+            raise IndexError(f"samples are numbered from 0 to {len(self) - 1}")
+        numbers = np.searchsorted(self._starts, indices, side="right") - 1
+        rows = indices - self._starts[numbers]
+        return {number: self.cache.get(number) for number in np.unique(numbers).tolist()}, numbers, rows
 
     def decoded_bytes(self, indices: Integers, epochs: Integers) -> int:
         """How large a sample is when the recipe has decoded it; 0 if it decodes nothing.
@@ -200,7 +209,8 @@ def _decoded(decode: Decode, sample_id: str, sample: Sample, random: np.random.G
     except (MemoryError, UnbrokenError):
         raise
     except Exception as error:
-        raise DeterministicError(f"sample {sample_id}: decode() failed: {type(error).__name__}: {error}") from error
+        message = f"sample {sample_id}: decode() failed: {type(error).__name__}: {error}"
+        raise DeterministicError(message, records=[record_of(sample_id)]) from error
     if not isinstance(decoded, Mapping):
         raise UserError(f"sample {sample_id}: decode() gave {type(decoded).__name__}, not arrays by name")
     return decoded
