@@ -12,8 +12,9 @@ from flows.hooks import cancel_jobs_of, log_user_errors_in_one_line
 from tasks.evaluate import evaluate
 from tasks.initial import pinned
 from tasks.opening import identify
+from tasks.quarantine import trained
 from tasks.register import registered
-from tasks.results import PipelineResult
+from tasks.results import Dataset, PipelineResult, TrainedModel
 from tasks.shard import NUM_AT_ONCE, shard
 from tasks.stack import open_stack
 from tasks.train import train
@@ -29,19 +30,25 @@ PARTITIONS_AT_ONCE: Any = ThreadPoolTaskRunner(max_workers=NUM_AT_ONCE)
     persist_result=True,
     result_serializer="json",
 )
-def pipeline(preset: str, overrides: dict[str, Any] | None = None, fresh: bool = False) -> PipelineResult:
+def pipeline(
+    preset: str, overrides: dict[str, Any] | None = None, fresh: bool = False, quarantine: bool = False
+) -> PipelineResult:
     """From raw data to a registered model.
 
     Args:
         preset: a built-in preset's name, or the path of a TOML file.
         overrides: values by dotted key, such as {"train.steps": 20}.
         fresh: train again from step 0, although this run is finished or begun.
+        quarantine: go on without records that make the training fail; they are withdrawn from the dataset.
     """
     log_user_errors_in_one_line()
     config = pinned(open_stack()[0], load_preset(preset, overrides))
-    dataset = shard(config)
-    publish.run_key(identify(config, dataset).run_key)
-    model = train(config, dataset, owner=publish.flow_run_id(), fresh=publish.flow_run_id() if fresh else None)
+
+    def train_in_flow(dataset: Dataset) -> TrainedModel:
+        publish.run_key(identify(config, dataset).run_key)
+        return train(config, dataset, owner=publish.flow_run_id(), fresh=publish.flow_run_id() if fresh else None)
+
+    dataset, model = trained(config, shard=lambda: shard(config), train=train_in_flow, quarantine=quarantine)
     evaluation = evaluate(config, dataset, model)
     version = registered(config, dataset, model, evaluation)
     links = publish.results(dataset, evaluation, version)

@@ -19,6 +19,7 @@ from tasks.stack import open_stack
 from training.config import Preset
 from training.data.manifest import load_manifest
 from training.data.opening import open_reader
+from training.data.withdrawn import quarantined_records
 from training.documents import digest_of
 from training.objectstore import Store
 from training.recipe import load_recipe
@@ -61,6 +62,7 @@ def register(preset: Preset, dataset: Dataset, model: TrainedModel, evaluation: 
         tracking.DATASET_TAG: dataset.digest,
         "unbroken.commit": commit_of(preset),
         "unbroken.preset": preset.name,
+        **tracking.quarantine_tags(quarantined_records(store, dataset.name)),
         **{f"unbroken.test.{name}": f"{value.value:.6f}" for name, value in evaluation.metrics.items()},
     }
     version = tracking.ensure_model_version(

@@ -6,7 +6,7 @@ import json
 import logging
 import os
 import tempfile
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -31,6 +31,7 @@ GENERATION_TAG = "unbroken.generation"
 DATASET_TAG = "unbroken.dataset_digest"
 WEIGHTS_TAG = "unbroken.weights_sha256"
 BATCH_METRICS = 1000
+MAX_TAG_CHARACTERS = 4000
 MACHINE_LEARNING = "?workflowType=machine_learning"  # else MLflow opens its other face, which has no registry
 DATASET_DIGEST_CHARACTERS = 36  # MLflow takes no more; the whole digest is in a tag
 
@@ -364,6 +365,14 @@ def origin_of(uri: str, name: str, version: str) -> tuple[str, str]:
     if not {RUN_KEY_TAG, WEIGHTS_TAG} <= found.tags.keys():
         raise UserError(f"model {name!r} version {version} was not made by Unbroken: it has no tag {RUN_KEY_TAG}")
     return str(found.tags[RUN_KEY_TAG]), str(found.tags[WEIGHTS_TAG])
+
+
+def quarantine_tags(records: Sequence[str]) -> dict[str, str]:
+    """Which records of its dataset a run went on without."""
+    shown = ", ".join(records)
+    if len(shown) > MAX_TAG_CHARACTERS:
+        shown = f"{len(records)} records: {shown[: MAX_TAG_CHARACTERS - 100]} …"
+    return {"unbroken.quarantined": shown} if records else {}
 
 
 def _metrics(event: Event) -> dict[str, float]:

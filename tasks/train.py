@@ -22,6 +22,7 @@ from tasks.stack import open_stack, store_location
 from training import errors
 from training.config import Preset
 from training.data.activity import distrust
+from training.data.withdrawn import quarantined_records
 from training.documents import digest_of
 from training.errors import CancelledError, DamagedError, InfrastructureError
 from training.events import Event
@@ -66,6 +67,7 @@ def train(preset: Preset, dataset: Dataset, *, owner: str | None = None, fresh: 
     identity = identify(preset, dataset)
     run, record = open_run(store, identity, fresh)
     tags = {"unbroken.commit": commit_of(preset), "unbroken.recipe": preset.recipe, "unbroken.preset": preset.name}
+    tags |= tracking.quarantine_tags(quarantined_records(store, dataset.name))
     if record.continued is not None:
         tags["unbroken.continued"] = f"{record.continued.run_key} from step {record.continued.step}"
     tracker = tracking.ensure_run(settings.mlflow_uri, run, record, preset, dataset=asdict(dataset), tags=tags)
@@ -170,7 +172,7 @@ def _follow(follower: Follower, tracker: tracking.Tracker, launcher: Launcher, k
             raise CancelledError(f"run {key[:12]} was begun anew by somebody else")
         if record.failure is not None:
             tracker.try_to_finish("FAILED")
-            raise getattr(errors, record.failure.kind)(record.failure.message)
+            raise errors.error_of(record.failure.kind, record.failure.message, record.failure.records)
         if record.result is not None:
             maybe_deadline = maybe_deadline or time.monotonic() + CATCH_UP_SECONDS
             if not waiting:

@@ -137,6 +137,9 @@ class LaunchConfig:
     keep_spares: bool = False
     """For each rank of a node, one more process that has made its model and takes the place of one that dies at once.
     It takes the memory of the weights."""
+    max_quarantined: int = 10
+    """With `--quarantine`: so many records are left out at most that make the training fail. (The run without them is
+    another one, of another dataset version.)"""
     data_workers: int = 0
     """Processes per rank that read and decode (0: threads of the rank itself)."""
     cache_memory_bytes: int = 1 << 30
@@ -154,6 +157,7 @@ class LaunchConfig:
         _require(self.processes_per_node >= 1, "launch.processes_per_node", "must be at least 1")
         _require(self.collective_timeout_seconds >= 5, "launch.collective_timeout_seconds", "must be at least 5")
         _require(self.max_restarts >= 0, "launch.max_restarts", "must not be negative")
+        _require(self.max_quarantined >= 0, "launch.max_quarantined", "must not be negative")
         _require(self.data_workers >= 0, "launch.data_workers", "must not be negative")
         _require(self.cache_memory_bytes >= 0, "launch.cache_memory_bytes", "must not be negative")
         _require(self.cache_disk_bytes >= 0, "launch.cache_disk_bytes", "must not be negative")

@@ -28,10 +28,8 @@ POLL_SECONDS = 0.5
 UNCLAIMED_SECONDS = 20.0
 
 
-def follow_deployment(
-    config: Preset, *, preset: str, overrides: Mapping[str, Any], fresh: bool, quiet: bool
-) -> dict[str, Any]:
-    """Start a flow run and follow it to its end; Ctrl-C cancels it. Returns the pipeline's result as JSON.
+def follow_deployment(config: Preset, parameters: Mapping[str, Any], *, quiet: bool) -> dict[str, Any]:
+    """Start a flow run with these parameters and follow it to its end; Ctrl-C cancels it. Returns its result as JSON.
 
     Raises the error that the flow ended with, or `CancelledError`.
     """
@@ -41,7 +39,7 @@ def follow_deployment(
 
     try:
         with get_client(sync_client=True) as client:
-            run = _start(client, preset, overrides, fresh)
+            run = _start(client, parameters)
             if not quiet:
                 print(f"flow run {run.name}  {settings.prefect_ui_url}/runs/flow-run/{run.id}", flush=True)
             watcher = _Watcher(client, store, config, quiet=quiet)
@@ -56,20 +54,20 @@ def follow_deployment(
         ) from error
 
 
-def _start(client: SyncPrefectClient, preset: str, overrides: Mapping[str, Any], fresh: bool) -> FlowRun:
+def _start(client: SyncPrefectClient, parameters: Mapping[str, Any]) -> FlowRun:
     from prefect.exceptions import ObjectNotFound
 
+    preset = parameters["preset"]
     built_in = (PRESETS / f"{preset}.toml").exists()
     name = f"pipeline/{preset if built_in else 'custom'}"
     try:
         deployment = client.read_deployment_by_name(name)
     except ObjectNotFound as error:
         raise InfrastructureError(f"Prefect has no deployment {name!r}: `unbroken up` registers it") from error
-    parameters = {"preset": preset, "overrides": dict(overrides), "fresh": fresh}
     mine = {name: value for name, value in os.environ.items() if name.startswith("UNBROKEN_S3_")}
     return client.create_flow_run_from_deployment(
         deployment.id,
-        parameters=parameters,
+        parameters=dict(parameters),
         job_variables={"env": mine} if mine else None,  # the flow looks where this command looks
     )
 
@@ -119,7 +117,9 @@ class _Watcher:
         self._quiet = quiet
         self._live = LiveLine()
         self._shown: set[str] = set()
+        self._is_trained = False
         self._started = time.monotonic()
+        self._run_key = ""
         self._maybe_follower: Follower | None = None
 
     def until_over(self, run_id: Any) -> FlowRun:
@@ -143,6 +143,7 @@ class _Watcher:
                 continue  # there may be thousands
             if task.state is not None and task.state.is_final() and task.name not in self._shown:
                 self._shown.add(task.name)
+                self._is_trained |= task.name.startswith("train") and task.state.is_completed()
                 seconds = task.total_run_time.total_seconds()
                 self._live.end(f"{task.name.rpartition('-')[0]:10} {task.state.name:10} {seconds:6.1f} s")
 
@@ -154,7 +155,7 @@ class _Watcher:
 
     def _show_training(self, run: FlowRun) -> None:
         key = (run.labels or {}).get(RUN_KEY_LABEL)
-        if any(name.startswith("train") for name in self._shown):
+        if self._is_trained:
             return
         if key is None or run.state is None or run.state.is_final():
             self._live.show(self._waiting_line(run))
@@ -168,7 +169,8 @@ class _Watcher:
     def _look(self, run: RunRecord) -> Progress | None:
         """The training's progress; None while the run is finished, be it that `--fresh` is about to begin it anew."""
         record = run.read()
-        if self._maybe_follower is None:
+        if self._run_key != run.run_key:  # in quarantine there may be several, one after another
+            self._run_key, self._maybe_follower = run.run_key, None
             self._live.end(f"run key    {run.run_key}")
         if self._maybe_follower is None or self._maybe_follower.generation != record.generation:
             self._maybe_follower = Follower(run, generation=record.generation, num_steps=self._config.train.steps)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import App, Parameter
 
@@ -12,11 +12,21 @@ from flows.cli.stack import Json
 from training.config import Preset, load_preset, parse_override
 from training.errors import UserError
 
+if TYPE_CHECKING:
+    from tasks.results import Dataset, TrainedModel
+
 Set = Annotated[
     list[str] | None,
     Parameter(name="--set", negative="", help="A preset value to change, as in train.steps=20. May be repeated."),
 ]
 Fresh = Annotated[bool, Parameter(negative="", help="Train again from step 0, although this run is finished or begun.")]
+Quarantine = Annotated[
+    bool,
+    Parameter(
+        negative="",
+        help="Go on without records that make the training fail: they are withdrawn, launch.max_quarantined at most.",
+    ),
+]
 
 
 def add_to(app: App) -> None:
@@ -24,7 +34,9 @@ def add_to(app: App) -> None:
         app.command(verb)
 
 
-def run(preset: str, *, set_: Set = None, fresh: Fresh = False, json: Json = False) -> None:
+def run(
+    preset: str, *, set_: Set = None, fresh: Fresh = False, quarantine: Quarantine = False, json: Json = False
+) -> None:
     """Run the whole pipeline for PRESET (a name, or a TOML file) as a Prefect deployment, and follow it.
 
     Ctrl-C cancels the run. If this command is killed, the run goes on.
@@ -35,7 +47,8 @@ def run(preset: str, *, set_: Set = None, fresh: Fresh = False, json: Json = Fal
     from flows.cli.follow import follow_deployment
 
     where = f"{config.folder}/{preset.rpartition('/')[2]}" if preset.endswith(".toml") else preset
-    result = follow_deployment(config, preset=where, overrides=overrides, fresh=fresh, quiet=json)
+    parameters = {"preset": where, "overrides": overrides, "fresh": fresh, "quarantine": quarantine}
+    result = follow_deployment(config, parameters, quiet=json)
     if json:
         print_json(result)
 
@@ -48,6 +61,7 @@ def train(
     set_: Set = None,
     resume: Annotated[bool, Parameter(negative="", help="Only go on with a run that was begun.")] = False,
     fresh: Fresh = False,
+    quarantine: Quarantine = False,
     json: Json = False,
 ) -> None:
     """Shard and train PRESET alone, without Prefect. A run that was begun goes on, on any number of ranks.
@@ -57,12 +71,14 @@ def train(
     import logging
     import uuid
 
-    if resume and fresh:
-        raise UserError("--resume goes on and --fresh begins anew: give one of them")
+    if resume and (fresh or quarantine):
+        other = "--fresh" if fresh else "--quarantine"
+        raise UserError(f"--resume goes on with a run, and {other} begins another: give one of them")
     config = load_preset(preset, _overrides(_shortcuts(ranks, steps), overrides_of(set_)))
     check_input(config)
     from tasks.initial import pinned
     from tasks.opening import identify, require_begun
+    from tasks.quarantine import trained
     from tasks.shard import shard as shard_stage
     from tasks.stack import open_stack
     from tasks.train import train as train_stage
@@ -71,10 +87,14 @@ def train(
     logging.getLogger("tasks").setLevel(logging.WARNING if json else logging.INFO)
     settings, store = open_stack()
     config = pinned(settings, config)
-    dataset = shard_stage.fn(config)
-    if resume:
-        require_begun(store, identify(config, dataset))
-    model = train_stage.fn(config, dataset, fresh=uuid.uuid4().hex if fresh else None)
+    mark = uuid.uuid4().hex if fresh else None
+
+    def train_it(dataset: Dataset) -> TrainedModel:
+        if resume:
+            require_begun(store, identify(config, dataset))
+        return train_stage.fn(config, dataset, fresh=mark)
+
+    _, model = trained(config, shard=lambda: shard_stage.fn(config), train=train_it, quarantine=quarantine)
     shown = {**asdict(model), "num_samples": model.step * config.train.batch_size}
     if json:
         print_json(shown)

@@ -16,6 +16,8 @@ from training.objectstore import MissingError, Store
 from training.recipe import Sample, Table
 
 FORMAT = 1
+QUARANTINED = "quarantined: "
+"""How the reason begins if a run went on without a record that made it fail."""
 Withdrawn = Mapping[str, Collection[str]]
 """Ids of records, and for each the digests of what was withdrawn under it."""
 
@@ -45,6 +47,14 @@ def withdrawn_records(store: Store, dataset: str) -> dict[str, tuple[str, ...]]:
         return {}
     except (KeyError, TypeError, AttributeError) as error:
         raise DamagedError(f"{store.location.uri(key)} is damaged: it lists no withdrawn records") from error
+
+
+def quarantined_records(store: Store, dataset: str) -> list[str]:
+    """Those of the withdrawn ones that a run went on without."""
+    if not withdrawn_records(store, dataset):
+        return []
+    noted = store.read_versioned(withdrawn_key(dataset)).document["ids"]
+    return sorted(record for record, about in noted.items() if about["reason"].startswith(QUARANTINED))
 
 
 def contents_of(withdrawn: Withdrawn) -> frozenset[str]:
