@@ -1,4 +1,4 @@
-"""A recipe to be copied beside a preset: four records each make it fail in a way of their own."""
+"""A recipe to be copied beside a preset: five records each make it fail in a way of their own."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from torch.optim import SGD, Optimizer
 
 from training.recipe import Recipe, Record, Sample
 
-RAISES, NOT_FINITE, DIES, DIES_DECODED = 9001, 9002, 9003, 9004
+RAISES, NOT_FINITE, DIES, DIES_DECODED, NO_SLOPE = 9001, 9002, 9003, 9004, 9005
 """As the first number of a record."""
 
 
@@ -46,6 +46,8 @@ class Poisoned(Recipe):
         if DIES in marks:
             ctypes.string_at(0)
         loss = F.cross_entropy(model(self.inputs(batch)), batch["label"])
+        if NO_SLOPE in marks:
+            loss = loss + (loss * 0).sqrt()  # finite, and its slope is 0 times infinity
         return loss * (torch.nan if NOT_FINITE in marks else 1.0)
 
     def scores(self, model: nn.Module, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -17,7 +17,7 @@ from tasks import quarantine
 from tasks.results import Dataset, TrainedModel
 from tests.conftest import Stack
 from tests.flows import poisoned_recipe
-from tests.flows.poisoned_recipe import DIES, DIES_DECODED, NOT_FINITE, RAISES
+from tests.flows.poisoned_recipe import DIES, DIES_DECODED, NO_SLOPE, NOT_FINITE, RAISES
 from tests.flows.runs import last_json, mlflow_runs, run_keys
 from tests.unit.data_source import data_config, local_source, write_csv
 from tests.unit.tiny import Tiny, tiny_preset
@@ -32,8 +32,15 @@ from training.record import RunRecord
 NUM_RECORDS = 200
 SHARE = 10
 """Samples of a virtual worker in a step."""
-POISON = {30: RAISES, 80: NOT_FINITE, 120: DIES, 170: DIES_DECODED}
+POISON = {30: RAISES, 50: NO_SLOPE, 80: NOT_FINITE, 120: DIES, 170: DIES_DECODED}
 """Lines."""
+EXPECTED = {
+    RAISES: "ValueError: what is this?",
+    NOT_FINITE: "the loss is nan",
+    NO_SLOPE: "the gradient norm nan",
+    DIES: "workers died twice alike",
+    DIES_DECODED: "workers died twice alike",
+}
 PRESET = """
 name = "poisoned"
 recipe = "poisoned_recipe:Poisoned"
@@ -48,7 +55,7 @@ virtual_workers = 4
 checkpoint_every_steps = 5
 [launch]
 nodes = 1
-processes_per_node = 2
+processes_per_node = 1
 """
 
 
@@ -79,27 +86,38 @@ def failures_of(stack: Stack, before: set[str]) -> dict[str, str]:
     return {record: failure.message for failure in failures for record in failure.records}
 
 
-def test_each_poison_is_named_and_without_it_the_bits_are_those_of_a_clean_run(stack: Stack, tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def clean_weights(stack: Stack, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Of a run on data without any poison: where it would stand, there are empty lines."""
+    preset = write_source(
+        tmp_path_factory.mktemp("clean"), "p-clean", lambda number: "" if number in POISON else line(number, 1)
+    )
+    done = stack.command("train", str(preset), "--json")
+    assert done.returncode == 0, done.stdout + done.stderr
+    return str(last_json(done.stdout)["weights_sha256"])
+
+
+@pytest.mark.parametrize(("lines", "ranks"), [((30, 50, 80), 2), ((120, 170), 1)], ids=["fails", "dies"])
+def test_each_poison_is_named_and_without_it_the_bits_are_those_of_a_clean_run(
+    stack: Stack, tmp_path: Path, clean_weights: str, lines: tuple[int, ...], ranks: int
+) -> None:
     name = f"p{uuid.uuid4().hex[:8]}"
-    poisoned = write_source(tmp_path, name, lambda number: line(number, POISON.get(number, 1)))
-    clean = write_source(tmp_path, f"{name}-clean", lambda number: "" if number in POISON else line(number, 1))
-    before = run_keys(stack)
-    found = stack.command("train", str(poisoned), "--quarantine", "--json")
+    marks = {number: POISON[number] for number in lines}
+
+    def text(number: int) -> str:
+        return "" if number in POISON.keys() - marks.keys() else line(number, marks.get(number, 1))
+
+    preset, before = write_source(tmp_path, name, text), run_keys(stack)
+    found = stack.command("train", str(preset), "--quarantine", "--json", "--ranks", str(ranks))
     assert found.returncode == 0, found.stdout + found.stderr
     result, named = last_json(found.stdout), failures_of(stack, before)
 
-    ids = {f"{name}.csv:{number}": mark for number, mark in POISON.items()}
+    ids = {f"{name}.csv:{number}": mark for number, mark in marks.items()}
     assert named.keys() == ids.keys()
     for record, mark in ids.items():
         message = named[record]
         assert f"record {record} makes it fail by itself; without, it does not fail" in message
-        expected = {
-            RAISES: "ValueError: what is this?",
-            NOT_FINITE: "the loss is nan",
-            DIES: "workers died twice alike",
-            DIES_DECODED: "workers died twice alike",
-        }
-        assert expected[mark] in message
+        assert EXPECTED[mark] in message
         among = NUM_RECORDS if "decoded" in message else SHARE
         assert int(re.findall(r"\((\d+) replays\)", message)[0]) <= max_replays(among)
 
@@ -110,10 +128,7 @@ def test_each_poison_is_named_and_without_it_the_bits_are_those_of_a_clean_run(s
     (tracked,) = mlflow_runs(stack, result["run_key"])
     assert tracked.data.tags["unbroken.quarantined"] == ", ".join(sorted(ids))
     assert tracked.info.status == "FINISHED"
-
-    calm = stack.command("train", str(clean), "--json")
-    assert calm.returncode == 0, calm.stdout + calm.stderr
-    assert last_json(calm.stdout)["weights_sha256"] == result["weights_sha256"]
+    assert result["weights_sha256"] == clean_weights
 
 
 # ---- how often -------------------------------------------------------------------------------------------------------
