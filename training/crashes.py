@@ -65,8 +65,8 @@ def replay(document: Mapping[str, Any]) -> int:
     device = settle_arithmetic(order.local_rank)
     preset = order.feed.preset
     recipe = load_recipe(preset)
-    with closing(_Samples(order.feed).reader) as reader:
-        rows = reader.read(order.indices, maybe_epochs=np.array(order.epochs, dtype=np.int64))
+    with closing(_Samples(order.feed)) as samples:
+        rows = samples.reader.read(order.indices, maybe_epochs=np.array(order.epochs, dtype=np.int64))
     if order.state_fd >= 0:
         state = TrainState(recipe, seed=preset.seed, device=device)
         state.load(tensorfile.tensors(memoryview(mmap.mmap(order.state_fd, 0))), step=order.step)
@@ -82,21 +82,19 @@ class _Samples:
 
     def __init__(self, feed: Feed) -> None:
         store = shared_store(feed.location)
-        self.manifest = load_manifest(store, feed.preset.data.name, feed.dataset_digest)
-        self.order = open_order(feed.preset, self.manifest)
-        self.reader = open_reader(store, feed.preset, load_recipe(feed.preset), self.manifest, "train")
+        manifest = load_manifest(store, feed.preset.data.name, feed.dataset_digest)
+        self.order = open_order(feed.preset, manifest)
+        self.reader = open_reader(store, feed.preset, load_recipe(feed.preset), manifest, "train")
 
-    def records(self, indices: Integers) -> list[str]:
-        """The record of each sample; nothing is decoded."""
-        with closing(self.reader) as reader:
-            return [record_of(sample) for sample in reader.ids(indices)]
+    def close(self) -> None:
+        self.reader.close()
 
 
 class Crashes:
     """Looks for what kills a worker. Raises `DeterministicError` naming the record, if it is found."""
 
     def __init__(self, feed: Feed, *, local_rank: int, seconds: float) -> None:
-        """Each search is given up after so many seconds."""
+        """Each look is given up after so many seconds."""
         self._feed = feed
         self._local_rank = local_rank
         self._seconds = seconds
@@ -104,39 +102,49 @@ class Crashes:
 
     def require_readable(self, workers: Sequence[int], start: int, stop: int) -> None:
         """All samples of some virtual workers that are decoded for the steps after `start` up to `stop`, and ahead."""
-        if maybe_decode(load_recipe(self._feed.preset)) is None:
-            return  # no code of the recipe's runs there
         num_steps = min(stop + READ_AHEAD_STEPS, self._feed.preset.train.steps) - start
-        order = _Samples(self._feed).order
-        parts = [order.samples(worker, step=start, num_steps=num_steps) for worker in workers]
-        indices, epochs = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
-        self._require(ReplayOrder(feed=self._feed), (indices, epochs), None, "when samples are decoded")
+        if num_steps < 1 or maybe_decode(load_recipe(self._feed.preset)) is None:  # no code of the recipe's runs there
+            return
+        with closing(_Samples(self._feed)) as samples:
+            parts = [samples.order.samples(worker, step=start, num_steps=num_steps) for worker in workers]
+            indices, epochs = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
+            look = _Look(self._zygote, samples, time.monotonic() + self._seconds)
+            look.require(ReplayOrder(feed=self._feed), (indices, epochs), None, "when samples are decoded")
 
     def require_survivable(self, workers: Sequence[int], step: int, tensors: Mapping[str, Tensor]) -> None:
         """The step after `step`, whose state `tensors` is, of some virtual workers."""
-        order, last = _Samples(self._feed).order, self._feed.preset.train.steps - 1
-        with closing(self._zygote), _shared(tensors) as state_fd:
+        other_step = step + 1 if step + 1 < self._feed.preset.train.steps else max(0, step - 1)
+        with closing(self._zygote), closing(_Samples(self._feed)) as samples, _shared(tensors) as state_fd:
+            look = _Look(self._zygote, samples, time.monotonic() + self._seconds)
+            base = ReplayOrder(feed=self._feed, step=step, local_rank=self._local_rank, state_fd=state_fd)
             for worker in workers:
-                found = ReplayOrder(
-                    feed=self._feed, worker=worker, step=step, local_rank=self._local_rank, state_fd=state_fd
-                )
-                others = order.samples(worker, step=step + 1 if step < last else max(0, step - 1))
+                read, others = (samples.order.samples(worker, step=number) for number in (step, other_step))
                 where = f"in step {step + 1}, virtual worker {worker}"
-                self._require(found, order.samples(worker, step=step), others, where)
+                look.require(replace(base, worker=worker), read, others, where)
 
-    def _require(self, order: ReplayOrder, samples: Indexed, maybe_others: Indexed | None, where: str) -> None:
-        deadline = time.monotonic() + self._seconds
-        records = _Samples(self._feed).records(samples[0])
+
+@dataclass(frozen=True)
+class _Look:
+    """Until `deadline`, by time.monotonic()."""
+
+    zygote: Zygote
+    samples: _Samples
+    deadline: float
+
+    def require(self, order: ReplayOrder, read: Indexed, maybe_others: Indexed | None, where: str) -> None:
+        """Raises `DeterministicError` if a process dies of what was read; `maybe_others` is what was not."""
+        records = [record_of(sample) for sample in self.samples.reader.ids(read[0])]
+        seconds = self.deadline - time.monotonic()
 
         def dies(some: Sequence[str]) -> bool:
             chosen = maybe_others
             if some:
                 places = keeping(records, some)
-                chosen = samples[0][places], samples[1][places]
-            return chosen is not None and _dies(self._zygote, order, chosen, deadline - time.monotonic())
+                chosen = read[0][places], read[1][places]
+            return chosen is not None and _dies(self.zygote, order, chosen, self.deadline - time.monotonic())
 
         message = f"workers died twice alike, and so do replays {where}"
-        error = told(DeterministicError(message), dies, records, seconds=self._seconds)
+        error = told(DeterministicError(message), dies, records, seconds=seconds)
         if error is not None:
             raise error
 

@@ -80,6 +80,11 @@ class Search:
         self._fails = fails
         self._known: dict[frozenset[str], bool] = {}
 
+    @property
+    def has_failed(self) -> bool:
+        """Whether a replay did."""
+        return any(self._known.values())
+
     def fails(self, records: Sequence[str]) -> bool:
         key = frozenset(records)
         if key not in self._known:
@@ -198,9 +203,12 @@ def _part(batch: Batch, places: Sequence[int]) -> Batch:
 def told(
     error: DeterministicError, fails: Fails, records: Sequence[str], *, seconds: float
 ) -> DeterministicError | None:
-    """The error, with what a search among the records finds; None if it fails no more."""
+    """The error, with what a search among the records finds; None if it fails no more, as far as could be seen."""
+    search = Search(fails)
     try:
-        finding = Search(fails).run(records)
+        finding = search.run(records)
     except TimeoutError:
+        if not search.has_failed:
+            return None
         return DeterministicError(f"{error}; which record it is was not found within {seconds:.0f} s of replays")
     return None if finding is None else DeterministicError(f"{error}; {finding}", records=finding.poison)

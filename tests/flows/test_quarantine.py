@@ -41,6 +41,7 @@ EXPECTED = {
     DIES: "workers died twice alike",
     DIES_DECODED: "workers died twice alike",
 }
+# A search may take half of collective_timeout_seconds, however slow this machine is just now.
 PRESET = """
 name = "poisoned"
 recipe = "poisoned_recipe:Poisoned"
@@ -56,6 +57,7 @@ checkpoint_every_steps = 5
 [launch]
 nodes = 1
 processes_per_node = 1
+collective_timeout_seconds = 240
 """
 
 

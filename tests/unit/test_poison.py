@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -203,12 +203,27 @@ def test_a_failure_that_does_not_come_again_is_not_called_deterministic() -> Non
     assert not isinstance(caught.value, DeterministicError)
 
 
-def test_a_search_that_takes_too_long_is_given_up_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_search_that_takes_too_long_is_given_up_and_says_so() -> None:
+    replays = iter([True, False])
+
+    def fails(some: Sequence[str]) -> bool:
+        found = next(replays, None)
+        if found is None:
+            raise TimeoutError
+        return found
+
+    found = poison.told(DeterministicError("it fails"), fails, ["a", "b", "c", "d"], seconds=3.0)
+    assert found is not None
+    assert str(found) == "it fails; which record it is was not found within 3 s of replays"
+    assert found.records == ()
+
+
+def test_without_time_for_one_replay_nothing_is_said_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The group begins again."""
     trainer = make_trainer(recipe=Poisoned(how="nan"), reader=poisoned_reader(), preset=tiny_preset(steps=20))
     monkeypatch.setattr(trainer, "replay_seconds", lambda: -1.0)
-    with pytest.raises(DeterministicError, match="was not found within") as caught:
+    with pytest.raises(RuntimeError, match="the loss is nan"):
         step_through(trainer, 2)
-    assert caught.value.records == ()
 
 
 def test_replays_change_nothing_of_the_state() -> None:
