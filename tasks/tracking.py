@@ -2,26 +2,28 @@
 
 from __future__ import annotations
 
+import itertools
 import json
-import logging
 import os
 import tempfile
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from training.config import Preset
 from training.errors import FencedError, InfrastructureError, UserError
 from training.events import Event
+from training.objectstore import Store
 from training.record import Record, RunRecord
+from training.system import Sample
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from mlflow import MlflowClient
+    from mlflow.entities import Metric
     from mlflow.entities.model_registry import ModelVersion
 
-log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 METRICS = ("loss", "grad_norm", "learning_rate", "samples_per_second")
@@ -29,7 +31,10 @@ RUN_KEY_TAG = "unbroken.run_key"
 GENERATION_TAG = "unbroken.generation"
 """Grows with each `--fresh`: the MLflow run of the greatest counts."""
 DATASET_TAG = "unbroken.dataset_digest"
+STORE_TAG = "unbroken.store"
+"""Where the run's record lies: several stores may have runs in one MLflow."""
 WEIGHTS_TAG = "unbroken.weights_sha256"
+ATTEMPTS_FILE = "attempts.json"
 BATCH_METRICS = 1000
 MAX_TAG_CHARACTERS = 4000
 MACHINE_LEARNING = "?workflowType=machine_learning"  # else MLflow opens its other face, which has no registry
@@ -56,6 +61,7 @@ class Tracker:
         self.experiment_id = str(client.get_run(run_id).info.experiment_id)
         self.url = run_url(uri, self.experiment_id, run_id)
         self._last_step = self._last_logged_step()
+        self._last_samples: dict[int, int] = {}
 
     def _last_logged_step(self) -> int:
         """How far an earlier follower came: MLflow itself is the cursor, so the two cannot disagree."""
@@ -75,29 +81,52 @@ class Tracker:
             if step > self._last_step
             for name, value in _metrics(event).items()
         ]
-        for start in range(0, len(points), BATCH_METRICS):
-            batch = points[start : start + BATCH_METRICS]
+        for batch in _batches(points):
             _ask(lambda: self.client.log_batch(self.run_id, metrics=batch))  # noqa: B023
             self._last_step = batch[-1].step
 
-    def note_attempts(self, record: Record) -> None:
-        """How often the group was formed, and why nodes left: visible beside the run."""
-        _ask(lambda: self.client.set_tag(self.run_id, "unbroken.attempts", str(len(record.attempt_starts))))
-        if record.departures:
-            rows = [{"token": d.token, "node": d.node, "step": d.step, "cause": d.cause} for d in record.departures]
-            _ask(lambda: self.client.log_text(self.run_id, json.dumps(rows, indent=1), "departures.json"))
+    def forward_samples(self, samples: Iterable[tuple[int, Sample]]) -> None:
+        """Log each node's system metrics; a sample's step is its second since the run was made. Raises as `forward`."""
+        from mlflow.entities import Metric
+
+        begun = int(_ask(lambda: self.client.get_run(self.run_id)).info.start_time) / 1000
+        points = []
+        for node, sample in samples:
+            step = int(sample.time - begun)
+            if step > self._last_sample(node):
+                self._last_samples[node] = step
+                points += [
+                    Metric(f"system/node{node}/{name}", value, int(sample.time * 1000), step)
+                    for name, value in asdict(sample).items()
+                    if name != "time"
+                ]
+        try:
+            for batch in _batches(points):
+                _ask(lambda: self.client.log_batch(self.run_id, metrics=batch))  # noqa: B023
+        except InfrastructureError:
+            self._last_samples = {}  # MLflow itself knows how far it came
+            raise
+
+    def _last_sample(self, node: int) -> int:
+        if node not in self._last_samples:
+            name = f"system/node{node}/cpu_utilization_percentage"
+            history = _ask(lambda: self.client.get_metric_history(self.run_id, name))
+            self._last_samples[node] = max((point.step for point in history), default=-1)
+        return self._last_samples[node]
+
+    def note_attempts(self, tags: Mapping[str, str], table: Sequence[Mapping[str, Any]]) -> None:
+        """The attempts at the run, visible beside it: tags, and a table. Raises as `forward`."""
+        from mlflow.entities import RunTag
+
+        _ask(lambda: self.client.log_batch(self.run_id, tags=[RunTag(key, value) for key, value in tags.items()]))
+        columns = list(table[0]) if table else []
+        document = {"columns": columns, "data": [[row[name] for name in columns] for row in table]}
+        _ask(lambda: self.client.log_dict(self.run_id, document, ATTEMPTS_FILE))
 
     def finish(self, status: str) -> None:
         """Set the run's status ("FINISHED", "FAILED", "KILLED") unless it has it."""
         if _ask(lambda: self.client.get_run(self.run_id)).info.status != status:
             _ask(lambda: self.client.set_terminated(self.run_id, status))
-
-    def try_to_finish(self, status: str) -> None:
-        """As `finish`, after something worse happened that must not be hidden by MLflow being away."""
-        try:
-            self.finish(status)
-        except InfrastructureError as error:
-            log.warning("the MLflow run could not be closed: %s", error)
 
     def reopen(self) -> None:
         _ask(lambda: self.client.update_run(self.run_id, status="RUNNING"))
@@ -115,6 +144,19 @@ class Tracker:
         for name, figure in figures.items():
             self.client.log_figure(self.run_id, figure, f"figures/{name}.png")
         self.client.log_dict(self.run_id, report, "evaluation.json")
+
+
+def _batches(points: Sequence[Metric]) -> Iterator[list[Metric]]:
+    """As many whole steps as MLflow takes at once: a step that was cut in two would be half missing after a death."""
+    batch: list[Metric] = []
+    for _, step in itertools.groupby(points, key=lambda point: point.step):
+        whole = list(step)
+        if batch and len(batch) + len(whole) > BATCH_METRICS:
+            yield batch
+            batch = []
+        batch += whole
+    if batch:
+        yield batch
 
 
 def ensure_run(
@@ -136,6 +178,40 @@ def ensure_run(
         if run_id is None or named.generation != record.generation:
             raise FencedError(f"run {run.run_key[:12]} was begun anew by somebody else")
     return _ask(lambda: Tracker(client, uri, run_id))
+
+
+@dataclass(frozen=True, kw_only=True)
+class OpenRun:
+    """An MLflow run that says RUNNING."""
+
+    run_id: str
+    run_key: str
+    generation: int
+
+
+def open_runs(uri: str, store: Store) -> list[OpenRun]:
+    """Those of the runs on `store`. Raises `InfrastructureError` if MLflow is away."""
+    client = connect(uri)
+    experiments = [experiment.experiment_id for experiment in _ask(lambda: client.search_experiments())]
+    ours = f"attributes.status = 'RUNNING' and tags.`{STORE_TAG}` = '{store.location.uri()}'"
+    return [
+        OpenRun(
+            run_id=str(found.info.run_id),
+            run_key=str(found.data.tags[RUN_KEY_TAG]),
+            generation=int(found.data.tags[GENERATION_TAG]),
+        )
+        for found in (_ask(lambda: client.search_runs(experiments, filter_string=ours)) if experiments else ())
+    ]
+
+
+def attach(uri: str, run_id: str) -> Tracker:
+    """Raises `InfrastructureError` if MLflow is away, or has no such run."""
+    return _ask(lambda: Tracker(connect(uri), uri, run_id))
+
+
+def delete_run(uri: str, run_id: str) -> None:
+    """Raises `InfrastructureError` if MLflow is away."""
+    _ask(lambda: connect(uri).delete_run(run_id))
 
 
 def lost_run(uri: str, record: Record) -> str | None:
@@ -179,7 +255,12 @@ def _create_run(
     made = client.create_run(
         _experiment_id(client, preset.name),
         run_name=f"{preset.name}-{run.run_key[:8]}",
-        tags={RUN_KEY_TAG: run.run_key, GENERATION_TAG: str(run.read().generation), **tags},
+        tags={
+            RUN_KEY_TAG: run.run_key,
+            GENERATION_TAG: str(run.read().generation),
+            STORE_TAG: run.store.location.uri(),
+            **tags,
+        },
     )
     params = [Param(key, str(value)) for key, value in _flat(preset.to_json())]
     client.log_batch(made.info.run_id, params=params, tags=[RunTag(DATASET_TAG, dataset["digest"])])

@@ -14,9 +14,11 @@ from infra.launcher import JobSpec, JobState, Launcher
 from infra.settings import Settings
 from tasks import tracking
 from tasks.follow import Follower
+from tasks.forward import Forwarder
 from tasks.opening import Identity, identify, open_run
 from tasks.policy import stage_options
 from tasks.provenance import commit_of
+from tasks.pulse import Pulse
 from tasks.results import Dataset, TrainedModel
 from tasks.stack import open_stack, store_location
 from training import errors
@@ -49,9 +51,17 @@ def train_cache_key(context: Any, arguments: dict[str, Any]) -> str:
             "instance": record.instance,
             "generation": record.generation,
             "fresh": arguments.get("fresh"),
-            "lost": tracking.lost_run(settings.mlflow_uri, record),
+            "lost": _lost_run(settings, record),
         }
     )
+
+
+def _lost_run(settings: Settings, record: Record) -> str | None:
+    try:
+        return tracking.lost_run(settings.mlflow_uri, record)
+    except InfrastructureError as error:  # it stops no training; and what it may have lost, a later run makes again
+        log.warning("%s", error)
+        return None
 
 
 @task(name="train", cache_key_fn=train_cache_key, **stage_options(timeout_seconds=7 * 24 * 3600))
@@ -66,40 +76,44 @@ def train(preset: Preset, dataset: Dataset, *, owner: str | None = None, fresh: 
     settings, store = open_stack()
     identity = identify(preset, dataset)
     run, record = open_run(store, identity, fresh)
-    tags = {"unbroken.commit": commit_of(preset), "unbroken.recipe": preset.recipe, "unbroken.preset": preset.name}
-    tags |= tracking.quarantine_tags(quarantined_records(store, dataset.name))
-    if record.continued is not None:
-        tags["unbroken.continued"] = f"{record.continued.run_key} from step {record.continued.step}"
-    tracker = tracking.ensure_run(settings.mlflow_uri, run, record, preset, dataset=asdict(dataset), tags=tags)
+    pulse = Pulse(store, record)
+    pulse.beat()  # before there is an MLflow run that says RUNNING
     log.info("run key %s", run.run_key)
-    log.info("MLflow run %s", tracker.url)
+
+    def open_tracker() -> tracking.Tracker:
+        tracker = tracking.ensure_run(
+            settings.mlflow_uri, run, record, preset, dataset=asdict(dataset), tags=_tags(store, dataset, preset, record)
+        )
+        if record.result is None:
+            tracker.reopen()
+        return tracker
+
+    forwarder = Forwarder(run, record, open_tracker)
     launcher = make_launcher(settings)
     follower = Follower(run, generation=record.generation, num_steps=preset.train.steps)
     try:
         if fresh is not None and not record.attempt_starts:
             _cancel(launcher, run, record)  # the agents of the generation before
         if record.result is None:
-            tracker.reopen()
             if launcher.find(run.run_key) is not None:
                 log.info("it is being trained already, on what it was started with; `unbroken runs cancel` ends that")
             _submit(launcher, settings, store, identity, record, owner)
-        record = _follow(follower, tracker, launcher, run.run_key)
+        record = _follow(follower, forwarder, launcher, pulse, run.run_key)
         assert record.result is not None
     except CancelledError:
-        tracker.try_to_finish("KILLED")
+        forwarder.close("KILLED")
         raise
     except DamagedError:
         distrust(store, dataset.name)  # the next run looks at every shard again, and repairs from the source
         raise
-    except errors.UnbrokenError:  # unless it has failed for good, the engine trains on, and a retry re-attaches
+    except (errors.UnbrokenError, SystemExit):  # unless it has failed for good, the engine trains on for a retry
         raise
     except BaseException:  # Ctrl-C or a cancelled flow run; kill -9 does not come by here, and the engine trains on
         _cancel(launcher, run, record)
-        tracker.try_to_finish("KILLED")
+        forwarder.close("KILLED")
         raise
     log.info("step %d/%d  weights %s", preset.train.steps, preset.train.steps, record.result.weights_sha256[:12])
-    tracker.note_attempts(record)
-    tracker.finish("FINISHED")
+    forwarder.tracker().finish("FINISHED")
     _cancel(launcher, run, record)  # its agents are done; this clears the engine's table
     result = record.result
     return TrainedModel(
@@ -108,6 +122,14 @@ def train(preset: Preset, dataset: Dataset, *, owner: str | None = None, fresh: 
         weights_sha256=result.weights_sha256,
         state_sha256=result.state_sha256,
     )
+
+
+def _tags(store: Store, dataset: Dataset, preset: Preset, record: Record) -> dict[str, str]:
+    tags = {"unbroken.commit": commit_of(preset), "unbroken.recipe": preset.recipe, "unbroken.preset": preset.name}
+    tags |= tracking.quarantine_tags(quarantined_records(store, dataset.name))
+    if record.continued is not None:
+        tags["unbroken.continued"] = f"{record.continued.run_key} from step {record.continued.step}"
+    return tags
 
 
 def _cancel(launcher: Launcher, run: RunRecord, record: Record) -> None:
@@ -152,30 +174,29 @@ def _submit(
     )
 
 
-def _follow(follower: Follower, tracker: tracking.Tracker, launcher: Launcher, key: str) -> Record:
-    """Forward events until the run is done. MLflow being away stops nothing: what it missed is sent when it is back."""
-    waiting: list[Any] = []
+def _follow(follower: Follower, forwarder: Forwarder, launcher: Launcher, pulse: Pulse, key: str) -> Record:
+    """Forward events until the run is done."""
     next_line = 0.0
     maybe_deadline: float | None = None
     while True:
+        pulse.beat()
         status = launcher.find(key)  # before the record: a job that ended by now has left its result there
         record, events = follower.look()
-        waiting += events
         for event in events:
             if event.kind == "attempt" and event.values.get("source", "start") != "start":
                 log.info(_resumption(event))
-        waiting = _forward(tracker, waiting)
+        is_told = forwarder.send(record, events) if record.generation == follower.generation else False
         if time.monotonic() > next_line:
             log.info(follower.progress.line())
             next_line = time.monotonic() + LINE_SECONDS
         if record.generation != follower.generation:
             raise CancelledError(f"run {key[:12]} was begun anew by somebody else")
         if record.failure is not None:
-            tracker.try_to_finish("FAILED")
+            forwarder.close("FAILED")
             raise errors.error_of(record.failure.kind, record.failure.message, record.failure.records)
         if record.result is not None:
             maybe_deadline = maybe_deadline or time.monotonic() + CATCH_UP_SECONDS
-            if not waiting:
+            if is_told:
                 return record
             if time.monotonic() > maybe_deadline:
                 raise InfrastructureError("the run is finished, but MLflow does not answer: its metrics wait on S3")
@@ -183,7 +204,7 @@ def _follow(follower: Follower, tracker: tracking.Tracker, launcher: Launcher, k
             raise CancelledError(f"run {key[:12]} was cancelled: its job is gone from the engine")
         elif status.state is not JobState.RUNNING:
             launcher.reap(key)  # its other nodes would wait for ever for the one that is gone
-            tracker.try_to_finish("FAILED")  # a retry opens it again
+            forwarder.close("FAILED")  # a retry opens it again
             raise InfrastructureError(
                 f"the engine's job ended without a result: see {', '.join(str(path) for path in launcher.logs(key))}"
             )
@@ -193,18 +214,6 @@ def _follow(follower: Follower, tracker: tracking.Tracker, launcher: Launcher, k
 def _resumption(event: Event) -> str:
     where = "memory" if event.values["source"] == "memory" else "the checkpoint"
     return f"{event.values['world_size']} ranks go on after step {event.step}, from {where} (token {event.token})"
-
-
-def _forward(tracker: tracking.Tracker, events: list[Any]) -> list[Any]:
-    """Send events; returns those still to be sent."""
-    if not events:
-        return []
-    try:
-        tracker.forward(events)
-    except InfrastructureError as error:
-        log.warning("%s", error)
-        return events
-    return []
 
 
 def links(settings: Settings, run: RunRecord) -> dict[str, str]:

@@ -47,6 +47,7 @@ from training.protocol import (
 )
 from training.record import Member, Record, RunRecord
 from training.slots import create_slots
+from training.system import SampleWriter, keep_sampling
 from training.workers import Hand, Outcome, Workers, fork
 from training.zygote import Zygote
 
@@ -125,6 +126,8 @@ class _Shell:
         loop.add_signal_handler(signal.SIGTERM, self._events.put_nowait, Preempted())
         port = await self._links.listen(self._agent.address)
         looking = asyncio.create_task(self._keep_looking(port))
+        writer = SampleWriter(self._run.store, self._prefix, node=self._agent.node, incarnation=self._incarnation)
+        sampling = asyncio.create_task(keep_sampling(writer))
         try:
             await self._warm_up()
             while self._maybe_code is None:
@@ -140,6 +143,7 @@ class _Shell:
             for hand in (*self._hands.values(), *self._spares.values()):
                 hand.end()
             looking.cancel()
+            sampling.cancel()
             await self._links.close()
 
     async def _warm_up(self) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 import uuid
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
@@ -9,20 +10,25 @@ from pathlib import Path
 from threading import Barrier
 from typing import Any
 
+import mlflow
 import pytest
+from mlflow.exceptions import MlflowException
 
 from flows.cli.follow import _Watcher
 from infra.local.ports import free_port
 from tasks import tracking
+from tasks.forward import Forwarder
 from tasks.register import set_aliases
 from tasks.results import Dataset
+from tasks.tracking import connect
 from tests.conftest import Stack
 from tests.flows.runs import mlflow_runs
 from tests.unit.tiny import tiny_preset
 from training.config import load_preset
-from training.errors import FencedError, InfrastructureError
-from training.events import EventWriter
-from training.record import CheckpointRef, Record, Result, RunRecord, start_fresh
+from training.errors import FencedError
+from training.events import Event, EventWriter
+from training.record import CheckpointRef, Departure, Record, Result, RunRecord, start_fresh, with_resume_step
+from training.system import SampleWriter, take_sample
 
 DATASET = Dataset(name="tiny", digest="d" * 64, num_train_samples=1, num_test_samples=1, num_shards=2, num_bytes=2)
 
@@ -131,8 +137,80 @@ def test_progress_is_that_of_the_generation_that_trains(stack: Stack, run: RunRe
 
 
 def test_closing_a_run_does_not_hide_what_happened_before(stack: Stack, run: RunRecord) -> None:
-    tracker = ensure(stack, run)
+    forwarder = Forwarder(run, run.read(), lambda: ensure(stack, run))
+    tracker = forwarder.tracker()
     tracker.client = tracking.connect(f"http://127.0.0.1:{free_port()}")
-    with pytest.raises(InfrastructureError):
-        tracker.finish("FAILED")
-    tracker.try_to_finish("FAILED")
+    forwarder.close("FAILED")
+    tracker.client = tracking.connect(stack.settings.mlflow_uri)
+    assert mlflow_runs(stack, run.run_key)[0].info.status == "RUNNING"
+    forwarder.close("FAILED")
+    assert mlflow_runs(stack, run.run_key)[0].info.status == "FAILED"
+
+
+class Away:
+    """An MLflow that is away as often as it is told to be."""
+
+    def __init__(self, stack: Stack, run: RunRecord) -> None:
+        self._stack, self._run = stack, run
+        self.num_times = 1
+
+    def open(self) -> tracking.Tracker:
+        tracker = ensure(self._stack, self._run)
+        batches = tracker.client.log_batch
+
+        def log_batch(*arguments: Any, **values: Any) -> None:
+            batches(*arguments, **values)
+            if self.num_times:
+                self.num_times -= 1
+                raise MlflowException("it was done, and the reply was lost")
+
+        tracker.client.log_batch = log_batch
+        return tracker
+
+
+def test_what_mlflow_missed_is_sent_when_it_is_back_and_only_once(stack: Stack, run: RunRecord) -> None:
+    record = run.update(lambda record: with_resume_step(replace(record, token=1), 0, token=1))
+    events = [
+        Event(kind="step", time=1e9 + step, token=1, step=step, values=dict.fromkeys(tracking.METRICS, float(step)))
+        for step in range(1, 700)
+    ]
+    samples = SampleWriter(stack.store, run.prefix(record), node=1, incarnation="a")
+    for seconds in (1.0, 2.0, 3.0):
+        samples.send(replace(take_sample(), time=time.time() + seconds))
+    away = Away(stack, run)
+    forwarder = Forwarder(run, record, away.open)
+    tries = [forwarder.send(record, events)]
+    while not tries[-1]:
+        away.num_times = int(len(tries) < 5)
+        tries.append(forwarder.send(record, []))
+    assert len(tries) == 6
+    assert Forwarder(run, record, lambda: ensure(stack, run)).send(record, events), "another follower, from the start"
+    client = connect(stack.settings.mlflow_uri)
+    (tracked,) = mlflow_runs(stack, run.run_key)
+    for name in tracking.METRICS:
+        assert [point.step for point in client.get_metric_history(tracked.info.run_id, name)] == list(range(1, 700))
+    for name in ("cpu_utilization_percentage", "network_receive_megabytes"):
+        assert len(client.get_metric_history(tracked.info.run_id, f"system/node1/{name}")) == 3
+
+
+def test_attempts_are_a_table_beside_the_run(stack: Stack, run: RunRecord) -> None:
+    left = Departure(token=1, node=0, cause="killed", step=3, class_name="Killed")
+    run.update(lambda record: with_resume_step(replace(record, token=1, departures=(left,)), 0, token=1))
+    record = run.update(lambda record: with_resume_step(replace(record, token=2), 3, token=2))
+    begun = Event(kind="attempt", time=1e9, token=2, step=3, values={"world_size": 1, "source": "memory"})
+    assert Forwarder(run, record, lambda: ensure(stack, run)).send(record, [begun])
+    (tracked,) = mlflow_runs(stack, run.run_key)
+    tags = {name: tracked.data.tags[f"unbroken.{name}"] for name in ("attempts", "departures", "last_departure")}
+    assert tags == {"attempts": "2", "departures": "1", "last_departure": "killed"}
+    table = mlflow.artifacts.load_dict(f"{tracked.info.artifact_uri}/{tracking.ATTEMPTS_FILE}")
+    assert [dict(zip(table["columns"], row, strict=True)) for row in table["data"]] == [
+        {"token": 1, "began": "", "ranks": "", "from_step": 0, "from": "", "why_it_ended": "node 0: killed"},
+        {
+            "token": 2,
+            "began": "2001-09-09T01:46:40.000+00:00",
+            "ranks": 1,
+            "from_step": 3,
+            "from": "memory",
+            "why_it_ended": "",
+        },
+    ]

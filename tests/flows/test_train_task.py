@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -15,11 +16,14 @@ from infra.local.ports import free_port
 from tasks import train as stage
 from tasks.follow import Follower
 from tasks.opening import identify, open_run, require_begun
+from tasks.pulse import Pulse, last_sign
 from tasks.results import Dataset
+from tasks.stack import open_stack
 from tests.conftest import Stack
 from training.config import load_preset
 from training.environment import fingerprint
 from training.errors import CancelledError, InfrastructureError, UserError
+from training.events import Event
 from training.objectstore import Store
 from training.record import CheckpointRef, Failure, Record, RunRecord, start_fresh
 
@@ -82,6 +86,15 @@ def test_cached_training_is_that_of_this_very_run(stack: Stack, arguments: dict[
     assert len({first, anew, removed}) == 3
 
 
+def test_cache_key_does_not_need_mlflow(arguments: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """It only tells whether somebody deleted the run there."""
+    key = stage.train_cache_key(None, arguments)
+    run = RunRecord(open_stack()[1], identify(arguments["preset"], arguments["dataset"]).run_key)
+    run.update(lambda record: replace(record, tracking_run_id="somewhere"))
+    monkeypatch.setenv("UNBROKEN_MLFLOW_URI", f"http://127.0.0.1:{free_port()}")
+    assert stage.train_cache_key(None, arguments) == key
+
+
 def test_resuming_says_why_there_is_nothing_to_go_on_with(stack: Stack, arguments: dict[str, Any]) -> None:
     """A cosine ends with the run: one of more steps has other learning rates from the second step on."""
     preset, dataset = arguments["preset"], arguments["dataset"]
@@ -113,18 +126,23 @@ def test_job_is_stopped_although_the_store_is_away(stack: Stack) -> None:
     assert engine.cancelled == ["key"]
 
 
-class FakeTracker:
+class FakeForwarder:
     """Notes what the MLflow run is closed as."""
 
     def __init__(self) -> None:
         self.closed: list[str] = []
 
-    def try_to_finish(self, status: str) -> None:
+    def send(self, record: Record, events: list[Event]) -> bool:
+        return True
+
+    def close(self, status: str) -> None:
         self.closed.append(status)
 
 
-def follow(run: RunRecord, engine: FakeEngine, tracker: Any = None) -> None:
-    stage._follow(Follower(run, generation=0, num_steps=1), tracker, engine, run.run_key)
+def follow(run: RunRecord, engine: FakeEngine, forwarder: Any = None) -> None:
+    pulse = Pulse(run.store, run.read())
+    follower = Follower(run, generation=0, num_steps=1)
+    stage._follow(follower, forwarder or FakeForwarder(), engine, pulse, run.run_key)
 
 
 def test_follower_of_a_run_that_was_begun_anew_says_so(run: RunRecord) -> None:
@@ -135,20 +153,37 @@ def test_follower_of_a_run_that_was_begun_anew_says_so(run: RunRecord) -> None:
 
 def test_gang_that_is_not_whole_any_more_is_ended_and_named(run: RunRecord) -> None:
     """Its MLflow run says so; a retry opens it again. Another follower is not told that somebody cancelled."""
-    engine, tracker = FakeEngine(ENDED), FakeTracker()
+    engine, forwarder = FakeEngine(ENDED), FakeForwarder()
     with pytest.raises(InfrastructureError, match=r"without a result: see node0\.log"):
-        follow(run, engine, tracker)
-    assert (engine.reaped, engine.cancelled, tracker.closed) == ([run.run_key], [], ["FAILED"])
+        follow(run, engine, forwarder)
+    assert (engine.reaped, engine.cancelled, forwarder.closed) == ([run.run_key], [], ["FAILED"])
 
 
 def test_run_that_was_given_up_is_not_shown_as_running(run: RunRecord) -> None:
     run.update(lambda record: replace(record, failure=Failure(kind="InfrastructureError", message="21 restarts")))
-    tracker = FakeTracker()
+    forwarder = FakeForwarder()
     with pytest.raises(InfrastructureError, match="21 restarts"):
-        follow(run, FakeEngine(RUNNING), tracker)
-    assert tracker.closed == ["FAILED"]
+        follow(run, FakeEngine(RUNNING), forwarder)
+    assert forwarder.closed == ["FAILED"]
 
 
 def test_job_that_the_engine_does_not_know_was_cancelled(run: RunRecord) -> None:
     with pytest.raises(CancelledError, match="gone from the engine"):
         follow(run, FakeEngine(None))
+
+
+def test_follower_gives_signs_of_life(run: RunRecord, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert last_sign(run.store, run.read()) == b""
+    with pytest.raises(CancelledError):
+        follow(run, FakeEngine(None))
+    first = last_sign(run.store, run.read())
+    assert first
+    pulse = Pulse(run.store, run.read())
+    pulse.beat()
+    second = last_sign(run.store, run.read())
+    assert second != first
+    pulse.beat()
+    assert last_sign(run.store, run.read()) == second, "it is not time yet"
+    monkeypatch.setattr("tasks.pulse.time.monotonic", lambda: time.time() * 2)
+    pulse.beat()
+    assert last_sign(run.store, run.read()) != second

@@ -1,0 +1,64 @@
+"""Samples of machines: each arrives once, per node in order; a store that is away only delays them."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import replace
+
+import pytest
+
+from tests.unit.fakes import FaultyStore
+from training import system
+from training.objectstore import Store
+from training.system import Sample, SampleReader, SampleWriter, keep_sampling, take_sample
+
+PREFIX = "runs/k/0/"
+
+
+def sample(time: float) -> Sample:
+    return replace(take_sample(), time=time)
+
+
+def test_samples_of_all_nodes_arrive_once(store: Store) -> None:
+    reader = SampleReader(store, PREFIX)
+    assert list(reader.read_new()) == []
+    writers = [
+        SampleWriter(store, PREFIX, node=node, incarnation=name) for node, name in ((0, "a"), (1, "b"), (1, "c"))
+    ]
+    for time, writer in enumerate(writers):
+        writer.send(sample(time))
+    assert [(node, found.time) for node, found in reader.read_new()] == [(0, 0), (1, 1), (1, 2)]
+    writers[0].send(sample(3))
+    assert [(node, found.time) for node, found in reader.read_new()] == [(0, 3)]
+
+
+def test_store_that_is_away_delays_samples_and_loses_none(store: Store) -> None:
+    away = FaultyStore(store, lambda key: away.num_faults < 2)
+    writer = SampleWriter(away, PREFIX, node=0, incarnation="a")
+    for time in range(4):
+        writer.send(sample(time))
+    assert away.num_faults == 2
+    assert [found.time for _, found in SampleReader(store, PREFIX).read_new()] == [0, 1, 2, 3]
+
+
+def test_sample_whose_reply_was_lost_is_there_once(store: Store) -> None:
+    away = FaultyStore(store, lambda key: away.num_faults < 1, apply_first=True)
+    writer, reader = SampleWriter(away, PREFIX, node=0, incarnation="a"), SampleReader(store, PREFIX)
+    writer.send(sample(0))
+    writer.send(sample(1))
+    assert [found.time for _, found in reader.read_new()] == [0, 1]
+
+
+def test_agent_goes_on_sampling_until_it_ends(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(system, "SAMPLE_SECONDS", 0.0)
+    reader = SampleReader(store, PREFIX)
+
+    async def run() -> None:
+        sampling = asyncio.create_task(keep_sampling(SampleWriter(store, PREFIX, node=0, incarnation="a")))
+        found = []
+        while len(found) < 3:
+            found += await asyncio.to_thread(lambda: list(reader.read_new()))
+        sampling.cancel()
+        assert all(0 <= each.cpu_utilization_percentage <= 100 for _, each in found)
+
+    asyncio.run(asyncio.wait_for(run(), 60))
