@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from functools import partial
 from typing import Any
 
 from training.errors import UnbrokenError
@@ -16,6 +17,16 @@ def cancel_jobs_of(flow: Any, flow_run: Any, state: Any) -> None:
 
     keys = cancel_owned_by(make_launcher(load_settings()), str(flow_run.id))
     logging.getLogger("prefect.flow_runs").info("cancelled %d jobs of the engine", len(keys))
+
+
+def outlive_the_worker() -> None:
+    """Call at the start of a flow. A killed worker takes along the pipe that this process logs into, and Rich's answer
+    to that is to end the process."""
+    for logger in (logging.root, *map(logging.getLogger, tuple(logging.root.manager.loggerDict))):
+        for handler in logger.handlers:
+            console = getattr(handler, "console", None)
+            if console is not None:
+                console.on_broken_pipe = partial(setattr, console, "quiet", True)
 
 
 class _OneLine(logging.Filter):

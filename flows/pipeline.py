@@ -8,7 +8,7 @@ from prefect import flow
 from prefect.task_runners import ThreadPoolTaskRunner
 
 from flows import publish
-from flows.hooks import cancel_jobs_of, log_user_errors_in_one_line
+from flows.hooks import cancel_jobs_of, log_user_errors_in_one_line, outlive_the_worker
 from tasks.evaluate import evaluate
 from tasks.initial import pinned
 from tasks.opening import identify
@@ -41,6 +41,7 @@ def pipeline(
         fresh: train again from step 0, although this run is finished or begun.
         quarantine: go on without records that make the training fail; they are withdrawn from the dataset.
     """
+    outlive_the_worker()
     log_user_errors_in_one_line()
     config = pinned(open_stack()[0], load_preset(preset, overrides))
 

@@ -6,7 +6,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 
-from infra.local.services import WORK_POOL
+from infra.local.services import MAX_RUNS_AT_ONCE, WORK_POOL, WORK_QUEUES
 from infra.settings import PROJECT_ROOT, RESULTS_BLOCK, Settings
 from training.documents import digest_of
 from training.errors import InfrastructureError
@@ -29,6 +29,7 @@ def provision(settings: Settings, report: Callable[[str], None]) -> None:
         {
             "deployments": DEPLOYMENTS.read_text(),
             "flow": (PROJECT_ROOT / "flows" / "pipeline.py").read_text(),
+            "pool": [WORK_POOL, *WORK_QUEUES, MAX_RUNS_AT_ONCE],
             "prefect": settings.prefect_api_url,
             "s3": [settings.s3_endpoint, settings.s3_bucket, settings.s3_prefix],
         }
@@ -59,7 +60,15 @@ def _register_pool_and_storage(settings: Settings) -> None:
     )
     block.save(RESULTS_BLOCK, overwrite=True)
     with get_client(sync_client=True) as client:
-        client.create_work_pool(WorkPoolCreate(name=WORK_POOL, type="process"), overwrite=True)
+        if WORK_POOL not in {pool.name for pool in client.read_work_pools()}:  # a person may have set another limit
+            pool = WorkPoolCreate(name=WORK_POOL, type="process", concurrency_limit=MAX_RUNS_AT_ONCE)
+            client.create_work_pool(pool)
+        known = {queue.name: queue for queue in client.read_work_queues(work_pool_name=WORK_POOL)}
+        for priority, name in enumerate(WORK_QUEUES, start=1):
+            if name in known:
+                client.update_work_queue(known[name].id, priority=priority)
+            else:
+                client.create_work_queue(name, work_pool_name=WORK_POOL, priority=priority)
 
 
 def _deploy() -> None:

@@ -19,6 +19,10 @@ from infra.settings import PROJECT_ROOT, Settings, credentials_path, environment
 from training.errors import InfrastructureError
 
 WORK_POOL = "local"
+WORK_QUEUES = ("urgent", "default", "background")
+"""Of the pool, by priority: a later one's runs start when no earlier one's wait."""
+MAX_RUNS_AT_ONCE = 4
+"""A limit of the pool, not of a deployment: those hold leases, and end a healthy run that could not renew its own."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,6 +44,7 @@ def local_services(settings: Settings, ports: Mapping[str, int], external: froze
         mlflow_service(settings, ports["mlflow"]),
         prefect_service(settings, ports["prefect"]),
         worker_service(settings),
+        reaper_service(settings),
     ]
     return [service for service in services if service.name not in external]
 
@@ -155,6 +160,17 @@ def worker_service(settings: Settings) -> Service:
         environment=environment(settings),
         is_healthy=has_worker,
         url=settings.prefect_ui_url + "/work-pools",
+    )
+
+
+def reaper_service(settings: Settings) -> Service:
+    """Sets Prefect, MLflow and the engine right after a death (flows/reaper). Well while it runs: it serves nobody."""
+    return Service(
+        name="reaper",
+        command=(sys.executable, "-P", "-m", "flows.reaper"),
+        environment={**environment(settings), "PREFECT_CLIENT_MAX_RETRIES": "0"},  # it looks again anyway
+        is_healthy=lambda: True,
+        url=settings.prefect_ui_url,
     )
 
 

@@ -47,6 +47,8 @@ from training.errors import InfrastructureError, UserError
 START_SECONDS = 180.0
 MIN_FREE_BYTES = 2**30
 MAX_LOST_PORTS = 5
+LATER = ("worker", "reaper")
+"""They would only fail until Prefect's server is there."""
 
 
 def up(report: Report) -> Settings:
@@ -130,8 +132,10 @@ def _bring_up(settings: Settings, services: Mapping[str, Service], report: Repor
         provisioned = pool.submit(provision.provision, settings, report)
         _wait(settings, services, "mlflow", report)
         provisioned.result()
-    _start(folder, "worker")
-    _wait(settings, services, "worker", report)
+    for name in LATER:
+        _start(folder, name)
+    for name in LATER:
+        _wait(settings, services, name, report)
 
 
 def _services(settings: Settings) -> list[Service]:
@@ -140,7 +144,7 @@ def _services(settings: Settings) -> list[Service]:
 
 
 def _section(folder: Path, service: Service) -> str:
-    later = service.name == "worker"  # it would only fail until Prefect's server is there
+    later = service.name in LATER
     return supervisor.program_section(
         service.name,
         service.command,
@@ -165,7 +169,7 @@ def _wait(settings: Settings, services: Mapping[str, Service], name: str, report
 def _start_stopped(folder: Path) -> None:
     """Start services that gave up."""
     for name, info in infos(folder).items():
-        if info["statename"] in ("FATAL", "EXITED", "STOPPED") and name != "worker":
+        if info["statename"] in ("FATAL", "EXITED", "STOPPED") and name not in LATER:
             _start(folder, name)
 
 

@@ -1,0 +1,58 @@
+"""`python -m flows.reaper`: look, judge, act, for ever. The local stack supervises one; beside a worker, start another.
+
+It keeps nothing, so it may be killed at any time; two do no harm to one another.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+
+from tasks.stack import open_stack
+from training.errors import InfrastructureError
+
+log = logging.getLogger("flows.reaper")
+
+FLOW_RUNS_SECONDS = 2.0
+TRACKED_RUNS_SECONDS = 10.0
+
+
+def main() -> None:
+    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(name)s %(levelname)s %(message)s")
+    log.setLevel(logging.INFO)
+    settings, store = open_stack()  # before Prefect is imported, which reads its settings then
+    from prefect.client.orchestration import get_client
+
+    from flows.reaper.engine_jobs import end_unwanted
+    from flows.reaper.flow_runs import FlowRuns
+    from flows.reaper.tracked_runs import TrackedRuns
+    from infra.engines import make_launcher
+
+    launcher = make_launcher(settings)
+    tracked_runs = TrackedRuns(settings.mlflow_uri, store, launcher)
+    with get_client(sync_client=True) as client:
+        flow_runs = FlowRuns(client, launcher)
+        next_tracked = 0.0
+        while True:
+            now = time.monotonic()
+            attempt("Prefect", lambda: flow_runs.set_right(now=now))  # noqa: B023
+            attempt("the engine", lambda: end_unwanted(launcher, flow_runs))
+            if now >= next_tracked:
+                attempt("MLflow", lambda: tracked_runs.set_right(now=now))  # noqa: B023
+                next_tracked = now + TRACKED_RUNS_SECONDS
+            time.sleep(FLOW_RUNS_SECONDS)
+
+
+def attempt(part: str, work: Callable[[], None]) -> None:
+    """Do one part's work; if a server is away, the next look makes up for it."""
+    from httpx import HTTPError
+
+    try:
+        work()
+    except (InfrastructureError, HTTPError) as error:
+        log.warning("%s could not be looked after: %s", part, error)
+
+
+if __name__ == "__main__":
+    main()

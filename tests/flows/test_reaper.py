@@ -1,0 +1,187 @@
+"""The reaper beside real servers: what it sets right when nobody else is left, and what it leaves alone."""
+
+from __future__ import annotations
+
+import sys
+import uuid
+from collections.abc import Iterator
+from dataclasses import asdict, replace
+from typing import Any
+
+import pytest
+from prefect.client.orchestration import SyncPrefectClient, get_client
+from prefect.states import Cancelled, Running
+
+from flows.reaper.__main__ import attempt
+from flows.reaper.decide import QUIET_SECONDS, SILENT_SECONDS
+from flows.reaper.engine_jobs import end_unwanted
+from flows.reaper.flow_runs import FlowRuns
+from flows.reaper.signs import MAX_GAP_SECONDS
+from flows.reaper.tracked_runs import TrackedRuns
+from infra.launcher import JobSpec
+from infra.local.launcher import LocalLauncher
+from infra.local.ports import free_port
+from tasks import tracking
+from tasks.pulse import Pulse
+from tasks.results import Dataset
+from tests.conftest import Stack
+from tests.flows.runs import loss_history, mlflow_runs
+from tests.unit.tiny import tiny_preset
+from training.events import EventWriter
+from training.record import CheckpointRef, Failure, Record, Result, RunRecord, start_fresh, with_resume_step
+
+DATASET = Dataset(name="tiny", digest="d" * 64, num_train_samples=1, num_test_samples=1, num_shards=2, num_bytes=2)
+REF = CheckpointRef(step=3, token=1, sha256="")
+RESULT = Result(step=3, weights_sha256="w", state_sha256="s", checkpoint=REF)
+
+
+@pytest.fixture
+def client(stack: Stack) -> Iterator[SyncPrefectClient]:
+    with get_client(sync_client=True) as client:
+        yield client
+
+
+@pytest.fixture
+def launcher(stack: Stack) -> LocalLauncher:
+    return LocalLauncher(stack.home)
+
+
+@pytest.fixture
+def run(stack: Stack) -> RunRecord:
+    run = RunRecord(stack.store, f"test-{uuid.uuid4().hex}")
+    run.create_if_missing()
+    return run
+
+
+def ensure(stack: Stack, run: RunRecord) -> tracking.Tracker:
+    return tracking.ensure_run(
+        stack.settings.mlflow_uri, run, run.read(), tiny_preset(), dataset=asdict(DATASET), tags={}
+    )
+
+
+def look_until_quiet(stack: Stack, launcher: LocalLauncher) -> None:
+    """As many looks as the reaper takes until it acts on what does not change."""
+    tracked_runs = TrackedRuns(stack.settings.mlflow_uri, stack.store, launcher)
+    for now in range(0, int(QUIET_SECONDS + 2 * MAX_GAP_SECONDS), int(MAX_GAP_SECONDS)):
+        tracked_runs.set_right(now=float(now))
+
+
+def status(stack: Stack, run: RunRecord) -> str:
+    (found,) = mlflow_runs(stack, run.run_key)
+    return str(found.info.status)
+
+
+def finished(record: Record) -> Record:
+    return replace(record, result=RESULT)
+
+
+def failed(record: Record) -> Record:
+    return replace(record, failure=Failure(kind="DeterministicError", message="twice"))
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [(finished, "FINISHED"), (failed, "FAILED"), (start_fresh, "KILLED"), (lambda record: record, "KILLED")],
+    ids=["result", "failure", "begun anew", "nothing"],
+)
+def test_mlflow_run_that_nobody_follows_gets_the_records_word(
+    stack: Stack, launcher: LocalLauncher, run: RunRecord, change: Any, told: str
+) -> None:
+    ensure(stack, run)
+    run.update(change)
+    look_until_quiet(stack, launcher)
+    assert status(stack, run) == told
+
+
+def test_what_no_follower_sent_is_sent_before_the_run_is_closed(
+    stack: Stack, launcher: LocalLauncher, run: RunRecord
+) -> None:
+    tracker = ensure(stack, run)
+    run.update(lambda record: with_resume_step(replace(record, token=1), 0, token=1))
+    writer = EventWriter(stack.store, run.prefix(run.read()), 1)
+    for step in (1, 2, 3):
+        writer.add("step", step=step, **dict.fromkeys(tracking.METRICS, float(step)))
+    writer.close()
+    run.update(finished)
+    look_until_quiet(stack, launcher)
+    assert loss_history(stack, tracker.run_id) == [(1, 1.0), (2, 2.0), (3, 3.0)]
+    assert status(stack, run) == "FINISHED"
+
+
+def test_followed_run_stays_running(stack: Stack, launcher: LocalLauncher, run: RunRecord) -> None:
+    """Although it has a result: whoever follows it may have much to send."""
+    ensure(stack, run)
+    run.update(finished)
+    tracked_runs = TrackedRuns(stack.settings.mlflow_uri, stack.store, launcher)
+    for look in range(10):
+        Pulse(stack.store, run.read()).beat()
+        tracked_runs.set_right(now=look * MAX_GAP_SECONDS)
+    assert status(stack, run) == "RUNNING"
+
+
+def test_run_of_another_store_is_not_judged(stack: Stack, launcher: LocalLauncher, run: RunRecord) -> None:
+    tracker = ensure(stack, run)
+    tracker.client.set_tag(tracker.run_id, tracking.STORE_TAG, "s3://elsewhere/")
+    look_until_quiet(stack, launcher)
+    assert status(stack, run) == "RUNNING"
+
+
+def test_run_whose_maker_died_before_it_was_named_is_deleted(
+    stack: Stack, launcher: LocalLauncher, run: RunRecord
+) -> None:
+    provisional = ensure(stack, run)
+    run.update(lambda record: replace(record, tracking_run_id=None))
+    named = ensure(stack, run)
+    run.update(finished)
+    look_until_quiet(stack, launcher)
+    assert [found.info.run_id for found in mlflow_runs(stack, run.run_key)] == [named.run_id] != [provisional.run_id]
+
+
+def test_job_of_a_cancelled_flow_run_is_ended_although_no_hook_did(
+    client: SyncPrefectClient, launcher: LocalLauncher
+) -> None:
+    deployment = client.read_deployment_by_name("pipeline/digits")
+    gone, here = (
+        client.create_flow_run_from_deployment(deployment.id, state=Cancelled(), name="gone"),
+        client.create_flow_run_from_deployment(deployment.id, state=Running(), name="here"),
+    )
+    jobs = {uuid.uuid4().hex: owners for owners in ([gone.id], [here.id, gone.id], ["somebody"])}
+    try:
+        for key, owners in jobs.items():
+            for owner in owners:
+                waiting = (sys.executable, "-c", "import signal; signal.pause()")
+                launcher.submit(JobSpec(key=key, num_nodes=1, command=waiting, environment={}, owner=str(owner)))
+        end_unwanted(launcher, FlowRuns(client, launcher))
+        assert [launcher.find(key) is None for key in jobs] == [True, False, False]
+    finally:
+        for key in jobs:
+            launcher.cancel(key)
+        client.delete_flow_run(here.id)
+
+
+def test_flow_run_without_process_or_heartbeat_is_crashed_and_scheduled_again(
+    client: SyncPrefectClient, launcher: LocalLauncher
+) -> None:
+    """It never ran on this machine: its heartbeats alone could tell that it lives."""
+    deployment = client.read_deployment_by_name("pipeline/digits")
+    lost = client.create_flow_run_from_deployment(
+        deployment.id, state=Running(), parameters={"preset": "digits", "overrides": {"train.steps": 1}}
+    )
+    flow_runs = FlowRuns(client, launcher)
+    for now in range(0, int(SILENT_SECONDS) + 1, int(MAX_GAP_SECONDS)):
+        flow_runs.set_right(now=float(now))
+    assert [state.name for state in client.read_flow_run_states(lost.id)] == ["Running"]
+    flow_runs.set_right(now=SILENT_SECONDS + 1)
+    assert [state.name for state in client.read_flow_run_states(lost.id)][:3] == ["Running", "Crashed", "AwaitingRetry"]
+    client.delete_flow_run(lost.id)
+
+
+def test_server_that_is_away_stops_nothing(
+    stack: Stack, launcher: LocalLauncher, caplog: pytest.LogCaptureFixture
+) -> None:
+    away = TrackedRuns(f"http://127.0.0.1:{free_port()}", stack.store, launcher)
+    attempt("MLflow", lambda: away.set_right(now=0.0))
+    with SyncPrefectClient(f"http://127.0.0.1:{free_port()}/api") as client:
+        attempt("Prefect", lambda: FlowRuns(client, launcher).set_right(now=0.0))
+    told = [record.getMessage().split()[0] for record in caplog.records if record.name == "flows.reaper"]
+    assert told == ["MLflow", "Prefect"]

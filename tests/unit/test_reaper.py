@@ -1,0 +1,124 @@
+"""What the reaper makes of what it sees, case by case."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from flows.reaper.decide import (
+    CANCEL_SECONDS,
+    END_SECONDS,
+    GONE_SECONDS,
+    MAX_CRASHES_IN_AN_HOUR,
+    QUIET_SECONDS,
+    SILENT_SECONDS,
+    FlowSight,
+    FlowVerdict,
+    TrackedSight,
+    TrackedVerdict,
+    is_job_unwanted,
+    judge_flow,
+    judge_tracked,
+)
+from flows.reaper.signs import MAX_GAP_SECONDS, Signs
+from infra.launcher import JobState
+
+LONG = 1e6
+
+
+def flow(state: str, **seen: Any) -> FlowVerdict:
+    calm = {"seconds_in_state": LONG, "is_here": False, "was_here": False, "silent_seconds": 0.0}
+    return judge_flow(FlowSight(state=state, **{**calm, **seen}))
+
+
+@pytest.mark.parametrize("state", ["RUNNING", "PENDING"])
+def test_healthy_flow_run_is_left_alone(state: str) -> None:
+    """By its process, however silent; or by its heartbeats, from wherever."""
+    assert flow(state, is_here=True, was_here=True, silent_seconds=LONG) is FlowVerdict.LEAVE
+    assert flow(state, silent_seconds=SILENT_SECONDS) is FlowVerdict.LEAVE
+    assert flow(state, was_here=True, silent_seconds=GONE_SECONDS) is FlowVerdict.LEAVE, "its worker may tell of it"
+
+
+@pytest.mark.parametrize("state", ["RUNNING", "PENDING"])
+def test_lost_flow_run_is_resumed(state: str) -> None:
+    assert flow(state, was_here=True, silent_seconds=GONE_SECONDS + 1) is FlowVerdict.RESUME
+    assert flow(state, silent_seconds=SILENT_SECONDS + 1) is FlowVerdict.RESUME
+
+
+def test_crashed_flow_run_is_resumed_but_not_for_ever() -> None:
+    assert flow("CRASHED", num_crashes=MAX_CRASHES_IN_AN_HOUR) is FlowVerdict.RESUME
+    assert flow("CRASHED", num_crashes=MAX_CRASHES_IN_AN_HOUR + 1) is FlowVerdict.LEAVE
+
+
+@pytest.mark.parametrize("state", ["SCHEDULED", "PAUSED", "COMPLETED", "FAILED", "CANCELLED"])
+def test_other_states_are_not_the_reapers(state: str) -> None:
+    assert flow(state, silent_seconds=LONG, num_crashes=99) is FlowVerdict.LEAVE
+
+
+def test_cancelling_is_left_to_its_process_and_then_not() -> None:
+    here = {"is_here": True, "was_here": True}
+    assert flow("CANCELLING", seconds_in_state=CANCEL_SECONDS, **here) is FlowVerdict.LEAVE
+    assert flow("CANCELLING", seconds_in_state=CANCEL_SECONDS + 1, **here) is FlowVerdict.CANCEL_JOBS
+    assert flow("CANCELLING", seconds_in_state=END_SECONDS + 1, **here) is FlowVerdict.END
+    assert flow("CANCELLING", seconds_in_state=CANCEL_SECONDS + 1, was_here=True) is FlowVerdict.END
+    assert flow("CANCELLING", seconds_in_state=CANCEL_SECONDS + 1) is FlowVerdict.CANCEL_JOBS, "it may be elsewhere"
+
+
+@pytest.mark.parametrize(
+    ("owners", "is_unwanted"),
+    [
+        (["CANCELLED"], True),
+        (["CANCELLED", "COMPLETED"], True),
+        (["CANCELLED", None], True),
+        (["CANCELLED", "RUNNING"], False),
+        (["CANCELLED", "SCHEDULED"], False),
+        (["CANCELLING"], False),
+        (["FAILED", "CRASHED"], False),
+        ([None], False),
+        ([], False),
+    ],
+)
+def test_job_is_unwanted_when_who_wanted_it_was_cancelled(owners: list[str | None], is_unwanted: bool) -> None:
+    assert is_job_unwanted(owners) is is_unwanted
+
+
+def tracked(**seen: Any) -> TrackedVerdict:
+    return judge_tracked(TrackedSight(**{"quiet_seconds": LONG, **seen}))
+
+
+def test_mlflow_run_of_which_something_lives_is_left_running() -> None:
+    assert tracked(quiet_seconds=QUIET_SECONDS, has_result=True) is TrackedVerdict.LEAVE
+    assert tracked(job=JobState.RUNNING) is TrackedVerdict.LEAVE, "the ranks train on without a follower"
+
+
+@pytest.mark.parametrize(
+    ("seen", "verdict"),
+    [
+        ({"has_result": True}, TrackedVerdict.FINISHED),
+        ({"has_result": True, "job": JobState.RUNNING}, TrackedVerdict.FINISHED),
+        ({"has_failed": True, "job": JobState.RUNNING}, TrackedVerdict.FAILED),
+        ({"job": JobState.ENDED}, TrackedVerdict.FAILED),
+        ({}, TrackedVerdict.KILLED),
+        ({"is_removed": True}, TrackedVerdict.KILLED),
+        ({"is_older": True, "is_named": False, "job": JobState.RUNNING}, TrackedVerdict.KILLED),
+        ({"is_named": False, "job": JobState.RUNNING}, TrackedVerdict.DELETE),
+    ],
+)
+def test_mlflow_run_of_which_nothing_lives_gets_its_status(seen: dict[str, Any], verdict: TrackedVerdict) -> None:
+    assert tracked(**seen) is verdict
+
+
+def test_what_does_not_change_grows_old_and_a_change_makes_it_young() -> None:
+    signs = Signs()
+    ages = [signs.seconds_unchanged("a", value, now=now) for now, value in enumerate("xxxyy")]
+    assert ages == [0, 1, 2, 0, 1]
+
+
+def test_after_a_gap_between_two_looks_everything_is_young_again() -> None:
+    signs = Signs()
+    for now, age in ((1000.0, 0.0), (1000.0 + MAX_GAP_SECONDS, MAX_GAP_SECONDS), (1001.0 + 2 * MAX_GAP_SECONDS, 0.0)):
+        signs.begin_look({"a"}, now=now)
+        assert signs.seconds_unchanged("a", "x", now=now) == age
+    signs.begin_look(set(), now=now)
+    assert signs.seconds_unchanged("a", "x", now=now + 1) == 0, "it was forgotten"
