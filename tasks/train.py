@@ -82,7 +82,12 @@ def train(preset: Preset, dataset: Dataset, *, owner: str | None = None, fresh: 
 
     def open_tracker() -> tracking.Tracker:
         tracker = tracking.ensure_run(
-            settings.mlflow_uri, run, record, preset, dataset=asdict(dataset), tags=_tags(store, dataset, preset, record)
+            settings.mlflow_uri,
+            run,
+            record,
+            preset,
+            dataset=asdict(dataset),
+            tags=_tags(store, dataset, preset, record),
         )
         if record.result is None:
             tracker.reopen()

@@ -26,9 +26,10 @@ if TYPE_CHECKING:
 
 POLL_SECONDS = 0.5
 UNCLAIMED_SECONDS = 20.0
+RESUME_SECONDS = 20.0
 
 
-def follow_deployment(config: Preset, parameters: Mapping[str, Any], *, quiet: bool) -> dict[str, Any]:
+def follow_deployment(config: Preset, parameters: Mapping[str, Any], *, queue: str, quiet: bool) -> dict[str, Any]:
     """Start a flow run with these parameters and follow it to its end; Ctrl-C cancels it. Returns its result as JSON.
 
     Raises the error that the flow ended with, or `CancelledError`.
@@ -39,7 +40,7 @@ def follow_deployment(config: Preset, parameters: Mapping[str, Any], *, quiet: b
 
     try:
         with get_client(sync_client=True) as client:
-            run = _start(client, parameters)
+            run = _start(client, parameters, queue)
             if not quiet:
                 print(f"flow run {run.name}  {settings.prefect_ui_url}/runs/flow-run/{run.id}", flush=True)
             watcher = _Watcher(client, store, config, quiet=quiet)
@@ -54,7 +55,7 @@ def follow_deployment(config: Preset, parameters: Mapping[str, Any], *, quiet: b
         ) from error
 
 
-def _start(client: SyncPrefectClient, parameters: Mapping[str, Any]) -> FlowRun:
+def _start(client: SyncPrefectClient, parameters: Mapping[str, Any], queue: str) -> FlowRun:
     from prefect.exceptions import ObjectNotFound
 
     preset = parameters["preset"]
@@ -68,6 +69,7 @@ def _start(client: SyncPrefectClient, parameters: Mapping[str, Any]) -> FlowRun:
     return client.create_flow_run_from_deployment(
         deployment.id,
         parameters=dict(parameters),
+        work_queue_name=queue,
         job_variables={"env": mine} if mine else None,  # the flow looks where this command looks
     )
 
@@ -121,6 +123,7 @@ class _Watcher:
         self._started = time.monotonic()
         self._run_key = ""
         self._maybe_follower: Follower | None = None
+        self._maybe_crashed_at: float | None = None
 
     def until_over(self, run_id: Any) -> FlowRun:
         while True:
@@ -128,10 +131,21 @@ class _Watcher:
             if not self._quiet:
                 self._show_stages(run_id)
                 self._show_training(run)
-            if run.state is not None and run.state.is_final():
+            if run.state is not None and run.state.is_final() and not self._may_be_resumed(run):
                 self._live.end()
                 return run
             time.sleep(POLL_SECONDS)
+
+    def _may_be_resumed(self, run: FlowRun) -> bool:
+        """A crash is for the reaper to mend; what it leaves crashed for long has ended."""
+        assert run.state is not None
+        now = time.monotonic()
+        if run.state.is_crashed() and self._maybe_crashed_at is None:
+            self._maybe_crashed_at = now
+            self._live.end(f"crashed: {run.state.message}")
+        elif not run.state.is_crashed():
+            self._maybe_crashed_at = None
+        return self._maybe_crashed_at is not None and now - self._maybe_crashed_at < RESUME_SECONDS
 
     def _show_stages(self, run_id: Any) -> None:
         from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterId

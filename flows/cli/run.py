@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from cyclopts import App, Parameter
 
@@ -27,6 +27,10 @@ Quarantine = Annotated[
         help="Go on without records that make the training fail: they are withdrawn, launch.max_quarantined at most.",
     ),
 ]
+Queue = Annotated[
+    Literal["urgent", "default", "background"],
+    Parameter(help="Where it waits for its turn, if as many runs as may are under way."),
+]
 
 
 def add_to(app: App) -> None:
@@ -35,7 +39,13 @@ def add_to(app: App) -> None:
 
 
 def run(
-    preset: str, *, set_: Set = None, fresh: Fresh = False, quarantine: Quarantine = False, json: Json = False
+    preset: str,
+    *,
+    set_: Set = None,
+    fresh: Fresh = False,
+    quarantine: Quarantine = False,
+    queue: Queue = "default",
+    json: Json = False,
 ) -> None:
     """Run the whole pipeline for PRESET (a name, or a TOML file) as a Prefect deployment, and follow it.
 
@@ -48,7 +58,7 @@ def run(
 
     where = f"{config.folder}/{preset.rpartition('/')[2]}" if preset.endswith(".toml") else preset
     parameters = {"preset": where, "overrides": overrides, "fresh": fresh, "quarantine": quarantine}
-    result = follow_deployment(config, parameters, quiet=json)
+    result = follow_deployment(config, parameters, queue=queue, quiet=json)
     if json:
         print_json(result)
 

@@ -6,11 +6,15 @@ import json
 import signal
 from typing import Any
 
-from prefect.client.orchestration import get_client
+from prefect.client.orchestration import SyncPrefectClient, get_client
+from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterId
 
+from infra.local.node import job_path
 from tests.conftest import Stack
 from tests.flows.runs import last_json, loss_history, mlflow_runs, processes, run_keys, wait_for_step
+from tests.infra.probes import kill_9, service_pid
 from tests.waiting import wait_until
+from training.record import RunRecord
 
 SHORT = ("--set", "train.steps=240", "--set", "train.checkpoint_every_steps=20")
 
@@ -51,25 +55,75 @@ def test_killed_rank_and_agent_change_nothing(stack: Stack) -> None:
     assert loss_history(stack, again.info.run_id) == history
 
 
-def test_killed_flow_leaves_the_training_alone(stack: Stack) -> None:
-    """The flow process is killed: the engine trains on, and the next run re-attaches instead of beginning again."""
+def test_killed_flow_is_resumed_by_itself(stack: Stack) -> None:
+    """The engine trains on, and the same flow run re-attaches instead of beginning again."""
     before = run_keys(stack)
-    arguments = ("run", "digits", "--json", "--set", "seed=12", *SHORT)
-    first = stack.start(*arguments)
+    command = stack.start("run", "digits", "--json", "--set", "seed=12", *SHORT)
     run = wait_for_step(stack, before, step=20)
-    ranks = {process.pid for process in processes(stack, "training.worker")}
     for process in _flow_processes(stack):
         process.kill()
-    first.communicate(timeout=60)
-    assert first.returncode == 3, "a flow that was killed is an infrastructure failure"
-    second = stack.command(*arguments)
-    assert second.returncode == 0, second.stdout + second.stderr
+    output, _ = command.communicate(timeout=150)
+    assert command.returncode == 0, output
+    assert _newest_states(stack)[3:6] == ["Crashed", "AwaitingRetry", "Pending"]
+    assert _newest_states(stack)[-1] == "Completed"
     record = run.read()
     assert record.departures == ()
     assert len(record.attempt_starts) == 1, "the same ranks trained from beginning to end"
-    assert ranks
-    (tracked,) = mlflow_runs(stack, run.run_key)
-    assert [step for step, _ in loss_history(stack, tracked.info.run_id)] == list(range(1, 241))
+    _is_told_once(stack, run)
+
+
+def test_worker_flow_and_agents_killed_at_once_are_resumed(stack: Stack) -> None:
+    """Nobody is left who could tell of it; and the job is not submitted twice."""
+    before = run_keys(stack)
+    command = stack.start("run", "digits", "--json", "--set", "seed=15", *SHORT)
+    run = wait_for_step(stack, before, step=40)
+    job = job_path(stack.home, run.run_key)
+    submitted_at = job.stat().st_mtime_ns
+    victims = [_worker(stack), *_flow_processes(stack), *processes(stack, "training.agent")]
+    for process in victims:
+        process.kill()
+    wait_until(
+        lambda: _newest_states(stack).count("Running") == 2, what="the flow run to run again", timeout_seconds=120
+    )
+    assert not any(process.is_running() for process in victims)
+    if job.exists():  # it may be finished by now
+        assert job.stat().st_mtime_ns == submitted_at, "the job was submitted twice"
+    output, _ = command.communicate(timeout=150)
+    assert command.returncode == 0, output
+    assert _newest_states(stack)[-1] == "Completed"
+    assert run.read().attempt_starts[-1] >= 20, "it resumed, it did not begin anew"
+    assert all(task.state.is_final() for task in _newest_tasks(stack)), "a task of a dead process says Running"
+    _is_told_once(stack, run)
+
+
+def test_healthy_run_is_not_called_crashed_though_all_around_it_is_killed(stack: Stack) -> None:
+    """Its worker, Prefect, MLflow and the reaper at once: the flow process goes on."""
+    before = run_keys(stack)
+    command = stack.start("run", "digits", "--json", "--set", "seed=16", *SHORT)
+    run = wait_for_step(stack, before, step=20)
+    killed = {name: service_pid(stack.home, name) for name in ("worker", "prefect", "mlflow", "reaper")}
+    for pid in killed.values():
+        kill_9(pid)
+    output, _ = command.communicate(timeout=200)
+    assert command.returncode == 0, output
+    assert _newest_states(stack) == ["Scheduled", "Pending", "Running", "Completed"]
+    assert len(run.read().attempt_starts) == 1
+    _is_told_once(stack, run)
+    wait_until(lambda: stack.command("status").returncode == 0, what="the stack to be well")
+
+
+def test_cancelled_run_leaves_nothing_although_its_worker_and_flow_are_dead(stack: Stack) -> None:
+    before = run_keys(stack)
+    command = stack.start("run", "digits", "--set", "seed=17", "--set", "train.steps=100000")
+    run = wait_for_step(stack, before, step=20)
+    for process in (_worker(stack), *_flow_processes(stack)):
+        process.kill()
+    command.send_signal(signal.SIGINT)
+    wait_until(lambda: not processes(stack, "training.agent"), what="every agent to be gone", timeout_seconds=20)
+    output, _ = command.communicate(timeout=60)
+    assert command.returncode == 130, output
+    assert _newest_states(stack)[-1] == "Cancelled"
+    wait_until(lambda: mlflow_runs(stack, run.run_key)[0].info.status == "KILLED", what="MLflow", timeout_seconds=120)
 
 
 def test_cancelling_leaves_no_rank_and_the_next_run_goes_on(stack: Stack) -> None:
@@ -83,7 +137,7 @@ def test_cancelling_leaves_no_rank_and_the_next_run_goes_on(stack: Stack) -> Non
     assert command.returncode == 130, output
     assert not processes(stack, "training.worker")
     assert not processes(stack, "training.agent")
-    assert _newest_state(stack) == "Cancelled"
+    assert _newest_states(stack)[-1] == "Cancelled"
     (tracked,) = mlflow_runs(stack, run.run_key)
     assert tracked.info.status == "KILLED"
 
@@ -108,13 +162,33 @@ def test_runs_cancel_cancels_whoever_follows(stack: Stack) -> None:
     assert tracked.info.status == "KILLED"
 
 
+def _worker(stack: Stack) -> Any:
+    return next(iter(p for p in processes(stack, "worker") if "start" in p.cmdline()), None)
+
+
 def _flow_processes(stack: Stack) -> list[Any]:
-    """The processes that execute flow runs: the worker's children."""
-    workers = [p for p in processes(stack, "worker") if "start" in p.cmdline()]
-    return [child for worker in workers for child in worker.children(recursive=True)]
+    """The processes that execute flow runs."""
+    return processes(stack, "prefect.engine")
 
 
-def _newest_state(stack: Stack) -> str | None:
+def _is_told_once(stack: Stack, run: RunRecord) -> None:
+    """One MLflow run, finished, with one point per step."""
+    (tracked,) = mlflow_runs(stack, run.run_key)
+    assert tracked.info.status == "FINISHED"
+    assert [step for step, _ in loss_history(stack, tracked.info.run_id)] == list(range(1, 241))
+
+
+def _newest_run(client: SyncPrefectClient) -> Any:
+    return max(client.read_flow_runs(), key=lambda run: str(run.created))
+
+
+def _newest_states(stack: Stack) -> list[str | None]:
+    """Every state that the newest flow run had, oldest first."""
     with get_client(sync_client=True) as client:
-        runs = sorted(client.read_flow_runs(), key=lambda run: str(run.created))
-    return runs[-1].state_name
+        return [state.name for state in client.read_flow_run_states(_newest_run(client).id)]
+
+
+def _newest_tasks(stack: Stack) -> list[Any]:
+    with get_client(sync_client=True) as client:
+        ours = FlowRunFilter(id=FlowRunFilterId(any_=[_newest_run(client).id]))
+        return list(client.read_task_runs(flow_run_filter=ours))
