@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 POLL_SECONDS = 0.5
 UNCLAIMED_SECONDS = 20.0
-RESUME_SECONDS = 20.0
+RESUME_SECONDS = 45.0
 
 
 def follow_deployment(config: Preset, parameters: Mapping[str, Any], *, queue: str, quiet: bool) -> dict[str, Any]:

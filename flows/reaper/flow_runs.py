@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+FLOW = "pipeline"
 FLOW_RUN_VARIABLE = "PREFECT__FLOW_RUN_ID"
 OPEN_STATES = ("RUNNING", "PENDING", "CANCELLING")
 CRASHES_TO_LOOK_AT = timedelta(days=1)
@@ -73,11 +74,14 @@ class FlowRuns:
             filters.FlowRunFilter(state=of(*OPEN_STATES)),
             filters.FlowRunFilter(state=of("CRASHED"), end_time=lately),
         )
-        ours = filters.WorkPoolFilter(name=filters.WorkPoolFilterName(any_=[WORK_POOL]))
+        pool = filters.WorkPoolFilter(name=filters.WorkPoolFilterName(any_=[WORK_POOL]))
+        flow = filters.FlowFilter(name=filters.FlowFilterName(any_=[FLOW]))  # others' are theirs to resume
         return [
             run
             for kind in wanted
-            for run in self._client.read_flow_runs(flow_run_filter=kind, work_pool_filter=ours, limit=NUM_AT_ONCE)
+            for run in self._client.read_flow_runs(
+                flow_filter=flow, flow_run_filter=kind, work_pool_filter=pool, limit=NUM_AT_ONCE
+            )
             if run.deployment_id is not None
         ]
 

@@ -6,10 +6,12 @@ import json
 import signal
 from typing import Any
 
-from prefect.client.orchestration import SyncPrefectClient, get_client
+from prefect.client.orchestration import SyncPrefectClient
 from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterId
 
+from infra.local import supervisor
 from infra.local.node import job_path
+from tasks.tracking import METRICS, connect
 from tests.conftest import Stack
 from tests.flows.runs import last_json, loss_history, mlflow_runs, processes, run_keys, wait_for_step
 from tests.infra.probes import kill_9, service_pid
@@ -112,6 +114,26 @@ def test_healthy_run_is_not_called_crashed_though_all_around_it_is_killed(stack:
     wait_until(lambda: stack.command("status").returncode == 0, what="the stack to be well")
 
 
+def test_mlflow_may_be_away_from_before_the_start_until_after_the_end(stack: Stack) -> None:
+    """It stops nothing, and misses nothing: neither a point nor the samples of any node."""
+    before = run_keys(stack)
+    supervisor.remote(stack.home).stopProcess("mlflow")
+    try:
+        command = stack.start("train", "digits", "--json", "--set", "seed=18", *SHORT)
+        run = wait_for_step(stack, before, step=40)
+        wait_until(lambda: run.read().result, what="the result, without MLflow")
+        assert run.read().tracking_run_id is None
+    finally:
+        supervisor.remote(stack.home).startProcess("mlflow")
+    output, _ = command.communicate(timeout=120)
+    assert command.returncode == 0, output
+    _is_told_once(stack, run)
+    (tracked,) = mlflow_runs(stack, run.run_key)
+    assert {"system/node0/cpu_utilization_percentage", "system/node1/cpu_utilization_percentage"} <= set(
+        tracked.data.metrics
+    )
+
+
 def test_cancelled_run_leaves_nothing_although_its_worker_and_flow_are_dead(stack: Stack) -> None:
     before = run_keys(stack)
     command = stack.start("run", "digits", "--set", "seed=17", "--set", "train.steps=100000")
@@ -175,7 +197,10 @@ def _is_told_once(stack: Stack, run: RunRecord) -> None:
     """One MLflow run, finished, with one point per step."""
     (tracked,) = mlflow_runs(stack, run.run_key)
     assert tracked.info.status == "FINISHED"
-    assert [step for step, _ in loss_history(stack, tracked.info.run_id)] == list(range(1, 241))
+    client = connect(stack.settings.mlflow_uri)
+    for name in METRICS:
+        points = client.get_metric_history(tracked.info.run_id, name)
+        assert sorted(point.step for point in points) == list(range(1, 241)), name
 
 
 def _newest_run(client: SyncPrefectClient) -> Any:
@@ -184,11 +209,11 @@ def _newest_run(client: SyncPrefectClient) -> Any:
 
 def _newest_states(stack: Stack) -> list[str | None]:
     """Every state that the newest flow run had, oldest first."""
-    with get_client(sync_client=True) as client:
+    with SyncPrefectClient(stack.settings.prefect_api_url) as client:
         return [state.name for state in client.read_flow_run_states(_newest_run(client).id)]
 
 
 def _newest_tasks(stack: Stack) -> list[Any]:
-    with get_client(sync_client=True) as client:
+    with SyncPrefectClient(stack.settings.prefect_api_url) as client:
         ours = FlowRunFilter(id=FlowRunFilterId(any_=[_newest_run(client).id]))
         return list(client.read_task_runs(flow_run_filter=ours))

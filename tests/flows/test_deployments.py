@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 
 import pytest
-from prefect.client.orchestration import SyncPrefectClient, get_client
+from prefect.client.orchestration import SyncPrefectClient
 from prefect.exceptions import PrefectHTTPStatusError
 from prefect.states import Scheduled
 
@@ -16,7 +16,7 @@ from tests.conftest import Stack
 
 @pytest.fixture
 def client(stack: Stack) -> Iterator[SyncPrefectClient]:
-    with get_client(sync_client=True) as client:
+    with SyncPrefectClient(stack.settings.prefect_api_url) as client:
         yield client
 
 

@@ -9,7 +9,7 @@ from dataclasses import asdict, replace
 from typing import Any
 
 import pytest
-from prefect.client.orchestration import SyncPrefectClient, get_client
+from prefect.client.orchestration import SyncPrefectClient
 from prefect.states import Cancelled, Running
 
 from flows.reaper.__main__ import attempt
@@ -37,7 +37,7 @@ RESULT = Result(step=3, weights_sha256="w", state_sha256="s", checkpoint=REF)
 
 @pytest.fixture
 def client(stack: Stack) -> Iterator[SyncPrefectClient]:
-    with get_client(sync_client=True) as client:
+    with SyncPrefectClient(stack.settings.prefect_api_url) as client:
         yield client
 
 
