@@ -12,6 +12,8 @@ GONE_SECONDS = 10.0
 """A flow run's process was seen on this machine and is gone: its worker, if that lives, tells of it sooner."""
 SILENT_SECONDS = 90.0
 """Three heartbeats of a flow run whose process was never seen on this machine."""
+CRASHED_SECONDS = 20.0
+"""A worker reports a crash twice, seconds apart: the second report must not hit the run that was resumed."""
 CANCEL_SECONDS = 5.0
 """A flow run's own process, and its hook, end its jobs sooner."""
 END_SECONDS = 12.0
@@ -24,6 +26,8 @@ class FlowVerdict(Enum):
     LEAVE = "leave"
     RESUME = "resume"
     """Crashed, if it does not say so yet; then scheduled again: finished stages are found, a job is re-attached."""
+    RESTORE = "restore"
+    """Running: it says Crashed, and its process lives."""
     CANCEL_JOBS = "cancel its jobs"
     END = "end"
     """Kill its process, if there is one, cancel its jobs, and call it cancelled."""
@@ -48,7 +52,9 @@ class FlowSight:
 def judge_flow(sight: FlowSight) -> FlowVerdict:
     if sight.state == "CANCELLING":
         return _judge_cancelling(sight)
-    if sight.state == "CRASHED":
+    if sight.state == "CRASHED" and sight.seconds_in_state > CRASHED_SECONDS:
+        if sight.is_here:
+            return FlowVerdict.RESTORE
         return FlowVerdict.RESUME if sight.num_crashes <= MAX_CRASHES_IN_AN_HOUR else FlowVerdict.LEAVE
     if sight.state in ("RUNNING", "PENDING") and not sight.is_here:
         is_lost = sight.silent_seconds > (GONE_SECONDS if sight.was_here else SILENT_SECONDS)

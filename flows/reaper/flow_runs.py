@@ -45,7 +45,7 @@ class FlowRuns:
     def set_right(self, *, now: float) -> None:
         """One look at each flow run that is open, and what follows from it. `now` is a monotonic clock's."""
         runs = self._open_and_crashed()
-        self._find_processes(str(run.id) for run in runs if _state_type(run) in OPEN_STATES)
+        self._find_processes(str(run.id) for run in runs)
         self._signs.begin_look({(str(run.id), what) for run in runs for what in ("state", "life")}, now=now)
         for run in runs:
             self._act(run, judge_flow(self._sight(run, now)))
@@ -147,6 +147,8 @@ class FlowRuns:
         match verdict:
             case FlowVerdict.RESUME:
                 self._resume(run)
+            case FlowVerdict.RESTORE:
+                self._restore(run)
             case FlowVerdict.CANCEL_JOBS:
                 self._cancel_jobs(run)
             case FlowVerdict.END:
@@ -167,6 +169,13 @@ class FlowRuns:
         )
         self._client.set_flow_run_state(run.id, again)
         log.info("flow run %s crashed: resumed", run.name)
+
+    def _restore(self, run: FlowRun) -> None:
+        from prefect.states import Running
+
+        alive: State[Any] = Running(message="Its process lives.")
+        self._client.set_flow_run_state(run.id, alive, force=True)
+        log.info("flow run %s was called crashed, and its process lives: running", run.name)
 
     def _crash_tasks(self, run: FlowRun, why: str) -> None:
         """The task runs that its process left behind as running."""

@@ -66,8 +66,8 @@ def test_killed_flow_is_resumed_by_itself(stack: Stack) -> None:
         process.kill()
     output, _ = command.communicate(timeout=150)
     assert command.returncode == 0, output
-    assert _newest_states(stack)[3:6] == ["Crashed", "AwaitingRetry", "Pending"]
-    assert _newest_states(stack)[-1] == "Completed"
+    states = _newest_states(stack)
+    assert (states.count("Crashed"), states.count("AwaitingRetry"), states[-1]) == (1, 1, "Completed")
     record = run.read()
     assert record.departures == ()
     assert len(record.attempt_starts) == 1, "the same ranks trained from beginning to end"
@@ -108,7 +108,8 @@ def test_healthy_run_is_not_called_crashed_though_all_around_it_is_killed(stack:
         kill_9(pid)
     output, _ = command.communicate(timeout=200)
     assert command.returncode == 0, output
-    assert _newest_states(stack) == ["Scheduled", "Pending", "Running", "Completed"]
+    states = _newest_states(stack)
+    assert (states.count("Crashed"), states.count("Running"), states[-1]) == (0, 1, "Completed")
     assert len(run.read().attempt_starts) == 1
     _is_told_once(stack, run)
     wait_until(lambda: stack.command("status").returncode == 0, what="the stack to be well")

@@ -8,6 +8,7 @@ import pytest
 
 from flows.reaper.decide import (
     CANCEL_SECONDS,
+    CRASHED_SECONDS,
     END_SECONDS,
     GONE_SECONDS,
     MAX_CRASHES_IN_AN_HOUR,
@@ -49,6 +50,15 @@ def test_lost_flow_run_is_resumed(state: str) -> None:
 def test_crashed_flow_run_is_resumed_but_not_for_ever() -> None:
     assert flow("CRASHED", num_crashes=MAX_CRASHES_IN_AN_HOUR) is FlowVerdict.RESUME
     assert flow("CRASHED", num_crashes=MAX_CRASHES_IN_AN_HOUR + 1) is FlowVerdict.LEAVE
+
+
+def test_crashed_flow_run_is_resumed_only_when_its_worker_has_nothing_more_to_report() -> None:
+    assert flow("CRASHED", seconds_in_state=CRASHED_SECONDS) is FlowVerdict.LEAVE
+    assert flow("CRASHED", seconds_in_state=CRASHED_SECONDS + 1) is FlowVerdict.RESUME
+
+
+def test_flow_run_that_is_called_crashed_while_its_process_lives_is_not_executed_twice() -> None:
+    assert flow("CRASHED", is_here=True, was_here=True) is FlowVerdict.RESTORE
 
 
 @pytest.mark.parametrize("state", ["SCHEDULED", "PAUSED", "COMPLETED", "FAILED", "CANCELLED"])
