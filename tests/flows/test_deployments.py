@@ -29,6 +29,7 @@ def test_parameters_have_a_schema_and_wrong_ones_are_refused(client: SyncPrefect
         "preset": True,
         "overrides": True,
         "fresh": True,
+        "quarantine": True,
     }
     for wrong in ({}, {"preset": "digits", "fresh": "perhaps"}):
         with pytest.raises(PrefectHTTPStatusError):
