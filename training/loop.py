@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import math
-import statistics
 import time
-from collections import deque
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
@@ -26,13 +24,13 @@ from training.data.stream import Microbatch
 from training.errors import DamagedError, DeterministicError, InfrastructureError
 from training.events import EventWriter, json_number
 from training.exact import ExactReducer
+from training.explain import Explainer, on_device
 from training.extras import NO_WORDS, Control, Extras
 from training.failures import crash_to_explain
 from training.fast import FastReducer
 from training.handover import GroupEnded, GroupLost, Handover
 from training.objective import Objective, fill_new_memory, recipe_errors, seed_streams, stream_seed
-from training.pace import Straggler, maybe_straggler
-from training.poison import Replay, Samples, explained
+from training.pace import Pace, Straggler, maybe_straggler
 from training.recipe import Recipe, learning_rate_scale
 from training.record import CheckpointRef, InitialWeights, Result, RunRecord, with_result, with_resume_step
 from training.saver import CheckpointSaver
@@ -40,7 +38,6 @@ from training.slots import file_of
 from training.state import TrainState
 from training.validation import HeldOut, validate
 
-MAX_COMPARED_STEPS = 1000
 PATIENCE_SECONDS = 2.0
 """How long a checkpoint that is due waits for the one before it."""
 
@@ -128,9 +125,9 @@ class Trainer:
         self.rank = rank
         self.handover = handover or Handover()
         self.tell = tell
+        self.explainer = Explainer(recipe, preset, feed, handover=self.handover, device=rank.device)
         self.state = state or self.new_state()
-        self._outside_seconds: deque[float] = deque(maxlen=MAX_COMPARED_STEPS)
-        """Of the newest steps since ranks were compared: not spent waiting."""
+        self.pace = Pace()
         self._maybe_crashes = crashes
         self._maybe_suspect_step: int | None = None
         """After which ranks died twice alike."""
@@ -273,7 +270,7 @@ class Trainer:
             self.extras.release()
         self.handover.forget(outcome.control.committed_step)
         outcome = replace(outcome, validation=self.maybe_validate())
-        self._outside_seconds.append(time.monotonic() - started - (self.handover.waited_seconds - waited))
+        self.pace.add(time.monotonic() - started - (self.handover.waited_seconds - waited))
         return outcome
 
     def reduce(self) -> Tensor:
@@ -301,13 +298,14 @@ class Trainer:
             self.extras.hold()
 
     def update(self, total: Tensor) -> StepOutcome:
-        """From the sums over all virtual workers to the next state, without a word to any other rank."""
+        """From the sums over all virtual workers to the next state, without a word to any other rank (unless they are
+        not finite, and it is over)."""
         step = self.state.step
         loss = self.extras.hand_out(total / self.preset.train.virtual_workers)
         grad_norm = self.clip()
         if not (math.isfinite(loss) and math.isfinite(grad_norm)):
-            message = f"step {step + 1}: the loss is {loss}, the gradient norm {grad_norm}"
-            raise self.explained_together(DeterministicError(message))
+            error = DeterministicError(f"step {step + 1}: the loss is {loss}, the gradient norm {grad_norm}")
+            raise self.explainer.of_ranks(error, self.reducer.owned, self.state, self.extras)
         self.state.set_learning_rate_scale(learning_rate_scale(self.recipe, step, self.preset.train.steps))
         with recipe_errors(f"step {step + 1}, optimizer.step()"):
             self.state.optimizer.step()
@@ -353,9 +351,8 @@ class Trainer:
     def compare_pace(self) -> None:
         """Since the last time: how long a step took each rank without waiting, and who kept the others waiting."""
         with self.handover.waiting():
-            mine = torch.tensor([statistics.median(self._outside_seconds)], dtype=torch.float64)
+            mine = torch.tensor([self.pace.take_median()], dtype=torch.float64)
             outside: list[float] = of_all_ranks(mine.to(self.rank.device)).flatten().tolist()
-        self._outside_seconds.clear()
         slow = maybe_straggler(outside) if self.preset.train.mode == "exact" else None  # DDP waits as it goes back
         self.emit("pace", outside_seconds=outside, straggler=slow and self.named(slow))
 
@@ -426,39 +423,8 @@ class Trainer:
                 told = self.extras.gather(loss.detach(), words, ledger.entries(worker, ids))
                 self.reducer.backward(worker, loss, told)
         except DeterministicError as error:
-            raise self.explained(error, worker, (ids, batch)) or RuntimeError(str(error)) from error
-
-    def explained(self, error: DeterministicError, worker: int, samples: Samples) -> DeterministicError | None:
-        """With the records that cause it; None if it does not come again when the microbatch is replayed."""
-        replay = Replay(
-            self.recipe, self.state, self.extras, seed=self.preset.seed, precision=self.preset.train.precision
-        )
-        step = self.state.step
-        with self.handover.waiting():  # others wait for this rank, whose replays take longer than a step
-            return explained(
-                error,
-                partial(replay.failure, worker),
-                samples,
-                lambda: self.samples_of(worker, step + 1 if step + 1 < self.preset.train.steps else max(0, step - 1)),
-                seconds=self.replay_seconds(),
-            )
-
-    def replay_seconds(self) -> float:
-        """How long this rank may look for a record: the others must not give it up meanwhile."""
-        return self.preset.launch.collective_timeout_seconds / 2
-
-    def samples_of(self, worker: int, step: int) -> Samples:
-        """Of any virtual worker and step, read anew."""
-        batch = next(self.feed.microbatches(workers=[worker], step=step))
-        return batch.ids, self.on_device(batch)
-
-    def explained_together(self, error: DeterministicError) -> DeterministicError:
-        """What all ranks found wrong at once: which virtual worker's it is. Collective: who finds nothing waits."""
-        found = (self.explained(error, w, self.samples_of(w, self.state.step)) for w in self.reducer.owned)
-        first = next((one for one in found if one is not None), error)
-        with self.handover.waiting():
-            of_all_ranks(torch.zeros(1, device=self.rank.device))
-        return first
+            found = self.explainer.of_worker(error, worker, (ids, batch), self.state, self.extras)
+            raise found or RuntimeError(str(error)) from error
 
     def microbatch(self, worker: int) -> tuple[Sequence[str], Mapping[str, Tensor]]:
         """Ids and tensors of the next microbatch, which is `worker`'s own of this step."""
@@ -467,10 +433,7 @@ class Trainer:
         assert self._maybe_microbatches is not None
         batch = next(self._maybe_microbatches)
         assert (batch.step, batch.worker) == (self.state.step, worker)
-        return batch.ids, self.on_device(batch)
-
-    def on_device(self, batch: Microbatch) -> Mapping[str, Tensor]:
-        return {name: torch.from_numpy(array).to(self.rank.device) for name, array in batch.fields.items()}
+        return batch.ids, on_device(batch, self.rank.device)
 
     def clip(self) -> float:
         """Scale the gradients; returns the norm before. It is taken parameter by parameter, whoever has which."""

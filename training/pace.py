@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import statistics
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 SLOW_FACTOR = 1.5
+MAX_COMPARED_STEPS = 1000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,3 +29,23 @@ def maybe_straggler(outside_seconds: Sequence[float]) -> Straggler | None:
     if outside_seconds[slowest] <= SLOW_FACTOR * usual or usual <= 0:
         return None
     return Straggler(rank=slowest, factor=outside_seconds[slowest] / usual)
+
+
+class Pace:
+    """What this rank's newest steps took without waiting, since it was last asked."""
+
+    def __init__(self) -> None:
+        self._seconds: deque[float] = deque(maxlen=MAX_COMPARED_STEPS)
+
+    def add(self, seconds: float) -> None:
+        self._seconds.append(seconds)
+
+    def take_median(self) -> float:
+        """Of a step; and begin anew."""
+        median = statistics.median(self._seconds)
+        self._seconds.clear()
+        return median
+
+    @property
+    def seconds(self) -> Sequence[float]:
+        return self._seconds

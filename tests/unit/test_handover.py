@@ -257,7 +257,7 @@ def test_who_is_slow_shows_in_the_time_not_spent_waiting() -> None:
     seconds_of_slow_one = seconds_to_report()
     CALLS[0] = lambda: None
     assert [note.step for note in told] == [1, 2, 3]
-    _, waited, worked = trainer._outside_seconds
+    _, waited, worked = trainer.pace.seconds
     assert waited <= seconds - 0.3
     assert 5 * 0.06 <= worked <= seconds_of_slow_one - 0.3
 

@@ -218,10 +218,10 @@ def test_a_search_that_takes_too_long_is_given_up_and_says_so() -> None:
     assert found.records == ()
 
 
-def test_without_time_for_one_replay_nothing_is_said_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_time_for_one_replay_nothing_is_said_of_it() -> None:
     """The group begins again."""
     trainer = make_trainer(recipe=Poisoned(how="nan"), reader=poisoned_reader(), preset=tiny_preset(steps=20))
-    monkeypatch.setattr(trainer, "replay_seconds", lambda: -1.0)
+    trainer.explainer.seconds = -1.0
     with pytest.raises(RuntimeError, match="the loss is nan"):
         step_through(trainer, 2)
 
