@@ -17,7 +17,7 @@ class Connections:
 
     @contextmanager
     def opening(self) -> Iterator[None]:
-        """No other thread may open one meanwhile."""
+        """What another thread opens meanwhile, to the store say, is cut too, and has to try again."""
         before = _sockets()
         self._inodes = {}
         yield
@@ -26,10 +26,23 @@ class Connections:
     def cut(self) -> None:
         """Whoever waits at either end is told at once that the other is gone."""
         for fd, inode in self._inodes.items():
-            with suppress(OSError), socket.socket(fileno=os.dup(fd)) as own:  # it may be closed by now
-                is_same = os.fstat(own.fileno()).st_ino == inode  # else the number was given to another file
-                if is_same and not own.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):  # gloo dies with a listener
+            if not _is(fd, inode):
+                continue  # it is closed, and the number may have been given to another file
+            with suppress(OSError), socket.socket(fileno=os.dup(fd)) as own:
+                if _is(own.fileno(), inode) and not _listens(own):
                     own.shutdown(socket.SHUT_RDWR)
+
+
+def _listens(end: socket.socket) -> bool:
+    """Gloo ends the process if its listener fails."""
+    return bool(end.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN))
+
+
+def _is(fd: int, inode: int) -> bool:
+    try:
+        return os.fstat(fd).st_ino == inode
+    except OSError:
+        return False
 
 
 def _sockets() -> dict[int, int]:

@@ -100,6 +100,7 @@ class ExactReducer:
         for bucket in self._buckets:
             bucket.close()
         self._exchange.close()
+        self._buckets.clear()  # they and this hold one another, and garbage is seldom collected in a forked process
 
 
 class _Group:
@@ -252,8 +253,11 @@ class _Exchange:
 
     def wait(self) -> None:
         started, self._started = self._started, []
-        for future in started:
-            future.result()
+        try:
+            for future in started:
+                future.result()
+        finally:
+            started.clear()  # or an error would hold what it is of, by its traceback
 
     def close(self) -> None:
         self._pool.shutdown(wait=False)

@@ -101,10 +101,11 @@ class Handover:
         self.wants_regroup = self.wants_checkpoint = self.is_waiting = False
         self.maybe_must_end_at = None
 
-    def keep(self, state: Callable[[], tuple[int, Mapping[str, Tensor]]]) -> None:
+    def keep(self, state: Callable[[], tuple[int, Mapping[str, Tensor]]], journal: Sequence[Entry] = ()) -> None:
         """From now on `leave` finds the last finished step and its tensors there, and what was found counts no more."""
         with self._leaving:
             self._maybe_state = state
+            self.journal = list(journal)
             self._has_tried = False
             self._maybe_live = None
             if self._maybe_slots is not None:
@@ -165,10 +166,16 @@ class Handover:
                     num_bytes = sum(tensor.nbytes for tensor in state()[1].values())
                 slots.reserve(num_bytes)
 
+    @property
+    def has_kept(self) -> bool:
+        """Whether this process was in a group before."""
+        return self._maybe_state is not None
+
     def stay(self) -> None:
         """This process will be in the next group too: what it holds need not be copied, but others may ask for it."""
         assert self._maybe_state is not None, "who was in a group has kept a state"
         step, tensors = self._maybe_state()
+        self._maybe_state = lambda: (step, tensors)  # and nothing else of the group before
         self._maybe_live = Live(
             run_key=self._run_key, generation=self._generation, step=step, tensors=tensors, entries=self.journal
         )

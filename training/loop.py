@@ -34,7 +34,7 @@ from training.pace import Pace, Straggler, maybe_straggler
 from training.recipe import Recipe, learning_rate_scale
 from training.record import CheckpointRef, InitialWeights, Result, RunRecord, with_result, with_resume_step
 from training.saver import CheckpointSaver
-from training.slots import file_of
+from training.slots import Entry, file_of
 from training.state import TrainState
 from training.validation import HeldOut, validate
 
@@ -182,15 +182,16 @@ class Trainer:
         since = record.checkpoints[-1].step if record.checkpoints else 0
         found = self.handover.find(since=since, device=self.rank.device)
         is_here = found is not None and found.is_here
-        if self.state.step > 0 and not is_here:
-            self.state = self.new_state()  # nothing of another step may stay
+        if self.handover.has_kept and not is_here:
+            self.state = self.new_state()  # nothing of another step may stay, and that one may still be asked for
+        journal: Sequence[Entry] = ()
         if found is not None:
             noting = beside(partial(self.note_resumption, since))
             self.begin_reading(found.step)
             held = found.take()
             if not is_here:
                 self.state.load(tensorfile.tensors(file_of(held)), step=held.step)
-            self.handover.journal = [entry for entry in held.entries if entry.step > since]
+            journal = [entry for entry in held.entries if entry.step > since]
         else:
             since = self.load_checkpoint()
             self.saver.require_agreement(since)
@@ -198,7 +199,7 @@ class Trainer:
             self.begin_reading(since)
         noting.result()
         self._committed_step = since
-        self.handover.keep(self.settled_state)
+        self.handover.keep(self.settled_state, journal)
         self.handover.step = self.state.step
         self.tell_history(source="memory" if found is not None else "checkpoint" if since else "start")
         self.tell(Note(event="began", step=self.state.step))
@@ -287,6 +288,7 @@ class Trainer:
         with self.handover.standstill():
             self.extras.take_back()
         self.reducer.close()
+        self.saver.abandon()
         if self.maybe_events is not None:
             self.maybe_events.abandon()
         if isinstance(self._maybe_microbatches, Generator):

@@ -37,7 +37,8 @@ class Kit:
     device: torch.device
     recipe: Recipe
     environment: dict[str, str]
-    state: TrainState
+    maybe_state: TrainState | None
+    """A new one, or that of the group before; while it is being trained, it is the Trainer's."""
     connections: Connections = field(default_factory=Connections)
     """To the other ranks of the group."""
     maybe_leaving: Future[None] | None = None
@@ -60,7 +61,7 @@ def prepare(job: Job, *, local_rank: int) -> Kit:
         device=device,
         recipe=recipe,
         environment=environment.fingerprint(),
-        state=TrainState(recipe, seed=job.preset.seed, device=device),
+        maybe_state=TrainState(recipe, seed=job.preset.seed, device=device),
     )
 
 
@@ -79,6 +80,7 @@ def train(
     join another group, and else what made it fail; after that, no collective may follow.
     """
     job = kit.job
+    state, kit.maybe_state = kit.maybe_state, None
     run = job.open_run()
     record = _admitted(run, seat.token, kit.environment)
     _join(kit, seat, rendezvous)
@@ -94,7 +96,7 @@ def train(
         saver=_saver(job, seat, run, rendezvous, events),
         events=events,
         rank=Rank(rank=seat.rank, world_size=seat.world_size, token=seat.token, device=kit.device),
-        state=kit.state,
+        state=state,
         handover=handover,
         tell=tell,
         crashes=Crashes(feed, local_rank=seat.local_rank, seconds=patience),
@@ -102,9 +104,10 @@ def train(
     try:
         trainer.train()
     except GroupOver:
-        trainer.let_go()
-        kit.state = trainer.state
-        kit.maybe_leaving = beside(dist.destroy_process_group)
+        if kit.may_stay:
+            trainer.let_go()
+            kit.maybe_state = trainer.state
+            kit.maybe_leaving = beside(dist.destroy_process_group)
         raise
     with trainer.handover.waiting():
         _leave_together(rendezvous, seat)

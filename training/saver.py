@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
+import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict
@@ -24,7 +25,8 @@ if TYPE_CHECKING:
 
 FAILED_RECEIPT = "null"
 NOTHING: Mapping[str, str] = MappingProxyType({})
-PARTS_TIMEOUT = timedelta(seconds=300)
+PARTS_SECONDS = 300.0
+SLICE_SECONDS = 5.0
 
 
 def assign_parts(sizes: Mapping[str, int], num_parts: int) -> dict[str, int]:
@@ -66,6 +68,7 @@ class CheckpointSaver:
         self._snapshot = Snapshot()
         self._before_commit = before_commit
         self._prefix = run.prefix(run.read())
+        self._is_abandoned = threading.Event()
         self._thread: threading.Thread | None = None
         self._error: Exception | None = None
 
@@ -119,6 +122,10 @@ class CheckpointSaver:
             with suppress(RuntimeError):
                 self._rendezvous.wait([f"checkpoint/{step}/done"], timedelta(seconds=max(seconds, 0.1)))  # 0: for ever
 
+    def abandon(self) -> None:
+        """The group is over: a save under way is not waited for, neither here nor by its own thread for long."""
+        self._is_abandoned.set()
+
     def wait(self) -> None:
         """Until the save under way is committed (on rank 0) or sent (elsewhere). Raises what made it fail."""
         if self._thread is not None:
@@ -164,10 +171,7 @@ class CheckpointSaver:
 
     def _commit(self, step: int, infos: Mapping[str, TensorInfo]) -> tuple[CheckpointRef, Record]:
         receipts = [_part_receipt(step, rank) for rank in range(self._world_size)]
-        try:
-            self._rendezvous.wait(receipts, PARTS_TIMEOUT)
-        except RuntimeError as error:
-            raise InfrastructureError(f"checkpoint {step}: not all ranks wrote their part: {error}") from error
+        self._wait_for(receipts, step)
         documents = [json.loads(self._rendezvous.get(receipt)) for receipt in receipts]
         if None in documents:
             raise InfrastructureError(f"checkpoint {step}: rank {documents.index(None)} could not write its part")
@@ -178,6 +182,18 @@ class CheckpointSaver:
         self._before_commit()
         reference = CheckpointRef(step=step, token=self._token, sha256=proven.sha256)
         return reference, self._name(reference)
+
+    def _wait_for(self, receipts: list[str], step: int) -> None:
+        """All of them; in slices, as a wait at the rendezvous cannot be ended. Raises `InfrastructureError`."""
+        deadline = time.monotonic() + PARTS_SECONDS
+        while True:
+            begun = time.monotonic()
+            try:
+                return self._rendezvous.wait(receipts, timedelta(seconds=SLICE_SECONDS))
+            except RuntimeError as error:
+                is_slice_over = time.monotonic() - begun > 0.9 * SLICE_SECONDS  # else the rendezvous is gone
+                if not is_slice_over or self._is_abandoned.is_set() or time.monotonic() > deadline:
+                    raise InfrastructureError(f"checkpoint {step}: not all ranks wrote their part: {error}") from error
 
     def _name(self, reference: CheckpointRef) -> Record:
         """In the record, which names those that are too old no more."""

@@ -99,11 +99,13 @@ class _Worker:
 
     def _obey(self) -> None:
         """What the agent says, until it is gone: then this process goes too."""
-        with suppress(EOFError, OSError):
-            while True:
-                for order in self._channel.orders():
-                    self._do(order)
-        os._exit(1)
+        try:
+            with suppress(EOFError, OSError):
+                while True:
+                    for order in self._channel.orders():
+                        self._do(order)
+        finally:
+            os._exit(1)
 
     def _do(self, order: Order) -> None:
         if order.maybe_call is not None:

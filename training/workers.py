@@ -82,6 +82,9 @@ class _Worker:
     is_waiting: bool = False
     is_condemned: bool = False
     """Its agent killed it, for no fault of its own."""
+    is_told_to_stop: bool = False
+    is_killed: bool = False
+    """It may still say that it left, and be there for a moment."""
     has_left: bool = False
     maybe_failure: Note | None = None
     maybe_code: int | None = None
@@ -90,9 +93,15 @@ class _Worker:
     def is_in(self) -> bool:
         return self.maybe_code is None and not self.has_left
 
+    def kill(self) -> None:
+        self.is_killed = True
+        self.hand.process.kill()
+
     def failure(self, *, is_out_of_memory: bool) -> Note | None:
         """What it said, or what its exit code says."""
         if self.maybe_code in (0, EXIT_STOPPED) or self.is_condemned:
+            return None
+        if self.has_left and self.is_told_to_stop:  # its connections were cut for that
             return None
         if self.maybe_failure is not None or self.has_left:
             return self.maybe_failure
@@ -170,6 +179,8 @@ class Workers:
         """At once; whoever does not leave, or stop, is killed."""
         if not self._is_stopping:
             self._is_stopping = True
+            for worker in self._workers:
+                worker.is_told_to_stop = worker.is_in
             self.ask(Order(do="stop"))
             asyncio.get_running_loop().call_later(STOP_SECONDS, self._kill_late)
 
@@ -177,7 +188,7 @@ class Workers:
         for worker in self._workers:
             if worker.is_in:
                 worker.is_condemned = True
-                worker.hand.process.kill()
+                worker.kill()
 
     def kill(self) -> None:
         """All of them, and those who stayed."""
@@ -195,7 +206,7 @@ class Workers:
             if worker.is_in and (reason := _hang(worker, now, hang_seconds)):
                 log.warning("node %d: step %d: %s", self.node, worker.step + 1, reason)
                 self._maybe_hung = Note(event="failed", step=worker.step, class_name="Hung", message=reason)
-                worker.hand.process.kill()
+                worker.kill()
 
     def _hear(self, worker: _Worker) -> None:
         loop = asyncio.get_running_loop()
@@ -222,14 +233,15 @@ class Workers:
                     _take(worker, note, loop.time())
         loop.remove_reader(worker.hand.channel.end)
         worker.hand.channel.end.close()
+        self._look_whether_all_are_out()  # first: a fork takes a moment
         if worker.maybe_code != 0:
             self._replace(worker.local_rank)
-        self._look_whether_all_are_out()
 
     def _replace(self, local_rank: int) -> None:
         """By a spare, or by a process that makes itself ready while the next group is found."""
-        if local_rank in self.spares:
-            self.hands[local_rank] = self.spares.pop(local_rank)
+        spare = self.spares.pop(local_rank, None)
+        if spare is not None and spare.process.poll() is None:
+            self.hands[local_rank] = spare
         elif self.may_stay:
             with suppress(InfrastructureError):  # who begins the next group is told
                 self.hands[local_rank] = self._fork(local_rank)
@@ -255,7 +267,10 @@ class Workers:
             if worker.maybe_code is None:
                 loop.remove_reader(worker.hand.process.fileno())
                 loop.remove_reader(worker.hand.channel.end)
-                self.hands[worker.local_rank] = worker.hand
+                if worker.is_killed:
+                    worker.hand.end()
+                else:
+                    self.hands[worker.local_rank] = worker.hand
         is_out_of_memory = oom_kills() > self._oom_kills
         found = (worker.failure(is_out_of_memory=is_out_of_memory) for worker in self._workers)
         failures = [failure for failure in found if failure]

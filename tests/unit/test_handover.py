@@ -25,7 +25,7 @@ from training.handover import GroupEnded, Handover
 from training.loop import Trainer
 from training.objectstore import Store
 from training.record import RunRecord
-from training.slots import Slots, create_slots, file_of
+from training.slots import Entry, Slots, create_slots, file_of
 from training.state import tensors_sha256
 
 STEPS = 9
@@ -146,6 +146,20 @@ def test_a_checkpoint_that_is_newer_than_memory_is_taken(run: RunRecord, slots: 
     train(begin(run, slots, token=3))
     assert attempts(run)[-1] == (3, 6, "checkpoint")
     assert history(run) == list(range(1, STEPS + 1))
+    for fd in elsewhere:
+        os.close(fd)
+
+
+def test_a_checkpoint_that_is_taken_has_no_journal_before_it(run: RunRecord, slots: Slots) -> None:
+    """A process that stayed knows steps of a later state, which is not found any more."""
+    train_until(begin(run, slots, token=1), 3)
+    elsewhere = create_slots()
+    trainer = begin(run, Slots(elsewhere), token=2)
+    trainer.handover.journal = [Entry(time=0.0, step=step, values={}) for step in (4, 5)]
+    with exact_arithmetic():
+        trainer.resume()
+    assert trainer.state.step == 2
+    assert trainer.handover.journal == []
     for fd in elsewhere:
         os.close(fd)
 
