@@ -93,6 +93,7 @@ class Agents:
 
         def look() -> Record | None:
             record = self.run.read()
+            assert record.result is None, "the run was finished before all faults: it needs more steps"
             has_begun = 0 < len(record.resume_steps) == record.token and record.resume_steps[-1] is not None
             return record if has_begun and record.token > after and record.num_nodes == num_nodes else None
 

@@ -27,7 +27,8 @@ from training.history import committed_steps
 from training.objectstore import Store
 
 NUM_HOSTS = 4
-STEPS = 1000
+STEPS = 3000
+"""More than are done before the last fault."""
 
 
 @pytest.fixture(scope="module")
