@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from mlflow.entities import Metric
     from mlflow.entities.model_registry import ModelVersion
 
+BEFORE_ALL = -(1 << 62)
+"""A step that no sample has."""
 T = TypeVar("T")
 
 METRICS = ("loss", "grad_norm", "learning_rate", "samples_per_second")
@@ -86,7 +88,8 @@ class Tracker:
             self._last_step = batch[-1].step
 
     def forward_samples(self, samples: Iterable[tuple[int, Sample]]) -> None:
-        """Log each node's system metrics; a sample's step is its second since the run was made. Raises as `forward`."""
+        """Log each node's system metrics; a sample's step is its second since the MLflow run was made (negative: MLflow
+        was away then). Raises as `forward`."""
         from mlflow.entities import Metric
 
         begun = int(_ask(lambda: self.client.get_run(self.run_id)).info.start_time) / 1000
@@ -111,7 +114,7 @@ class Tracker:
         if node not in self._last_samples:
             name = f"system/node{node}/cpu_utilization_percentage"
             history = _ask(lambda: self.client.get_metric_history(self.run_id, name))
-            self._last_samples[node] = max((point.step for point in history), default=-1)
+            self._last_samples[node] = max((point.step for point in history), default=BEFORE_ALL)
         return self._last_samples[node]
 
     def note_attempts(self, tags: Mapping[str, str], table: Sequence[Mapping[str, Any]]) -> None:

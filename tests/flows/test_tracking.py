@@ -175,7 +175,7 @@ def test_what_mlflow_missed_is_sent_when_it_is_back_and_only_once(stack: Stack, 
         for step in range(1, 700)
     ]
     samples = SampleWriter(stack.store, run.prefix(record), node=1, incarnation="a")
-    for seconds in (1.0, 2.0, 3.0):
+    for seconds in (-30.0, 2.0, 3.0):  # the first one before there was an MLflow run
         samples.send(replace(take_sample(), time=time.time() + seconds))
     away = Away(stack, run)
     forwarder = Forwarder(run, record, away.open)
