@@ -265,9 +265,10 @@ def _prepare_documents() -> None:
     from training.job import Job
     from training.record import Record
     from training.slots import Entry, Header
+    from training.transfer import Parcel
     from training.worker import WorkerOrder
 
-    prepare_to_parse(Entry, Header, Job, Manifest, Note, Order, Record, WorkerOrder)
+    prepare_to_parse(Entry, Header, Job, Manifest, Note, Order, Parcel, Record, WorkerOrder)
 
 
 def _entry(name: str) -> Callable[[dict[str, Any]], int]:

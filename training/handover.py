@@ -14,29 +14,26 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from training import tensorfile
 from training.collectives import of_all_ranks
 from training.control import Order
-from training.errors import InfrastructureError
-from training.live import Live
+from training.live import Live, live
 from training.slots import (
-    HEADER_BYTES,
     Entry,
     Header,
     Held,
-    Memory,
     Slots,
+    file_of,
     journal_bytes,
-    opened,
     progress_of,
     reaches_back_to,
-    sealed,
 )
 from training.snapshot import Image
+from training.state import TrainState
+from training.transfer import give, take
 
 LOCK_SECONDS = 1.0
 """After which a rank that is stuck in the midst of an update leaves nothing."""
-CHUNK_BYTES = 4 << 20
-"""Of a state that is sent: what fits into a cache is joined and hashed at little cost."""
 log = logging.getLogger(__name__)
 
 
@@ -57,11 +54,12 @@ class Found:
     """What the group goes on with."""
 
     step: int
-    take: Callable[[], Held]
-    """The same bytes on all ranks, and a journal that tells as much: those of the lowest of the farthest ranks.
-    Collective. Raises `InfrastructureError` if they did not arrive whole."""
+    take: Callable[[TrainState], Sequence[Entry]]
+    """Makes this state the one that was found, and returns its journal. The same bytes on all ranks, and a journal that
+    tells as much: those of the lowest of the farthest ranks. Collective. Raises `InfrastructureError` if they did not
+    arrive whole: then the state is none."""
     is_here: bool
-    """This rank's tensors hold them."""
+    """This rank's tensors hold it."""
 
 
 class Handover:
@@ -176,7 +174,7 @@ class Handover:
         assert self._maybe_state is not None, "who was in a group has kept a state"
         step, tensors = self._maybe_state()
         self._maybe_state = lambda: (step, tensors)  # and nothing else of the group before
-        self._maybe_live = Live(
+        self._maybe_live = live(
             run_key=self._run_key, generation=self._generation, step=step, tensors=tensors, entries=self.journal
         )
 
@@ -212,44 +210,40 @@ class Handover:
         best = max(found, key=lambda numbers: numbers[0])
         if best[0] < 0:
             return None
+        is_here = self._maybe_live is not None and mine == best
         return Found(
             step=best[0] // 2,
-            take=lambda: self._hand_out(own, [same == best for same in found], device),
-            is_here=self._maybe_live is not None and mine == best,
+            take=lambda state: _hand_out(own, state, [same == best for same in found], device, is_here=is_here),
+            is_here=is_here,
         )
 
-    def _hand_out(self, maybe_held: Held | None, has_it: Sequence[bool], device: torch.device) -> Held:
-        """What the ranks have that have it. Each gives it to one that lacks it, and so on in rounds, as in a binomial
-        tree. Collective.
-        """
-        givers = [rank for rank, has in enumerate(has_it) if has]
-        takers = [rank for rank, has in enumerate(has_it) if not has]
-        own = dist.get_rank() if takers else 0
-        while takers:
-            pairs = list(zip(givers, takers, strict=False))
-            for giver, taker in pairs:
-                if own == giver:
-                    assert maybe_held is not None
-                    _give(maybe_held, taker, device)
-                elif own == taker:
-                    maybe_held = self._take(giver, device)
-            givers += takers[: len(pairs)]
-            takers = takers[len(pairs) :]
-        assert maybe_held is not None
-        return maybe_held
 
-    def _take(self, giver: int, device: torch.device) -> Memory:
-        """Into an own slot, where it is found again if this group ends soon."""
-        header_bytes = bytearray(HEADER_BYTES)
-        _receive(header_bytes, giver, device)
-        header = opened(header_bytes)
-        if header is None:
-            raise InfrastructureError("a header that was handed over did not arrive whole")
-        assert self._maybe_slots is not None, "whoever hands states over has slots, and so have the others"
-        taken = self._maybe_slots.write(header, lambda body: _receive(body, giver, device))
-        if taken is None:
-            raise InfrastructureError(f"the state of step {header.step} did not arrive whole")
-        return taken
+def _hand_out(
+    maybe_held: Held | None, state: TrainState, has_it: Sequence[bool], device: torch.device, *, is_here: bool
+) -> Sequence[Entry]:
+    """What the ranks have that have it. Each gives it to one that lacks it, and so on in rounds, as in a binomial tree.
+    Collective.
+    """
+    givers = [rank for rank, has in enumerate(has_it) if has]
+    takers = [rank for rank, has in enumerate(has_it) if not has]
+    own = dist.get_rank() if takers else 0
+    maybe_tensors = None
+    while takers:
+        pairs = list(zip(givers, takers, strict=False))
+        for giver, taker in pairs:
+            if own == giver:
+                assert maybe_held is not None
+                give(maybe_held, taker, device)
+            elif own == taker:
+                maybe_held, maybe_tensors = take(giver, state.places, device)
+        givers += takers[: len(pairs)]
+        takers = takers[len(pairs) :]
+    assert maybe_held is not None
+    if maybe_tensors is not None:
+        state.load(maybe_tensors, step=maybe_held.step, may_keep=True)
+    elif not is_here:
+        state.load(tensorfile.tensors(file_of(maybe_held)), step=maybe_held.step)
+    return maybe_held.entries
 
 
 def _write(
@@ -269,24 +263,3 @@ def _write(
         body[image.num_bytes :] = journal
 
     slots.write(header, fill)
-
-
-def _give(held: Held, taker: int, device: torch.device) -> None:
-    header = held.header
-    dist.send(torch.frombuffer(bytearray(sealed(header)), dtype=torch.uint8).to(device), taker)
-    for start, stop in _chunks(header.num_bytes):
-        dist.send(torch.frombuffer(held.read(start, stop), dtype=torch.uint8).to(device), taker)
-
-
-def _receive(place: bytearray | memoryview, giver: int, device: torch.device) -> None:
-    """One chunk after another."""
-    for start, stop in _chunks(len(place)):
-        here = torch.frombuffer(place, dtype=torch.uint8, offset=start, count=stop - start)
-        there = here.to(device)
-        dist.recv(there, giver)
-        if there is not here:
-            here.copy_(there)
-
-
-def _chunks(num_bytes: int) -> Iterator[tuple[int, int]]:
-    return ((start, min(start + CHUNK_BYTES, num_bytes)) for start in range(0, num_bytes, CHUNK_BYTES))

@@ -12,7 +12,6 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from training import tensorfile
 from training.beside import beside
 from training.checkpoint import load_initial, newest_proven
 from training.collectives import is_of_lost_peer, of_all_ranks
@@ -34,7 +33,7 @@ from training.pace import Pace, Straggler, maybe_straggler
 from training.recipe import Recipe, learning_rate_scale
 from training.record import CheckpointRef, InitialWeights, Result, RunRecord, with_result, with_resume_step
 from training.saver import CheckpointSaver
-from training.slots import Entry, file_of
+from training.slots import Entry
 from training.state import TrainState
 from training.validation import HeldOut, validate
 
@@ -181,17 +180,13 @@ class Trainer:
         self._maybe_suspect_step = crash_to_explain(record)
         since = record.checkpoints[-1].step if record.checkpoints else 0
         found = self.handover.find(since=since, device=self.rank.device)
-        is_here = found is not None and found.is_here
-        if self.handover.has_kept and not is_here:
+        if self.handover.has_kept and not (found is not None and found.is_here):
             self.state = self.new_state()  # nothing of another step may stay, and that one may still be asked for
         journal: Sequence[Entry] = ()
         if found is not None:
             noting = beside(partial(self.note_resumption, since))
             self.begin_reading(found.step)
-            held = found.take()
-            if not is_here:
-                self.state.load(tensorfile.tensors(file_of(held)), step=held.step)
-            journal = [entry for entry in held.entries if entry.step > since]
+            journal = [entry for entry in found.take(self.state) if entry.step > since]
         else:
             since = self.load_checkpoint()
             self.saver.require_agreement(since)

@@ -36,8 +36,11 @@ def named_entries(optimizer: Optimizer, parameters: Mapping[str, Tensor]) -> dic
     return found
 
 
-def load_entries(optimizer: Optimizer, parameters: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> None:
-    """The inverse. Raises `DamagedError` for an entry of a parameter that there is not."""
+def load_entries(
+    optimizer: Optimizer, parameters: Mapping[str, Tensor], tensors: Mapping[str, Tensor], *, may_keep: bool = False
+) -> None:
+    """The inverse. It `may_keep` tensors that are nobody else's. Raises `DamagedError` for an entry of a parameter that
+    there is not."""
     for full_name, tensor in tensors.items():
         kind, _, rest = full_name.partition(".")
         if not kind.startswith("optimizer"):
@@ -50,7 +53,7 @@ def load_entries(optimizer: Optimizer, parameters: Mapping[str, Tensor], tensors
             optimizer.state[parameter][key] = tensor.item()
         else:
             device = torch.device("cpu") if key == "step" else parameter.device
-            optimizer.state[parameter][key] = tensor.to(device, copy=True)
+            optimizer.state[parameter][key] = tensor.to(device, copy=not may_keep)
 
 
 def settings_of(optimizer: Optimizer) -> dict[str, Tensor]:

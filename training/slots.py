@@ -13,11 +13,12 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 from training.documents import canonical_json, fast_digest, parse
 from training.errors import DamagedError
 
+T = TypeVar("T")
 HEADER_BYTES = 4096
 JOURNAL_BYTES = 1 << 20
 
@@ -204,7 +205,7 @@ def _proving(header: Header, body: memoryview) -> Header:
 
 
 def _header_of(fd: int) -> Header | None:
-    header = opened(os.pread(fd, HEADER_BYTES, 0))
+    header = opened(Header, os.pread(fd, HEADER_BYTES, 0))
     is_as_long = header is not None and os.fstat(fd).st_size >= HEADER_BYTES + header.num_bytes
     return header if is_as_long else None
 
@@ -214,16 +215,16 @@ def _step_of(fd: int) -> int:
     return -1 if header is None else header.step
 
 
-def sealed(header: Header) -> bytes:
-    """HEADER_BYTES that prove themselves."""
-    document = canonical_json(asdict(header))
+def sealed(value: Any) -> bytes:
+    """A dataclass as HEADER_BYTES that prove themselves."""
+    document = canonical_json(asdict(value))
     return canonical_json([document.decode(), fast_digest(document)]).ljust(HEADER_BYTES)
 
 
-def opened(data: bytes | bytearray) -> Header | None:
+def opened(kind: type[T], data: bytes | memoryview) -> T | None:
     """The inverse of `sealed`; None if that is not what this is."""
     try:
-        document, digest = json.loads(data)
-        return parse(Header, json.loads(document)) if fast_digest(document.encode()) == digest else None
+        document, digest = json.loads(bytes(data))
+        return parse(kind, json.loads(document)) if fast_digest(document.encode()) == digest else None
     except (ValueError, TypeError, AttributeError, DamagedError):
         return None

@@ -53,10 +53,11 @@ class Image:
         """Of the file, in order; nothing is copied that lies in memory as it does there."""
         yield memoryview(bytearray(self._header))
         for name in self._names:
-            yield _bytes_of(self._tensors[name].detach())
+            yield bytes_of(self._tensors[name].detach())
 
 
-def _bytes_of(tensor: Tensor) -> memoryview:
+def bytes_of(tensor: Tensor) -> memoryview:
+    """Of its elements in order: where they lie, if it is on the CPU and contiguous; else of a copy."""
     return tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
 
 

@@ -19,6 +19,7 @@ from training.errors import DamagedError, DeterministicError, UserError
 from training.objective import recipe_errors, seed_streams
 from training.optimizer_state import changed_settings, load_entries, load_settings, named_entries, settings_of
 from training.recipe import Recipe
+from training.tensorfile import Layout, Place
 
 
 class TrainState:
@@ -48,18 +49,28 @@ class TrainState:
         found |= changed_settings(self.optimizer, self._first_settings)
         return {name: found[name].detach() for name in sorted(found)}
 
-    def load(self, tensors: Mapping[str, Tensor], *, step: int) -> None:
-        """Become the state that `tensors()` was taken from. Raises `DamagedError` if it does not fit the model."""
+    def places(self, layout: Layout) -> dict[str, Tensor]:
+        """Where tensors like these may be put, to be loaded: their own places if they fit there, else new memory."""
+        own = self.tensors()
+        return {
+            name: own[name] if _fits(own.get(name), place) else torch.empty(place.shape, dtype=place.dtype)
+            for name, place in layout.items()
+        }
+
+    def load(self, tensors: Mapping[str, Tensor], *, step: int, may_keep: bool = False) -> None:
+        """Become the state that `tensors()` was taken from; it `may_keep` tensors that are nobody else's.
+
+        Raises `DamagedError` if it does not fit the model."""
         weights = _below("model.", tensors)
         parameters = dict(self.model.named_parameters())
         own, buffers = self._weights(), self._other_buffers()
         kept = _below("buffer.", tensors)
         if _shapes(weights) != _shapes(own) or _shapes(kept) != _shapes(buffers):
             raise DamagedError("the checkpoint does not fit this recipe's model: other names or shapes")
-        self.model.load_state_dict(weights)
+        self.model.load_state_dict(_in_place(weights, self.model.state_dict(keep_vars=True)))
         for name, tensor in kept.items():
             buffers[name].copy_(tensor)
-        load_entries(self.optimizer, parameters, tensors)
+        load_entries(self.optimizer, parameters, tensors, may_keep=may_keep)
         load_settings(self.optimizer, tensors)
         self.step = step
 
@@ -127,6 +138,26 @@ def _below(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
     return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+
+
+def _fits(maybe_tensor: Tensor | None, place: Place) -> bool:
+    """Whether bytes that are put there are its elements."""
+    return (
+        maybe_tensor is not None
+        and (maybe_tensor.dtype, tuple(maybe_tensor.shape)) == (place.dtype, place.shape)
+        and maybe_tensor.is_cpu
+        and maybe_tensor.is_contiguous()
+    )
+
+
+def _in_place(tensors: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """With the very objects that hold them, where they are in their places already: those are not copied onto
+    themselves."""
+    return {name: own[name] if _is_at(own[name], tensor) else tensor for name, tensor in tensors.items()}
+
+
+def _is_at(own: Tensor, tensor: Tensor) -> bool:
+    return own.is_contiguous() and tensor.is_contiguous() and own.data_ptr() == tensor.data_ptr()
 
 
 def _shown(maybe_shape: tuple[int, ...] | None) -> str:

@@ -9,16 +9,14 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import pytest
-import torch
 from torch import Tensor, nn
 
 from tests.unit.attempts import attempt, history, step_through, train
-from tests.unit.tiny import CPU, Tiny, exact_arithmetic, make_trainer, tiny_preset
+from tests.unit.tiny import Tiny, exact_arithmetic, make_trainer, tiny_preset
 from training import handover as handover_module
 from training import tensorfile
 from training.checkpoint import folder
 from training.control import Note
-from training.errors import InfrastructureError
 from training.events import EventReader
 from training.extras import Control
 from training.handover import GroupEnded, Handover
@@ -218,34 +216,6 @@ def test_the_journal_holds_what_no_checkpoint_does(run: RunRecord, slots: Slots)
     assert [entry.step for entry in trainer.handover.journal][-1] == 7
     assert trainer.handover.journal[0].step <= newest + 1, "it may forget late, never early"
     assert len(trainer.handover.journal) < 7
-
-
-@pytest.mark.parametrize("num_whole", [0, 1], ids=["the header", "the rest"])
-def test_what_does_not_arrive_whole_is_not_taken(slots: Slots, monkeypatch: pytest.MonkeyPatch, num_whole: int) -> None:
-    """Of two messages, one is damaged on its way; and nothing of it is found later."""
-    handover = Handover(slots, run_key="k", generation=0)
-    handover.keep(lambda: (3, {"model.weight": torch.ones(2, 3)}))
-    handover.note(3, {})
-    handover.leave()
-    sent: list[Tensor] = []
-    num_received = 0
-
-    def receive(place: Tensor, giver: int) -> None:
-        nonlocal num_received
-        place.copy_(sent[num_received])
-        place[len(place) // 2 if num_whole else 0] ^= num_received == num_whole
-        num_received += 1
-
-    newest = slots.newest("k", 0)
-    assert newest is not None
-    monkeypatch.setattr(handover_module.dist, "send", lambda data, taker: sent.append(data))
-    monkeypatch.setattr(handover_module.dist, "recv", receive)
-    handover_module._give(newest, 0, CPU)
-    takers = Slots(create_slots())
-    with pytest.raises(InfrastructureError, match="did not arrive whole"):
-        Handover(takers, run_key="k", generation=0)._take(0, CPU)
-    assert num_received == num_whole + 1
-    assert takers.newest("k", 0) is None
 
 
 def test_who_is_slow_shows_in_the_time_not_spent_waiting() -> None:

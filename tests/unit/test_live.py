@@ -10,7 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from training.live import Live, read_pieces
+from training.live import Live, Pieces, live
 from training.slots import Entry, Header, Slots, create_slots, file_of, journal_bytes, progress_of, reaches_back_to
 from training.snapshot import Image
 
@@ -31,8 +31,8 @@ def slots() -> Iterator[Slots]:
         os.close(fd)
 
 
-def live() -> Live:
-    return Live(run_key="k", generation=0, step=5, tensors=TENSORS, entries=ENTRIES)
+def held_live() -> Live:
+    return live(run_key="k", generation=0, step=5, tensors=TENSORS, entries=ENTRIES)
 
 
 def test_it_is_the_same_as_in_a_slot(slots: Slots) -> None:
@@ -51,7 +51,7 @@ def test_it_is_the_same_as_in_a_slot(slots: Slots) -> None:
 
     memory = slots.write(header, fill)
     assert memory is not None
-    held = live()
+    held = held_live()
     assert (held.header, held.fingerprint, held.step) == (memory.header, memory.fingerprint, memory.step)
     assert file_of(held) == file_of(memory)
     assert held.read(0, held.header.num_bytes) == memory.body
@@ -66,11 +66,21 @@ def test_any_bytes_of_pieces_are_those_of_the_whole(pieces: list[bytes], data: s
     whole = b"".join(pieces)
     start = data.draw(st.integers(0, len(whole)))
     stop = data.draw(st.integers(start, len(whole)))
-    assert read_pieces([memoryview(piece) for piece in pieces], start, stop) == whole[start:stop]
+    assert Pieces([memoryview(piece) for piece in pieces]).read(start, stop) == whole[start:stop]
 
 
 def test_what_lies_in_one_piece_is_not_copied() -> None:
     piece = bytearray(b"abcdef")
-    found = read_pieces([memoryview(b"x"), memoryview(piece)], 2, 5)
+    found = Pieces([memoryview(b"x"), memoryview(piece)]).read(2, 5)
     piece[2] = ord("!")
     assert found == b"b!d"
+
+
+@given(st.lists(st.integers(0, 9), max_size=9))
+def test_pieces_are_filled_as_they_are_read(lengths: list[int]) -> None:
+    places = [bytearray(length) for length in lengths]
+    pieces = Pieces([memoryview(place) for place in places])
+    whole = bytes(range(sum(lengths)))
+    pieces.fill(memoryview(whole))
+    assert pieces.num_bytes == len(whole)
+    assert pieces.read(0, len(whole)) == b"".join(places) == whole

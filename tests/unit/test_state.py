@@ -9,9 +9,12 @@ import torch
 from torch import Tensor
 
 from tests.unit.tiny import CPU, Tiny, exact_arithmetic, make_trainer
+from training import tensorfile
 from training.errors import DamagedError, DeterministicError
 from training.loop import Trainer
+from training.snapshot import Image
 from training.state import TrainState, tensors_sha256
+from training.tensorfile import Place
 
 ENTRIES = (
     "model.norm.bias",
@@ -87,6 +90,35 @@ def test_without_any_one_entry_a_resumed_run_differs_or_is_refused(missing: str)
     except DeterministicError:  # of the optimizer, that finds an entry missing
         return
     assert digest != trained(5).state.state_sha256()
+
+
+def test_a_state_that_was_put_into_its_places_is_not_copied() -> None:
+    """Weights lie where they did, what the optimizer keeps where it was put; and all goes on with the same bits."""
+    tensors, trainer = copied(trained(2).state), make_trainer()
+    image = Image(tensors)
+    file = bytearray(image.num_bytes)
+    image.write(memoryview(file))
+    before = {name: tensor.data_ptr() for name, tensor in trainer.state.tensors().items()}
+    places = trainer.state.places(tensorfile.layout(tensorfile.head(lambda start, stop: memoryview(file)[start:stop])))
+    for name, tensor in tensors.items():
+        places[name].copy_(tensor)
+    trainer.state.load(places, step=2, may_keep=True)
+    assert {name: trainer.state.tensors()[name].data_ptr() for name in places} == {
+        name: before.get(name, place.data_ptr()) for name, place in places.items()
+    }
+    with exact_arithmetic():
+        trainer.train_step()
+    assert trainer.state.state_sha256() == trained(3).state.state_sha256()
+
+
+@pytest.mark.parametrize("place", [torch.zeros(4, 3).t(), torch.zeros(3, 4, dtype=torch.float64), torch.zeros(4, 3)])
+def test_what_does_not_lie_as_in_the_file_is_no_place_for_it(place: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+    state = make_trainer().state
+    monkeypatch.setattr(state, "tensors", lambda: {"model.weight": place})
+    layout = {"model.weight": Place(dtype=torch.float32, shape=(3, 4), start=0, stop=48)}
+    found = state.places(layout)["model.weight"]
+    assert (found.dtype, tuple(found.shape), found.is_contiguous()) == (torch.float32, (3, 4), True)
+    assert found.data_ptr() != place.data_ptr()
 
 
 def test_without_the_position_a_resumed_run_differs() -> None:
