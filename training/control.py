@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass
 from typing import Literal
 
 from training.documents import canonical_json, parse
+from training.record import Record
 
 EXIT_STOPPED = 10
 """A worker that was told to stop, and left what it holds in memory."""
@@ -32,6 +33,8 @@ class Call:
     """To a seat in a group, which finds itself at this store."""
 
     seat: Seat
+    record: Record
+    """The run's, as the group began."""
     store_address: str
     store_port: int
     is_host: bool = False

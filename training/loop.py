@@ -31,7 +31,7 @@ from training.handover import GroupEnded, GroupLost, Handover
 from training.objective import Objective, fill_new_memory, recipe_errors, seed_streams, stream_seed
 from training.pace import Pace, Straggler, maybe_straggler
 from training.recipe import Recipe, learning_rate_scale
-from training.record import CheckpointRef, InitialWeights, Result, RunRecord, with_result, with_resume_step
+from training.record import CheckpointRef, InitialWeights, Record, Result, RunRecord, with_result, with_resume_step
 from training.saver import CheckpointSaver
 from training.slots import Entry
 from training.state import TrainState
@@ -102,6 +102,7 @@ class Trainer:
         feed: Feed,
         initial: InitialWeights | None = None,
         run: RunRecord,
+        record: Record,
         saver: CheckpointSaver,
         events: EventWriter | None,
         rank: Rank,
@@ -110,8 +111,8 @@ class Trainer:
         tell: Callable[[Note], None] = lambda note: None,
         crashes: Crashes | None = None,
     ) -> None:
-        """`state` is a new one, or that of the group before, which `handover` knows. `tell` hears how far this rank has
-        come. `crashes` finds what killed ranks before."""
+        """`record` is the run's as the group began. `state` is a new one, or that of the group before, which `handover`
+        knows. `tell` hears how far this rank has come. `crashes` finds what killed ranks before."""
         self.preset = preset
         self.recipe = recipe
         self.feed = feed
@@ -128,10 +129,10 @@ class Trainer:
         self.state = state or self.new_state()
         self.pace = Pace()
         self._maybe_crashes = crashes
-        self._maybe_suspect_step: int | None = None
+        self._maybe_suspect_step = crash_to_explain(record)
         """After which ranks died twice alike."""
-        self._nodes: Sequence[int] = ()
-        self._committed_step = 0
+        self._nodes = [member.node for member in record.members]
+        self._committed_step = record.checkpoints[-1].step if record.checkpoints else 0
         self._is_checkpoint_late = False
 
     def new_state(self) -> TrainState:
@@ -175,10 +176,7 @@ class Trainer:
     def resume(self) -> None:
         """Take up what a rank has in memory, or the newest proven checkpoint, or begin at step 0, as a rule with new
         weights; rank 0 notes which."""
-        record = self.run.read()
-        self._nodes = [member.node for member in record.members]
-        self._maybe_suspect_step = crash_to_explain(record)
-        since = record.checkpoints[-1].step if record.checkpoints else 0
+        since = self._committed_step
         found = self.handover.find(since=since, device=self.rank.device)
         if self.handover.has_kept and not (found is not None and found.is_here):
             self.state = self.new_state()  # nothing of another step may stay, and that one may still be asked for

@@ -133,7 +133,9 @@ def _train(job: Job, seat: Seat, rendezvous: Any) -> None:
     from training import rank
 
     kit = rank.prepare(job, local_rank=seat.local_rank)
-    rank.train(kit, seat, rendezvous, make_events=_SpokenEvents)
+    record = job.open_run().read()
+    record.require_token(seat.token)
+    rank.train(kit, seat, record, rendezvous, make_events=_SpokenEvents)
 
 
 class _SpokenEvents(EventWriter):

@@ -68,13 +68,15 @@ def prepare(job: Job, *, local_rank: int) -> Kit:
 def train(
     kit: Kit,
     seat: Seat,
+    record: Record,
     rendezvous: Any,
     handover: Handover | None = None,
     tell: Callable[[Note], None] = lambda note: None,
     *,
     make_events: type[EventWriter] = EventWriter,
 ) -> None:
-    """Train the job's run to its committed result. `rendezvous` is the group's store; `tell` hears how far it came.
+    """Train the job's run to its committed result. `record` is the run's as the group began, the same for all ranks;
+    `rendezvous` is the group's store; `tell` hears how far it came.
 
     `handover` holds what the group before left, and takes what this one leaves. Raises `GroupOver` if the process may
     join another group, and else what made it fail; after that, no collective may follow.
@@ -82,7 +84,7 @@ def train(
     job = kit.job
     state, kit.maybe_state = kit.maybe_state, None
     run = job.open_run()
-    record = _admitted(run, seat.token, kit.environment)
+    record = _admitted(run, record, kit.environment)
     _join(kit, seat, rendezvous)
     events = make_events(run.store, run.prefix(record), seat.token) if seat.rank == 0 else None
     feed = Feed(preset=job.preset, location=job.location, dataset_digest=job.dataset_digest)
@@ -93,7 +95,8 @@ def train(
         feed=feed,
         initial=job.initial,
         run=run,
-        saver=_saver(job, seat, run, rendezvous, events),
+        record=record,
+        saver=_saver(job, seat, run.prefix(record), rendezvous, events),
         events=events,
         rank=Rank(rank=seat.rank, world_size=seat.world_size, token=seat.token, device=kit.device),
         state=state,
@@ -142,16 +145,21 @@ def _join(kit: Kit, seat: Seat, rendezvous: Any) -> None:
         )
 
 
-def _admitted(run: RunRecord, token: int, here: dict[str, str]) -> Record:
-    """Raises `FencedError` if a newer group owns the run, `UserError` if it was begun in another environment."""
-    record = run.update(lambda newest: with_environment(newest, here, token=token))
+def _admitted(run: RunRecord, record: Record, here: dict[str, str]) -> Record:
+    """The record that says in which environment the run was begun, and that this is the same.
+
+    Raises `UserError` if it is not; `FencedError` if a newer group owns the run that was in none yet.
+    """
+    if not record.environment:
+        record = run.update(lambda newest: with_environment(newest, here, token=record.token))
     environment.require_same(record.environment, here)
     return record
 
 
-def _saver(job: Job, seat: Seat, run: RunRecord, rendezvous: Any, maybe_events: EventWriter | None) -> CheckpointSaver:
+def _saver(job: Job, seat: Seat, prefix: str, rendezvous: Any, maybe_events: EventWriter | None) -> CheckpointSaver:
     return CheckpointSaver(
-        run=run,
+        run=job.open_run(),
+        prefix=prefix,
         rendezvous=rendezvous.clone(),
         rank=seat.rank,
         world_size=seat.world_size,

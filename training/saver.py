@@ -50,6 +50,7 @@ class CheckpointSaver:
         self,
         *,
         run: RunRecord,
+        prefix: str,
         rendezvous: Rendezvous,
         rank: int,
         world_size: int,
@@ -58,6 +59,7 @@ class CheckpointSaver:
         keep_every_steps: int | None = None,
         before_commit: Callable[[], None],
     ) -> None:
+        """`prefix` is where the objects of this generation of the run lie."""
         self._run = run
         self._rendezvous = rendezvous
         self._rank = rank
@@ -67,7 +69,7 @@ class CheckpointSaver:
         self._keep_every_steps = keep_every_steps
         self._snapshot = Snapshot()
         self._before_commit = before_commit
-        self._prefix = run.prefix(run.read())
+        self._prefix = prefix
         self._is_abandoned = threading.Event()
         self._thread: threading.Thread | None = None
         self._error: Exception | None = None

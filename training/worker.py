@@ -87,7 +87,8 @@ class _Worker:
         while True:
             call, maybe_listener = self._attendance.next_call()
             try:
-                train(kit, call.seat, _rendezvous(call, maybe_listener), self._handover, self._channel.send)
+                rendezvous = _rendezvous(call, maybe_listener)
+                train(kit, call.seat, call.record, rendezvous, self._handover, self._channel.send)
             except GroupOver as over:
                 if not may_stay:
                     raise

@@ -165,6 +165,7 @@ class Workers:
                 world_size=len(self.record.members) * per_node,
                 token=self.record.token,
             ),
+            record=self.record,
             store_address=first.address,
             store_port=first.port,
             is_host=position == local_rank == 0,

@@ -74,10 +74,17 @@ class Unbroken:
     def __init__(self, location: StoreLocation) -> None:
         run = RunRecord(Store(location), uuid.uuid4().hex)
         run.create_if_missing()
-        run.update(lambda record: replace(record, token=1))
+        prefix = run.prefix(run.update(lambda record: replace(record, token=1)))
         rendezvous = dist.HashStore()  # type: ignore[attr-defined]  # public, but not listed
         self._saver = CheckpointSaver(
-            run=run, rendezvous=rendezvous, rank=0, world_size=1, token=1, keep=2, before_commit=lambda: None
+            run=run,
+            prefix=prefix,
+            rendezvous=rendezvous,
+            rank=0,
+            world_size=1,
+            token=1,
+            keep=2,
+            before_commit=lambda: None,
         )
         self._step = 0
 

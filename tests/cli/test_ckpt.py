@@ -43,9 +43,10 @@ def saved(stack: Stack) -> Saved:
     where = stack.location
     run = RunRecord(Store(StoreLocation(endpoint=where.endpoint, bucket=where.bucket, prefix=f"{prefix}/")), KEY)
     run.create_if_missing()
-    run.update(lambda record: replace(record, token=1))
+    record = run.update(lambda record: replace(record, token=1))
     saver = CheckpointSaver(
         run=run,
+        prefix=run.prefix(record),
         rendezvous=DictRendezvous(),  # type: ignore[arg-type]  # it has all that is used
         rank=0,
         world_size=1,

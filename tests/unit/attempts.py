@@ -33,12 +33,13 @@ def attempt(
     **train: Any,
 ) -> Trainer:
     """A trainer of one rank under `token`, which the record is set to."""
-    run.update(lambda record: replace(record, token=token))
+    prefix = run.prefix(run.update(lambda record: replace(record, token=token)))
     preset = tiny_preset(**train)
     on = RunRecord(store or run.store, run.run_key)
-    events = EventWriter(on.store, on.prefix(run.read()), token)
+    events = EventWriter(on.store, prefix, token)
     saver = CheckpointSaver(
         run=on,
+        prefix=prefix,
         rendezvous=DictRendezvous(),  # type: ignore[arg-type]  # it has all that is used
         rank=0,
         world_size=1,

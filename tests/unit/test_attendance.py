@@ -6,8 +6,14 @@ import threading
 
 from training.attendance import Attendance
 from training.control import Call, Seat
+from training.record import Record
 
-CALL = Call(seat=Seat(rank=0, local_rank=0, world_size=1, token=3), store_address="127.0.0.1", store_port=1)
+CALL = Call(
+    seat=Seat(rank=0, local_rank=0, world_size=1, token=3),
+    record=Record(key="k", token=3),
+    store_address="127.0.0.1",
+    store_port=1,
+)
 
 
 def test_a_process_begins_in_no_group_and_need_not_end() -> None:

@@ -62,6 +62,7 @@ class Group:
         self.savers = [
             CheckpointSaver(
                 run=self.run,
+                prefix=self.run.prefix(self.run.read()),
                 rendezvous=self.rendezvous,  # type: ignore[arg-type]  # it has all that is used
                 rank=rank,
                 world_size=self.world_size,

@@ -43,10 +43,11 @@ class Runs:
     def train(self, run: RunRecord, num_steps: int, recipe: Tiny = LEVEL) -> Record:
         """As a group of one rank would, to the end."""
         token = run.update(lambda record: replace(record, token=record.token + 1)).token
-        run.update(lambda record: with_environment(record, fingerprint(), token=token))
-        events = EventWriter(run.store, run.prefix(run.read()), token)
+        prefix = run.prefix(run.update(lambda record: with_environment(record, fingerprint(), token=token)))
+        events = EventWriter(run.store, prefix, token)
         saver = CheckpointSaver(
             run=run,
+            prefix=prefix,
             rendezvous=DictRendezvous(),  # type: ignore[arg-type]  # it has all that is used
             rank=0,
             world_size=1,

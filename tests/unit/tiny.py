@@ -24,6 +24,7 @@ from training.events import EventWriter
 from training.handover import Handover
 from training.loop import Rank, Trainer
 from training.recipe import Recipe, Record, Sample
+from training.record import Record as RunsRecord
 from training.record import RunRecord
 from training.saver import CheckpointSaver
 
@@ -169,6 +170,7 @@ def make_trainer(
         recipe=recipe or Tiny(),
         feed=MemoryFeed(reader or tiny_reader(), preset),
         run=cast(RunRecord, run),
+        record=run.read() if run else RunsRecord(key="tiny"),
         saver=saver or cast(CheckpointSaver, NeverBusy()),
         events=events,
         rank=Rank(rank=rank, world_size=world_size, token=token, device=CPU),

@@ -26,7 +26,7 @@ from training.data.stream import Microbatch
 from training.loop import Rank, Trainer
 from training.objective import fill_new_memory
 from training.recipe import Recipe
-from training.record import RunRecord
+from training.record import Record, RunRecord
 from training.saver import CheckpointSaver
 from training.validation import HeldOut
 
@@ -100,6 +100,7 @@ def steps(workload: Workload, mode: Literal["exact", "fast"]) -> Iterator[None]:
         recipe=Bench(workload=workload),
         feed=MemoryFeed(workload),
         run=cast(RunRecord, None),
+        record=Record(key="bench"),
         saver=cast(CheckpointSaver, None),
         events=None,
         rank=Rank(rank=workload.rank, world_size=workload.world_size, token=1, device=torch.device("cpu")),
