@@ -24,6 +24,8 @@ class Live:
     pieces: Sequence[memoryview]
     """Of the file."""
     entries: Sequence[Entry]
+    journal: memoryview
+    """Of these."""
 
     @property
     def step(self) -> int:
@@ -34,24 +36,20 @@ class Live:
         return fingerprint_of(self.blank.file_digest)
 
     @cached_property
-    def _journal(self) -> memoryview:
-        return memoryview(bytearray(journal_bytes(self.entries)))
-
-    @cached_property
     def _all_pieces(self) -> Pieces:
-        return Pieces([*self.pieces, self._journal])
+        return Pieces([*self.pieces, self.journal])
 
     @property
     def header(self) -> Header:
-        num_bytes = self.blank.num_file_bytes + len(self._journal)
-        return replace(self.blank, num_bytes=num_bytes, journal_digest=fast_digest(self._journal))
+        num_bytes = self.blank.num_file_bytes + len(self.journal)
+        return replace(self.blank, num_bytes=num_bytes, journal_digest=fast_digest(self.journal))
 
     def read(self, start: int, stop: int) -> memoryview:
         return self._all_pieces.read(start, stop)
 
 
 def live(*, run_key: str, generation: int, step: int, tensors: Mapping[str, Tensor], entries: Sequence[Entry]) -> Live:
-    """What a rank has in its tensors. Takes the digest of their bytes."""
+    """What a rank has in its tensors. All that takes long is done here, before anybody waits for it."""
     image = Image(tensors)
     pieces = list(image.pieces())
     blank = Header(
@@ -62,7 +60,8 @@ def live(*, run_key: str, generation: int, step: int, tensors: Mapping[str, Tens
         num_bytes=image.num_bytes,
         file_digest=fast_digest(*pieces),
     )
-    return Live(blank=blank, pieces=pieces, entries=tuple(entries))
+    journal = memoryview(bytearray(journal_bytes(entries)))
+    return Live(blank=blank, pieces=pieces, entries=tuple(entries), journal=journal)
 
 
 class Pieces:

@@ -73,7 +73,7 @@ def take(
         raise InfrastructureError(f"the state of step {header.step} did not arrive whole")
     blank = replace(header, num_bytes=header.num_file_bytes, journal_digest="")
     entries = [parse(Entry, document) for document in json.loads(bytes(journal))]
-    return Live(blank=blank, pieces=[head, *bodies], entries=entries), tensors
+    return Live(blank=blank, pieces=[head, *bodies], entries=entries, journal=journal), tensors
 
 
 def _messages(held: Held) -> Iterator[memoryview]:
