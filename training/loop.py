@@ -14,13 +14,14 @@ from torch import Tensor
 
 from training.beside import beside
 from training.checkpoint import load_initial, newest_proven
+from training.checkpointing import Checkpointing
 from training.collectives import is_of_lost_peer, of_all_ranks
 from training.config import Preset
 from training.control import Note
 from training.crashes import Crashes
 from training.data import ledger
 from training.data.stream import Microbatch
-from training.errors import DamagedError, DeterministicError, InfrastructureError
+from training.errors import DeterministicError
 from training.events import EventWriter, json_number
 from training.exact import ExactReducer
 from training.explain import Explainer, on_device
@@ -31,14 +32,11 @@ from training.handover import GroupEnded, GroupLost, Handover
 from training.objective import Objective, fill_new_memory, recipe_errors, seed_streams, stream_seed
 from training.pace import Pace, Straggler, maybe_straggler
 from training.recipe import Recipe, learning_rate_scale
-from training.record import CheckpointRef, InitialWeights, Record, Result, RunRecord, with_result, with_resume_step
+from training.record import InitialWeights, Record, Result, RunRecord, with_result, with_resume_step
 from training.saver import CheckpointSaver
 from training.slots import Entry
 from training.state import TrainState
 from training.validation import HeldOut, validate
-
-PATIENCE_SECONDS = 2.0
-"""How long a checkpoint that is due waits for the one before it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,8 +130,13 @@ class Trainer:
         self._maybe_suspect_step = crash_to_explain(record)
         """After which ranks died twice alike."""
         self._nodes = [member.node for member in record.members]
-        self._committed_step = record.checkpoints[-1].step if record.checkpoints else 0
-        self._is_checkpoint_late = False
+        self.checkpoints = Checkpointing(
+            preset.train,
+            saver=saver,
+            handover=self.handover,
+            emit=self.emit,
+            committed_step=record.checkpoints[-1].step if record.checkpoints else 0,
+        )
 
     def new_state(self) -> TrainState:
         return TrainState(self.recipe, seed=self.preset.seed, device=self.rank.device)
@@ -176,7 +179,7 @@ class Trainer:
     def resume(self) -> None:
         """Take up what a rank has in memory, or the newest proven checkpoint, or begin at step 0, as a rule with new
         weights; rank 0 notes which."""
-        since = self._committed_step
+        since = self.checkpoints.committed_step
         found = self.handover.find(since=since, device=self.rank.device)
         if self.handover.has_kept and not (found is not None and found.is_here):
             self.state = self.new_state()  # nothing of another step may stay, and that one may still be asked for
@@ -191,7 +194,7 @@ class Trainer:
             noting = beside(partial(self.note_resumption, since))
             self.begin_reading(since)
         noting.result()
-        self._committed_step = since
+        self.checkpoints.committed_step = since
         self.handover.keep(self.settled_state, journal)
         self.handover.step = self.state.step
         self.tell_history(source="memory" if found is not None else "checkpoint" if since else "start")
@@ -281,7 +284,7 @@ class Trainer:
         with self.handover.standstill():
             self.extras.take_back()
         self.reducer.close()
-        self.saver.abandon()
+        self.checkpoints.abandon()
         if self.maybe_events is not None:
             self.maybe_events.abandon()
         if isinstance(self._maybe_microbatches, Generator):
@@ -318,28 +321,18 @@ class Trainer:
         return Control(
             regroup=self.handover.wants_regroup,
             checkpoint_and_regroup=self.handover.wants_checkpoint,
-            checkpoint=is_first and self.may_save(self.state.step + 1),
-            committed_step=self._committed_step if is_first else 0,
+            checkpoint=is_first and self.checkpoints.may_begin(self.state.step + 1),
+            committed_step=self.checkpoints.committed_step if is_first else 0,
         )
-
-    def may_save(self, step: int) -> bool:
-        """Whether a checkpoint is due after that step, and the one before is out of the way. A store that is away
-        makes it late, and the training no slower."""
-        is_due = step % self.preset.train.checkpoint_every_steps == 0
-        if step == self.preset.train.steps or not (is_due or self._is_checkpoint_late):
-            return False
-        patience = 0.0 if self._is_checkpoint_late else PATIENCE_SECONDS
-        with self.handover.waiting():
-            self._is_checkpoint_late = not self.saver.is_settled(patience)
-        return not self._is_checkpoint_late
 
     def after_step(self, control: Control) -> None:
         """What the ranks decided."""
         if control.checkpoint:
             self.compare_pace()
-            self.save_checkpoint()
+            self.checkpoints.begin(self.state)
         if control.checkpoint_and_regroup:
-            self.save_last_checkpoint(is_begun=control.checkpoint)
+            end = self.handover.maybe_must_end_at or time.monotonic() + self.preset.launch.grace_seconds
+            self.checkpoints.save_in_time(self.state, end, is_begun=control.checkpoint)
         if control.regroup or control.checkpoint_and_regroup:
             raise GroupEnded
 
@@ -356,20 +349,6 @@ class Trainer:
         place = slow.rank // self.preset.launch.processes_per_node
         node = self._nodes[place] if place < len(self._nodes) else place
         return {"rank": slow.rank, "node": node, "factor": slow.factor}
-
-    def save_last_checkpoint(self, *, is_begun: bool) -> None:
-        """Of this group, if it does not take longer than the node that must go has time."""
-        end = self.handover.maybe_must_end_at or time.monotonic() + self.preset.launch.grace_seconds
-        if not is_begun and self.is_settled_by(end):
-            self.save_checkpoint()
-        if self.is_settled_by(end):
-            self.settle_checkpoint()
-            with self.handover.waiting():
-                self.saver.wait_for_rank_0(self.state.step, end - time.monotonic())
-
-    def is_settled_by(self, end: float) -> bool:
-        with self.handover.waiting():
-            return self.saver.is_settled(end - time.monotonic())
 
     def try_scores(self) -> None:
         """Judge one batch, as is done after training: what is wrong with that should not be found out only then."""
@@ -455,48 +434,23 @@ class Trainer:
             self.maybe_events.add_again(self.handover.journal[-1])
         self.tell(Note(event="step", step=self.state.step))
 
-    def save_checkpoint(self) -> None:
-        """Start saving, off this thread."""
-        self.settle_checkpoint()
-        self._save(on_commit=self._note_commit)
-
-    def _save(self, *, on_commit: Callable[[CheckpointRef], None]) -> None:
-        agreed = self.state.unsummed_digests()
-        self.saver.save(self.state.step, self.state.tensors(), agreed=agreed, on_commit=on_commit)
-
-    def settle_checkpoint(self) -> None:
-        """Wait for the one before. A store that is away makes a checkpoint missing, never the training stop."""
-        with self.handover.waiting():
-            try:
-                self.saver.wait()
-            except (InfrastructureError, DamagedError) as error:
-                self.emit("checkpoint_failed", reason=str(error))
-
     def finish(self) -> None:
         """Prove the last state, then commit the result. Only rank 0 speaks to the record."""
-        final: list[CheckpointRef] = []
-        self.settle_checkpoint()
-        self._save(on_commit=final.append)
-        with self.handover.waiting():
-            self.saver.wait()
+        maybe_last = self.checkpoints.prove_last(self.state)
         if self.rank.rank == 0:
+            assert maybe_last is not None
+            assert self.maybe_events is not None
             result = Result(
                 step=self.state.step,
                 weights_sha256=self.state.weights_sha256(),
                 state_sha256=self.state.state_sha256(),
-                checkpoint=final[0],
+                checkpoint=maybe_last,
             )
-            self._note_commit(final[0])
             self.emit("finished")
-            assert self.maybe_events is not None
             self.maybe_events.close()
             self.run.update(lambda record: with_result(record, result, token=self.rank.token))
 
-    def emit(self, kind: str, **values: object) -> None:
+    def emit(self, kind: str, *, step: int | None = None, **values: object) -> None:
+        """Of a step, or of the last finished one."""
         if self.maybe_events is not None:
-            self.maybe_events.add(kind, step=self.state.step, **values)
-
-    def _note_commit(self, checkpoint: CheckpointRef) -> None:
-        self._committed_step = checkpoint.step
-        if self.maybe_events is not None:
-            self.maybe_events.add("checkpoint", step=checkpoint.step, sha256=checkpoint.sha256)
+            self.maybe_events.add(kind, step=self.state.step if step is None else step, **values)

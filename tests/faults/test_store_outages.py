@@ -21,7 +21,7 @@ from training.history import events_of
 from training.loop import StepOutcome, Trainer
 from training.objectstore import Store
 from training.record import RunRecord
-from training.state import tensors_sha256
+from training.state import TrainState, tensors_sha256
 
 STEPS = 16
 STRUCK = 4
@@ -42,17 +42,17 @@ class Outage:
         """The steps that were made meanwhile."""
         self.is_on = False
         self.seconds = 0.0
-        self._report_step, self._emit = trainer.report_step, trainer.emit
+        self._report_step, self._emit = trainer.report_step, trainer.checkpoints.emit
         trainer.report_step = self.report_step  # type: ignore[method-assign]
-        trainer.emit = self.emit  # type: ignore[method-assign]
+        trainer.checkpoints.emit = self.emit
 
     def begin(self) -> None:
         self._started = time.monotonic()
         self.is_on = True
 
-    def emit(self, kind: str, **values: object) -> None:
+    def emit(self, kind: str, *, step: int, **values: object) -> None:
         self._num_failed += kind == "checkpoint_failed"
-        self._emit(kind, **values)
+        self._emit(kind, step=step, **values)
 
     def report_step(self, outcome: StepOutcome) -> None:
         self._report_step(outcome)
@@ -60,6 +60,7 @@ class Outage:
         if not self.is_on:
             return
         self.steps.append(self._trainer.state.step)
+        time.sleep(self._min_seconds / 200)  # steps that last: there must be some left when it ends
         self._steps_after += self._num_failed > 0
         self.seconds = time.monotonic() - self._started
         if self._steps_after >= 4 and self.seconds >= self._min_seconds:
@@ -196,15 +197,15 @@ def test_training_goes_on_while_the_disk_of_the_store_is_full(tmp_path: Path) ->
         run.create_if_missing()
         trainer = attempt(run, token=1, steps=60, keep_checkpoints=99)
         outage = Outage(trainer, disk.make_room)
-        save_checkpoint = trainer.save_checkpoint
+        begin = trainer.checkpoints.begin
 
-        def fill_and_save() -> None:
+        def fill_and_begin(state: TrainState) -> None:
             if trainer.state.step == STRUCK:
                 disk.fill()
                 outage.begin()
-            save_checkpoint()
+            begin(state)
 
-        trainer.save_checkpoint = fill_and_save  # type: ignore[method-assign]
+        trainer.checkpoints.begin = fill_and_begin  # type: ignore[method-assign]
         train(trainer)
         assert not outage.is_on
         assert len(outage.steps) >= 4
