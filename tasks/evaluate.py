@@ -12,6 +12,7 @@ import numpy as np
 from prefect import task
 
 from tasks import tracking
+from tasks.done import find_result, keep_result
 from tasks.figures import confusion_figure, loss_figure
 from tasks.models import load_model
 from tasks.policy import stage_options
@@ -31,6 +32,8 @@ from training.record import RunRecord
 log = logging.getLogger(__name__)
 
 Scores = Mapping[str, "np.ndarray[Any, Any]"]
+SCORING = 1
+"""Raise it when this file makes something else of the same model and samples: what was kept is not found then."""
 
 
 def evaluate_cache_key(context: Any, arguments: dict[str, Any]) -> str:
@@ -38,14 +41,26 @@ def evaluate_cache_key(context: Any, arguments: dict[str, Any]) -> str:
     model: TrainedModel = arguments["model"]
     shown_in = RunRecord(open_stack()[1], model.run_key).read().tracking_run_id  # a fresh training has a run of its own
     return digest_of(
-        {"stage": "evaluate", "model": asdict(model), "evaluate": asdict(preset.evaluate), "shown_in": shown_in}
+        {
+            "stage": "evaluate",
+            "scoring": SCORING,
+            "model": asdict(model),
+            "evaluate": asdict(preset.evaluate),
+            "shown_in": shown_in,
+        }
     )
 
 
 @task(name="evaluate", cache_key_fn=evaluate_cache_key, **stage_options(timeout_seconds=6 * 3600))
 def evaluate(preset: Preset, dataset: Dataset, model: TrainedModel) -> Evaluation:
-    """Score every held-out sample, and log metrics and figures to the run's MLflow run."""
+    """Score every held-out sample, and log metrics and figures to the run's MLflow run; once, whoever asks."""
     settings, store = open_stack()
+    digest = evaluate_cache_key(None, {"preset": preset, "model": model})
+    key = f"runs/{model.run_key}/results/{digest}.json"
+    known = find_result(store, key, Evaluation)
+    if known is not None:
+        _tell(known)
+        return known
     recipe = load_recipe(preset)
     try:
         scores = score_samples(store, preset, recipe, dataset, model)
@@ -61,9 +76,14 @@ def evaluate(preset: Preset, dataset: Dataset, model: TrainedModel) -> Evaluatio
         figures["confusion"] = confusion_figure(result.confusion)
     tracker = tracking.Tracker(tracking.connect(settings.mlflow_uri), settings.mlflow_uri, record.tracking_run_id)
     tracker.log_evaluation(_flat(result), figures, asdict(result))
+    keep_result(store, key, result)
+    _tell(result)
+    return result
+
+
+def _tell(result: Evaluation) -> None:
     for name, estimate in result.metrics.items():
         log.info("%s %.4f [%.4f, %.4f]", name, estimate.value, estimate.low, estimate.high)
-    return result
 
 
 def score_samples(store: Store, preset: Preset, recipe: Recipe, dataset: Dataset, model: TrainedModel) -> Scores:

@@ -13,15 +13,17 @@ from prefect import task, unmapped
 from prefect.cache_policies import NO_CACHE
 from prefect.context import FlowRunContext
 
+from tasks.done import find_result, keep_result
 from tasks.policy import stage_options
 from tasks.results import Dataset
 from tasks.stack import open_stack, store_location
 from training.config import Preset
-from training.data.activity import read_activity
+from training.data.activity import note_newest, read_activity
 from training.data.lease import writing
+from training.data.shard import FORMAT
 from training.data.source import READING, Partition, open_source, partitions
 from training.data.withdrawn import withdrawn_records
-from training.data.writer import PartResult, Writer
+from training.data.writer import PartResult, Writer, WriteResult
 from training.documents import digest_of
 from training.recipe import load_recipe, source_closure_digest
 
@@ -42,6 +44,7 @@ def shard_cache_key(context: Any, arguments: dict[str, Any]) -> str:
     return digest_of(
         {
             "stage": "shard",
+            "format": FORMAT,
             "reading": READING,
             "listing": [asdict(part) for part in partitions(source, preset.data)],
             "data": asdict(preset.data),
@@ -54,17 +57,45 @@ def shard_cache_key(context: Any, arguments: dict[str, Any]) -> str:
 
 @task(name="shard", cache_key_fn=shard_cache_key, **stage_options(timeout_seconds=24 * 3600))
 def shard(preset: Preset) -> Dataset:
-    """Shard the preset's source. Finished partitions are not read into shards, nor sent, again.
+    """Shard the preset's source. Finished partitions are not read into shards, nor sent, again; and nothing is read if
+    the source's listing, and all else that decides, is as it was.
 
     Raises `UserError` naming the source, file or record that cannot be read.
     """
     settings, store = open_stack()
+    key = _result_key(preset)
+    known = find_result(store, key, Dataset)
+    if known is not None:
+        if read_activity(store, known.name).newest != known.digest:
+            note_newest(store, known.name, known.digest)
+        log.info("dataset %s@%s: the source is as it was", known.name, known.digest[:12])
+        return known
     source = open_source(preset.data, folder=preset.folder, location=store_location(settings))
     writer = Writer(
         store, source, preset.data, load_recipe(preset), withdrawn=withdrawn_records(store, preset.data.name)
     )
     with writing(store, preset.data.name) as lease:
         written = writer.finish(write_parts(writer), lease)
+    _tell(preset, written)
+    manifest = written.manifest
+    made = Dataset(
+        name=preset.data.name,
+        digest=manifest.digest,
+        num_train_samples=manifest.num_samples("train"),
+        num_test_samples=manifest.num_samples("test"),
+        num_shards=sum(len(shards) for shards in manifest.splits.values()),
+        num_bytes=manifest.num_bytes(),
+    )
+    if _result_key(preset) == key:  # else the source changed since it was first listed
+        keep_result(store, key, made)
+    return made
+
+
+def _result_key(preset: Preset) -> str:
+    return f"datasets/{preset.data.name}/results/{shard_cache_key(None, {'preset': preset})}.json"
+
+
+def _tell(preset: Preset, written: WriteResult) -> None:
     manifest = written.manifest
     log.info(
         "dataset %s@%s: %s train and %s test samples; %d of %d partitions found finished, %d shards sent",
@@ -82,14 +113,6 @@ def shard(preset: Preset) -> Dataset:
             ' docs/data.md, "Withdrawing"): %s',
             ", ".join(written.displaced[:8]) + (", …" if len(written.displaced) > 8 else ""),
         )
-    return Dataset(
-        name=preset.data.name,
-        digest=manifest.digest,
-        num_train_samples=manifest.num_samples("train"),
-        num_test_samples=manifest.num_samples("test"),
-        num_shards=sum(len(shards) for shards in manifest.splits.values()),
-        num_bytes=manifest.num_bytes(),
-    )
 
 
 def write_parts(writer: Writer) -> list[PartResult]:

@@ -1,28 +1,38 @@
-"""What the shard stage's cache takes for the same work."""
+"""What the shard stage takes for the same work."""
 
 from __future__ import annotations
 
 import uuid
+from collections.abc import Sequence
 from pathlib import Path
 
+import pytest
+
+import tasks.shard
 from tasks.shard import shard, shard_cache_key
 from tests.conftest import Stack
 from tests.unit.data_source import data_config, write_csv
 from training.config import Preset, TrainConfig
-from training.data.activity import distrust
+from training.data.activity import distrust, read_activity
 from training.data.versions import remove_version, versions
 from training.data.withdraw import withdraw
+from training.data.writer import PartResult, Writer
 
 
-def test_what_was_removed_withdrawn_or_damaged_is_not_taken_for_finished(stack: Stack, tmp_path: Path) -> None:
+@pytest.fixture
+def preset(tmp_path: Path) -> Preset:
+    """It reads a folder with one file, into a dataset of its own."""
     write_csv(tmp_path / "raw/0.csv", range(100))
-    preset = Preset(
+    return Preset(
         name="tiny",
         recipe="tests.unit.tiny:Tiny",
         data=data_config(name=f"d{uuid.uuid4().hex[:12]}"),
         train=TrainConfig(steps=1, batch_size=8),
         folder=str(tmp_path),
     )
+
+
+def test_what_was_removed_withdrawn_or_damaged_is_not_taken_for_finished(stack: Stack, preset: Preset) -> None:
     name = preset.data.name
 
     def key() -> str:
@@ -38,3 +48,35 @@ def test_what_was_removed_withdrawn_or_damaged_is_not_taken_for_finished(stack: 
     remove_version(stack.store, name, digest)
     assert digest not in versions(stack.store, name)
     assert len({fresh, damaged, withdrawn, key()}) == 4
+
+
+def test_source_that_is_as_it_was_is_not_read(stack: Stack, preset: Preset, monkeypatch: pytest.MonkeyPatch) -> None:
+    def newest() -> str:
+        return read_activity(stack.store, preset.data.name).newest
+
+    first = shard.fn(preset)
+    more = Path(preset.folder) / "raw/1.csv"
+    write_csv(more, range(100, 150))
+    second = shard.fn(preset)
+    assert second.num_train_samples > first.num_train_samples
+    assert newest() == second.digest
+
+    monkeypatch.setattr(tasks.shard, "Writer", None)
+    assert shard.fn(preset) == second
+    more.unlink()
+    assert shard.fn(preset) == first
+    assert newest() == first.digest, "the version that was sharded last"
+
+
+def test_result_of_a_source_that_changed_meanwhile_is_not_kept(
+    stack: Stack, preset: Preset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_parts = tasks.shard.write_parts
+
+    def change_and_write(writer: Writer) -> Sequence[PartResult]:
+        write_csv(Path(preset.folder) / "raw/1.csv", range(100, 150))
+        return write_parts(writer)
+
+    monkeypatch.setattr(tasks.shard, "write_parts", change_and_write)
+    shard.fn(preset)
+    assert not list(stack.store.list_keys(f"datasets/{preset.data.name}/results/"))
