@@ -1,12 +1,14 @@
 """`python -m tasks STAGE --preset P`: one stage without Prefect, as dvc.yaml calls it.
 
 Each stage reads what the stages before it wrote into the output folder, and writes its own result there: documents
-that hold no time, run id, version or attempt, so that a rerun locks the same bytes.
+that hold no time, run id, version or attempt, so that a rerun locks the same bytes. They are written whole or not at
+all: a stage whose `dvc repro` was killed lives on, beside that of the next one.
 """
 
 from __future__ import annotations
 
 import csv
+import io
 import json
 import logging
 import sys
@@ -17,6 +19,7 @@ from typing import Annotated, Any, TextIO, TypeVar
 
 from cyclopts import App, Parameter
 
+from infra.local.files import write_whole
 from tasks.results import Dataset, Evaluation, TrainedModel
 from tasks.stack import open_stack
 from training.config import Preset, load_preset
@@ -114,14 +117,13 @@ def _read(path: Path, kind: type[Result]) -> Result:
 
 
 def _write_json(path: Path, document: Any) -> None:
-    path.write_text(json.dumps(document, indent=1, sort_keys=True) + "\n")
+    write_whole(path, json.dumps(document, indent=1, sort_keys=True) + "\n")
 
 
 def _write_csv(path: Path, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
-    with path.open("w", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(columns)
-        writer.writerows(rows)
+    text = io.StringIO(newline="")
+    csv.writer(text, lineterminator="\n").writerows([columns, *rows])
+    write_whole(path, text.getvalue())
 
 
 class _LiveHandler(logging.StreamHandler[TextIO]):

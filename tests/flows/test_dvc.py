@@ -2,55 +2,86 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 import subprocess
 import sysconfig
+import uuid
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import psutil
 import pytest
 
 from infra.local.stack import dvc_remote
+from tasks.tracking import RUN_KEY_TAG, connect
 from tests.conftest import Stack
-from tests.flows.runs import mlflow_runs
+from tests.flows.runs import loss_history, mlflow_runs, processes, run_keys, wait_for_step
+from tests.waiting import wait_until
+from training.objectstore import Store
+from training.record import RunRecord
 
 ROOT = Path(__file__).parents[2]
 SCRIPTS = Path(sysconfig.get_path("scripts"))
+PRESET = "training/presets/digits.toml"
+Clone = Callable[..., Path]
 
 
 @pytest.fixture
-def checkout(stack: Stack, tmp_path: Path) -> Path:
-    """A copy of the project as git would clone it, with a shorter training, and the stack as its DVC remote."""
-    listed = subprocess.run(["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True, check=True)
-    for name in listed.stdout.decode().splitlines():
-        if (ROOT / name).is_file():
-            (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy2(ROOT / name, tmp_path / name)
-    preset = tmp_path / "training/presets/digits.toml"
-    preset.write_text(preset.read_text().replace("steps = 300", "steps = 60"))
-    (tmp_path / ".dvc/config.local").write_text(dvc_remote(stack.settings))
-    subprocess.run(["git", "init", "-q"], cwd=tmp_path, check=True)
-    return tmp_path
+def clone(stack: Stack, tmp_path: Path) -> Clone:
+    """Makes a copy of the project as git would clone it, with values of its preset changed (`seed = 1` to another), and
+    the stack as its DVC remote."""
+
+    def make(**values: int) -> Path:
+        folder = tmp_path / uuid.uuid4().hex[:8]
+        listed = subprocess.run(
+            ["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True, check=True
+        )
+        for name in listed.stdout.decode().splitlines():
+            if (ROOT / name).is_file():
+                (folder / name).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy2(ROOT / name, folder / name)
+        preset = folder / PRESET
+        lines = preset.read_text().splitlines()
+        for key, value in values.items():
+            (number,) = (number for number, line in enumerate(lines) if line.startswith(f"{key} = "))
+            lines[number] = f"{key} = {value}"
+        preset.write_text("\n".join(lines) + "\n")
+        (folder / ".dvc/config.local").write_text(dvc_remote(stack.settings))
+        _git(folder, "init", "-q")
+        _git(folder, "add", "-A")
+        _git(folder, "commit", "-qm", "a clone")
+        return folder
+
+    return make
 
 
-def test_repro_does_what_is_needed_and_no_more(stack: Stack, checkout: Path) -> None:
-    first = _dvc(stack, checkout, "repro")
-    assert first.count("Running stage") == 4
+def test_repro_does_what_is_needed_and_no_more(stack: Stack, clone: Clone) -> None:
+    """And `unbroken run` afterwards finds all of it done."""
+    checkout = clone(steps=60)
+    assert len(_ran(_dvc(stack, checkout, "repro"))) == 4
     lock = (checkout / "dvc.lock").read_bytes()
-    model = json.loads((checkout / "data/digits/model.json").read_text())
+    model = _model(checkout)
     assert model["step"] == 60
     assert len((checkout / "data/digits/loss.csv").read_text().splitlines()) == 61
     assert len(mlflow_runs(stack, model["run_key"])) == 1
 
-    assert "Running stage" not in _dvc(stack, checkout, "repro")
+    assert _ran(_dvc(stack, checkout, "repro")) == ["shard"], "which is always asked, for new data"
     assert (checkout / "dvc.lock").read_bytes() == lock
     assert "accuracy" in _dvc(stack, checkout, "metrics", "show")
     assert "pushed" in _dvc(stack, checkout, "push")
 
-    preset = checkout / "training/presets/digits.toml"
+    done = _work(stack, model["run_key"])
+    _run_flow(stack, "--set", "train.steps=60")
+    assert _work(stack, model["run_key"]) == done, "a flow did again what was done"
+    assert len(_versions(stack, model["run_key"])) == 1
+
+    preset = checkout / PRESET
     preset.write_text(preset.read_text().replace("confidence = 0.95", "confidence = 0.9"))
-    ran = [line for line in _dvc(stack, checkout, "repro").splitlines() if line.startswith("Running stage")]
-    assert ran == ["Running stage 'evaluate':", "Running stage 'register':"]
+    assert _ran(_dvc(stack, checkout, "repro")) == ["shard", "evaluate", "register"]
 
     preset.write_text(preset.read_text().replace("confidence = 0.9", "confidence = 0.95"))
     shutil.rmtree(checkout / "data")
@@ -60,17 +91,186 @@ def test_repro_does_what_is_needed_and_no_more(stack: Stack, checkout: Path) -> 
     assert (checkout / "dvc.lock").read_bytes() == lock, "locked bytes hold something that changes"
 
 
-def _dvc(stack: Stack, checkout: Path, *arguments: str) -> str:
-    environment = {**stack.environment(), "PATH": f"{SCRIPTS}:/usr/bin:/bin"}
-    environment.pop("PREFECT_API_URL", None)
+def test_what_a_flow_did_is_a_hit_for_dvc(stack: Stack, clone: Clone) -> None:
+    """No shard is sent, no step is run, no sample is scored."""
+    before = run_keys(stack)
+    _run_flow(stack, "--set", "train.steps=40", "--set", "seed=31")
+    (key,) = run_keys(stack) - before
+    done = _work(stack, key)
+    checkout = clone(steps=40, seed=31)
+    assert len(_ran(_dvc(stack, checkout, "repro"))) == 4
+    assert _work(stack, key) == done
+    assert _model(checkout)["run_key"] == key
+    assert len(mlflow_runs(stack, key)) == len(_versions(stack, key)) == 1
+
+
+def test_two_starters_at_once_are_one_execution(stack: Stack, clone: Clone) -> None:
+    _one_execution(stack, [clone(steps=60, seed=32)])
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("seed", range(33, 38))
+def test_three_starters_at_once_are_one_execution(stack: Stack, clone: Clone, seed: int) -> None:
+    _one_execution(stack, [clone(steps=60, seed=seed), clone(steps=60, seed=seed)])
+
+
+def test_killed_repro_goes_on_and_locks_the_same_bytes(stack: Stack, clone: Clone) -> None:
+    _kill_and_compare(stack, clone, num_kills=1, steps=240, seed=41)
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("seed", range(42, 45))
+def test_repro_killed_three_times_locks_the_same_bytes(stack: Stack, clone: Clone, seed: int) -> None:
+    _kill_and_compare(stack, clone, num_kills=3, steps=2400, seed=seed)
+
+
+def test_queued_experiments_are_runs_of_their_own(stack: Stack, clone: Clone) -> None:
+    """A sweep over the preset's values, trained in folders of DVC's own."""
+    checkout = clone(steps=20, seed=51)
+    before = run_keys(stack)
+    _dvc(stack, checkout, "exp", "run", "--queue", "-S", f"{PRESET}:hyperparameters.num_channels=4,8")
+    _dvc(stack, checkout, "exp", "run", "--run-all", "--jobs", "2")
+    shown = _experiments(json.loads(_dvc(stack, checkout, "exp", "show", "--json"))).values()
+    values = {found["params"][PRESET]["data"]["hyperparameters"]["num_channels"] for found in shown}
+    assert values == {4, 8}
+    assert all(0 < found["metrics"]["data/digits/metrics.json"]["data"]["accuracy"] <= 1 for found in shown)
+    keys = run_keys(stack) - before
+    assert len(keys) == 2
+    assert all(len(mlflow_runs(stack, key)) == len(_versions(stack, key)) == 1 for key in keys)
+
+
+def _one_execution(stack: Stack, checkouts: list[Path]) -> None:
+    """`dvc repro` in each, and the same from Prefect, all at once."""
+    before = run_keys(stack)
+    seed = next(line for line in (checkouts[0] / PRESET).read_text().splitlines() if line.startswith("seed"))
+    started = [_start_dvc(stack, checkout, "repro") for checkout in checkouts]
+    started.append(stack.start("run", "digits", "--set", "train.steps=60", "--set", seed.replace(" ", "")))
+    outputs = [process.communicate(timeout=600)[0] for process in started]
+    assert [process.returncode for process in started] == [0] * len(started), outputs
+    (key,) = run_keys(stack) - before
+    record = RunRecord(stack.store, key).read()
+    assert (len(record.attempt_starts), record.departures) == (1, ())
+    (tracked,) = mlflow_runs(stack, key)
+    assert tracked.info.status == "FINISHED"
+    assert [step for step, _ in loss_history(stack, tracked.info.run_id)] == list(range(1, 61))
+    assert len(_versions(stack, key)) == 1
+    assert len({(checkout / "dvc.lock").read_bytes() for checkout in checkouts}) == 1
+
+
+def _kill_and_compare(stack: Stack, clone: Clone, *, num_kills: int, **values: int) -> None:
+    """`kill -9` of dvc, its stage and the agents while it trains; at last, the same from nothing in another clone."""
+    before = run_keys(stack)
+    checkout = clone(checkpoint_every_steps=20, **values)
+    step = 0
+    for _ in range(num_kills):
+        running = _start_dvc(stack, checkout, "repro")
+        stage = _stage_of(running)
+        run = wait_for_step(stack, before, step=step + 40, timeout_seconds=200)
+        step = run.read().checkpoints[-1].step
+        agents = [agent for agent in processes(stack, "training.agent") if run.run_key in agent.cmdline()]
+        victims = [psutil.Process(running.pid), stage, *agents]
+        assert len(victims) == 4
+        for victim in victims:
+            victim.kill()
+        running.communicate(timeout=30)
+        assert run.read().result is None, "it was killed after its training"
+    _dvc(stack, checkout, "repro")
+    record = run.read()
+    assert len(record.attempt_starts) > num_kills
+    assert all(start >= 20 for start in record.attempt_starts[1:]), "it began anew"
+    assert len(mlflow_runs(stack, run.run_key)) == 1
+
+    clean = clone(checkpoint_every_steps=20, **values)
+    elsewhere = f"clean-{uuid.uuid4().hex}"
+    _dvc(stack, clean, "repro", UNBROKEN_S3_PREFIX=elsewhere)
+    calm = RunRecord(Store(replace(stack.location, prefix=f"{elsewhere}/")), run.run_key).read()
+    assert (len(calm.attempt_starts), calm.departures) == (1, ())
+    assert (clean / "dvc.lock").read_bytes() == (checkout / "dvc.lock").read_bytes()
+
+
+def _stage_of(dvc: subprocess.Popen[str]) -> psutil.Process:
+    """The training stage that a `dvc repro` runs."""
+
+    def look() -> psutil.Process | None:
+        for child in psutil.Process(dvc.pid).children(recursive=True):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                if child.cmdline()[1:4] == ["-m", "tasks", "train"]:
+                    return child
+        return None
+
+    return wait_until(look, what="the training stage of dvc repro", timeout_seconds=200)
+
+
+def _work(stack: Stack, key: str) -> tuple[dict[str, Any], Any]:
+    """All that shard, train and evaluate write, each object with the time at which it was; and the attempts."""
+    kinds = ("/shards/", "/parts/", "/manifests/", "/results/", "/events/", "/checkpoints/")
+    prefixes = ("datasets/digits/", f"runs/{key}/")
+    entries = [entry for prefix in prefixes for entry in stack.store.list_entries(prefix)]
+    written = {entry.key: entry.modified for entry in entries if any(kind in entry.key for kind in kinds)}
+    for kind in kinds:
+        assert any(kind in name for name in written), f"no object of the kind {kind}: this would prove nothing"
+    return written, RunRecord(stack.store, key).read().attempt_starts
+
+
+def _versions(stack: Stack, key: str) -> list[Any]:
+    client = connect(stack.settings.mlflow_uri)
+    return list(client.search_model_versions(f"name = 'digits' and tags.`{RUN_KEY_TAG}` = '{key}'"))
+
+
+def _model(checkout: Path) -> Any:
+    return json.loads((checkout / "data/digits/model.json").read_text())
+
+
+def _ran(output: str) -> list[str]:
+    return [line.split("'")[1] for line in output.splitlines() if line.startswith("Running stage")]
+
+
+def _experiments(shown: list[dict[str, Any]]) -> dict[str, Any]:
+    """What `dvc exp show` tells of each experiment, by its name."""
+    found = [experiment for revision in shown for experiment in revision["experiments"] or ()]
+    return {experiment["name"]: experiment["revs"][0]["data"] for experiment in found}
+
+
+def _start_dvc(stack: Stack, checkout: Path, *arguments: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [SCRIPTS / "dvc", *arguments],
+        cwd=checkout,
+        env=_environment(stack),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def _dvc(stack: Stack, checkout: Path, *arguments: str, **environment: str) -> str:
     done = subprocess.run(
         [SCRIPTS / "dvc", *arguments],
         cwd=checkout,
-        env=environment,
+        env=_environment(stack) | environment,
         capture_output=True,
         text=True,
-        timeout=150,
+        timeout=600,
         check=False,
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout + done.stderr
+    return done.stdout
+
+
+def _run_flow(stack: Stack, *options: str) -> None:
+    running = stack.start("run", "digits", *options)
+    output, _ = running.communicate(timeout=600)
+    assert running.returncode == 0, output
+
+
+def _environment(stack: Stack) -> dict[str, str]:
+    """As in a shell without a Prefect server."""
+    found = {**stack.environment(), "PATH": f"{SCRIPTS}:/usr/bin:/bin"}
+    found.pop("PREFECT_API_URL", None)
+    return found
+
+
+def _git(folder: Path, *arguments: str) -> None:
+    person = ("-c", "user.name=A Person", "-c", "user.email=person@example.org")
+    subprocess.run(["git", *person, *arguments], cwd=folder, check=True)
