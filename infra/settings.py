@@ -21,7 +21,10 @@ KNOWN: dict[str, tuple[str, ...]] = {
     "mlflow": ("uri",),
     "prefect": ("api_url",),
     "ports": ("s3", "mlflow", "prefect"),
+    "watch": ("presets",),
 }
+KINDS: dict[str, tuple[type, str]] = {"ports": (int, "a number"), "watch": (list, "a list of presets")}
+"""Of the values of a table; text if it is not named here."""
 FOREIGN_KEYS = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "AWS_PROFILE")
 ADDRESSES = {"s3": "endpoint", "mlflow": "uri", "prefect": "api_url"}
 
@@ -191,9 +194,17 @@ def read_settings_file() -> dict[str, dict[str, Any]]:
             raise UserError(f"{path}: {part!r} must be a table, as in [{part}]")
         for key, value in table.items():
             _check_known(path, key, KNOWN[part], table=part)
-            if type(value) is not (int if part == "ports" else str):
-                raise UserError(f"{path}: {part}.{key} = {value!r} must be {'a number' if part == 'ports' else 'text'}")
+            kind, words = KINDS.get(part, (str, "text"))
+            if not _is_of(kind, value):
+                raise UserError(f"{path}: {part}.{key} = {value!r} must be {words}")
     return document
+
+
+def watched_presets() -> list[str]:
+    """The presets whose sources are watched for new data: names, or paths of TOML files beside the settings file."""
+    presets = read_settings_file().get("watch", {}).get("presets", [])
+    path = _settings_path()
+    return [str(path.parent / name) if path is not None and name.endswith(".toml") else name for name in presets]
 
 
 def _settings_path() -> Path | None:
@@ -201,6 +212,13 @@ def _settings_path() -> Path | None:
         return Path(os.environ["UNBROKEN_SETTINGS"])
     candidates = (folder / "unbroken.toml" for folder in (Path.cwd(), *Path.cwd().parents))
     return next((path for path in candidates if path.is_file()), None)
+
+
+def _is_of(kind: type, value: Any) -> bool:
+    """A list is one of texts."""
+    if isinstance(value, list):
+        return kind is list and all(type(item) is str for item in value)
+    return type(value) is kind
 
 
 def _check_known(path: Path, name: str, known: Any, *, table: str = "") -> None:

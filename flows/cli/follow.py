@@ -10,11 +10,12 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from flows.cli.output import LiveLine
+from flows.deployments import deployment_of
 from flows.publish import RUN_KEY_LABEL
 from tasks.follow import Follower, Progress
 from tasks.results import PipelineResult
 from tasks.stack import open_stack
-from training.config import PRESETS, Preset
+from training.config import Preset
 from training.documents import parse
 from training.errors import CancelledError, InfrastructureError, UnbrokenError
 from training.objectstore import Store
@@ -56,15 +57,7 @@ def follow_deployment(config: Preset, parameters: Mapping[str, Any], *, queue: s
 
 
 def _start(client: SyncPrefectClient, parameters: Mapping[str, Any], queue: str) -> FlowRun:
-    from prefect.exceptions import ObjectNotFound
-
-    preset = parameters["preset"]
-    built_in = (PRESETS / f"{preset}.toml").exists()
-    name = f"pipeline/{preset if built_in else 'custom'}"
-    try:
-        deployment = client.read_deployment_by_name(name)
-    except ObjectNotFound as error:
-        raise InfrastructureError(f"Prefect has no deployment {name!r}: `unbroken up` registers it") from error
+    deployment = deployment_of(client, parameters["preset"])
     mine = {name: value for name, value in os.environ.items() if name.startswith("UNBROKEN_S3_")}
     return client.create_flow_run_from_deployment(
         deployment.id,

@@ -6,11 +6,11 @@ It keeps nothing, so it may be killed at any time; two do no harm to one another
 from __future__ import annotations
 
 import logging
+import threading
 import time
-from collections.abc import Callable
 
+from flows.reaper.attempt import attempt
 from tasks.stack import open_stack
-from training.errors import InfrastructureError
 
 log = logging.getLogger("flows.reaper")
 
@@ -26,11 +26,14 @@ def main() -> None:
 
     from flows.reaper.engine_jobs import end_unwanted
     from flows.reaper.flow_runs import FlowRuns
+    from flows.reaper.sources import watch_sources
     from flows.reaper.tracked_runs import TrackedRuns
     from infra.engines import make_launcher
 
     launcher = make_launcher(settings)
     tracked_runs = TrackedRuns(settings.mlflow_uri, store, launcher)
+    watching = threading.Thread(target=watch_sources, daemon=True)
+    watching.start()
     with get_client(sync_client=True) as client:
         flow_runs = FlowRuns(client, launcher)
         next_tracked = 0.0
@@ -41,17 +44,9 @@ def main() -> None:
             if now >= next_tracked:
                 attempt("MLflow", lambda: tracked_runs.set_right(now=now))  # noqa: B023
                 next_tracked = now + TRACKED_RUNS_SECONDS
+            if not watching.is_alive():  # a bug; a new process begins anew
+                raise RuntimeError("the thread that watches the sources has died: see above")
             time.sleep(FLOW_RUNS_SECONDS)
-
-
-def attempt(part: str, work: Callable[[], None]) -> None:
-    """Do one part's work; if a server is away, the next look makes up for it."""
-    from httpx import HTTPError
-
-    try:
-        work()
-    except (InfrastructureError, HTTPError) as error:
-        log.warning("%s could not be looked after: %s", part, error)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ import pytest
 from prefect.client.orchestration import SyncPrefectClient
 from prefect.states import Cancelled, Running
 
-from flows.reaper.__main__ import attempt
+from flows.reaper.attempt import attempt
 from flows.reaper.decide import QUIET_SECONDS, SILENT_SECONDS
 from flows.reaper.engine_jobs import end_unwanted
 from flows.reaper.flow_runs import FlowRuns

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from infra.settings import home, load_settings, state_path
+from infra.settings import home, load_settings, state_path, watched_presets
 from training.errors import InfrastructureError, UserError
 
 LOCAL = {
@@ -84,6 +84,8 @@ def test_prefix_is_a_folder_however_it_is_written(monkeypatch: pytest.MonkeyPatc
         ("[s3]\nbucket = 5", "s3.bucket = 5 must be text"),
         ('[ports]\nmlflow = "5000"', "ports.mlflow = '5000' must be a number"),
         ("[ports]\nmlflow = true", "ports.mlflow = True must be a number"),
+        ('[watch]\npresets = "digits"', "watch.presets = 'digits' must be a list of presets"),
+        ("[watch]\npresets = [1]", "watch.presets = [1] must be a list of presets"),
         ('s3 = "http://x"', "'s3' must be a table, as in [s3]"),
         ("[s3\n", "unbroken.toml: "),
     ],
@@ -94,6 +96,12 @@ def test_wrong_settings_file_is_named_with_its_key(folder: Path, text: str, comp
         load_settings()
     assert complaint in str(caught.value)
     assert str(folder / "unbroken.toml") in str(caught.value)
+
+
+def test_watched_presets_lie_beside_the_settings_file(folder: Path) -> None:
+    assert watched_presets() == []
+    (folder / "unbroken.toml").write_text('[watch]\npresets = ["digits", "mine/a.toml", "/b.toml"]\n')
+    assert watched_presets() == ["digits", str(folder / "mine/a.toml"), "/b.toml"]
 
 
 def test_settings_file_that_is_named_must_be_there(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
