@@ -6,38 +6,46 @@ otherwise come back as a false refusal of one's own write (docs/protocols.md, "C
 
 from __future__ import annotations
 
-import base64
 import json
 import threading
 import time
 import uuid
-import zlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime
 from functools import cache, cached_property
 from typing import TYPE_CHECKING, Any
-from urllib.parse import quote
 
 from training.documents import canonical_json, sha256_hex
 from training.errors import DamagedError, InfrastructureError, UserError
+from training.quickrequests import (
+    CHECKED,
+    CONNECT_SECONDS,
+    READ_SECONDS,
+    Buffer,
+    QuickRequests,
+    checksum_of,
+    is_whole,
+)
 
 if TYPE_CHECKING:
     from boto3.session import Session
     from botocore.credentials import Credentials
     from botocore.loaders import Loader
     from mypy_boto3_s3 import S3Client
-    from urllib3 import PoolManager
+    from urllib3 import BaseHTTPResponse, PoolManager
 
-Buffer = bytes | bytearray | memoryview
 NUM_TRIES = 6
 FIRST_PAUSE_SECONDS = 0.2
-CONNECT_SECONDS = 5
-READ_SECONDS = 30
 PIECE_BYTES = 1 << 18
+ANSWER_SECONDS = 20.0
 REQUEST_SECONDS = CONNECT_SECONDS + READ_SECONDS
 """After which a request that is not tried again has ended, one way or another."""
+
+CONDITIONS = {"IfMatch": "if-match", "IfNoneMatch": "if-none-match"}
+OUTCOMES = {200: "written", 412: "refused", 409: "again", **dict.fromkeys((500, 502, 503, 504), "unknown")}
+"""Of a conditional write, by the reply's status."""
 
 _SESSION_LOCK = threading.Lock()
 """Clients are safe to share between threads, what makes them is not."""
@@ -111,7 +119,7 @@ class Store:
 
     def prepare(self) -> None:
         """Make what the first request would make, without one. Nothing of it hinders a fork."""
-        _ = self._client
+        _ = self._client, self._credentials
 
     @cached_property
     def _client(self) -> S3Client:
@@ -122,10 +130,20 @@ class Store:
         return self._make_client(num_attempts=1)
 
     @cached_property
+    def _maybe_quick(self) -> QuickRequests | None:
+        where = self.location
+        if where.endpoint is None:
+            return None
+        return QuickRequests(where.endpoint, where.bucket, where.region, lambda: self._credentials)
+
+    @cached_property
     def _connections(self) -> PoolManager:
+        """For signed URLs."""
         from urllib3 import PoolManager, Timeout
 
-        return PoolManager(maxsize=8, retries=False, timeout=Timeout(connect=5, read=30))
+        if self._maybe_quick is not None:
+            return self._maybe_quick.connections
+        return PoolManager(maxsize=8, retries=False, timeout=Timeout(connect=CONNECT_SECONDS, read=READ_SECONDS))
 
     @cached_property
     def _session(self) -> Session:
@@ -139,8 +157,11 @@ class Store:
 
     @cached_property
     def _credentials(self) -> Credentials | None:
+        """For requests that no client makes: the session that makes clients takes longer to make than they all do."""
+        import botocore.session
+
         with _SESSION_LOCK:
-            return self._session.get_credentials()
+            return botocore.session.Session().get_credentials()
 
     def _signed_url(self, key: str) -> str:
         from botocore.exceptions import BotoCoreError
@@ -170,7 +191,16 @@ class Store:
 
     def get(self, key: str) -> bytes:
         """The whole object."""
+        reply = self._quick_reply("GET", key, headers=CHECKED)
+        if reply is not None and reply.status == 200 and is_whole(reply):
+            return reply.data
+        self._require_key(key, reply)
         return self._read(key)
+
+    def _require_key(self, key: str, reply: BaseHTTPResponse | None) -> None:
+        """Raises `MissingError` if that is what the reply says."""
+        if reply is not None and reply.status == 404 and b"<Code>NoSuchKey</Code>" in reply.data:
+            raise MissingError(f"{self.location.uri(key)} does not exist")
 
     def get_range(self, key: str, start: int, stop: int, *, etag: str) -> bytes:
         """Bytes [start, stop) of an object that must still be the one with this ETag. Raises `UserError` if not."""
@@ -195,28 +225,33 @@ class Store:
         raise AssertionError("unreachable")
 
     def fetch(self, key: str) -> bytes:
-        """The whole object by the quicker way, for bytes that the caller verifies (shards): a signed URL, kept-alive
-        connections, and none of the client's own checksums.
+        """The whole object by the quicker way, for bytes that the caller verifies (shards): kept-alive connections, and
+        none of the client's own checksums.
 
         Whatever goes wrong there is left to `get`, which is patient and names what it finds.
         """
-        from urllib3.exceptions import HTTPError
-
-        with suppress(HTTPError):
-            reply = self._connections.request("GET", self._signed_url(key))
-            if reply.status == 200:
-                return reply.data
-        return self.get(key)
+        reply = self._unchecked_reply(key, is_streamed=False)
+        return reply.data if reply is not None and reply.status == 200 else self.get(key)
 
     def holds(self, key: str, data: bytes | bytearray) -> bool:
         """Whether the object is exactly these bytes: read back as by `fetch`, but in pieces, and never held whole."""
         from urllib3.exceptions import HTTPError
 
-        url = self._signed_url(key)
-        with suppress(HTTPError), self._connections.request("GET", url, preload_content=False) as reply:
-            if reply.status == 200:
-                return _are_pieces_of(data, reply.stream(PIECE_BYTES))
+        reply = self._unchecked_reply(key, is_streamed=True)
+        if reply is not None:
+            with suppress(HTTPError), reply:
+                if reply.status == 200:
+                    return _are_pieces_of(data, reply.stream(PIECE_BYTES))
         return self.get(key) == data
+
+    def _unchecked_reply(self, key: str, *, is_streamed: bool) -> BaseHTTPResponse | None:
+        from urllib3.exceptions import HTTPError
+
+        if self._maybe_quick is not None:
+            return self._maybe_quick.ask("GET", self._key(key), is_streamed=is_streamed)
+        with suppress(HTTPError):
+            return self._connections.request("GET", self._signed_url(key), preload_content=not is_streamed)
+        return None
 
     def get_proven(self, key: str, *, sha256: str) -> bytes:
         """The whole object, whose digest must match. Raises `DamagedError`."""
@@ -243,43 +278,17 @@ class Store:
         It checks the CRC-32 that is sent along, and AWS the sha256 too, which is signed. SeaweedFS looks only at a
         checksum that is named as such; a sha256 would cost it a sixth of a PUT's CPU, which a CRC-32 does not.
         """
-        crc32 = 0
-        for piece in pieces:
-            crc32 = zlib.crc32(piece, crc32)
-        checksum = base64.b64encode(crc32.to_bytes(4, "big")).decode()
-        self._put_quickly(key, pieces, sha256=sha256, headers={"x-amz-checksum-crc32": checksum})
+        self._put_quickly(key, pieces, sha256=sha256, headers=checksum_of(*pieces))
 
     def _put_quickly(self, key: str, pieces: Sequence[Buffer], *, sha256: str, headers: dict[str, str]) -> None:
         """Whatever goes wrong here is left to `put`, which is patient and names what it finds."""
         sized = {**headers, "content-length": str(sum(map(len, pieces)))}
-        if self._quick_status("PUT", key, pieces, sha256=sha256, headers=sized) != 200:
+        reply = self._quick_reply("PUT", key, body=pieces, sha256=sha256, headers=sized)
+        if reply is None or reply.status != 200:
             self.put(key, b"".join(pieces))
 
-    def _quick_status(self, method: str, key: str, body: Any, *, sha256: str, headers: dict[str, str]) -> int:
-        """The reply to a request by a kept-alive connection, a tenth of the client's cost; 0 if there is none."""
-        from urllib3.exceptions import HTTPError
-
-        if self.location.endpoint is not None:
-            url = f"{self.location.endpoint}/{self.location.bucket}/{quote(self._key(key), safe='/~')}"
-            signed = self._signed_headers(method, url, sha256, headers)
-            with suppress(HTTPError):
-                return self._connections.request(method, url, body=body, headers=signed).status
-        return 0
-
-    def _signed_headers(self, method: str, url: str, sha256: str, headers: dict[str, str]) -> dict[str, str]:
-        """These and Signature Version 4 of a request whose body has this digest. Empty without credentials."""
-        from botocore.auth import S3SigV4Auth
-        from botocore.awsrequest import AWSRequest
-
-        class KnownBody(S3SigV4Auth):
-            def payload(self, request: AWSRequest) -> str:
-                return sha256
-
-        if self._credentials is None:
-            return {}
-        request = AWSRequest(method, url, headers=headers)
-        KnownBody(self._credentials.get_frozen_credentials(), "s3", self.location.region).add_auth(request)
-        return dict(request.headers.items())
+    def _quick_reply(self, method: str, key: str, **request: Any) -> BaseHTTPResponse | None:
+        return self._maybe_quick.ask(method, self._key(key), **request) if self._maybe_quick is not None else None
 
     def put_immutable(self, key: str, *pieces: Buffer, sha256: str | None = None) -> bool:
         """Create an object whose name decides its bytes (and whose digest may be known); False if it is there already.
@@ -297,9 +306,9 @@ class Store:
 
     def exists(self, key: str) -> bool:
         """Exactly this key (a listing by prefix would also find its longer neighbours)."""
-        status = self._quick_status("HEAD", key, b"", sha256=sha256_hex(b""), headers={})
-        if status in (200, 404):
-            return status == 200
+        reply = self._quick_reply("HEAD", key)
+        if reply is not None and reply.status in (200, 404):
+            return reply.status == 200
         try:
             with self._typed_errors(key):
                 self._client.head_object(Bucket=self.location.bucket, Key=self._key(key))
@@ -314,14 +323,20 @@ class Store:
 
     def list_entries(self, prefix: str) -> Iterator[Entry]:
         """Every object under `prefix`, in the order of the store's listing."""
+        maybe_all = self._maybe_quick.list_page(self._key(prefix)) if self._maybe_quick is not None else None
+        if maybe_all is not None:
+            yield from map(self._entry, maybe_all)
+            return
         with self._typed_errors(prefix):
             pages = self._client.get_paginator("list_objects_v2").paginate(
                 Bucket=self.location.bucket, Prefix=self._key(prefix)
             )
             for page in pages:
-                for item in page.get("Contents", []):
-                    key = item["Key"][len(self.location.prefix) :]
-                    yield Entry(key=key, num_bytes=item["Size"], etag=item["ETag"], modified=item["LastModified"])
+                yield from map(self._entry, page.get("Contents", []))
+
+    def _entry(self, item: Mapping[str, Any]) -> Entry:
+        key = item["Key"][len(self.location.prefix) :]
+        return Entry(key=key, num_bytes=item["Size"], etag=item["ETag"], modified=item["LastModified"])
 
     def list_folders(self, prefix: str) -> list[str]:
         """The names directly under `prefix` (which ends in a slash), without looking inside them."""
@@ -345,6 +360,10 @@ class Store:
 
     def read_versioned(self, key: str) -> Versioned:
         """A JSON document with the ETag that its replacement must name."""
+        quick = self._quick_reply("GET", key, headers=CHECKED)
+        if quick is not None and quick.status == 200 and is_whole(quick):
+            return Versioned(document=_parse(self.location.uri(key), quick.data), etag=quick.headers["ETag"])
+        self._require_key(key, quick)
         with self._typed_errors(key):
             reply = self._client.get_object(Bucket=self.location.bucket, Key=self._key(key))
             return Versioned(document=_parse(self.location.uri(key), reply["Body"].read()), etag=reply["ETag"])
@@ -377,7 +396,12 @@ class Store:
         """ "written", "refused" (the condition failed), "unknown" (no clear reply) or "again" (409)."""
         from botocore.exceptions import BotoCoreError, ClientError, NoCredentialsError
 
-        client: Any = self._client_without_retries
+        if self._maybe_quick is not None:
+            headers = {CONDITIONS[name]: value for name, value in condition.items()}
+            status = self._maybe_quick.put_if(self._key(key), body, headers)
+            if status in OUTCOMES:
+                return OUTCOMES[status]
+        client: Any = self._client_without_retries  # which names what is wrong
         try:
             client.put_object(Bucket=self.location.bucket, Key=self._key(key), Body=body, **condition)
         except ClientError as error:
@@ -413,6 +437,16 @@ class Store:
         except ClientError:
             with self._typed_errors(""):
                 self._client.create_bucket(Bucket=self.location.bucket)
+
+    def require_answer(self) -> None:
+        """For those at a terminal. Raises `InfrastructureError` if the store says nothing at all for `ANSWER_SECONDS`.
+
+        Everybody else asks again for minutes.
+        """
+        if self._maybe_quick is not None and self._maybe_quick.is_silent(ANSWER_SECONDS):
+            raise InfrastructureError(
+                f"the store at {self.location.endpoint} does not answer: it said nothing for {ANSWER_SECONDS:g} s"
+            )
 
     def require_bucket(self) -> None:
         """Raises `UserError` if the bucket is missing or closed to us: a HEAD of an object cannot tell."""

@@ -72,7 +72,11 @@ def doctor(*, json: Json = False) -> None:
 
 
 def open_store() -> Store:
-    """The stack's object store. Raises `InfrastructureError` if no stack is running and none is named."""
+    """The stack's object store. Raises `InfrastructureError` if no stack is running and none is named, or if the store
+    is silent.
+    """
     from tasks.stack import open_stack
 
-    return open_stack()[1]
+    _, store = open_stack()
+    store.require_answer()
+    return store

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from tests.unit.data_source import data_config, local_source, tiny_line
 from tests.unit.tiny import Tiny
-from training.data.builder import ShardBuilder
+from training.data.builder import ShardBuilder, Spares
 from training.data.manifest import Manifest
 from training.data.shard import Array, encode_shard
 from training.data.withdrawn import content_of_samples
@@ -43,7 +43,7 @@ def one_by_one(table: Table) -> list[Sample]:
 
 
 def shards(records: Mapping[str, Sequence[Given]], shard_bytes: int) -> list[bytes]:
-    builder = ShardBuilder("train", shard_bytes, {}, RAGGED)
+    builder = ShardBuilder("train", shard_bytes, {}, RAGGED, Spares())
     full = [full for record, samples in records.items() for full in builder.add(record, samples)]
     full += [] if builder.is_empty else [builder.take()]
     return [encode_shard(shard.ids, shard.columns) for shard in full]
@@ -164,6 +164,6 @@ def test_what_is_no_table_is_named_by_its_record(store: Store, tmp_path: Path, g
 
 @pytest.mark.parametrize("changed", [{"x": np.zeros((2, 4))}, {"x": np.zeros((2, 3), np.int8)}, {"y": np.zeros(2)}])
 def test_a_table_with_other_fields_than_before_is_named_by_its_first_sample(changed: Mapping[str, Array]) -> None:
-    builder = ShardBuilder("train", 1000, {}, ())
+    builder = ShardBuilder("train", 1000, {}, (), Spares())
     with pytest.raises(UserError, match=r"record a#2: its fields are not those of the records before: field"):
         list(builder.add("a", [Table({"x": np.zeros((2, 3))}), Table(changed)]))

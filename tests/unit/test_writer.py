@@ -120,6 +120,13 @@ def test_appended_records_touch_only_their_own_partition(store: Store, folder: P
     assert load_manifest(store, "tiny", first.manifest.digest) == first.manifest
 
 
+def test_a_first_writer_makes_no_client(store: Store, folder: Path) -> None:
+    """That takes longer than all other things that are not for its bytes."""
+    fresh = Store(store.location)
+    write(fresh, folder)
+    assert not {"_client", "_client_without_retries"} & set(vars(fresh))
+
+
 @pytest.mark.parametrize("after", [0, 1, 5])
 def test_an_interrupted_writer_is_simply_run_again(store: Store, folder: Path, after: int) -> None:
     clean = write(corner(store, "clean"), folder)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Collection, Iterable, Iterator, Mapping
+from contextlib import suppress
+from itertools import accumulate
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -16,6 +19,7 @@ Given = Sample | Table
 """What a recipe's `encode` gives."""
 ARRAYS = (np.ndarray, np.generic)
 MASKED = np.ma.MaskedArray
+ALIGNMENT = 64
 MAPPINGS = (dict, Mapping)  # a dict is known sooner as such
 
 
@@ -25,17 +29,43 @@ class FullShard(NamedTuple):
     split: Split
     ids: Ragged
     columns: Mapping[str, Column]
+    memory: Array
+    """What holds the columns of fixed rows: to be given back to the `Spares` it is from."""
+
+
+class Spares:
+    """Memory of shards that are sent, for the next ones: fresh pages cost more than to copy into them."""
+
+    def __init__(self) -> None:
+        self._spares: deque[Array] = deque()
+
+    def take(self, num_bytes: int) -> Array:
+        with suppress(IndexError):
+            if len(spare := self._spares.pop()) >= num_bytes:
+                return spare
+        return np.empty(num_bytes, np.uint8)
+
+    def give(self, memory: Array) -> None:
+        self._spares.append(memory)
 
 
 class ShardBuilder:
     """Collects samples until they fill a shard. Boundaries depend on the samples alone."""
 
-    def __init__(self, split: Split, shard_bytes: int, fields: dict[str, FieldInfo], ragged: Collection[str]) -> None:
+    def __init__(
+        self,
+        split: Split,
+        shard_bytes: int,
+        fields: dict[str, FieldInfo],
+        ragged: Collection[str],
+        spares: Spares,
+    ) -> None:
         """`fields` is shared by a partition's builders, and filled from the first sample."""
         self._split = split
         self._shard_bytes = shard_bytes
         self._fields = fields
         self._ragged = ragged
+        self._spares = spares
         self._alike: dict[str, tuple[np.dtype[Any], tuple[int | None, ...]]] = {}
         self._clear()
 
@@ -44,6 +74,7 @@ class ShardBuilder:
         self._num_bytes = self._fixed_bytes = 0
         self._ids: list[str] = []
         self._id_columns: list[Ragged] = []
+        self._memory = np.empty(0, np.uint8)
         self._columns: dict[str, Array] = {}
         self._rows: dict[str, list[Array]] = {}
 
@@ -116,7 +147,7 @@ class ShardBuilder:
         self._close_ids()
         columns: dict[str, Column] = {name: column[: self._num_rows] for name, column in self._columns.items()}
         columns |= {name: Ragged.stack(rows) for name, rows in self._rows.items()}
-        full = FullShard(self._split, Ragged.join(self._id_columns), columns)
+        full = FullShard(self._split, Ragged.join(self._id_columns), columns, self._memory)
         self._clear()
         return full
 
@@ -137,7 +168,13 @@ class ShardBuilder:
         row_types = {name: np.dtype((field.dtype, field.shape)) for name, field in fixed.items()}
         self._fixed_bytes = sum(row_type.itemsize for row_type in row_types.values())
         num_rows = self._shard_bytes // (self._fixed_bytes + len("#0")) + 1
-        self._columns = {name: np.empty(num_rows, row_type) for name, row_type in row_types.items()}
+        sizes = [-(-num_rows * row_type.itemsize // ALIGNMENT) * ALIGNMENT for row_type in row_types.values()]
+        self._memory = self._spares.take(sum(sizes))
+        starts = accumulate(sizes, initial=0)
+        self._columns = {
+            name: np.frombuffer(self._memory, row_type, num_rows, start)
+            for (name, row_type), start in zip(row_types.items(), starts, strict=False)
+        }
         self._rows = {name: [] for name in self._fields if name in self._ragged}
 
     def _is_alike(self, sample: Sample) -> bool:

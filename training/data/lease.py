@@ -7,6 +7,8 @@ nobody for long (docs/protocols.md, "Collecting garbage").
 from __future__ import annotations
 
 import logging
+import os
+import socket
 import threading
 import time
 import uuid
@@ -46,7 +48,7 @@ class Lease:
         self._store = store
         self._dataset = dataset
         self._kind = kind
-        self._name = f"{kind}-{uuid.uuid4().hex}"
+        self._name = f"{kind}-{uuid.uuid4().hex}-{os.getpid()}-{socket.gethostname()}"
         self._seconds = seconds
         self._sure_until = 0.0
         self._stopped = threading.Event()
@@ -110,9 +112,10 @@ class Lease:
     def _entered(self, holders: Holders) -> Holders:
         others = {name: lapses for name, lapses in holders.items() if self._excludes(name)}
         if others:
-            who = "a writer is" if next(iter(others)).startswith("writer") else "garbage is being collected"
+            one = next(iter(others))
+            who = "a writer is at work" if one.startswith("writer") else "garbage is being collected"
             raise BusyError(
-                f"dataset {self._dataset!r}: {who} at work; try again when it is done"
+                f"dataset {self._dataset!r}: {who}{_where(one)}; try again when it is done"
                 f" (if it died, in {max(others.values()) - time.time():.0f} s)"
             )
         return self._with_me(holders)
@@ -137,6 +140,12 @@ class Lease:
             return replace(activity, holders=change(living))
 
         change_activity(self._store, self._dataset, changed)
+
+
+def _where(name: str) -> str:
+    """By which process, as its claim's name tells."""
+    _, _, *told = name.split("-", 3)
+    return f" (process {told[0]} on {told[1]})" if len(told) == 2 else ""
 
 
 def publish(store: Store, dataset: str, manifest: Manifest, lease: Lease) -> None:

@@ -11,7 +11,7 @@ from types import MappingProxyType
 from typing import Any, TypeVar
 
 from training.config import DataConfig
-from training.data.builder import MAPPINGS, FullShard, Given, ShardBuilder
+from training.data.builder import MAPPINGS, FullShard, Given, ShardBuilder, Spares
 from training.data.lease import Lease, publish, writing
 from training.data.manifest import (
     SPLITS,
@@ -62,9 +62,10 @@ class Receipt:
 
 @dataclass(frozen=True, kw_only=True)
 class PartResult:
-    """A finished partition: where its receipt lies, and how much had to be done for it."""
+    """A finished partition: its receipt and where that lies, and how much had to be done for it."""
 
-    receipt: str
+    key: str
+    receipt: Receipt
     num_bytes: int
     is_reused: bool
     num_shards_sent: int
@@ -140,6 +141,7 @@ class Writer:
         self._recipe = recipe
         self._withdrawn = dict(withdrawn)
         self._withdrawn_contents = contents_of(withdrawn)
+        self._spares = Spares()
         encoding = {
             "format": FORMAT,
             "reading": READING,
@@ -156,14 +158,14 @@ class Writer:
         digests = content_digests(self._source, part)
         fingerprint = partition_fingerprint(digests, encoding=self._encoding, withdrawn=self._withdrawn)
         key = receipt_key(self._config.name, fingerprint)
-        is_reused = self._is_finished(key)
-        num_sent = 0
-        if not is_reused:
-            receipt, num_sent = self._write(part, digests if self._config.format in WHOLE_FILES else {})
-            for file in part.files:  # or the receipt would say that other bytes gave these shards
-                self._source.require_unchanged(file)
-            self._store.put_immutable(key, _sealed(asdict(receipt)))
-        return PartResult(receipt=key, num_bytes=part.num_bytes, is_reused=is_reused, num_shards_sent=num_sent)
+        if (receipt := self._maybe_finished(key)) is not None:
+            return PartResult(key=key, receipt=receipt, num_bytes=part.num_bytes, is_reused=True, num_shards_sent=0)
+        receipt, num_sent = self._write(part, digests if self._config.format in WHOLE_FILES else {})
+        for file in part.files:  # or the receipt would say that other bytes gave these shards
+            self._source.require_unchanged(file)
+        sealed = _sealed(asdict(receipt))
+        self._store.send(key, sealed, sha256=sha256_hex(sealed))
+        return PartResult(key=key, receipt=receipt, num_bytes=part.num_bytes, is_reused=False, num_shards_sent=num_sent)
 
     def finish(self, results: Sequence[PartResult], lease: Lease) -> WriteResult:
         """The manifest of the partitions' results, given in their order.
@@ -174,7 +176,7 @@ class Writer:
         if not lease.is_sure:  # away for so long that a collector may have taken shards
             lease.enter_again()
             results = [self.write(part) for part in self.parts]
-        receipts = [parse(Receipt, _unsealed(self._store.get(result.receipt))) for result in results]
+        receipts = [result.receipt for result in results]
         manifest = _merge(self.parts, receipts, self._config, self._classes)
         publish(self._store, self._config.name, manifest, lease)
         require_none_withdrawn_since(self._store, self._config.name, self._withdrawn)
@@ -186,12 +188,13 @@ class Writer:
             displaced=tuple(record for receipt in receipts for record in receipt.displaced),
         )
 
-    def _is_finished(self, receipt: str) -> bool:
+    def _maybe_finished(self, key: str) -> Receipt | None:
+        """The receipt, if it is there and all its shards are whole."""
         try:
-            found = parse(Receipt, _unsealed(self._store.get(receipt)))
-            return all(self._is_whole(found.splits[split]) for split in SPLITS)
+            found = parse(Receipt, _unsealed(self._store.get(key)))
+            return found if all(self._is_whole(found.splits[split]) for split in SPLITS) else None
         except (MissingError, DamagedError):
-            return False
+            return None
 
     def _is_whole(self, shards: Sequence[ShardInfo]) -> bool:
         """Whether the shards are what their names say, and hold nothing that was withdrawn elsewhere since.
@@ -206,7 +209,8 @@ class Writer:
     def _write(self, part: Partition, digests: Mapping[str, str]) -> tuple[Receipt, int]:
         """`digests` are those of records, where they are known already."""
         fields: dict[str, FieldInfo] = {}
-        builders = {s: ShardBuilder(s, self._config.shard_bytes, fields, self._recipe.ragged) for s in SPLITS}
+        shard_bytes, ragged = self._config.shard_bytes, self._recipe.ragged
+        builders = {split: ShardBuilder(split, shard_bytes, fields, ragged, self._spares) for split in SPLITS}
         shards: dict[Split, list[ShardInfo]] = {split: [] for split in SPLITS}
         num_sent = 0
         displaced: list[str] = []
@@ -220,6 +224,7 @@ class Writer:
         pieces = shard_pieces(full.ids, full.columns)
         info = describe_shard(*pieces, num_samples=len(full.ids))
         is_new = self._store.put_immutable(shard_key(self._config.name, info.sha256), *pieces, sha256=info.sha256)
+        self._spares.give(full.memory)
         return full.split, info, is_new
 
     def _full(
