@@ -41,7 +41,7 @@ check: install ## Lint, types, dependency direction
 	$(BIN)/lint-imports
 
 test: check ## All checks and tests that this machine can run
-	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 soak: install ## The full counts; writes evidence under docs/evidence
 	$(BIN)/python -m pytest -m soak

@@ -22,7 +22,17 @@ from training import objectstore
 from training.objectstore import Store, StoreLocation
 
 UNBROKEN = str(Path(sysconfig.get_path("scripts")) / "unbroken")
+LONGEST_FIRST = ("flows", "faults", "infra", "cli", "distributed", "simulation", "golden", "unit")
+"""The folders of tests, by how long a file of theirs may take."""
 NO_PARTS = ("UNBROKEN_S3_ENDPOINT", "UNBROKEN_MLFLOW_URI", "UNBROKEN_PREFECT_API_URL", "UNBROKEN_SETTINGS")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Whoever is free takes the next file: at the end nobody shall wait for one that takes minutes.
+
+    Within a folder the order stays random.
+    """
+    items.sort(key=lambda item: LONGEST_FIRST.index(item.path.parent.name))
 
 
 @dataclass(frozen=True, kw_only=True)
