@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import fcntl
 import os
 import signal
 import socket
+import struct
+import termios
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, cast
@@ -96,6 +99,12 @@ class Group:
 
     def order(self, rank: int, order: Order) -> None:
         self.workers._workers[rank].hand.channel.send(order)
+
+    async def has_read(self, rank: int) -> None:
+        """Once nothing that this one was told is left on its socket."""
+        end = self.workers._workers[rank].hand.channel.end
+        while struct.unpack("i", fcntl.ioctl(end, termios.TIOCOUTQ, bytes(4)))[0]:
+            await asyncio.sleep(0.01)
 
     async def waits(self, rank: int) -> None:
         """Once this one waits for the others."""

@@ -3,7 +3,6 @@ its size, and ends in the bits and the history of a run that nothing happened to
 
 from __future__ import annotations
 
-import asyncio
 import time
 from collections.abc import Iterator
 from contextlib import closing
@@ -66,19 +65,21 @@ def test_a_rank_killed_in_the_midst_of_a_step_costs_that_step_only(
     require_same(node, calm)
 
 
+async def freeze_and_stop(group: Group) -> None:
+    """One is frozen, the other waits for it, and both are told to stop."""
+    await group.paused(1)
+    group.freeze(1)
+    await group.waits(0)
+    group.workers.stop()
+
+
 def test_a_rank_that_waits_for_a_frozen_one_stops_when_it_is_told(
     node: Node, calm: tuple[str, list[groups.Told]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its main thread is inside a collective, and stays there."""
     monkeypatch.setattr("training.workers.STOP_SECONDS", 1.0)
 
-    async def freeze(group: Group) -> None:
-        await group.paused(1)
-        group.freeze(1)
-        await group.waits(0)
-        group.workers.stop()
-
-    first = node.train(2, freeze, pauses={1: Pause(MID_STEP, 7)})
+    first = node.train(2, freeze_and_stop, pauses={1: Pause(MID_STEP, 7)})
     assert first.codes() == [EXIT_STOPPED, -9]
     assert node.steps_in_memory() == [7, None, None]
     node.train(2)
@@ -124,7 +125,7 @@ def test_ranks_of_which_one_has_noted_the_validation_go_on_alike(
 async def regroup(group: Group, rank: int = 1) -> None:
     await group.paused(rank)
     group.order(rank, Order(do="regroup"))
-    await asyncio.sleep(0.1)  # so that it has been read
+    await group.has_read(rank)
     group.go_on(rank)
 
 
@@ -281,13 +282,7 @@ def test_a_rank_that_waits_for_a_frozen_one_stays_when_it_is_told_to_stop(
     """Nothing comes by the connection between the two, which is open."""
     monkeypatch.setattr("training.workers.STOP_SECONDS", 1.0)
 
-    async def freeze(group: Group) -> None:
-        await group.paused(1)
-        group.freeze(1)
-        await group.waits(0)
-        group.workers.stop()
-
-    first = node.train(2, freeze, pauses={1: Pause(MID_STEP, 7)}, may_stay=True)
+    first = node.train(2, freeze_and_stop, pauses={1: Pause(MID_STEP, 7)}, may_stay=True)
     second = node.train(2, may_stay=True)
     assert [before == after for before, after in zip(first.pids(), second.pids(), strict=True)] == [True, False]
     assert node.attempts()[-1] == (2, 7, "memory")
