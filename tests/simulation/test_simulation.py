@@ -12,7 +12,7 @@ from tests.faults.evidence import write_evidence
 from tests.simulation.faults import STATES, STRIKES
 from tests.simulation.many import missing, run_side_by_side, tell
 from tests.simulation.planted import PLANTED, Planted, find, planted
-from tests.simulation.runner import run_many, shrink, simulate
+from tests.simulation.runner import Summary, run_many, shrink, simulate
 
 NUM_SEEDS = 2500
 NUM_SOAK_SEEDS = 1_030_000
@@ -25,8 +25,12 @@ SURVIVORS = {
 """Planted bugs that a few hundred schedules do not bring to light, and why."""
 
 
-def test_invariants_hold_in_a_fixed_share_of_schedules() -> None:
-    summary = run_many(range(NUM_SEEDS))
+@pytest.fixture(scope="module")
+def summary() -> Summary:
+    return run_many(range(NUM_SEEDS))
+
+
+def test_invariants_hold_in_a_fixed_share_of_schedules(summary: Summary) -> None:
     print(tell(summary, seconds=1.0))
     assert not summary.broken
     assert len(summary.fingerprints) > 0.98 * NUM_SEEDS
@@ -36,9 +40,8 @@ def test_invariants_hold_in_a_fixed_share_of_schedules() -> None:
     assert {"result", "failure", "anew"} <= summary.outcomes.keys()
 
 
-def test_every_fault_strikes() -> None:
-    struck = {name for _, name in run_many(range(NUM_SEEDS, NUM_SEEDS + 600)).struck}
-    assert struck == set(STRIKES)
+def test_every_fault_strikes(summary: Summary) -> None:
+    assert {name for _, name in summary.struck} == set(STRIKES)
 
 
 @pytest.mark.parametrize("seed", [3, 1206])
