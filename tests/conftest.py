@@ -22,8 +22,8 @@ from training import objectstore
 from training.objectstore import Store, StoreLocation
 
 UNBROKEN = str(Path(sysconfig.get_path("scripts")) / "unbroken")
-LONGEST_FIRST = ("flows", "faults", "infra", "cli", "distributed", "simulation", "golden", "unit")
-"""The folders of tests, by how long a file of theirs may take."""
+LONG, QUICK = ("flows", "faults"), ("unit",)
+"""Folders of tests, by how long a file of theirs takes."""
 NO_PARTS = ("UNBROKEN_S3_ENDPOINT", "UNBROKEN_MLFLOW_URI", "UNBROKEN_PREFECT_API_URL", "UNBROKEN_SETTINGS")
 
 
@@ -32,7 +32,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
     Within a folder the order stays random.
     """
-    items.sort(key=lambda item: LONGEST_FIRST.index(item.path.parent.name))
+    items.sort(key=lambda item: (item.path.parent.name in QUICK) - (item.path.parent.name in LONG))
 
 
 @dataclass(frozen=True, kw_only=True)
