@@ -6,7 +6,7 @@ import sys
 import textwrap
 import uuid
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -46,7 +46,7 @@ class ToyJob:
         return [int(pid) for pid in path.read_text().split()] if path.exists() else []
 
     def wait_for_starts(self, count: int, node: int = 0) -> list[int]:
-        wait_until(lambda: len(self.starts(node)) >= count, what=f"{count} starts of node {node}", timeout_seconds=20)
+        wait_until(lambda: len(self.starts(node)) >= count, what=f"{count} starts of node {node}")
         return self.starts(node)
 
     def pid(self, node: int = 0) -> int:
@@ -59,7 +59,7 @@ class ToyJob:
 
 @dataclass
 class ToyJobs:
-    """Makes toy jobs, and cancels them all at the end."""
+    """Makes toy jobs, and keeps them."""
 
     home: Path
     folder: Path
@@ -81,9 +81,19 @@ class ToyJobs:
         return job
 
 
+@pytest.fixture(scope="module")
+def cancelling() -> Iterator[Callable[[ToyJob], None]]:
+    """Cancels jobs beside the tests that come next: each takes the supervisor a second."""
+    with ThreadPoolExecutor(8) as pool:
+        cancelled: list[Future[None]] = []
+        yield lambda job: cancelled.append(pool.submit(job.launcher.cancel, job.spec.key))
+        for future in cancelled:
+            future.result()
+
+
 @pytest.fixture
-def toy_job(stack: Stack, tmp_path: Path) -> Iterator[Callable[..., ToyJob]]:
+def toy_job(stack: Stack, tmp_path: Path, cancelling: Callable[[ToyJob], None]) -> Iterator[Callable[..., ToyJob]]:
     jobs = ToyJobs(home=stack.home, folder=tmp_path)
     yield jobs
-    with ThreadPoolExecutor(8) as pool:  # each takes the supervisor a second
-        list(pool.map(lambda job: job.launcher.cancel(job.spec.key), jobs.made))
+    for job in jobs.made:
+        cancelling(job)

@@ -79,7 +79,7 @@ def test_only_the_three_final_exit_codes_are_final(toy_job: MakeJob) -> None:
     for job in final:
         job.submit()
     for job in final:
-        wait_until(lambda job=job: job.state() is JobState.ENDED, what="the job's end", timeout_seconds=20)  # type: ignore[misc]
+        wait_until(lambda job=job: job.state() is JobState.ENDED, what="the job's end")  # type: ignore[misc]
     again = [toy_job(f"num_starts < 3 and sys.exit({code})\nsignal.pause()") for code in (1, 3, 5)]
     for job in again:
         job.submit()
