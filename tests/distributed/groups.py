@@ -163,7 +163,7 @@ class Node:
             self.pauses |= {rank: [pause] for rank, pause in (pauses or {}).items()}
             group = Group(job, record.token, self, may_stay=may_stay, hands=hands)
             try:
-                async with asyncio.timeout(40):
+                async with asyncio.timeout(150):
                     group.begin()
                     await act(group)
                     await group.ended

@@ -98,9 +98,8 @@ def test_a_rank_reads_its_own_part_of_the_dataset_alone(num_ranks: int) -> None:
 
 def test_epochs_and_seeds_have_orders_of_their_own() -> None:
     for sizes in ((64,), (1,) * 64):
-        found = {
-            tuple(sequence(Order(sizes, seed, 8, 4, 2), 20).reshape(20, 64)[e]) for seed in (0, 1) for e in range(20)
-        }
+        epochs = (sequence(Order(sizes, seed, 8, 4, 2), 20).reshape(20, 64) for seed in (0, 1))
+        found = {tuple(epoch) for both in epochs for epoch in both}
         assert len(found) == 40
         assert tuple(range(64)) not in found
 
