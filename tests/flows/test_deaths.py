@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import json
 import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from prefect.client.orchestration import SyncPrefectClient
@@ -19,6 +23,15 @@ from tests.waiting import wait_until
 from training.record import RunRecord
 
 SHORT = ("--set", "train.steps=240", "--set", "train.checkpoint_every_steps=20")
+ENDLESS = ("--set", "train.steps=100000")
+ONE_NODE = ("--set", "launch.nodes=1")
+"""Where it is not the ranks that die."""
+IMPATIENT_REAPER = """
+from flows.reaper import decide
+decide.QUIET_SECONDS = 2.0
+from flows.reaper.__main__ import main
+main()
+"""
 
 
 def test_killed_rank_and_agent_change_nothing(stack: Stack) -> None:
@@ -60,7 +73,7 @@ def test_killed_rank_and_agent_change_nothing(stack: Stack) -> None:
 def test_killed_flow_is_resumed_by_itself(stack: Stack) -> None:
     """The engine trains on, and the same flow run re-attaches instead of beginning again."""
     before = run_keys(stack)
-    command = stack.start("run", "digits", "--json", "--set", "seed=12", *SHORT)
+    command = stack.start("run", "digits", "--json", "--set", "seed=12", *SHORT, *ONE_NODE)
     run = wait_for_step(stack, before, step=20)
     for process in _flow_processes(stack):
         process.kill()
@@ -77,7 +90,7 @@ def test_killed_flow_is_resumed_by_itself(stack: Stack) -> None:
 def test_worker_flow_and_agents_killed_at_once_are_resumed(stack: Stack) -> None:
     """Nobody is left who could tell of it; and the job is not submitted twice."""
     before = run_keys(stack)
-    command = stack.start("run", "digits", "--json", "--set", "seed=15", *SHORT)
+    command = stack.start("run", "digits", "--json", "--set", "seed=15", *SHORT, *ONE_NODE)
     run = wait_for_step(stack, before, step=40)
     job = job_path(stack.home, run.run_key)
     submitted_at = job.stat().st_mtime_ns
@@ -101,7 +114,7 @@ def test_worker_flow_and_agents_killed_at_once_are_resumed(stack: Stack) -> None
 def test_healthy_run_is_not_called_crashed_though_all_around_it_is_killed(stack: Stack) -> None:
     """Its worker, Prefect, MLflow and the reaper at once: the flow process goes on."""
     before = run_keys(stack)
-    command = stack.start("run", "digits", "--json", "--set", "seed=16", *SHORT)
+    command = stack.start("run", "digits", "--json", "--set", "seed=16", *SHORT, *ONE_NODE)
     run = wait_for_step(stack, before, step=20)
     killed = {name: service_pid(stack.home, name) for name in ("worker", "prefect", "mlflow", "reaper")}
     for pid in killed.values():
@@ -137,21 +150,22 @@ def test_mlflow_may_be_away_from_before_the_start_until_after_the_end(stack: Sta
 
 def test_cancelled_run_leaves_nothing_although_its_worker_and_flow_are_dead(stack: Stack) -> None:
     before = run_keys(stack)
-    command = stack.start("run", "digits", "--set", "seed=17", "--set", "train.steps=100000")
+    command = stack.start("run", "digits", "--set", "seed=17", *ENDLESS, *ONE_NODE)
     run = wait_for_step(stack, before, step=20)
     for process in (_worker(stack), *_flow_processes(stack)):
         process.kill()
     command.send_signal(signal.SIGINT)
-    wait_until(lambda: not processes(stack, "training.agent"), what="every agent to be gone", timeout_seconds=20)
+    wait_until(lambda: not processes(stack, "training.agent"), what="every agent to be gone")
     output, _ = command.communicate(timeout=60)
     assert command.returncode == 130, output
     assert _newest_states(stack)[-1] == "Cancelled"
-    wait_until(lambda: mlflow_runs(stack, run.run_key)[0].info.status == "KILLED", what="MLflow", timeout_seconds=120)
+    with reaping(stack):
+        wait_until(lambda: mlflow_runs(stack, run.run_key)[0].info.status == "KILLED", what="MLflow to be told")
 
 
 def test_cancelling_leaves_no_rank_and_the_next_run_goes_on(stack: Stack) -> None:
     before = run_keys(stack)
-    arguments = ("run", "digits", "--set", "seed=13", "--set", "train.steps=100000")
+    arguments = ("run", "digits", "--set", "seed=13", *ENDLESS)
     command = stack.start(*arguments)
     run = wait_for_step(stack, before, step=60)
     assert processes(stack, "training.worker")
@@ -175,7 +189,7 @@ def test_cancelling_leaves_no_rank_and_the_next_run_goes_on(stack: Stack) -> Non
 def test_runs_cancel_cancels_whoever_follows(stack: Stack) -> None:
     """And nobody submits it again."""
     before = run_keys(stack)
-    command = stack.start("train", "digits", "--set", "seed=14", "--set", "train.steps=100000")
+    command = stack.start("train", "digits", "--set", "seed=14", *ENDLESS, *ONE_NODE)
     run = wait_for_step(stack, before, step=60)
     assert stack.command("runs", "cancel", run.run_key).returncode == 0
     output, _ = command.communicate(timeout=60)
@@ -183,6 +197,17 @@ def test_runs_cancel_cancels_whoever_follows(stack: Stack) -> None:
     assert not processes(stack, "training.agent")
     (tracked,) = mlflow_runs(stack, run.run_key)
     assert tracked.info.status == "KILLED"
+
+
+@contextmanager
+def reaping(stack: Stack) -> Iterator[None]:
+    """A second reaper, which waits for no sign of life for longer than one look: nobody is left to give one."""
+    reaper = subprocess.Popen([sys.executable, "-P", "-c", IMPATIENT_REAPER], env=stack.environment())
+    try:
+        yield
+    finally:
+        reaper.kill()
+        reaper.wait()
 
 
 def _worker(stack: Stack) -> Any:
