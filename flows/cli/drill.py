@@ -73,7 +73,8 @@ def drill(
 
 def _line(row: Row) -> str:
     went_on = "-" if row.next_step_seconds is None else f"{row.next_step_seconds:.2f} s"
-    return f"{row.fault:20} {row.status:10} next step {went_on:>8}  {'; '.join(row.complaints) or row.evidence}"
+    told = "; ".join(row.complaints) or row.evidence or row.otherwise
+    return f"{row.fault:20} {row.status:10} next step {went_on:>8}  {told}"
 
 
 def _print(report: Report, folder: Path) -> None:

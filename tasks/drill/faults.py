@@ -33,6 +33,8 @@ class Fault(ABC):
     num_returns: ClassVar[int] = 0
     """How often a node comes back as the same incarnation."""
     ends_group: ClassVar[bool] = True
+    otherwise: ClassVar[str] = "nothing was seen to suffer"
+    """What it means that there is no evidence."""
     departure: ClassVar[str] = ""
     """The class under which the run must have noted it."""
 
@@ -150,6 +152,7 @@ class NodeLeaves(Fault):
 
 class NodeJoins(Fault):
     name, title = "node-joins", "a node that was lost comes back while the others train"
+    otherwise = "the node was not back before the run ended: give it more --steps"
     departure = "NodeLost"
 
     def __init__(self) -> None:
@@ -254,12 +257,13 @@ def wake(victims: Iterable[psutil.Process]) -> None:
 
 
 def flip_bit(watch: Watch, checkpoint: CheckpointRef) -> str:
-    """In the midst of the first part. Returns what was read back."""
+    """In the midst of the first part, where it makes a number many times larger or smaller: a last bit may be rounded
+    away again. Returns what was read back."""
     store, prefix = watch.trial.run.store, watch.trial.run.prefix(watch.record)
     part = load_manifest(store, prefix, checkpoint).parts[0]
     key = folder(prefix, checkpoint.step, checkpoint.token) + part.name
     data = bytearray(store.get(key))
-    data[len(data) // 2] ^= 1
+    data[len(data) // 2 | 3] ^= 0x40  # of the exponent, if these are float32
     store.put(key, data)
     return f"a bit of checkpoint {checkpoint.step} is another" if store.get(key) == data else ""
 

@@ -88,6 +88,7 @@ def row_of(scene: Scene, watch: Watch, struck: Struck, undisturbed: Undisturbed)
         fault=fault.name,
         title=fault.title,
         evidence=fault.evidence,
+        otherwise=fault.otherwise,
         complaints=tuple(complaints),
         bits_equal=not differences,
         **_times(watch, struck),

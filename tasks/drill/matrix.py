@@ -28,9 +28,11 @@ from training.events import committed
 from training.objectstore import Store
 from training.recipe import load_recipe
 
-TRIAL_SECONDS = 9.0
+TRIAL_SECONDS, MAX_TRIAL_SECONDS = 9.0, 60.0
 """Of steps, in each run."""
-MIN_STEPS, MAX_STEPS = 20, 3000
+NUM_STARTS = 2.0
+"""A run lasts so many times as long as its start, so that a node that is lost can be back before its end."""
+MIN_STEPS, MAX_STEPS = 20, 10_000
 NUM_CHECKPOINTS = 10
 SILENCE_SECONDS, HANG_SECONDS = 3.0, 3.0
 """At most: the preset's own values may be less."""
@@ -39,8 +41,8 @@ JOIN_SECONDS = 60.0
 CALIBRATION_STEPS = 1_000_000
 """It is ended long before."""
 CALIBRATION_SECONDS, MIN_CALIBRATION_STEPS = 2.0, 10
-START_SECONDS = 240.0
-"""For the first steps of a run."""
+STALL_SECONDS = 240.0
+"""Without a step, after which a run that nothing happened to is given up."""
 Tell = Callable[[str], None]
 
 
@@ -163,39 +165,38 @@ class _Drill:
             dataset_digest=scene.copy_part(self._store, corner, preset.data.name, self._whole_digest),
             environment=self._environment,
         )
-        steps = self._asked.maybe_steps or steps_for(self._calibrate(stage))
+        steps = self._asked.maybe_steps or self._calibrated_steps(stage)
         stage = replace(stage, preset=drilled(self._asked.preset, seed=preset.seed, steps=steps))
         scene.note(self._settings, self._id, stage.key)
         return stage
 
-    def _calibrate(self, stage: Scene) -> float:
+    def _calibrated_steps(self, stage: Scene) -> int:
         self._tell("how long a step takes")
         scene.note(self._settings, self._id, stage.key)
         watch = Watch(stage.begin())
         try:
             while not _is_steady(watch):
-                _require_going(stage, watch, START_SECONDS)
+                _require_going(stage, watch)
         finally:
             stage.end()
-        return measure.median_step_seconds(watch.events)
+        begun = measure.steps_of(watch.events)[0].time
+        return steps_for(measure.median_step_seconds(watch.events), start_seconds=begun - watch.begun_at)
 
     def _undisturbed(self, stage: Scene) -> Undisturbed:
         watch = Watch(stage.begin())
         try:
             while not watch.is_over:
-                _require_going(stage, watch, START_SECONDS if not watch.step else None)
+                _require_going(stage, watch)
         finally:
             stage.end()
         record = watch.record
-        if record.result is None:
-            assert record.failure is not None
-            raise InfrastructureError(f"the run without a fault failed: {record.failure.message}")
+        assert record.result is not None
         proof = verify_run(stage.store, stage.key)
         return Undisturbed(
             record=record,
             points=measure.history(committed(watch.events, record.resume_steps)),
             step_seconds=measure.median_step_seconds(watch.events),
-            start_seconds=min(event.time for event in watch.events if event.kind == "step") - watch.begun_at,
+            start_seconds=measure.steps_of(watch.events)[0].time - watch.begun_at,
             calm=Calm(
                 state_sha256=record.result.state_sha256,
                 weights_sha256=record.result.weights_sha256,
@@ -235,7 +236,7 @@ def drilled(preset: Preset, *, seed: int, steps: int) -> Preset:
         silence_seconds=min(preset.launch.silence_seconds, SILENCE_SECONDS),
         hang_seconds=min(preset.launch.hang_seconds, HANG_SECONDS),
     )
-    every = max(1, min(steps // NUM_CHECKPOINTS, MAX_STEPS // NUM_CHECKPOINTS))
+    every = max(1, min(steps, MAX_STEPS) // NUM_CHECKPOINTS)
     train = replace(
         preset.train,
         steps=steps,
@@ -248,9 +249,10 @@ def drilled(preset: Preset, *, seed: int, steps: int) -> Preset:
     return replace(preset, seed=seed, train=train, launch=launch)
 
 
-def steps_for(step_seconds: float) -> int:
-    """As many as take `TRIAL_SECONDS`, within bounds."""
-    return max(MIN_STEPS, min(MAX_STEPS, round(TRIAL_SECONDS / max(step_seconds, 1e-6))))
+def steps_for(step_seconds: float, *, start_seconds: float) -> int:
+    """As many as take the time that a run should have."""
+    seconds = min(MAX_TRIAL_SECONDS, max(TRIAL_SECONDS, NUM_STARTS * start_seconds))
+    return max(MIN_STEPS, min(MAX_STEPS, round(seconds / max(step_seconds, 1e-6))))
 
 
 def _is_steady(watch: Watch) -> bool:
@@ -258,14 +260,15 @@ def _is_steady(watch: Watch) -> bool:
     return len(steps) >= MIN_CALIBRATION_STEPS and steps[-1].time - steps[0].time >= CALIBRATION_SECONDS
 
 
-def _require_going(stage: Scene, watch: Watch, limit_seconds: float | None) -> None:
-    """Look. Raises `InfrastructureError` if the run does not begin in time, or fails."""
+def _require_going(stage: Scene, watch: Watch) -> None:
+    """Look. Raises `InfrastructureError` if the run fails, or makes no step for long."""
     watch.look()
     if watch.record.failure is not None:
         raise InfrastructureError(f"the run without a fault failed: {watch.record.failure.message}")
-    if limit_seconds is not None and time.time() > watch.begun_at + limit_seconds:
+    newest = max((event.time for event in watch.events), default=watch.begun_at)
+    if time.time() > newest + STALL_SECONDS:
         logs = ", ".join(str(path) for path in stage.launcher.logs(stage.key))
-        raise InfrastructureError(f"the run without a fault made no step within {limit_seconds:.0f} s: see {logs}")
+        raise InfrastructureError(f"the run without a fault made no step for {STALL_SECONDS:.0f} s: see {logs}")
 
 
 @contextmanager

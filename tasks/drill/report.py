@@ -7,6 +7,7 @@ import time
 from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
+from statistics import median
 from string import Template
 
 from tasks.drill.rows import Report, Row
@@ -59,7 +60,7 @@ def _tiles(report: Report) -> Sequence[tuple[str, str]]:
     return (
         ("faults survived as promised", f"{num_green} of {len(report.rows)}"),
         ("with the undisturbed run's bits", f"{sum(row.bits_equal for row in report.rows)} of {len(report.rows)}"),
-        ("median to the next step", f"{sorted(waits)[len(waits) // 2]:.2f} s" if waits else "–"),
+        ("median to the next step", f"{median(waits):.2f} s" if waits else "–"),
         ("samples read twice", f"{sum(row.samples_duplicated for row in report.rows):,}"),
     )
 
@@ -86,7 +87,7 @@ def _seconds(seconds: float | None) -> str:
 
 
 def _row(row: Row) -> str:
-    notes = [f"<small>{escape(row.evidence or 'nothing was seen to suffer')}</small>"]
+    notes = [f"<small>{escape(row.evidence or row.otherwise)}</small>"]
     notes += [f'<small class="bad">{escape(complaint)}</small>' for complaint in row.complaints]
     redone = f"{row.steps_redone}{' or more' if row.is_redone_at_least else ''}"
     cells = (

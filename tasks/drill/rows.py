@@ -20,6 +20,8 @@ class Row:
     title: str
     evidence: str
     """What was seen to suffer from it; empty if nothing was."""
+    otherwise: str
+    """What it means if nothing was."""
     complaints: tuple[str, ...]
     """What was not as promised."""
     bits_equal: bool

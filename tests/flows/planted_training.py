@@ -33,7 +33,6 @@ BUGS = (
     of_simulation("retention keeps the oldest", "all-killed"),
     of_simulation("a checkpoint replaces all others", "checkpoint-damaged"),
     of_simulation("a result strikes the checkpoints", "worker-killed"),
-    of_simulation("any loss is a failure for good", "worker-killed"),
     of_simulation("a store is used again", "worker-killed"),
     of_simulation("the first group does not wait", "worker-killed"),
     of_simulation("silence is not noticed", "node-frozen"),

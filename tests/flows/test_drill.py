@@ -49,7 +49,7 @@ def registered_version(stack: Stack) -> str:
     run = client.create_run(client.create_experiment(name))
     client.create_registered_model(name)
     tags = {tracking.RUN_KEY_TAG: key, tracking.WEIGHTS_TAG: "0" * 64}
-    version = client.create_model_version(name, source="none", run_id=run.info.run_id, tags=tags)
+    version = client.create_model_version(name, source=run.info.artifact_uri, run_id=run.info.run_id, tags=tags)
     return f"{name}/{version.version}"
 
 

@@ -23,6 +23,7 @@ def row(fault: str = "worker-killed", **changes: Any) -> Row:
     values: dict[str, Any] = {
         "title": "kill -9 of a rank",
         "evidence": "rank 7 dead",
+        "otherwise": "nothing was seen to suffer",
         "complaints": (),
         "bits_equal": True,
         "detect_seconds": 0.1,
@@ -124,7 +125,9 @@ def test_what_a_drill_changes_is_not_what_it_speaks_for() -> None:
     assert subject_of(other, Tiny()) != subject_of(preset, Tiny())
 
 
-def test_as_many_steps_as_fill_a_moment() -> None:
-    assert steps_for(0.1) == 90
-    assert steps_for(60.0) == MIN_STEPS
-    assert steps_for(0.0) == MAX_STEPS
+def test_as_many_steps_as_fill_a_moment_and_let_a_node_come_back() -> None:
+    assert steps_for(0.1, start_seconds=4.0) == 90
+    assert steps_for(0.1, start_seconds=10.0) == 200
+    assert steps_for(0.1, start_seconds=600.0) == 600
+    assert steps_for(60.0, start_seconds=4.0) == MIN_STEPS
+    assert steps_for(0.0, start_seconds=4.0) == MAX_STEPS
