@@ -75,19 +75,23 @@ BUGS = (
     Bug(
         name="the optimizer begins anew",
         module="state",
-        old="        load_entries(self.optimizer, parameters, tensors)\n",
+        old="        load_entries(self.optimizer, parameters, tensors, may_keep=may_keep)\n",
         new="",
         fault="all-killed",
     ),
 )
 
 
-def plant(bug: Bug, folder: Path) -> dict[str, str]:
-    """Variables with which a process runs the library with this bug. Raises `ValueError` if it does not apply."""
-    shutil.copytree(REAL, folder / "training", ignore=shutil.ignore_patterns("__pycache__"))
-    path = folder / "training" / f"{bug.module}.py"
-    source = path.read_text()
+def changed_source(bug: Bug) -> str:
+    """The module with this bug. Raises `ValueError` if it does not apply."""
+    source = (REAL / f"{bug.module}.py").read_text()
     if source.count(bug.old) != 1:
-        raise ValueError(f"{bug.name}: the text is {source.count(bug.old)} times in {path.name}: {bug.old!r}")
-    path.write_text(source.replace(bug.old, bug.new))
+        raise ValueError(f"{bug.name}: the text is {source.count(bug.old)} times in {bug.module}.py: {bug.old!r}")
+    return source.replace(bug.old, bug.new)
+
+
+def plant(bug: Bug, folder: Path) -> dict[str, str]:
+    """Variables with which a process runs the library with this bug."""
+    shutil.copytree(REAL, folder / "training", ignore=shutil.ignore_patterns("__pycache__"))
+    (folder / "training" / f"{bug.module}.py").write_text(changed_source(bug))
     return {"PYTHONPATH": str(folder)}

@@ -18,7 +18,7 @@ from tasks.drill.scene import note
 from tasks.opening import identify
 from tasks.shard import shard as shard_stage
 from tests.conftest import Stack
-from tests.flows.planted_training import BUGS, Bug, plant
+from tests.flows.planted_training import BUGS, Bug, changed_source, plant
 from tests.flows.runs import last_json, run_keys
 from training.config import load_preset
 from training.errors import InfrastructureError
@@ -121,6 +121,10 @@ def test_the_whole_matrix_is_green(stack: Stack, nothing_stays: None) -> None:
     report = drill(stack)
     assert [row.fault for row in report.rows] == list(NAMES)
     assert report.is_green, report.to_json()
+
+
+def test_planted_bugs_still_apply() -> None:
+    assert all(compile(changed_source(bug), bug.module, "exec") for bug in BUGS)
 
 
 @pytest.mark.soak
