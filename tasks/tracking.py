@@ -36,6 +36,8 @@ DATASET_TAG = "unbroken.dataset_digest"
 STORE_TAG = "unbroken.store"
 """Where the run's record lies: several stores may have runs in one MLflow."""
 WEIGHTS_TAG = "unbroken.weights_sha256"
+DRILL_TAG = "unbroken.drill"
+"""On a version: "green" or "red". With .id, .subject, .code, .faults and .report_sha256 (docs/drill.md)."""
 ATTEMPTS_FILE = "attempts.json"
 BATCH_METRICS = 1000
 MAX_TAG_CHARACTERS = 4000
@@ -423,8 +425,24 @@ def list_versions(uri: str) -> list[dict[str, Any]]:
     return rows
 
 
-def find_version(uri: str, text: str) -> tuple[str, str]:
-    """(name, version) that `NAME@ALIAS` or `NAME/VERSION` means. Raises `UserError` if the registry has none."""
+def attach_files(
+    uri: str, name: str, version: str, tags: Mapping[str, str], paths: Sequence[Path], *, folder: str
+) -> None:
+    """Files among the artifacts of the run that a version came from; then tags on the version, which speak of them.
+
+    Raises `InfrastructureError` if MLflow is away.
+    """
+    client = connect(uri)
+    run_id = str(_ask(lambda: client.get_model_version(name, version)).run_id)
+    for path in paths:
+        _ask(lambda: client.log_artifact(run_id, str(path), folder))  # noqa: B023
+    for key, value in tags.items():
+        _ask(lambda: client.set_model_version_tag(name, version, key, value))  # noqa: B023
+
+
+def find_version(uri: str, text: str, *, what: str = "train.warm_start") -> tuple[str, str]:
+    """(name, version) that `NAME@ALIAS` or `NAME/VERSION` means. Raises `UserError`, naming `what` asked for it, if the
+    registry has none."""
     from mlflow.exceptions import MlflowException
 
     name, at, alias = text.partition("@")
@@ -432,14 +450,14 @@ def find_version(uri: str, text: str) -> tuple[str, str]:
     if not at:
         name, _, number = text.partition("/")
     if not name or not number:
-        raise UserError(f"train.warm_start = {text!r}: must read NAME@ALIAS or NAME/VERSION")
+        raise UserError(f"{what} = {text!r}: must read NAME@ALIAS or NAME/VERSION")
     client = connect(uri)
     find = client.get_model_version_by_alias if at else client.get_model_version
     try:
         return name, str(find(name, number).version)
     except MlflowException as error:
         if error.error_code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
-            raise UserError(f"train.warm_start = {text!r}: the registry has no such model version") from error
+            raise UserError(f"{what} = {text!r}: the registry has no such model version") from error
         raise InfrastructureError(f"MLflow does not answer as it should: {error}") from error
 
 

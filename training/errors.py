@@ -53,6 +53,12 @@ class OutOfMemoryError(UnbrokenError):
     exit_code = 7
 
 
+class RedDrillError(UnbrokenError):
+    """A drill found a promise broken, or could not show that it was kept."""
+
+    exit_code = 8
+
+
 class CancelledError(UnbrokenError):
     """A person asked the run to stop."""
 

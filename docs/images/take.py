@@ -1,8 +1,9 @@
-"""Takes the documentation's screenshots: `python docs/images/take.py`.
+"""Takes the documentation's screenshots: `python docs/images/take.py [drill-report]`, all or only that one.
 
 Needs Chromium, and the running local stack with one finished run (`unbroken up`, `unbroken run digits`): best a fresh
-stack's first, for a repeated run takes its stages from the cache and has little to show. The pages are single-page
-apps, so a picture is taken when what it is for is there and the page has stopped changing.
+stack's first, for a repeated run takes its stages from the cache and has little to show; and one drill (`unbroken drill
+digits`). The pages are single-page apps, so a picture is taken when what it is for is there and the page has stopped
+changing.
 """
 
 from __future__ import annotations
@@ -29,7 +30,9 @@ from tasks.stack import open_stack
 from training.errors import InfrastructureError, UnbrokenError, UserError
 
 PRESET = "digits"
+DRILL = "drill-report"
 WIDTH, HEIGHT = 1440, 900
+HEIGHTS = {DRILL: 1560}
 MAX_BYTES = 200_000
 TIMEOUT_SECONDS = 60.0
 STILL_SECONDS = 3.0  # a spinner never holds still, so this waits for its end too
@@ -78,6 +81,15 @@ def pages() -> dict[str, tuple[str, str]]:
     }
 
 
+def drill_report() -> dict[str, tuple[str, str]]:
+    """The page of the preset's newest drill."""
+    settings, _ = open_stack()
+    reports = sorted((settings.home / "drills").glob(f"{PRESET}-*/report.html"))
+    if not reports:
+        raise UserError(f"there is no report of a drill: `unbroken drill {PRESET}` makes one")
+    return {DRILL: (reports[-1].as_uri(), "document.readyState === 'complete'")}
+
+
 @contextmanager
 def browser() -> Iterator[Connection]:
     """The DevTools connection of a headless browser that has no past and leaves nothing behind."""
@@ -102,7 +114,7 @@ def browser() -> Iterator[Connection]:
             process.terminate()
 
 
-def photograph(devtools: Connection, url: str, ready: str) -> Image.Image:
+def photograph(devtools: Connection, url: str, ready: str, *, height: int = HEIGHT) -> Image.Image:
     """The page in a new tab: once `ready`, a JavaScript expression, is true, no panel is open, and nothing moves."""
     session: dict[str, str] = {}
 
@@ -116,7 +128,7 @@ def photograph(devtools: Connection, url: str, ready: str) -> Image.Image:
 
     target = call("Target.createTarget", url="about:blank")["targetId"]
     session["sessionId"] = call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
-    call("Emulation.setDeviceMetricsOverride", width=WIDTH, height=HEIGHT, deviceScaleFactor=1, mobile=False)
+    call("Emulation.setDeviceMetricsOverride", width=WIDTH, height=height, deviceScaleFactor=1, mobile=False)
     call("Page.navigate", url=url)
     before, still_since, deadline = b"", 0.0, time.monotonic() + TIMEOUT_SECONDS
     while time.monotonic() < deadline:
@@ -132,11 +144,11 @@ def photograph(devtools: Connection, url: str, ready: str) -> Image.Image:
 
 
 def main() -> None:
-    wanted = pages()
+    wanted = drill_report() if sys.argv[1:] == [DRILL] else {**pages(), **drill_report()}
     with browser() as devtools:
         for name, (url, ready) in wanted.items():
             path = Path(__file__).with_name(f"{name}.png")
-            picture = photograph(devtools, url, ready)
+            picture = photograph(devtools, url, ready, height=HEIGHTS.get(name, HEIGHT))
             picture.save(path, optimize=True)
             if path.stat().st_size > MAX_BYTES:
                 picture.quantize(256, dither=Image.Dither.NONE).save(path, optimize=True)

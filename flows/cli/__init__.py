@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from cyclopts import App
 
-from flows.cli import browse, checkpoints, data, run, scaffold, stack
+from flows.cli import browse, checkpoints, data, drill, run, scaffold, stack
 from training.errors import UnbrokenError
 
 app = App(
@@ -20,13 +20,14 @@ app = App(
 stack.add_to(app)
 scaffold.add_to(app)
 run.add_to(app)
+drill.add_to(app)
 data.add_to(app)
 browse.add_to(app)
 checkpoints.add_to(app)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Exit codes: 0 done, 1 a bug, 2 your input, 3 a server is away, 4 it would fail again, 6 damage, 130 cancelled."""
+    """Exit codes: docs/cli.md has the table; each error says its own."""
     try:
         app(arguments)
         sys.stdout.flush()

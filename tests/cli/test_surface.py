@@ -14,7 +14,7 @@ from tests.conftest import UNBROKEN
 
 HEAVY = ("torch", "prefect", "mlflow", "boto3", "botocore", "sklearn", "matplotlib")
 HELPS: tuple[list[str], ...] = (
-    *([], ["up"], ["down"], ["status"], ["doctor"], ["init"], ["run"], ["train"]),
+    *([], ["up"], ["down"], ["status"], ["doctor"], ["init"], ["run"], ["train"], ["drill"]),
     *(["runs"], ["runs", "ls"], ["runs", "cancel"], ["data", "ls"], ["ckpt", "ls"], ["models", "ls"]),
     *(["data", verb] for verb in ("show", "diff", "verify", "withdraw", "rm", "gc", "export", "import")),
 )
@@ -41,7 +41,7 @@ def test_help_imports_nothing_heavy() -> None:
 def test_help_lists_the_verbs() -> None:
     done = subprocess.run([UNBROKEN, "--help"], capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 0, done.stderr
-    for verb in ("up", "down", "status", "doctor", "init", "run", "train", "runs", "data", "ckpt", "models"):
+    for verb in ("up", "down", "status", "doctor", "init", "run", "train", "drill", "runs", "data", "ckpt", "models"):
         assert f" {verb} " in done.stdout
 
 

@@ -20,6 +20,7 @@ def test_every_error_has_an_exit_code_of_its_own() -> None:
         "FencedError": 5,
         "DamagedError": 6,
         "OutOfMemoryError": 7,
+        "RedDrillError": 8,
         "CancelledError": 130,
     }
 

@@ -1,0 +1,67 @@
+"""A drill's report beside the model version that it speaks for, so that a gate can require it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from infra.settings import Settings
+from tasks import tracking
+from tasks.drill.rows import Report
+from tasks.drill.subject import subject_of
+from training.config import Preset
+from training.errors import UserError
+from training.job import read_jobs
+from training.objectstore import Store
+from training.recipe import load_recipe
+from training.record import run_key
+
+
+@dataclass(frozen=True, kw_only=True)
+class Version:
+    """Of a registered model."""
+
+    name: str
+    number: str
+
+
+def require_subject(settings: Settings, store: Store, preset: Preset, text: str) -> Version:
+    """The version that `text` (NAME/VERSION or NAME@ALIAS) means, before a drill begins that is to be attached to it.
+
+    Raises `UserError` if there is none, or if it came from another recipe or configuration than the preset's.
+    """
+    name, number = tracking.find_version(settings.mlflow_uri, text, what="--attach")
+    key, _ = tracking.origin_of(settings.mlflow_uri, name, number)
+    jobs = read_jobs(store, key)
+    if not jobs:
+        raise UserError(f"--attach {text}: run {key[:12]} is not on this store: nothing says what it was trained with")
+    job, recipe = jobs[0], load_recipe(preset)
+    theirs = run_key(
+        recipe=load_recipe(job.preset),
+        preset=job.preset,
+        dataset_digest=job.dataset_digest,
+        initial_weights=job.initial.weights_sha256 if job.initial else None,
+    )
+    if theirs != key or subject_of(job.preset, load_recipe(job.preset)) != subject_of(preset, recipe):
+        raise UserError(
+            f"--attach {text}: that version came from another recipe, source or configuration than {preset.name!r} has"
+            " now: a drill of the one says nothing of the other"
+        )
+    return Version(name=name, number=number)
+
+
+def attach_to(settings: Settings, version: Version, report: Report, paths: Sequence[Path]) -> None:
+    """Tags on the version, and the files among the artifacts of its run. A later drill replaces an earlier one's.
+
+    Raises `InfrastructureError` if MLflow is away.
+    """
+    tags = {
+        tracking.DRILL_TAG: "green" if report.is_green else "red",
+        f"{tracking.DRILL_TAG}.id": report.id,
+        f"{tracking.DRILL_TAG}.subject": report.subject,
+        f"{tracking.DRILL_TAG}.code": report.code,
+        f"{tracking.DRILL_TAG}.faults": ",".join(row.fault for row in report.rows),
+        f"{tracking.DRILL_TAG}.report_sha256": report.sha256,
+    }
+    tracking.attach_files(settings.mlflow_uri, version.name, version.number, tags, paths, folder=f"drill/{report.id}")
