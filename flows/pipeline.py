@@ -42,6 +42,7 @@ def pipeline(
         quarantine: go on without records that make the training fail; they are withdrawn from the dataset.
     """
     outlive_the_worker()
+    publish.machine()
     log_user_errors_in_one_line()
     config = pinned(open_stack()[0], load_preset(preset, overrides))
 

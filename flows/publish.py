@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import logging
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
 from uuid import UUID
 
 from infra.settings import load_settings
@@ -11,9 +17,16 @@ from tasks.train import links
 from training.objectstore import Store
 from training.record import RunRecord
 
+log = logging.getLogger(__name__)
+T = TypeVar("T")
+
+PATIENCE_SECONDS = 300.0
+PAUSE_SECONDS = 2.0
 RUN_KEY_LABEL = "unbroken.run_key"
+MACHINE_LABEL = "unbroken.machine"
 RESULTS_ARTIFACT = "results"
 LINKS_ARTIFACT = "links"
+BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
 
 def flow_run_id() -> str:
@@ -25,10 +38,29 @@ def flow_run_id() -> str:
 
 def run_key(key: str) -> None:
     """Label the flow run, so that others can follow the training before it ends."""
+    _label(RUN_KEY_LABEL, key)
+
+
+def machine() -> None:
+    """Label the flow run with where its process is: the reaper there need not wait for heartbeats to miss it."""
     from prefect.client.orchestration import get_client
 
     with get_client(sync_client=True) as client:
-        client.update_flow_run_labels(UUID(flow_run_id()), {RUN_KEY_LABEL: key})
+        run = client.read_flow_run(UUID(flow_run_id()))
+    _label(MACHINE_LABEL, machine_label(run.run_count))
+
+
+def machine_label(run_count: int) -> str:
+    """The boot of this kernel and its namespace of processes: here, a process is seen if it lives. And at which try:
+    the next may be elsewhere."""
+    return f"{BOOT_ID.read_text().strip()} {os.readlink('/proc/self/ns/pid')} {run_count}"
+
+
+def _label(name: str, value: str) -> None:
+    from prefect.client.orchestration import get_client
+
+    with get_client(sync_client=True) as client:
+        client.update_flow_run_labels(UUID(flow_run_id()), {name: value})
 
 
 def results(dataset: Dataset, evaluation: Evaluation, version: Registration) -> dict[str, str]:
@@ -36,19 +68,34 @@ def results(dataset: Dataset, evaluation: Evaluation, version: Registration) -> 
     from prefect.artifacts import create_markdown_artifact, create_table_artifact
 
     percent = f"{evaluation.confidence:.0%}"
-    create_table_artifact(
-        key=RESULTS_ARTIFACT,
-        table=[
-            {"metric": name, "value": round(e.value, 5), f"{percent} low": round(e.low, 5), "high": round(e.high, 5)}
-            for name, e in evaluation.metrics.items()
-        ],
-        description=f"{version.name} version {version.version} on {evaluation.num_samples} held-out samples",
-    )
+    table: list[Any] = [
+        {"metric": name, "value": round(e.value, 5), f"{percent} low": round(e.low, 5), "high": round(e.high, 5)}
+        for name, e in evaluation.metrics.items()
+    ]
+    about = f"{version.name} version {version.version} on {evaluation.num_samples} held-out samples"
+    patiently(lambda: create_table_artifact(key=RESULTS_ARTIFACT, table=table, description=about))
     settings = load_settings()
     found = links(settings, RunRecord(Store(store_location(settings)), version.run_key))
     found["registry"] = version.url
     found["prefect"] = f"{settings.prefect_ui_url}/runs/flow-run/{flow_run_id()}"
     lines = [f"- {name}: {url}" for name, url in found.items()]
     lines += [f"- run key: `{version.run_key}`", f"- dataset: `{dataset.name}` `{dataset.digest}`"]
-    create_markdown_artifact(key=LINKS_ARTIFACT, markdown="\n".join(lines), description="Where everything is")
+    where = "Where everything is"
+    patiently(lambda: create_markdown_artifact(key=LINKS_ARTIFACT, markdown="\n".join(lines), description=where))
     return found
+
+
+def patiently(ask: Callable[[], T]) -> T:
+    """What Prefect's server replies, be it that it is away just now: an artifact's client, which is always a new one,
+    would give up at once. Raises httpx's `TransportError` if the server stays away."""
+    from httpx import TransportError
+
+    deadline = time.monotonic() + PATIENCE_SECONDS
+    while True:
+        try:
+            return ask()
+        except TransportError as error:
+            if time.monotonic() > deadline:
+                raise
+            log.warning("Prefect does not answer: %s", error)
+            time.sleep(PAUSE_SECONDS)

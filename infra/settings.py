@@ -129,6 +129,7 @@ def environment(settings: Settings) -> dict[str, str]:
         "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
         "PREFECT_DEFAULT_RESULT_STORAGE_BLOCK": f"s3-bucket/{RESULTS_BLOCK}",
         "PREFECT_RESULTS_DEFAULT_SERIALIZER": "json",
+        "PREFECT_CLIENT_RETRY_EXTRA_CODES": "500",  # what its server answers while its disk is full
         "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": "30",
         "PREFECT_LOGGING_EXTRA_LOGGERS": "tasks,training",
         "PREFECT_LOGGING_TO_API_WHEN_MISSING_FLOW": "ignore",
@@ -181,7 +182,7 @@ def write_state(folder: Path, state: Mapping[str, Any]) -> None:
 
 def read_settings_file() -> dict[str, dict[str, Any]]:
     """The settings file: $UNBROKEN_SETTINGS, or the nearest `unbroken.toml` upward. Empty if there is none."""
-    path = _settings_path()
+    path = settings_path()
     if path is None:
         return {}
     try:
@@ -203,11 +204,12 @@ def read_settings_file() -> dict[str, dict[str, Any]]:
 def watched_presets() -> list[str]:
     """The presets whose sources are watched for new data: names, or paths of TOML files beside the settings file."""
     presets = read_settings_file().get("watch", {}).get("presets", [])
-    path = _settings_path()
+    path = settings_path()
     return [str(path.parent / name) if path is not None and name.endswith(".toml") else name for name in presets]
 
 
-def _settings_path() -> Path | None:
+def settings_path() -> Path | None:
+    """Of the settings file, if there is one."""
     if os.environ.get("UNBROKEN_SETTINGS"):
         return Path(os.environ["UNBROKEN_SETTINGS"])
     candidates = (folder / "unbroken.toml" for folder in (Path.cwd(), *Path.cwd().parents))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import subprocess
 import sys
@@ -77,8 +78,14 @@ class Stack:
 
 @pytest.fixture(scope="session")
 def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
+    with running_stack(tmp_path_factory.mktemp("stack") / "home") as running:
+        yield running
+
+
+@contextlib.contextmanager
+def running_stack(home: Path) -> Iterator[Stack]:
     """S3, MLflow, Prefect, a worker and the local engine, for real; stopped, and no process left, at the end."""
-    home = tmp_path_factory.mktemp("stack") / "home"
+    before = dict(os.environ)
     for name in NO_PARTS:
         os.environ.pop(name, None)
     os.environ["UNBROKEN_HOME"] = str(home)
@@ -87,6 +94,8 @@ def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
     settings = load_settings()
     activate(settings)
     yield Stack(home=home, settings=settings)
+    os.environ.clear()
+    os.environ.update(before)
     subprocess.run([UNBROKEN, "down"], check=True, timeout=120, env={**os.environ, "UNBROKEN_HOME": str(home)})
     wait_until(lambda: not supervisor.stack_processes(home), what="every process of the stack to be gone")
 

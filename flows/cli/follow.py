@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +29,8 @@ if TYPE_CHECKING:
 POLL_SECONDS = 0.5
 UNCLAIMED_SECONDS = 20.0
 RESUME_SECONDS = 45.0
+AWAY_SECONDS = 300.0
+"""Beside the minute that Prefect's client tries by itself."""
 
 
 def follow_deployment(config: Preset, parameters: Mapping[str, Any], *, queue: str, quiet: bool) -> dict[str, Any]:
@@ -117,17 +120,35 @@ class _Watcher:
         self._run_key = ""
         self._maybe_follower: Follower | None = None
         self._maybe_crashed_at: float | None = None
+        self._maybe_away_since: float | None = None
 
     def until_over(self, run_id: Any) -> FlowRun:
         while True:
-            run = self._client.read_flow_run(run_id)
-            if not self._quiet:
-                self._show_stages(run_id)
-                self._show_training(run)
-            if run.state is not None and run.state.is_final() and not self._may_be_resumed(run):
-                self._live.end()
-                return run
+            with self._patience():
+                run = self._client.read_flow_run(run_id)
+                if not self._quiet:
+                    self._show_stages(run_id)
+                    self._show_training(run)
+                if run.state is not None and run.state.is_final() and not self._may_be_resumed(run):
+                    self._live.end()
+                    return run
             time.sleep(POLL_SECONDS)
+
+    @contextmanager
+    def _patience(self) -> Iterator[None]:
+        """Prefect may be away: the run does not need us to look. Raises httpx's error if it stays away."""
+        from httpx import HTTPError
+
+        try:
+            yield
+            self._maybe_away_since = None
+        except HTTPError as error:
+            now = time.monotonic()
+            self._maybe_away_since = self._maybe_away_since or now
+            if now - self._maybe_away_since > AWAY_SECONDS:
+                raise
+            if not self._quiet:
+                self._live.show(f"Prefect does not answer, and the run goes on: {error}")
 
     def _may_be_resumed(self, run: FlowRun) -> bool:
         """A crash is for the reaper to mend; what it leaves crashed for long has ended."""

@@ -12,6 +12,7 @@ from uuid import UUID
 
 import psutil
 
+from flows.publish import MACHINE_LABEL, machine_label
 from flows.reaper.decide import FlowSight, FlowVerdict, judge_flow
 from flows.reaper.signs import Signs
 from infra.launcher import Launcher, cancel_owned_by
@@ -87,7 +88,8 @@ class FlowRuns:
 
     def _sight(self, run: FlowRun, now: float) -> FlowSight:
         key, state = str(run.id), _state_type(run)
-        is_here, was_here = self._is_here(key), key in self._processes
+        is_here = self._is_here(key)
+        was_here = key in self._processes or (run.labels or {}).get(MACHINE_LABEL) == machine_label(run.run_count)
         life = (
             run.state_id,
             next(self._looks) if is_here else None,

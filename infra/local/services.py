@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from infra.local.ports import LOOPBACK
-from infra.settings import PROJECT_ROOT, Settings, credentials_path, environment
+from infra.settings import PROJECT_ROOT, Settings, credentials_path, environment, settings_path
 from training.errors import InfrastructureError
 
 WORK_POOL = "local"
@@ -45,6 +45,7 @@ def local_services(settings: Settings, ports: Mapping[str, int], external: froze
         prefect_service(settings, ports["prefect"]),
         worker_service(settings),
         reaper_service(settings),
+        keeper_service(settings),
     ]
     return [service for service in services if service.name not in external]
 
@@ -171,6 +172,23 @@ def reaper_service(settings: Settings) -> Service:
         environment={**environment(settings), "PREFECT_CLIENT_MAX_RETRIES": "0"},  # it looks again anyway
         is_healthy=lambda: True,
         url=settings.prefect_ui_url,
+    )
+
+
+def keeper_service(settings: Settings) -> Service:
+    """Has the stack up again if its supervisor is killed. Well while it runs: it serves nobody."""
+    maybe_file = settings_path()
+    return Service(
+        name="keeper",
+        command=(sys.executable, "-P", "-m", "infra.local.keeper"),
+        environment={
+            "UNBROKEN_HOME": str(settings.home),
+            **(
+                {"UNBROKEN_SETTINGS": str(maybe_file.resolve())} if maybe_file else {}
+            ),  # whoever called `up` found it there
+        },
+        is_healthy=lambda: True,
+        url="",
     )
 
 

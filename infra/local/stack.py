@@ -47,6 +47,8 @@ from training.errors import InfrastructureError, UserError
 START_SECONDS = 180.0
 MIN_FREE_BYTES = 2**30
 MAX_LOST_PORTS = 5
+WANTED = "is_wanted"
+"""Noted from `up` to `down`."""
 LATER = ("worker", "reaper")
 """They would only fail until Prefect's server is there."""
 
@@ -59,16 +61,31 @@ def up(report: Report) -> Settings:
     """
     folder = home()
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    require_free_disk(shutil.disk_usage(folder).free, folder)
     with locked(folder / "up.lock"):
-        lost: set[int] = set()
-        while True:
-            try:
-                return _up(folder, report, lost=lost)
-            except PortLostError as error:  # another stack starts on this machine just now: choose again
-                if len(lost) >= MAX_LOST_PORTS:
-                    raise
-                lost.add(error.port)
+        return _up_on_free_ports(folder, report)
+
+
+def revive(report: Report) -> None:
+    """`up` after the supervisor was killed; not if the stack was brought down since, or somebody has it up again.
+
+    Raises as `up`.
+    """
+    folder = home()
+    with locked(folder / "up.lock"):
+        if read_state(folder).get(WANTED) and not supervisor.is_running(folder):
+            _up_on_free_ports(folder, report)
+
+
+def _up_on_free_ports(folder: Path, report: Report) -> Settings:
+    require_free_disk(shutil.disk_usage(folder).free, folder)
+    lost: set[int] = set()
+    while True:
+        try:
+            return _up(folder, report, lost=lost)
+        except PortLostError as error:  # another stack starts on this machine just now: choose again
+            if len(lost) >= MAX_LOST_PORTS:
+                raise
+            lost.add(error.port)
 
 
 def _up(folder: Path, report: Report, *, lost: Collection[int]) -> Settings:
@@ -105,7 +122,7 @@ def _write_addresses(folder: Path, *, was_running: bool, lost: Collection[int]) 
         "prefect": {"api_url": f"http://{LOOPBACK}:{ports['prefect']}/api"},
     }
     local = {part: address for part, address in addresses.items() if part not in external_parts(file)}
-    write_state(folder, {"ports": ports, **local})
+    write_state(folder, {"ports": ports, WANTED: True, **local})
 
 
 def _begin(settings: Settings, services: Mapping[str, Service], report: Report, *, was_running: bool) -> None:

@@ -22,7 +22,7 @@ CPU_GROUPS = Path("/sys/fs/cgroup/cpu")
 GROUP = "unbroken-test-"
 PERIOD_SECONDS = 0.05
 FAKETIME = ("/usr/lib/*/faketime/libfaketimeMT.so.1", "libfaketime")
-MAX_DISK_BYTES = 1 << 30
+MAX_DISK_BYTES = 4 << 30
 
 
 @dataclass
@@ -202,7 +202,7 @@ class FullDisk(Lasting):
         file = os.open(self._ballast, os.O_WRONLY | os.O_CREAT)
         try:
             while True:
-                os.write(file, bytes(4096))
+                os.write(file, bytes(1 << 16))
         except OSError as error:
             if error.errno != errno.ENOSPC:
                 raise

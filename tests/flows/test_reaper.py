@@ -12,8 +12,9 @@ import pytest
 from prefect.client.orchestration import SyncPrefectClient
 from prefect.states import Cancelled, Running
 
+from flows.publish import MACHINE_LABEL, machine_label
 from flows.reaper.attempt import attempt
-from flows.reaper.decide import QUIET_SECONDS, SILENT_SECONDS
+from flows.reaper.decide import GONE_SECONDS, QUIET_SECONDS, SILENT_SECONDS
 from flows.reaper.engine_jobs import end_unwanted
 from flows.reaper.flow_runs import FlowRuns
 from flows.reaper.signs import MAX_GAP_SECONDS
@@ -172,6 +173,26 @@ def test_flow_run_without_process_or_heartbeat_is_crashed_and_scheduled_again(
         flow_runs.set_right(now=float(now))
     assert [state.name for state in client.read_flow_run_states(lost.id)] == ["Running"]
     flow_runs.set_right(now=SILENT_SECONDS + 1)
+    assert [state.name for state in client.read_flow_run_states(lost.id)][:3] == ["Running", "Crashed", "AwaitingRetry"]
+    client.delete_flow_run(lost.id)
+
+
+@pytest.mark.parametrize(("num_tries_since", "seconds"), [(0, GONE_SECONDS), (1, SILENT_SECONDS)])
+def test_flow_run_that_says_it_was_here_is_missed_sooner(
+    client: SyncPrefectClient, launcher: LocalLauncher, num_tries_since: int, seconds: float
+) -> None:
+    """The reaper that had seen its process died with it. Since another try began, it may be elsewhere."""
+    deployment = client.read_deployment_by_name("pipeline/digits")
+    lost = client.create_flow_run_from_deployment(
+        deployment.id, state=Running(), parameters={"preset": "digits", "overrides": {"train.steps": 1}}
+    )
+    run_count = client.read_flow_run(lost.id).run_count
+    client.update_flow_run_labels(lost.id, {MACHINE_LABEL: machine_label(run_count - num_tries_since)})
+    flow_runs = FlowRuns(client, launcher)
+    for now in range(0, int(seconds) + 1, int(GONE_SECONDS)):
+        flow_runs.set_right(now=float(now))
+    assert [state.name for state in client.read_flow_run_states(lost.id)] == ["Running"]
+    flow_runs.set_right(now=seconds + 1)
     assert [state.name for state in client.read_flow_run_states(lost.id)][:3] == ["Running", "Crashed", "AwaitingRetry"]
     client.delete_flow_run(lost.id)
 

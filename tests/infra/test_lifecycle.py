@@ -47,6 +47,9 @@ def test_stack_dies_and_comes_back_with_its_data(home: Path, monkeypatch: pytest
     _write_something(home)
     orphan = service_pid(home, f"{JOB}:node0")
 
+    _supervisor_alone_is_killed(home)
+    orphan = service_pid(home, f"{JOB}:node0")
+
     _kill_all_but(home, orphan)
     assert _unbroken("status", expect=3).stderr.strip().endswith("start it with `unbroken up` (or `make up`)")
     assert is_alive(orphan), "its supervisor is dead, and it lives"
@@ -93,6 +96,21 @@ def _write_something(home: Path) -> None:
     command = ("/bin/sleep", "86400")
     LocalLauncher(home).submit(JobSpec(key=JOB, num_nodes=1, command=command, environment={}, owner="kept"))
     wait_until(lambda: service_pid(home, f"{JOB}:node0"), what="the job to begin")
+
+
+def _supervisor_alone_is_killed(home: Path) -> None:
+    """Its keeper has everything up again, job and all, and nothing is left of before."""
+    head = supervisor.supervisor_process(home)
+    assert head is not None
+    before = {head, *supervisor.stack_processes(home)}
+    ports = read_state(home)["ports"]
+    head.kill()
+    wait_until(lambda: supervisor.supervisor_process(home) not in (None, head), what="another supervisor")
+    wait_until(lambda: supervisor.is_running(home) and service_pid(home, f"{JOB}:node0"), what="the job to run again")
+    _unbroken("up")  # waits until all is well
+    assert not [process for process in before if process.is_running()]
+    assert read_state(home)["ports"] == ports
+    _everything_is_still_there(home)
 
 
 def _kill_all_but(home: Path, survivor: int) -> None:

@@ -24,7 +24,7 @@ from tests.infra.probes import environment_for, family, kill_9, listeners, post_
 from tests.waiting import wait_until
 from training.errors import UserError
 
-SERVICES = ("s3", "mlflow", "prefect", "worker", "reaper")
+SERVICES = ("s3", "mlflow", "prefect", "worker", "reaper", "keeper")
 
 
 def test_up_again_starts_nothing(stack: Stack) -> None:

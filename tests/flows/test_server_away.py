@@ -1,0 +1,64 @@
+"""Prefect's server away for a while: neither the command that looks on nor the flow's last words end with it."""
+
+from __future__ import annotations
+
+import uuid
+from typing import Any
+
+import pytest
+from httpx import ConnectError
+from prefect.client.orchestration import SyncPrefectClient
+from prefect.client.schemas.objects import FlowRun
+from prefect.states import Completed
+
+from flows import publish
+from flows.cli import follow
+from infra.local.ports import free_port
+from training.config import load_preset
+
+
+class AwayAtFirst:
+    """Refuses connections as often as it is told to; then the flow run is completed."""
+
+    def __init__(self, num_refused: int) -> None:
+        self.num_left = num_refused
+        self._away = SyncPrefectClient(f"http://127.0.0.1:{free_port()}/api")
+
+    def read_flow_run(self, run_id: uuid.UUID) -> FlowRun:
+        if self.num_left:
+            self.num_left -= 1
+            return self._away.read_flow_run(run_id)
+        return FlowRun(id=run_id, flow_id=run_id, state=Completed())
+
+
+@pytest.fixture
+def no_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(follow, "POLL_SECONDS", 0.0)
+    monkeypatch.setattr(publish, "PAUSE_SECONDS", 0.0)
+
+
+def watcher(client: Any) -> follow._Watcher:
+    return follow._Watcher(client, None, load_preset("digits"), quiet=True)  # type: ignore[arg-type]
+
+
+@pytest.mark.usefixtures("no_pauses")
+def test_command_looks_on_until_the_server_is_back() -> None:
+    client = AwayAtFirst(3)
+    assert watcher(client).until_over(uuid.uuid4()).state.is_completed()
+    assert client.num_left == 0
+
+
+@pytest.mark.usefixtures("no_pauses")
+def test_command_gives_up_if_the_server_stays_away(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(follow, "AWAY_SECONDS", 0.0)
+    with pytest.raises(ConnectError):
+        watcher(AwayAtFirst(1000)).until_over(uuid.uuid4())
+
+
+@pytest.mark.usefixtures("no_pauses")
+def test_artifacts_are_made_once_the_server_is_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    client, run_id = AwayAtFirst(3), uuid.uuid4()
+    assert publish.patiently(lambda: client.read_flow_run(run_id)).id == run_id
+    monkeypatch.setattr(publish, "PATIENCE_SECONDS", 0.0)
+    with pytest.raises(ConnectError):
+        publish.patiently(lambda: AwayAtFirst(1000).read_flow_run(run_id))
