@@ -2,26 +2,19 @@
 
 from __future__ import annotations
 
-import logging
 import os
-import time
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 from uuid import UUID
 
 from infra.settings import load_settings
+from tasks.policy import patiently
 from tasks.results import Dataset, Evaluation, Registration
 from tasks.stack import store_location
 from tasks.train import links
 from training.objectstore import Store
 from training.record import RunRecord
 
-log = logging.getLogger(__name__)
-T = TypeVar("T")
-
-PATIENCE_SECONDS = 300.0
-PAUSE_SECONDS = 2.0
 RUN_KEY_LABEL = "unbroken.run_key"
 MACHINE_LABEL = "unbroken.machine"
 RESULTS_ARTIFACT = "results"
@@ -46,7 +39,7 @@ def machine() -> None:
     from prefect.client.orchestration import get_client
 
     with get_client(sync_client=True) as client:
-        run = client.read_flow_run(UUID(flow_run_id()))
+        run = patiently(lambda: client.read_flow_run(UUID(flow_run_id())))
     _label(MACHINE_LABEL, machine_label(run.run_count))
 
 
@@ -60,7 +53,7 @@ def _label(name: str, value: str) -> None:
     from prefect.client.orchestration import get_client
 
     with get_client(sync_client=True) as client:
-        client.update_flow_run_labels(UUID(flow_run_id()), {name: value})
+        patiently(lambda: client.update_flow_run_labels(UUID(flow_run_id()), {name: value}))
 
 
 def results(dataset: Dataset, evaluation: Evaluation, version: Registration) -> dict[str, str]:
@@ -75,7 +68,8 @@ def results(dataset: Dataset, evaluation: Evaluation, version: Registration) -> 
     about = f"{version.name} version {version.version} on {evaluation.num_samples} held-out samples"
     patiently(lambda: create_table_artifact(key=RESULTS_ARTIFACT, table=table, description=about))
     settings = load_settings()
-    found = links(settings, RunRecord(Store(store_location(settings)), version.run_key))
+    run = RunRecord(Store(store_location(settings)), version.run_key)
+    found = patiently(lambda: links(settings, run))
     found["registry"] = version.url
     found["prefect"] = f"{settings.prefect_ui_url}/runs/flow-run/{flow_run_id()}"
     lines = [f"- {name}: {url}" for name, url in found.items()]
@@ -83,19 +77,3 @@ def results(dataset: Dataset, evaluation: Evaluation, version: Registration) -> 
     where = "Where everything is"
     patiently(lambda: create_markdown_artifact(key=LINKS_ARTIFACT, markdown="\n".join(lines), description=where))
     return found
-
-
-def patiently(ask: Callable[[], T]) -> T:
-    """What Prefect's server replies, be it that it is away just now: an artifact's client, which is always a new one,
-    would give up at once. Raises httpx's `TransportError` if the server stays away."""
-    from httpx import TransportError
-
-    deadline = time.monotonic() + PATIENCE_SECONDS
-    while True:
-        try:
-            return ask()
-        except TransportError as error:
-            if time.monotonic() > deadline:
-                raise
-            log.warning("Prefect does not answer: %s", error)
-            time.sleep(PAUSE_SECONDS)

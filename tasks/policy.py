@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+import logging
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from prefect.tasks import exponential_backoff
 
@@ -11,6 +14,7 @@ from training.errors import (
     DamagedError,
     DeterministicError,
     FencedError,
+    InfrastructureError,
     OutOfMemoryError,
     UserError,
 )
@@ -19,6 +23,11 @@ if TYPE_CHECKING:
     from prefect import Task
     from prefect.client.schemas.objects import State, TaskRun
 
+log = logging.getLogger(__name__)
+T = TypeVar("T")
+
+PATIENCE_SECONDS = 300.0
+PAUSE_SECONDS = 2.0
 NOT_WORTH_A_RETRY = (UserError, DeterministicError, FencedError, DamagedError, OutOfMemoryError, CancelledError)
 
 
@@ -39,3 +48,21 @@ def stage_options(*, timeout_seconds: float) -> dict[str, Any]:
         "persist_result": True,
         "result_serializer": "json",
     }
+
+
+def patiently(ask: Callable[[], T]) -> T:
+    """For what a flow asks of servers between its stages, where nothing is tried again: one may be away just now.
+
+    Raises `InfrastructureError`, or httpx's error for Prefect, if it stays away.
+    """
+    from httpx import HTTPError
+
+    deadline = time.monotonic() + PATIENCE_SECONDS
+    while True:
+        try:
+            return ask()
+        except (InfrastructureError, HTTPError) as error:
+            if time.monotonic() > deadline:
+                raise
+            log.warning("%s", error)
+            time.sleep(PAUSE_SECONDS)

@@ -12,7 +12,7 @@ from prefect import task
 
 from tasks import tracking
 from tasks.models import load_model
-from tasks.policy import stage_options
+from tasks.policy import patiently, stage_options
 from tasks.provenance import commit_of
 from tasks.results import Dataset, Evaluation, Registration, TrainedModel
 from tasks.stack import open_stack
@@ -106,12 +106,11 @@ def set_aliases(store: Store, tracker: tracking.Tracker, name: str, version: str
 def registered(preset: Preset, dataset: Dataset, model: TrainedModel, evaluation: Evaluation) -> Registration:
     """`register`, done again if the version was deleted since, and with the aliases that it has now."""
     known = register(preset, dataset, model, evaluation)
-    settings, _ = open_stack()
-    weights = model.weights_sha256
-    if not tracking.has_version(settings.mlflow_uri, preset.name, run_key=model.run_key, weights_sha256=weights):
+    uri, weights = open_stack()[0].mlflow_uri, model.weights_sha256
+    if not patiently(lambda: tracking.has_version(uri, preset.name, run_key=model.run_key, weights_sha256=weights)):
         known = register.with_options(refresh_cache=True)(preset, dataset, model, evaluation)
-    client = tracking.connect(settings.mlflow_uri)
-    return replace(known, aliases=tracking.aliases_of(client, known.name, known.version))
+    client = tracking.connect(uri)
+    return replace(known, aliases=patiently(lambda: tracking.aliases_of(client, known.name, known.version)))
 
 
 def example_inputs(store: Store, preset: Preset, dataset: Dataset) -> np.ndarray[Any, Any]:

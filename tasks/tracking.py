@@ -392,6 +392,11 @@ def aliases_of(client: MlflowClient, name: str, version: str) -> tuple[str, ...]
     return tuple(sorted(alias for alias, number in model.aliases.items() if str(number) == version))
 
 
+def url_of(uri: str, run_id: str) -> str:
+    """Where a person sees the MLflow run. Raises `InfrastructureError` if MLflow is away."""
+    return run_url(uri, str(_ask(lambda: connect(uri).get_run(run_id)).info.experiment_id), run_id)
+
+
 def run_url(uri: str, experiment_id: str, run_id: str) -> str:
     return f"{uri}/#/experiments/{experiment_id}/runs/{run_id}{MACHINE_LEARNING}"
 

@@ -222,11 +222,9 @@ def _resumption(event: Event) -> str:
 
 
 def links(settings: Settings, run: RunRecord) -> dict[str, str]:
-    """Where a person looks: the MLflow run and the run's objects."""
+    """Where a person looks: the MLflow run and the run's objects. Raises `InfrastructureError` if a server is away."""
     record = run.read()
     found = {"s3": run.store.location.uri(f"runs/{run.run_key}/")}
     if record.tracking_run_id is not None:
-        client = tracking.connect(settings.mlflow_uri)
-        experiment = str(client.get_run(record.tracking_run_id).info.experiment_id)
-        found["mlflow"] = tracking.run_url(settings.mlflow_uri, experiment, record.tracking_run_id)
+        found["mlflow"] = tracking.url_of(settings.mlflow_uri, record.tracking_run_id)
     return found

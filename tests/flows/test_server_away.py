@@ -11,9 +11,9 @@ from prefect.client.orchestration import SyncPrefectClient
 from prefect.client.schemas.objects import FlowRun
 from prefect.states import Completed
 
-from flows import publish
 from flows.cli import follow
 from infra.local.ports import free_port
+from tasks import policy
 from training.config import load_preset
 
 
@@ -34,7 +34,7 @@ class AwayAtFirst:
 @pytest.fixture
 def no_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(follow, "POLL_SECONDS", 0.0)
-    monkeypatch.setattr(publish, "PAUSE_SECONDS", 0.0)
+    monkeypatch.setattr(policy, "PAUSE_SECONDS", 0.0)
 
 
 def watcher(client: Any) -> follow._Watcher:
@@ -58,7 +58,7 @@ def test_command_gives_up_if_the_server_stays_away(monkeypatch: pytest.MonkeyPat
 @pytest.mark.usefixtures("no_pauses")
 def test_artifacts_are_made_once_the_server_is_back(monkeypatch: pytest.MonkeyPatch) -> None:
     client, run_id = AwayAtFirst(3), uuid.uuid4()
-    assert publish.patiently(lambda: client.read_flow_run(run_id)).id == run_id
-    monkeypatch.setattr(publish, "PATIENCE_SECONDS", 0.0)
+    assert policy.patiently(lambda: client.read_flow_run(run_id)).id == run_id
+    monkeypatch.setattr(policy, "PATIENCE_SECONDS", 0.0)
     with pytest.raises(ConnectError):
-        publish.patiently(lambda: AwayAtFirst(1000).read_flow_run(run_id))
+        policy.patiently(lambda: AwayAtFirst(1000).read_flow_run(run_id))
