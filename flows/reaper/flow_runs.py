@@ -89,7 +89,8 @@ class FlowRuns:
     def _sight(self, run: FlowRun, now: float) -> FlowSight:
         key, state = str(run.id), _state_type(run)
         is_here = self._is_here(key)
-        was_here = key in self._processes or (run.labels or {}).get(MACHINE_LABEL) == machine_label(run.run_count)
+        says_so = state == "RUNNING" and (run.labels or {}).get(MACHINE_LABEL) == machine_label(run.run_count)
+        was_here = key in self._processes or says_so
         life = (
             run.state_id,
             next(self._looks) if is_here else None,
@@ -169,6 +170,7 @@ class FlowRuns:
         again: State[Any] = AwaitingRetry(
             scheduled_time=datetime.now(UTC), message="Resumed by the reaper after a crash."
         )
+        self._processes.pop(str(run.id), None)  # the next one, perhaps elsewhere, may take its time to begin
         self._client.set_flow_run_state(run.id, again)
         log.info("flow run %s crashed: resumed", run.name)
 

@@ -24,25 +24,25 @@ RETRY_SECONDS = 5.0
 
 
 def main() -> None:
-    parent = os.getppid()
-    _wait_for_death(parent)
     folder = home()
+    parent = os.getppid()
+    maybe_supervisor = supervisor.supervisor_process(folder)
+    if maybe_supervisor is not None and maybe_supervisor.pid == parent:  # else it died while this one began
+        _wait_for_death(parent)
     _log_to(log_path(folder, "keeper"))  # the supervisor took along the pipe that it read
-    log.warning("the supervisor, process %d, is dead", parent)
+    log.warning("the supervisor is dead")
     time.sleep(PAUSE_SECONDS)
-    keep_up(folder)
+    keep_up()
 
 
-def keep_up(folder: Path) -> None:
-    """Bring the stack up, as often as it takes to have a supervisor, which has a keeper of its own."""
+def keep_up() -> None:
+    """Bring the stack up, as often as it takes: what is to start last would be missing otherwise."""
     while True:
         try:
             stack.revive(log.info)
             return
         except (InfrastructureError, UserError) as error:  # a disk that is full now need not stay so
             log.warning("%s", error)
-            if supervisor.is_running(folder):
-                return
             time.sleep(RETRY_SECONDS)
 
 

@@ -66,13 +66,10 @@ def up(report: Report) -> Settings:
 
 
 def revive(report: Report) -> None:
-    """`up` after the supervisor was killed; not if the stack was brought down since, or somebody has it up again.
-
-    Raises as `up`.
-    """
+    """`up` after the supervisor was killed; not if the stack was brought down since. Raises as `up`."""
     folder = home()
     with locked(folder / "up.lock"):
-        if read_state(folder).get(WANTED) and not supervisor.is_running(folder):
+        if read_state(folder).get(WANTED):
             _up_on_free_ports(folder, report)
 
 

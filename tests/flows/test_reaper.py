@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
 import sys
 import uuid
 from collections.abc import Iterator
@@ -10,18 +12,20 @@ from typing import Any
 
 import pytest
 from prefect.client.orchestration import SyncPrefectClient
-from prefect.states import Cancelled, Running
+from prefect.client.schemas.objects import FlowRun
+from prefect.states import Cancelled, Pending, Running
 
 from flows.publish import MACHINE_LABEL, machine_label
 from flows.reaper.attempt import attempt
 from flows.reaper.decide import GONE_SECONDS, QUIET_SECONDS, SILENT_SECONDS
 from flows.reaper.engine_jobs import end_unwanted
-from flows.reaper.flow_runs import FlowRuns
+from flows.reaper.flow_runs import FLOW_RUN_VARIABLE, FlowRuns
 from flows.reaper.signs import MAX_GAP_SECONDS
 from flows.reaper.tracked_runs import TrackedRuns
 from infra.launcher import JobSpec
 from infra.local.launcher import LocalLauncher
 from infra.local.ports import free_port
+from infra.local.services import WORK_POOL
 from tasks import tracking
 from tasks.pulse import Pulse
 from tasks.results import Dataset
@@ -177,24 +181,56 @@ def test_flow_run_without_process_or_heartbeat_is_crashed_and_scheduled_again(
     client.delete_flow_run(lost.id)
 
 
+@pytest.fixture
+def held(client: SyncPrefectClient) -> Iterator[FlowRun]:
+    """A flow run that no worker takes."""
+    name = f"held-{uuid.uuid4().hex}"
+    queue = client.create_work_queue(name, work_pool_name=WORK_POOL)
+    client.update_work_queue(queue.id, is_paused=True)
+    deployment = client.read_deployment_by_name("pipeline/digits")
+    run = client.create_flow_run_from_deployment(deployment.id, state=Running(), work_queue_name=name)
+    yield client.read_flow_run(run.id)
+    client.delete_flow_run(run.id)
+
+
 @pytest.mark.parametrize(("num_tries_since", "seconds"), [(0, GONE_SECONDS), (1, SILENT_SECONDS)])
 def test_flow_run_that_says_it_was_here_is_missed_sooner(
-    client: SyncPrefectClient, launcher: LocalLauncher, num_tries_since: int, seconds: float
+    client: SyncPrefectClient, launcher: LocalLauncher, held: FlowRun, num_tries_since: int, seconds: float
 ) -> None:
     """The reaper that had seen its process died with it. Since another try began, it may be elsewhere."""
-    deployment = client.read_deployment_by_name("pipeline/digits")
-    lost = client.create_flow_run_from_deployment(
-        deployment.id, state=Running(), parameters={"preset": "digits", "overrides": {"train.steps": 1}}
-    )
-    run_count = client.read_flow_run(lost.id).run_count
-    client.update_flow_run_labels(lost.id, {MACHINE_LABEL: machine_label(run_count - num_tries_since)})
+    client.update_flow_run_labels(held.id, {MACHINE_LABEL: machine_label(held.run_count - num_tries_since)})
     flow_runs = FlowRuns(client, launcher)
-    for now in range(0, int(seconds) + 1, int(GONE_SECONDS)):
-        flow_runs.set_right(now=float(now))
-    assert [state.name for state in client.read_flow_run_states(lost.id)] == ["Running"]
+    look_for(flow_runs, seconds)
+    assert states(client, held) == ["Running"]
     flow_runs.set_right(now=seconds + 1)
-    assert [state.name for state in client.read_flow_run_states(lost.id)][:3] == ["Running", "Crashed", "AwaitingRetry"]
-    client.delete_flow_run(lost.id)
+    assert states(client, held) == ["Running", "Crashed", "AwaitingRetry"]
+
+
+def test_next_try_may_take_its_time_to_begin(client: SyncPrefectClient, launcher: LocalLauncher, held: FlowRun) -> None:
+    """Else a run that was resumed on a busy machine would be resumed again, and executed twice."""
+    waiting = [sys.executable, "-c", "import signal; signal.pause()", "prefect.engine"]
+    process = subprocess.Popen(waiting, env={**os.environ, FLOW_RUN_VARIABLE: str(held.id)})
+    client.update_flow_run_labels(held.id, {MACHINE_LABEL: machine_label(held.run_count)})
+    flow_runs = FlowRuns(client, launcher)
+    flow_runs.set_right(now=0.0)
+    process.kill()
+    process.wait()
+    look_for(flow_runs, GONE_SECONDS + 1)
+    assert states(client, held) == ["Running", "Crashed", "AwaitingRetry"]
+    client.set_flow_run_state(held.id, Pending(), force=True)
+    look_for(flow_runs, SILENT_SECONDS, since=GONE_SECONDS + 2)
+    assert states(client, held)[3:] == ["Pending"]
+
+
+def look_for(flow_runs: FlowRuns, seconds: float, *, since: float = 0.0) -> None:
+    """At the pace of a reaper that is not taken for one that slept."""
+    for after in range(0, int(seconds) + 1, int(GONE_SECONDS)):
+        flow_runs.set_right(now=since + after)
+    flow_runs.set_right(now=since + seconds)
+
+
+def states(client: SyncPrefectClient, run: FlowRun) -> list[str | None]:
+    return [state.name for state in client.read_flow_run_states(run.id)]
 
 
 def test_server_that_is_away_stops_nothing(

@@ -20,7 +20,7 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_stack_that_was_brought_down_stays_down(home: Path) -> None:
     write_state(home, {"ports": {}})
-    keeper.keep_up(home)
+    keeper.keep_up()
     assert supervisor.supervisor_process(home) is None
 
 
@@ -39,6 +39,6 @@ def test_it_tries_until_the_disk_has_room_again(
     write_state(home, {"ports": {}, stack.WANTED: True})
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage(free=0))
     monkeypatch.setattr(keeper.time, "sleep", pause)
-    keeper.keep_up(home)
+    keeper.keep_up()
     assert pauses == [keeper.RETRY_SECONDS] * 3
     assert caplog.text.count("only 0 MiB are free") == 3
