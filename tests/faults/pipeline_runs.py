@@ -35,13 +35,14 @@ class PipelineRun:
     dataset: str
     known_keys: frozenset[str]
     """Of the runs before."""
+    _was_asked_for: bool = False
 
     def has_come_to(self, moment: str) -> bool:
         """Whether it is that far; False also while the store cannot say."""
         with contextlib.suppress(InfrastructureError):
             match moment:
                 case "asked for":
-                    return True
+                    return self._is_asked_for()
                 case "sharded":
                     return any(True for _ in self.stack.store.list_keys(f"datasets/{self.dataset}/shards/"))
                 case "training":
@@ -49,6 +50,11 @@ class PipelineRun:
                 case "trained":
                     return self.record().result is not None
         return False
+
+    def _is_asked_for(self) -> bool:
+        """Asked of Prefect until it says so: later it may be away."""
+        self._was_asked_for = self._was_asked_for or self._state() is not None
+        return self._was_asked_for
 
     @property
     def run(self) -> RunRecord:
