@@ -76,4 +76,5 @@ def results(dataset: Dataset, evaluation: Evaluation, version: Registration) -> 
     lines += [f"- run key: `{version.run_key}`", f"- dataset: `{dataset.name}` `{dataset.digest}`"]
     where = "Where everything is"
     patiently(lambda: create_markdown_artifact(key=LINKS_ARTIFACT, markdown="\n".join(lines), description=where))
+    patiently(run.read)  # the store is there: Prefect will try only once to keep the flow's result on it
     return found

@@ -24,11 +24,12 @@ from training.record import RunRecord
 
 if TYPE_CHECKING:
     from prefect.client.orchestration import SyncPrefectClient
-    from prefect.client.schemas.objects import FlowRun
+    from prefect.client.schemas.objects import FlowRun, State
 
 POLL_SECONDS = 0.5
 UNCLAIMED_SECONDS = 20.0
 RESUME_SECONDS = 45.0
+RESULT_SECONDS = 60.0
 AWAY_SECONDS = 300.0
 """Beside the minute that Prefect's client tries by itself."""
 
@@ -83,7 +84,7 @@ def _conclude(final: FlowRun, *, quiet: bool) -> dict[str, Any]:
     assert state is not None
     if state.is_cancelled():
         raise CancelledError("the run was cancelled; no rank is left. The same command goes on where it stopped")
-    outcome = state.result(raise_on_failure=False)
+    outcome = outcome_of(state)
     if isinstance(outcome, UnbrokenError):
         raise outcome
     if not state.is_completed():
@@ -92,6 +93,24 @@ def _conclude(final: FlowRun, *, quiet: bool) -> dict[str, Any]:
     if not quiet:
         _print_result(result)
     return asdict(result)
+
+
+def outcome_of(state: State[Any]) -> Any:
+    """What the flow gave, or the error that it ended with.
+
+    Raises `InfrastructureError` if the store stays away that holds it, or was away when it was to be kept.
+    """
+    deadline = time.monotonic() + RESULT_SECONDS
+    while True:
+        try:
+            return state.result(raise_on_failure=False)
+        except Exception as error:  # the storage's own, whichever it is
+            if time.monotonic() > deadline:
+                raise InfrastructureError(
+                    f"the flow run ended {state.name} ({state.message}), and what it gave cannot be read: {error}."
+                    " The same command finds what is done, and shows it"
+                ) from error
+            time.sleep(POLL_SECONDS)
 
 
 def _print_result(result: PipelineResult) -> None:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import uuid
-from typing import Any
+from typing import Any, cast
 
 import pytest
+from botocore.exceptions import EndpointConnectionError
 from httpx import ConnectError
 from prefect.client.orchestration import SyncPrefectClient
 from prefect.client.schemas.objects import FlowRun
@@ -15,6 +16,22 @@ from flows.cli import follow
 from infra.local.ports import free_port
 from tasks import policy
 from training.config import load_preset
+from training.errors import InfrastructureError
+
+
+class KeptOnAStoreThatIsAway:
+    """A state whose result can be read after `num_refused` tries."""
+
+    name, message = "Completed", "done"
+
+    def __init__(self, num_refused: int) -> None:
+        self.num_left = num_refused
+
+    def result(self, *, raise_on_failure: bool) -> str:
+        if self.num_left:
+            self.num_left -= 1
+            raise EndpointConnectionError(endpoint_url="http://127.0.0.1:1")
+        return "found"
 
 
 class AwayAtFirst:
@@ -53,6 +70,15 @@ def test_command_gives_up_if_the_server_stays_away(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(follow, "AWAY_SECONDS", 0.0)
     with pytest.raises(ConnectError):
         watcher(AwayAtFirst(1000)).until_over(uuid.uuid4())
+
+
+@pytest.mark.usefixtures("no_pauses")
+def test_result_is_read_once_the_store_is_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    away_for_a_while, away_for_long = KeptOnAStoreThatIsAway(3), KeptOnAStoreThatIsAway(1000)
+    assert follow.outcome_of(cast(Any, away_for_a_while)) == "found"
+    monkeypatch.setattr(follow, "RESULT_SECONDS", 0.0)
+    with pytest.raises(InfrastructureError, match=r"ended Completed \(done\), and .* cannot be read: Could not"):
+        follow.outcome_of(cast(Any, away_for_long))
 
 
 @pytest.mark.usefixtures("no_pauses")
