@@ -108,7 +108,7 @@ def _supervisor_alone_is_killed(home: Path) -> None:
     wait_until(lambda: supervisor.supervisor_process(home) not in (None, head), what="another supervisor")
     wait_until(lambda: supervisor.is_running(home) and service_pid(home, f"{JOB}:node0"), what="the job to run again")
     _unbroken("up")  # waits until all is well
-    assert not [process for process in before if process.is_running()]
+    wait_until(lambda: not [p for p in before if p.is_running()], what="all of before to be gone, the old keeper last")
     assert read_state(home)["ports"] == ports
     _everything_is_still_there(home)
 
