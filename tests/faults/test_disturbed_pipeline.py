@@ -93,6 +93,7 @@ def disturb(stack: Stack, *, seed: int, expected: str, with_disk: bool) -> dict[
     was_killed = any(each.fault.name == "command" for each in plan)
     assert command.returncode == (-9 if was_killed else 0), output
     assert all(each.fault.fired for each in plan), [each.fault.name for each in plan if not each.fault.fired]
+    wait_until(lambda: stack.command("status").returncode == 0, what="the stack to be well")
     record = run.record()
     assert record.result is not None
     assert record.result.weights_sha256 == expected
@@ -100,7 +101,6 @@ def disturb(stack: Stack, *, seed: int, expected: str, with_disk: bool) -> dict[
     wait_until(lambda: not run.leftovers(), what=f"nothing to be left of it, and not {run.leftovers()}")
     again = run.done_again(STEPS)
     assert not any(again.values()), again
-    wait_until(lambda: stack.command("status").returncode == 0, what="the stack to be well")
     return {
         "seed": seed,
         "befell": [each.told() for each in plan],
