@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
+from uuid import UUID
 
 from flows.cli.output import LiveLine
 from flows.deployments import deployment_of
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
 
 POLL_SECONDS = 0.5
 UNCLAIMED_SECONDS = 20.0
-RESUME_SECONDS = 45.0
+RESUME_SECONDS = 60.0
 RESULT_SECONDS = 60.0
 AWAY_SECONDS = 300.0
 """Beside the minute that Prefect's client tries by itself."""
@@ -138,7 +139,7 @@ class _Watcher:
         self._started = time.monotonic()
         self._run_key = ""
         self._maybe_follower: Follower | None = None
-        self._maybe_crashed_at: float | None = None
+        self._maybe_crash: tuple[UUID, float] | None = None
         self._maybe_away_since: float | None = None
 
     def until_over(self, run_id: Any) -> FlowRun:
@@ -163,6 +164,7 @@ class _Watcher:
             self._maybe_away_since = None
         except HTTPError as error:
             now = time.monotonic()
+            self._maybe_crash = None
             self._maybe_away_since = self._maybe_away_since or now
             if now - self._maybe_away_since > AWAY_SECONDS:
                 raise
@@ -170,15 +172,19 @@ class _Watcher:
                 self._live.show(f"Prefect does not answer, and the run goes on: {error}")
 
     def _may_be_resumed(self, run: FlowRun) -> bool:
-        """A crash is for the reaper to mend; what it leaves crashed for long has ended."""
+        """A crash is for the reaper to mend; what it leaves crashed for long has ended.
+
+        Another crash, or a server that was away, begins another wait.
+        """
         assert run.state is not None
+        if not run.state.is_crashed():
+            return False
         now = time.monotonic()
-        if run.state.is_crashed() and self._maybe_crashed_at is None:
-            self._maybe_crashed_at = now
-            self._live.end(f"crashed: {run.state.message}")
-        elif not run.state.is_crashed():
-            self._maybe_crashed_at = None
-        return self._maybe_crashed_at is not None and now - self._maybe_crashed_at < RESUME_SECONDS
+        if self._maybe_crash is None or self._maybe_crash[0] != run.state.id:
+            self._maybe_crash = (run.state.id, now)
+            if not self._quiet:
+                self._live.end(f"crashed: {run.state.message}")
+        return now - self._maybe_crash[1] < RESUME_SECONDS
 
     def _show_stages(self, run_id: Any) -> None:
         from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterId

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import uuid
+from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
@@ -10,7 +11,7 @@ from botocore.exceptions import EndpointConnectionError
 from httpx import ConnectError
 from prefect.client.orchestration import SyncPrefectClient
 from prefect.client.schemas.objects import FlowRun
-from prefect.states import Completed
+from prefect.states import Completed, Crashed
 
 from flows.cli import follow
 from infra.local.ports import free_port
@@ -70,6 +71,23 @@ def test_command_gives_up_if_the_server_stays_away(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(follow, "AWAY_SECONDS", 0.0)
     with pytest.raises(ConnectError):
         watcher(AwayAtFirst(1000)).until_over(uuid.uuid4())
+
+
+def test_each_crash_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Be it that the resumed run between two of them was not seen; and a time without a server does not count."""
+    clock = [0.0]
+    monkeypatch.setattr(follow, "time", SimpleNamespace(monotonic=lambda: clock[0]))
+    looking = watcher(None)
+    first, second = (FlowRun(id=uuid.uuid4(), flow_id=uuid.uuid4(), state=Crashed()) for _ in range(2))
+    assert looking._may_be_resumed(first)
+    clock[0] = follow.RESUME_SECONDS + 1
+    assert looking._may_be_resumed(second)
+    with looking._patience():
+        raise ConnectError("away")
+    clock[0] += follow.RESUME_SECONDS
+    assert looking._may_be_resumed(second)
+    clock[0] += follow.RESUME_SECONDS
+    assert not looking._may_be_resumed(second)
 
 
 @pytest.mark.usefixtures("no_pauses")
