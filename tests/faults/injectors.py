@@ -57,8 +57,8 @@ class Kill:
             return
         victim = chance.choice(victims)
         with contextlib.suppress(psutil.NoSuchProcess):
-            victim.kill()
-            psutil.wait_procs([victim], timeout=10)
+            victim.kill()  # a child of ours stays, to be asked for its exit code
+            wait_until(lambda: not is_alive(victim.pid), what="the process to be dead", timeout_seconds=10)
             self.num_killed += 1
 
     @property

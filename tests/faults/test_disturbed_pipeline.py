@@ -57,13 +57,6 @@ def test_many_disturbed_pipelines(stack_on_small_disk: Stack) -> None:
         write_evidence("disturbed-pipeline", rows=rows)
 
 
-@pytest.mark.timeout(600)
-def test_one_disturbed_pipeline(stack: Stack) -> None:
-    """Prefect's server, a zygote and the command killed, S3 away for some seconds."""
-    row = disturb(stack, seed=531, expected=calm(stack), with_disk=False)
-    assert len(row["befell"]) == 4
-
-
 def calm(stack: Stack) -> str:
     """The sha256 of the weights of a run that nothing befell."""
     done = stack.command("train", *PRESET)

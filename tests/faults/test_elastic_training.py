@@ -19,13 +19,11 @@ from tests.flows.runs import last_json, loss_history, processes, run_keys, wait_
 from tests.waiting import wait_until
 from training.record import RunRecord
 
-STEPS = 600
 EVERY = 10
 MAX_RANKS = 4
 MAX_CHECKPOINTS = 6
 """Between two stops at most: what is seen of a run lags behind it, and none may be over before it is stopped."""
 
-SHORT = ("--steps", str(STEPS), "--set", f"train.checkpoint_every_steps={EVERY}")
 MID_STEP = "a step"
 STOPS = {MID_STEP: None, **MOMENTS, "the record was replaced": AFTER_COMMIT}
 
@@ -33,13 +31,13 @@ STOPS = {MID_STEP: None, **MOMENTS, "the record was replaced": AFTER_COMMIT}
 class Training:
     """One `unbroken train` before a proxy of its own, which is killed with all its agents and ranks."""
 
-    def __init__(self, stack: Stack, proxy: LosingProxy, *, seed: int, num_ranks: int) -> None:
+    def __init__(self, stack: Stack, proxy: LosingProxy, short: Sequence[str], *, num_ranks: int) -> None:
         self._stack = stack
         self._proxy = proxy
         self._is_killed = threading.Event()
         self.num_killed = 0
-        options = ("--json", "--ranks", str(num_ranks), "--set", f"seed={seed}")
-        self._command = stack.start("train", "digits", *options, *SHORT, s3_endpoint=proxy.endpoint)
+        options = ("--json", "--ranks", str(num_ranks), *short)
+        self._command = stack.start("train", "digits", *options, s3_endpoint=proxy.endpoint)
 
     def kill(self) -> None:
         """The command, the agents and the ranks, with `kill -9`."""
@@ -64,14 +62,16 @@ class Training:
         return found
 
 
-def stop_once(stack: Stack, proxy: LosingProxy, name: str, chance: random.Random, before: set[str], seed: int) -> Any:
+def stop_once(
+    stack: Stack, proxy: LosingProxy, name: str, chance: random.Random, before: set[str], short: Sequence[str]
+) -> Any:
     """Train on some number of ranks, kill everything at the moment of that name, and say what happened."""
     run = found_run(stack, before)
     checkpoints = run.read().checkpoints if run is not None else ()
     newest = checkpoints[-1].step if checkpoints else 0
     num_ranks = chance.randint(1, MAX_RANKS)
     step = newest + EVERY * chance.randint(1, MAX_CHECKPOINTS)
-    training = Training(stack, proxy, seed=seed, num_ranks=num_ranks)
+    training = Training(stack, proxy, short, num_ranks=num_ranks)
     moment = STOPS[name]
     if moment is None:
         step += chance.randint(1, EVERY - 1)
@@ -98,21 +98,20 @@ def history(stack: Stack, run: RunRecord) -> list[tuple[int, float]]:
     return loss_history(stack, tracked)
 
 
-def elastic(stack: Stack, *, seed: int, stops: Sequence[str]) -> dict[str, Any]:
+def elastic(stack: Stack, *, seed: int, stops: Sequence[str], steps: int) -> dict[str, Any]:
     """A run stopped again and again, each time gone on with another number of ranks; beside a calm one on one rank."""
     chance = random.Random(seed)
     before = run_keys(stack)
+    short = ("--steps", str(steps), "--set", f"train.checkpoint_every_steps={EVERY}", "--set", f"seed={seed}")
     with LosingProxy(str(stack.location.endpoint)) as proxy:
-        rows = [stop_once(stack, proxy, name, chance, before, seed) for name in stops]
-        result = Training(stack, proxy, seed=seed, num_ranks=chance.randint(1, MAX_RANKS)).result()
+        rows = [stop_once(stack, proxy, name, chance, before, short) for name in stops]
+        result = Training(stack, proxy, short, num_ranks=chance.randint(1, MAX_RANKS)).result()
     run = found_run(stack, before)
     assert run is not None
     losses = history(stack, run)
-    calm, _ = stack.start(
-        "train", "digits", "--json", "--fresh", "--ranks", "1", "--set", f"seed={seed}", *SHORT
-    ).communicate(timeout=200)
+    calm, _ = stack.start("train", "digits", "--json", "--fresh", "--ranks", "1", *short).communicate(timeout=200)
     assert all(row["num_killed"] for row in rows), "every stop found ranks to kill"
-    assert len(losses) == STEPS
+    assert len(losses) == steps
     return {
         "seed": seed,
         "stops": rows,
@@ -123,7 +122,7 @@ def elastic(stack: Stack, *, seed: int, stops: Sequence[str]) -> dict[str, Any]:
 
 
 def test_a_run_goes_on_with_another_number_of_ranks(stack: Stack) -> None:
-    row = elastic(stack, seed=7, stops=["the manifest was read back"])
+    row = elastic(stack, seed=7, stops=["the manifest was read back"], steps=200)
     assert row["same_state"]
     assert row["same_loss_history"]
 
@@ -133,6 +132,6 @@ def test_a_run_goes_on_with_another_number_of_ranks(stack: Stack) -> None:
 def test_many_stops_on_any_number_of_ranks(stack: Stack) -> None:
     """Each moment is the last thing that some run saw, twice or more."""
     names = list(STOPS) * 3
-    rows = [elastic(stack, seed=200 + n, stops=names[4 * n : 4 * n + 4]) for n in range(5)]
+    rows = [elastic(stack, seed=200 + n, stops=names[4 * n : 4 * n + 4], steps=600) for n in range(5)]
     write_evidence("elastic-training", rows=rows)
     assert all(row["same_state"] and row["same_loss_history"] for row in rows)

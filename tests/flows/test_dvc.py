@@ -104,10 +104,6 @@ def test_what_a_flow_did_is_a_hit_for_dvc(stack: Stack, clone: Clone) -> None:
     assert len(mlflow_runs(stack, key)) == len(_versions(stack, key)) == 1
 
 
-def test_two_starters_at_once_are_one_execution(stack: Stack, clone: Clone) -> None:
-    _one_execution(stack, [clone(steps=60, seed=32)])
-
-
 @pytest.mark.soak
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("seed", range(33, 38))
@@ -126,6 +122,8 @@ def test_repro_killed_three_times_locks_the_same_bytes(stack: Stack, clone: Clon
     _kill_and_compare(stack, clone, num_kills=3, steps=2400, seed=seed)
 
 
+@pytest.mark.soak
+@pytest.mark.timeout(900)
 def test_queued_experiments_are_runs_of_their_own(stack: Stack, clone: Clone) -> None:
     """A sweep over the preset's values, trained in folders of DVC's own."""
     checkout = clone(steps=20, seed=51)

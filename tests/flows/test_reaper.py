@@ -191,6 +191,7 @@ def held(client: SyncPrefectClient) -> Iterator[FlowRun]:
     run = client.create_flow_run_from_deployment(deployment.id, state=Running(), work_queue_name=name)
     yield client.read_flow_run(run.id)
     client.delete_flow_run(run.id)
+    client.delete_work_queue_by_id(queue.id)
 
 
 @pytest.mark.parametrize(("num_tries_since", "seconds"), [(0, GONE_SECONDS), (1, SILENT_SECONDS)])
