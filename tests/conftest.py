@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
 import subprocess
 import sys
 import sysconfig
@@ -26,6 +27,12 @@ UNBROKEN = str(Path(sysconfig.get_path("scripts")) / "unbroken")
 LONG, QUICK = ("flows", "faults"), ("unit",)
 """Folders of tests, by how long a file of theirs takes."""
 NO_PARTS = ("UNBROKEN_S3_ENDPOINT", "UNBROKEN_MLFLOW_URI", "UNBROKEN_PREFECT_API_URL", "UNBROKEN_SETTINGS")
+
+
+def pytest_configure() -> None:
+    """What tests start can be interrupted, even if they were started in a shell's background, where it ignores that."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
