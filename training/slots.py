@@ -131,36 +131,21 @@ class Slots:
 
     def __init__(self, descriptors: Sequence[int]) -> None:
         self._descriptors = descriptors
-        self._writing: set[int] = set()
-        """Two threads may write at once: what comes from another rank, and what this one leaves."""
 
     def newest(self, run_key: str, generation: int) -> Memory | None:
         """The newest whole state of this run; None if there is none."""
         newest_first = sorted(self._descriptors, key=_step_of, reverse=True)
         return next((memory for fd in newest_first if (memory := _read(fd, run_key, generation)) is not None), None)
 
-    def write(self, header: Header, fill: Callable[[memoryview], None]) -> Memory | None:
-        """Into the slot that is not the newest. `fill` writes the file and the journal into what it is given.
-
-        A header that has digests is of a body that comes from elsewhere: None, and nothing is there to be found, if it
-        is another one.
-        """
-        fd = min((fd for fd in self._descriptors if fd not in self._writing), key=_step_of)
-        self._writing.add(fd)
-        try:
-            return self._write(fd, header, fill)
-        finally:
-            self._writing.discard(fd)
-
-    def _write(self, fd: int, header: Header, fill: Callable[[memoryview], None]) -> Memory | None:
+    def write(self, header: Header, fill: Callable[[memoryview], None]) -> Memory:
+        """Into the slot that is not the newest. `fill` writes the file and the journal into what it is given."""
+        fd = min(self._descriptors, key=_step_of)
         _unseal(fd)
         if os.fstat(fd).st_size < HEADER_BYTES + header.num_bytes:
             os.ftruncate(fd, HEADER_BYTES + header.num_bytes)
         body = _body(fd, header)
         fill(body)
         proven = _proving(header, body)
-        if header.file_digest and header != proven:
-            return None
         os.pwrite(fd, sealed(proven), 0)
         return Memory(header=proven, body=body)
 

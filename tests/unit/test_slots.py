@@ -5,7 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import pytest
 
@@ -40,14 +40,12 @@ def write(
     key: str = "k",
     told_since: int = 0,
     die_at: int | None = None,
-    meanwhile: Callable[[], None] = lambda: None,
 ) -> None:
-    """Dies by its own hand once it has written so many bytes. `meanwhile` is what another thread does."""
+    """Dies by its own hand once it has written so many bytes."""
     journal = journal_bytes([Entry(time=1.5, step=s, values={"loss": s / 8}) for s in range(told_since + 1, step + 1)])
     data = bytes([step]) + FILE
 
     def fill(body: memoryview) -> None:
-        meanwhile()
         for place, byte in enumerate(data + journal):
             if place == die_at:
                 os.kill(os.getpid(), signal.SIGKILL)
@@ -135,14 +133,6 @@ def test_a_worker_killed_while_it_writes_leaves_what_was_there(descriptors: Desc
     assert step_of(slots) == 4
     write(slots, 5)
     assert step_of(slots) == 5
-
-
-def test_two_threads_that_write_at_once_do_not_write_into_one_slot(descriptors: Descriptors) -> None:
-    """What another rank gives comes in, while this one leaves what it has: both are whole."""
-    slots = Slots(descriptors)
-    write(slots, 5, meanwhile=lambda: write(slots, 4))
-    whole = [memory for fd in descriptors if (memory := Slots([fd]).newest("k", 0))]
-    assert sorted(memory.step for memory in whole) == [4, 5]
 
 
 def test_what_is_cleared_is_not_found(descriptors: Descriptors) -> None:

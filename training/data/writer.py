@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from copy import copy
 from dataclasses import asdict, dataclass
 from types import MappingProxyType
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from training.config import DataConfig
 from training.data.builder import MAPPINGS, FullShard, Given, ShardBuilder, Spares
@@ -44,7 +43,7 @@ from training.data.withdrawn import (
     records_in,
     require_none_withdrawn_since,
 )
-from training.documents import canonical_json, digest_of, parse, sha256_hex
+from training.documents import digest_of, parse, sealed, sha256_hex, unsealed
 from training.errors import DamagedError, UserError
 from training.objectstore import MissingError, Store
 from training.recipe import Recipe, Record, Table, source_closure_digest
@@ -163,8 +162,8 @@ class Writer:
         receipt, num_sent = self._write(part, digests if self._config.format in WHOLE_FILES else {})
         for file in part.files:  # or the receipt would say that other bytes gave these shards
             self._source.require_unchanged(file)
-        sealed = _sealed(asdict(receipt))
-        self._store.send(key, sealed, sha256=sha256_hex(sealed))
+        document = sealed("receipt", asdict(receipt))
+        self._store.send(key, document, sha256=sha256_hex(document))
         return PartResult(key=key, receipt=receipt, num_bytes=part.num_bytes, is_reused=False, num_shards_sent=num_sent)
 
     def finish(self, results: Sequence[PartResult], lease: Lease) -> WriteResult:
@@ -191,7 +190,7 @@ class Writer:
     def _maybe_finished(self, key: str) -> Receipt | None:
         """The receipt, if it is there and all its shards are whole."""
         try:
-            found = parse(Receipt, _unsealed(self._store.get(key)))
+            found = parse(Receipt, unsealed("receipt", self._store.get(key)))
             return found if all(self._is_whole(found.splits[split]) for split in SPLITS) else None
         except (MissingError, DamagedError):
             return None
@@ -271,22 +270,6 @@ def _merge(
                 " yields nothing"
             )
     return Manifest(fields=fields, splits=splits, classes=classes)
-
-
-def _sealed(document: dict[str, Any]) -> bytes:
-    """A document with its own digest: a receipt's name says what went in, not what came out."""
-    return canonical_json({"receipt": document, "sha256": digest_of(document)})
-
-
-def _unsealed(data: bytes) -> dict[str, Any]:
-    try:
-        sealed = json.loads(data)
-        document: dict[str, Any] = sealed["receipt"]
-        if digest_of(document) == sealed["sha256"]:
-            return document
-    except (ValueError, KeyError, TypeError):
-        pass
-    raise DamagedError("a receipt is damaged")
 
 
 def _encode(recipe: Recipe, record: Record) -> Iterator[Given]:
