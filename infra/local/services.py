@@ -116,12 +116,13 @@ def mlflow_service(settings: Settings, port: int) -> Service:
     policy = tomllib.loads((PROJECT_ROOT / "mlflow" / "server.toml").read_text())
     url = f"http://{LOOPBACK}:{port}"
     store = f"s3://{settings.s3_bucket}/{settings.s3_prefix}mlflow"
+    database = settings.home / "mlflow.sqlite"
     return Service(
         name="mlflow",
         command=(
-            *(sys.executable, "-m", "infra.local.alone"),
+            *(sys.executable, "-m", "infra.local.mlflow_server", str(database)),
             *(sys.executable, "-m", "mlflow", "server", "--host", LOOPBACK, "--port", str(port)),
-            *("--backend-store-uri", f"sqlite:///{settings.home / 'mlflow.sqlite'}"),
+            *("--backend-store-uri", f"sqlite:///{database}"),
             *("--artifacts-destination", store),
             *policy["flags"],
         ),

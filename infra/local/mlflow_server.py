@@ -1,0 +1,40 @@
+"""`python -m infra.local.mlflow_server DATABASE COMMAND…`: become COMMAND, once what a killed predecessor left is gone.
+
+That is children that hold its port, and a database whose making it did not finish: MLflow would fail on them for ever.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sqlite3
+import sys
+from pathlib import Path
+
+from infra.local.supervisor import STACK_MARK, kill_group
+
+
+def main() -> None:
+    kill_group(os.environ[STACK_MARK], os.environ["SUPERVISOR_GROUP_NAME"])
+    remove_unfinished(Path(sys.argv[1]))
+    os.execv(sys.argv[2], sys.argv[2:])
+
+
+def remove_unfinished(database: Path) -> None:
+    """Remove an SQLite database of MLflow's that never served: its making can only be begun anew.
+
+    MLflow makes its first experiment after all tables, before it serves. So where there is none, there is nothing.
+    """
+    if database.exists() and not _has_experiments(database):
+        for path in (database, *(database.with_name(database.name + end) for end in ("-journal", "-wal", "-shm"))):
+            path.unlink(missing_ok=True)
+
+
+def _has_experiments(database: Path) -> bool:
+    with contextlib.closing(sqlite3.connect(database)) as connection:
+        tables = connection.execute("SELECT name FROM sqlite_master WHERE name = 'experiments'").fetchall()
+        return bool(tables) and connection.execute("SELECT 1 FROM experiments LIMIT 1").fetchone() is not None
+
+
+if __name__ == "__main__":
+    main()
