@@ -10,8 +10,8 @@ from dataclasses import asdict
 from typing import Any, TypeVar
 
 from training.documents import parse, sealed, unsealed
-from training.errors import DamagedError
-from training.objectstore import MissingError, Store
+from training.errors import DamagedError, MissingError
+from training.objectstore import Store
 
 log = logging.getLogger(__name__)
 Result = TypeVar("Result")

@@ -6,7 +6,8 @@ import time
 import uuid
 
 from training.documents import canonical_json
-from training.objectstore import MissingError, Store
+from training.errors import MissingError
+from training.objectstore import Store
 from training.record import Record, generation_prefix
 
 BEAT_SECONDS = 5.0

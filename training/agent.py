@@ -21,11 +21,11 @@ from dataclasses import asdict, dataclass
 from training import errors, membership
 from training.control import Order
 from training.documents import canonical_json, parse
-from training.errors import InfrastructureError, UserError
+from training.errors import InfrastructureError, MissingError, UserError
 from training.job import Job, location_from, read_job
 from training.links import Links, Place
 from training.node import Node
-from training.objectstore import MissingError, Store
+from training.objectstore import Store
 from training.processes import die_with
 from training.protocol import (
     Action,

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from training.documents import parse
-from training.errors import DamagedError
-from training.objectstore import MissingError, Store
+from training.errors import DamagedError, MissingError
+from training.objectstore import Store
 from training.record import CheckpointRef, InitialWeights, Record, RunRecord, generation_prefix, with_quarantined
 
 if TYPE_CHECKING:

@@ -10,10 +10,10 @@ from dataclasses import dataclass, replace
 
 from training.checkpoint import folder, load_manifest
 from training.documents import sha256_hex
-from training.errors import DamagedError, FencedError
+from training.errors import DamagedError, FencedError, MissingError
 from training.events import chunk_key
 from training.history import committed_steps
-from training.objectstore import MissingError, Store
+from training.objectstore import Store
 from training.recipe import Recipe, learning_rate_scale
 from training.record import CheckpointRef, Continued, Record, RunRecord, with_continued
 

@@ -24,6 +24,10 @@ class InfrastructureError(UnbrokenError):
     exit_code = 3
 
 
+class MissingError(InfrastructureError):
+    """No object has this key."""
+
+
 class DeterministicError(UnbrokenError):
     """The same input will fail the same way again: whoever wrote the recipe must act. Never retried."""
 

@@ -14,8 +14,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from training.documents import canonical_json
-from training.errors import UnbrokenError
-from training.objectstore import MissingError, Store
+from training.errors import MissingError, UnbrokenError
+from training.objectstore import Store
 from training.slots import Entry
 
 FLUSH_SECONDS = 1.0

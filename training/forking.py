@@ -246,7 +246,8 @@ def _imported_digest(recipe: str, folder: str) -> str:
 
 def _warm_store() -> None:
     from training.job import location_from
-    from training.objectstore import read_api_ahead, shared_store
+    from training.objectstore import shared_store
+    from training.s3clients import read_api_ahead
 
     try:
         if location := location_from(os.environ):

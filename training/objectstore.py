@@ -7,18 +7,17 @@ otherwise come back as a false refusal of one's own write (docs/protocols.md, "C
 from __future__ import annotations
 
 import json
-import threading
 import time
 import uuid
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 from datetime import datetime
 from functools import cache, cached_property
 from typing import TYPE_CHECKING, Any
 
 from training.documents import canonical_json, sha256_hex
-from training.errors import DamagedError, InfrastructureError, UserError
+from training.errors import DamagedError, InfrastructureError, MissingError, UserError
 from training.quickrequests import (
     CHECKED,
     CONNECT_SECONDS,
@@ -28,11 +27,10 @@ from training.quickrequests import (
     checksum_of,
     is_whole,
 )
+from training.s3clients import Clients
+from training.s3errors import cut_short, ignores, translated, typed_errors
 
 if TYPE_CHECKING:
-    from boto3.session import Session
-    from botocore.credentials import Credentials
-    from botocore.loaders import Loader
     from mypy_boto3_s3 import S3Client
     from urllib3 import BaseHTTPResponse, PoolManager
 
@@ -47,33 +45,11 @@ CONDITIONS = {"IfMatch": "if-match", "IfNoneMatch": "if-none-match"}
 OUTCOMES = {200: "written", 412: "refused", 409: "again", **dict.fromkeys((500, 502, 503, 504), "unknown")}
 """Of a conditional write, by the reply's status."""
 
-_SESSION_LOCK = threading.Lock()
-"""Clients are safe to share between threads, what makes them is not."""
-
-
-@cache
-def _api() -> Loader:
-    """What S3's API is: it takes longer to read than anything else that clients are made of, so it is read once."""
-    import botocore.session
-
-    loader: Loader = botocore.session.Session().get_component("data_loader")
-    return loader
-
-
-def read_api_ahead() -> None:
-    """Read what every client needs, for processes that are forked from this one. Connects to nothing."""
-    session = Store(StoreLocation(endpoint=None, bucket=""))._session
-    session.client("s3", aws_access_key_id="none", aws_secret_access_key="none")
-
 
 @cache
 def shared_store(location: StoreLocation) -> Store:
     """This process's own, for all who need one: to make a client takes a twentieth of a second."""
     return Store(location)
-
-
-class MissingError(InfrastructureError):
-    """No object has this key."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,22 +95,22 @@ class Store:
 
     def prepare(self) -> None:
         """Make what the first request would make, without one. Nothing of it hinders a fork."""
-        _ = self._client, self._credentials
+        _ = self._clients.patient, self._clients.credentials
 
     @cached_property
+    def _clients(self) -> Clients:
+        return Clients(endpoint=self.location.endpoint, region=self.location.region)
+
+    @property
     def _client(self) -> S3Client:
-        return self._make_client(num_attempts=5)
-
-    @cached_property
-    def _client_without_retries(self) -> S3Client:
-        return self._make_client(num_attempts=1)
+        return self._clients.patient
 
     @cached_property
     def _maybe_quick(self) -> QuickRequests | None:
         where = self.location
         if where.endpoint is None:
             return None
-        return QuickRequests(where.endpoint, where.bucket, where.region, lambda: self._credentials)
+        return QuickRequests(where.endpoint, where.bucket, where.region, lambda: self._clients.credentials)
 
     @cached_property
     def _connections(self) -> PoolManager:
@@ -145,24 +121,6 @@ class Store:
             return self._maybe_quick.connections
         return PoolManager(maxsize=8, retries=False, timeout=Timeout(connect=CONNECT_SECONDS, read=READ_SECONDS))
 
-    @cached_property
-    def _session(self) -> Session:
-        """Shared by the clients."""
-        import boto3
-        import botocore.session
-
-        session = botocore.session.Session()
-        session.register_component("data_loader", _api())
-        return boto3.session.Session(botocore_session=session, region_name=self.location.region)
-
-    @cached_property
-    def _credentials(self) -> Credentials | None:
-        """For requests that no client makes: the session that makes clients takes longer to make than they all do."""
-        import botocore.session
-
-        with _SESSION_LOCK:
-            return botocore.session.Session().get_credentials()
-
     def _signed_url(self, key: str) -> str:
         from botocore.exceptions import BotoCoreError
 
@@ -170,19 +128,7 @@ class Store:
         try:
             return self._client.generate_presigned_url("get_object", Params=request, ExpiresIn=3600)
         except BotoCoreError as error:  # no credentials
-            raise self._translated(error, key) from error
-
-    def _make_client(self, *, num_attempts: int) -> S3Client:
-        from botocore.config import Config
-
-        config = Config(
-            retries={"mode": "standard", "total_max_attempts": num_attempts},
-            connect_timeout=CONNECT_SECONDS,
-            read_timeout=READ_SECONDS,
-            s3={"addressing_style": "path"} if self.location.endpoint else {},
-        )
-        with _SESSION_LOCK:
-            return self._session.client("s3", endpoint_url=self.location.endpoint, config=config)
+            raise translated(error, self.location, key) from error
 
     def _key(self, key: str) -> str:
         return self.location.prefix + key
@@ -218,7 +164,7 @@ class Store:
                     reply = client.get_object(Bucket=self.location.bucket, Key=self._key(key), **request)
                     body: bytes = reply["Body"].read()
                     return body
-                except _cut_short():
+                except cut_short():
                     if attempt == NUM_TRIES - 1:
                         raise
             time.sleep(FIRST_PAUSE_SECONDS * 2**attempt)
@@ -354,7 +300,7 @@ class Store:
     def delete_soon(self, key: str) -> None:
         """One request, within `REQUEST_SECONDS` or not at all: a later try might come when it is no longer allowed."""
         with self._typed_errors(key):
-            self._client_without_retries.delete_object(Bucket=self.location.bucket, Key=self._key(key))
+            self._clients.impatient.delete_object(Bucket=self.location.bucket, Key=self._key(key))
 
     # ---- conditional writes --------------------------------------------------------------------------------------
 
@@ -401,7 +347,7 @@ class Store:
             status = self._maybe_quick.put_if(self._key(key), body, headers)
             if status in OUTCOMES:
                 return OUTCOMES[status]
-        client: Any = self._client_without_retries  # which names what is wrong
+        client: Any = self._clients.impatient  # which names what is wrong
         try:
             client.put_object(Bucket=self.location.bucket, Key=self._key(key), Body=body, **condition)
         except ClientError as error:
@@ -411,12 +357,12 @@ class Store:
             if status == 409:
                 return "again"
             if status == 501:
-                raise self._ignores("conditional writes (it answers 501)") from error
+                raise ignores(self.location, "conditional writes (it answers 501)") from error
             if status >= 500:
                 return "unknown"
-            raise self._translated(error, key) from error
+            raise translated(error, self.location, key) from error
         except NoCredentialsError as error:
-            raise self._translated(error, key) from error
+            raise translated(error, self.location, key) from error
         except BotoCoreError:
             return "unknown"
         return "written"
@@ -470,54 +416,10 @@ class Store:
 
     def _expect(self, honoured: bool, feature: str) -> None:
         if not honoured:
-            raise self._ignores(feature)
+            raise ignores(self.location, feature)
 
-    def _ignores(self, feature: str) -> UserError:
-        return UserError(
-            f"the store at {self.location.endpoint or 'AWS'} ignores {feature}: two runs could overwrite one"
-            " another there. Use one that honours them (AWS S3, SeaweedFS >= 4, MinIO)"
-        )
-
-    def _typed_errors(self, key: str) -> _TypedErrors:
-        return _TypedErrors(lambda error: self._translated(error, key))
-
-    def _translated(self, error: Exception, key: str) -> Exception:
-        uri = self.location.uri(key)
-        response: dict[str, Any] = getattr(error, "response", {})
-        code = str(response.get("Error", {}).get("Code", type(error).__name__))
-        status = response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
-        if code == "NoSuchBucket":
-            return UserError(f"bucket {self.location.bucket!r} does not exist at {self.location.endpoint or 'AWS'}")
-        if code == "ParamValidationError":
-            return UserError(f"{uri}: {' '.join(str(error).split())}")
-        if status == 412:
-            return UserError(f"{uri} was replaced while it was read: start again once nobody writes there")
-        if code in ("NoSuchKey", "404", "NotFound"):
-            return MissingError(f"{uri} does not exist")
-        if status in (401, 403) or code in ("NoCredentialsError", "PartialCredentialsError"):
-            return UserError(
-                f"no permission for {uri} ({code}): check the credentials (AWS_ACCESS_KEY_ID and"
-                " AWS_SECRET_ACCESS_KEY, or AWS_SHARED_CREDENTIALS_FILE) and the bucket's policy"
-            )
-        return InfrastructureError(f"{uri}: the store at {self.location.endpoint or 'AWS'} failed ({code}): {error}")
-
-
-class _TypedErrors:
-    """Turns botocore's errors inside a `with` into ours."""
-
-    def __init__(self, translate: Callable[[Exception], Exception]) -> None:
-        self._translate = translate
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
-        if error is None:
-            return
-        from botocore.exceptions import BotoCoreError, ClientError
-
-        if isinstance(error, (BotoCoreError, ClientError)):
-            raise self._translate(error) from error
+    def _typed_errors(self, key: str) -> AbstractContextManager[None]:
+        return typed_errors(self.location, key)
 
 
 def _are_pieces_of(data: bytes | bytearray, pieces: Iterable[bytes]) -> bool:
@@ -527,12 +429,6 @@ def _are_pieces_of(data: bytes | bytearray, pieces: Iterable[bytes]) -> bool:
             return False
         start += len(piece)
     return start == len(data)
-
-
-def _cut_short() -> tuple[type[Exception], ...]:
-    from botocore.exceptions import IncompleteReadError, ReadTimeoutError, ResponseStreamingError
-
-    return (IncompleteReadError, ResponseStreamingError, ReadTimeoutError)
 
 
 def _parse(uri: str, data: bytes) -> dict[str, Any]:

@@ -15,8 +15,8 @@ from typing import Any
 from training.config import Preset
 from training.documents import digest_of, parse
 from training.environment import NUMERICS_VERSION
-from training.errors import FencedError, InfrastructureError
-from training.objectstore import MissingError, Store
+from training.errors import FencedError, InfrastructureError, MissingError
+from training.objectstore import Store
 from training.recipe import Recipe, source_closure_digest
 
 FORMAT = 1

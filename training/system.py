@@ -14,8 +14,8 @@ from dataclasses import asdict, dataclass
 import psutil
 
 from training.documents import canonical_json
-from training.errors import UnbrokenError
-from training.objectstore import MissingError, Store
+from training.errors import MissingError, UnbrokenError
+from training.objectstore import Store
 
 SAMPLE_SECONDS = 10.0
 MEBI = 2**20

@@ -14,7 +14,7 @@ def store(store: Store) -> Store:
     """An empty corner, with the clients of the test before: to make new ones takes longer than most tests."""
     where = store.location
     whole = _clients.setdefault(where.endpoint, Store(StoreLocation(endpoint=where.endpoint, bucket=where.bucket)))
-    store.__dict__.update(_client=whole._client, _client_without_retries=whole._client_without_retries)
+    store.__dict__.update(_clients=whole._clients)
     return store
 
 

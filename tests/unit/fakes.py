@@ -9,8 +9,8 @@ from datetime import timedelta
 from typing import Any
 
 from training.documents import canonical_json
-from training.errors import InfrastructureError
-from training.objectstore import Buffer, MissingError, Store, StoreLocation, Versioned
+from training.errors import InfrastructureError, MissingError
+from training.objectstore import Buffer, Store, StoreLocation, Versioned
 
 
 class DictRendezvous:

@@ -5,8 +5,7 @@ from __future__ import annotations
 import pickle
 
 from training import errors
-from training.errors import UnbrokenError
-from training.objectstore import MissingError
+from training.errors import MissingError, UnbrokenError
 
 
 def test_every_error_has_an_exit_code_of_its_own() -> None:
@@ -16,6 +15,7 @@ def test_every_error_has_an_exit_code_of_its_own() -> None:
         "UnbrokenError": 1,
         "UserError": 2,
         "InfrastructureError": 3,
+        "MissingError": 3,
         "DeterministicError": 4,
         "FencedError": 5,
         "DamagedError": 6,

@@ -15,8 +15,8 @@ from tests.faults.proxy import LosingProxy
 from tests.unit.fake_s3 import FakeS3
 from training import objectstore
 from training.documents import sha256_hex
-from training.errors import DamagedError, InfrastructureError, UserError
-from training.objectstore import MissingError, Store
+from training.errors import DamagedError, InfrastructureError, MissingError, UserError
+from training.objectstore import Store
 
 NUM_RACERS = 8
 

@@ -11,8 +11,8 @@ import pytest
 from botocore.credentials import Credentials
 from urllib3 import BaseHTTPResponse
 
-from training.errors import InfrastructureError
-from training.objectstore import MissingError, Store, StoreLocation
+from training.errors import InfrastructureError, MissingError
+from training.objectstore import Store, StoreLocation
 from training.quickrequests import NOTHING, QuickRequests, TruncatedError, _entries
 
 EXAMPLE = "https://examplebucket.s3.amazonaws.com"
@@ -82,7 +82,7 @@ def test_what_is_missing_needs_no_client(store: Store) -> None:
         other.read_versioned("none")
     assert other.create_versioned("new", {})
     assert not other.create_versioned("new", {})
-    assert not {"_client", "_client_without_retries"} & set(vars(other))
+    assert not {"patient", "impatient"} & set(vars(other._clients))
 
 
 def test_a_silent_store_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,8 +12,8 @@ import pytest
 
 from tests.unit.tiny import Tiny, tiny_preset
 from training.documents import canonical_json, parse
-from training.errors import FencedError
-from training.objectstore import MissingError, Store
+from training.errors import FencedError, MissingError
+from training.objectstore import Store
 from training.record import (
     CheckpointRef,
     Continued,

@@ -42,7 +42,7 @@ def write(store: Store, folder: Path, config: DataConfig | None = None, recipe: 
 def corner(store: Store, name: str) -> Store:
     """Another empty corner of the same store."""
     other = Store(replace(store.location, prefix=f"{store.location.prefix}{name}/"))
-    other.__dict__.update(_client=store._client, _client_without_retries=store._client_without_retries)
+    other.__dict__.update(_clients=store._clients)
     return other
 
 
@@ -124,7 +124,7 @@ def test_a_first_writer_makes_no_client(store: Store, folder: Path) -> None:
     """That takes longer than all other things that are not for its bytes."""
     fresh = Store(store.location)
     write(fresh, folder)
-    assert not {"_client", "_client_without_retries"} & set(vars(fresh))
+    assert not {"patient", "impatient"} & set(vars(fresh._clients))
 
 
 @pytest.mark.parametrize("after", [0, 1, 5])

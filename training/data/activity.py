@@ -7,8 +7,8 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 
 from training.documents import parse
-from training.errors import DamagedError, InfrastructureError
-from training.objectstore import MissingError, Store, Versioned
+from training.errors import DamagedError, InfrastructureError, MissingError
+from training.objectstore import Store, Versioned
 
 FORMAT = 1
 

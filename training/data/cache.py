@@ -16,8 +16,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from training.data.manifest import ShardInfo, shard_key
 from training.data.shard import Shard, decode_shard
 from training.documents import fast_digest
-from training.errors import DamagedError
-from training.objectstore import MissingError, Store
+from training.errors import DamagedError, MissingError
+from training.objectstore import Store
 
 NUM_THREADS = 4
 MEMORY_BYTES = 1 << 30

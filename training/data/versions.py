@@ -14,9 +14,9 @@ from training.data.lease import writing
 from training.data.manifest import SPLITS, Manifest, ShardInfo, load_manifest, load_shard, manifest_key, shard_key
 from training.data.withdrawn import sample_at, sample_number
 from training.documents import sha256_hex
-from training.errors import DamagedError, UserError
+from training.errors import DamagedError, MissingError, UserError
 from training.job import read_jobs
-from training.objectstore import MissingError, Store
+from training.objectstore import Store
 
 NUM_AT_ONCE = 4
 _IS_MANIFEST = re.compile(r"[0-9a-f]{64}\.json")

@@ -11,8 +11,8 @@ import numpy as np
 import xxhash
 
 from training.data.shard import Shard
-from training.errors import DamagedError, InfrastructureError, UserError
-from training.objectstore import MissingError, Store
+from training.errors import DamagedError, InfrastructureError, MissingError, UserError
+from training.objectstore import Store
 from training.recipe import Sample, Table
 
 FORMAT = 1

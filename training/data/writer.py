@@ -44,8 +44,8 @@ from training.data.withdrawn import (
     require_none_withdrawn_since,
 )
 from training.documents import digest_of, parse, sealed, sha256_hex, unsealed
-from training.errors import DamagedError, UserError
-from training.objectstore import MissingError, Store
+from training.errors import DamagedError, MissingError, UserError
+from training.objectstore import Store
 from training.recipe import Recipe, Record, Table, source_closure_digest
 
 
