@@ -74,7 +74,7 @@ def evaluate(preset: Preset, dataset: Dataset, model: TrainedModel) -> Evaluatio
     figures = {"loss": loss_figure(committed_steps(run, record))}
     if result.confusion is not None:
         figures["confusion"] = confusion_figure(result.confusion)
-    tracker = tracking.Tracker(tracking.connect(settings.mlflow_uri), settings.mlflow_uri, record.tracking_run_id)
+    tracker = tracking.attach(settings.mlflow_uri, record.tracking_run_id)
     tracker.log_evaluation(_flat(result), figures, asdict(result))
     keep_result(store, key, result)
     _tell(result)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from infra.settings import Settings
-from tasks import tracking
+from tasks import registry
 from training.config import Preset
 from training.errors import UserError
 from training.objectstore import Store
@@ -21,7 +21,7 @@ def pinned(settings: Settings, preset: Preset) -> Preset:
     text = preset.train.warm_start
     if text is None:
         return preset
-    name, version = tracking.find_version(settings.mlflow_uri, text)
+    name, version = registry.find_version(settings.mlflow_uri, text)
     return replace(preset, train=replace(preset.train, warm_start=f"{name}/{version}"))
 
 
@@ -30,8 +30,8 @@ def initial_weights(settings: Settings, store: Store, preset: Preset) -> Initial
     text = preset.train.warm_start
     if text is None:
         return None
-    version = tracking.find_version(settings.mlflow_uri, text)
-    key, weights_sha256 = tracking.origin_of(settings.mlflow_uri, *version)
+    version = registry.find_version(settings.mlflow_uri, text)
+    key, weights_sha256 = registry.origin_of(settings.mlflow_uri, *version)
     record = RunRecord(store, key).find()
     if record is None or record.result is None or record.result.weights_sha256 != weights_sha256:
         raise UserError(

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from prefect import task
 
-from tasks import tracking
+from tasks import mlflow_client, registry, tracking
 from tasks.models import load_model
 from tasks.policy import patiently, stage_options
 from tasks.provenance import commit_of
@@ -56,16 +56,16 @@ def register(preset: Preset, dataset: Dataset, model: TrainedModel, evaluation: 
     settings, store = open_stack()
     record = RunRecord(store, model.run_key).read()
     assert record.tracking_run_id is not None
-    tracker = tracking.Tracker(tracking.connect(settings.mlflow_uri), settings.mlflow_uri, record.tracking_run_id)
+    tracker = tracking.attach(settings.mlflow_uri, record.tracking_run_id)
     recipe = load_recipe(preset)
     tags = {
-        tracking.DATASET_TAG: dataset.digest,
+        mlflow_client.DATASET_TAG: dataset.digest,
         "unbroken.commit": commit_of(preset),
         "unbroken.preset": preset.name,
         **tracking.quarantine_tags(quarantined_records(store, dataset.name)),
         **{f"unbroken.test.{name}": f"{value.value:.6f}" for name, value in evaluation.metrics.items()},
     }
-    version = tracking.ensure_model_version(
+    version = registry.ensure_model_version(
         settings.mlflow_uri,
         preset.name,
         tracker,
@@ -84,7 +84,7 @@ def register(preset: Preset, dataset: Dataset, model: TrainedModel, evaluation: 
         run_key=model.run_key,
         weights_sha256=model.weights_sha256,
         aliases=aliases,
-        url=tracking.version_url(settings.mlflow_uri, preset.name, str(version.version)),
+        url=registry.version_url(settings.mlflow_uri, preset.name, str(version.version)),
     )
 
 
@@ -100,17 +100,17 @@ def set_aliases(store: Store, tracker: tracking.Tracker, name: str, version: str
     )
     if store.read_versioned(champion_key).document["run_key"] == run_key:
         client.set_registered_model_alias(name, CHAMPION, version)
-    return tracking.aliases_of(client, name, version)
+    return registry.aliases_of(client, name, version)
 
 
 def registered(preset: Preset, dataset: Dataset, model: TrainedModel, evaluation: Evaluation) -> Registration:
     """`register`, done again if the version was deleted since, and with the aliases that it has now."""
     known = register(preset, dataset, model, evaluation)
     uri, weights = open_stack()[0].mlflow_uri, model.weights_sha256
-    if not patiently(lambda: tracking.has_version(uri, preset.name, run_key=model.run_key, weights_sha256=weights)):
+    if not patiently(lambda: registry.has_version(uri, preset.name, run_key=model.run_key, weights_sha256=weights)):
         known = register.with_options(refresh_cache=True)(preset, dataset, model, evaluation)
-    client = tracking.connect(uri)
-    return replace(known, aliases=patiently(lambda: tracking.aliases_of(client, known.name, known.version)))
+    client = mlflow_client.connect(uri)
+    return replace(known, aliases=patiently(lambda: registry.aliases_of(client, known.name, known.version)))
 
 
 def example_inputs(store: Store, preset: Preset, dataset: Dataset) -> np.ndarray[Any, Any]:

@@ -1,18 +1,24 @@
-"""The one module that speaks to MLflow: one run per run key, one point per (metric, step), versions made once."""
+"""Runs in MLflow: one per run key, with one point per (metric, step)."""
 
 from __future__ import annotations
 
 import itertools
 import json
-import os
-import tempfile
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from tasks.mlflow_client import (
+    DATASET_TAG,
+    GENERATION_TAG,
+    MACHINE_LEARNING,
+    RUN_KEY_TAG,
+    STORE_TAG,
+    ask,
+    connect,
+)
 from training.config import Preset
-from training.errors import FencedError, InfrastructureError, UserError
+from training.errors import FencedError, InfrastructureError
 from training.events import Event
 from training.objectstore import Store
 from training.record import Record, RunRecord
@@ -22,38 +28,16 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from mlflow import MlflowClient
     from mlflow.entities import Metric
-    from mlflow.entities.model_registry import ModelVersion
 
 BEFORE_ALL = -(1 << 62)
 """A step that no sample has."""
 T = TypeVar("T")
 
 METRICS = ("loss", "grad_norm", "learning_rate", "samples_per_second")
-RUN_KEY_TAG = "unbroken.run_key"
-GENERATION_TAG = "unbroken.generation"
-"""Grows with each `--fresh`: the MLflow run of the greatest counts."""
-DATASET_TAG = "unbroken.dataset_digest"
-STORE_TAG = "unbroken.store"
-"""Where the run's record lies: several stores may have runs in one MLflow."""
-WEIGHTS_TAG = "unbroken.weights_sha256"
-DRILL_TAG = "unbroken.drill"
-"""On a version: "green" or "red". With .id, .subject, .code, .faults and .report_sha256 (docs/drill.md)."""
 ATTEMPTS_FILE = "attempts.json"
 BATCH_METRICS = 1000
 MAX_TAG_CHARACTERS = 4000
-MACHINE_LEARNING = "?workflowType=machine_learning"  # else MLflow opens its other face, which has no registry
 DATASET_DIGEST_CHARACTERS = 36  # MLflow takes no more; the whole digest is in a tag
-
-
-def connect(uri: str) -> MlflowClient:
-    """A client that gives up soon: whoever calls it has something better to do than to wait."""
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
-    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
-    os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")  # stdout is for results
-    from mlflow import MlflowClient
-
-    return MlflowClient(tracking_uri=uri)
 
 
 class Tracker:
@@ -86,7 +70,7 @@ class Tracker:
             for name, value in _metrics(event).items()
         ]
         for batch in _batches(points):
-            _ask(lambda: self.client.log_batch(self.run_id, metrics=batch))  # noqa: B023
+            ask(lambda: self.client.log_batch(self.run_id, metrics=batch))  # noqa: B023
             self._last_step = batch[-1].step
 
     def forward_samples(self, samples: Iterable[tuple[int, Sample]]) -> None:
@@ -94,7 +78,7 @@ class Tracker:
         was away then). Raises as `forward`."""
         from mlflow.entities import Metric
 
-        begun = int(_ask(lambda: self.client.get_run(self.run_id)).info.start_time) / 1000
+        begun = int(ask(lambda: self.client.get_run(self.run_id)).info.start_time) / 1000
         points = []
         for node, sample in samples:
             step = int(sample.time - begun)
@@ -107,7 +91,7 @@ class Tracker:
                 ]
         try:
             for batch in _batches(points):
-                _ask(lambda: self.client.log_batch(self.run_id, metrics=batch))  # noqa: B023
+                ask(lambda: self.client.log_batch(self.run_id, metrics=batch))  # noqa: B023
         except InfrastructureError:
             self._last_samples = {}  # MLflow itself knows how far it came
             raise
@@ -115,7 +99,7 @@ class Tracker:
     def _last_sample(self, node: int) -> int:
         if node not in self._last_samples:
             name = f"system/node{node}/cpu_utilization_percentage"
-            history = _ask(lambda: self.client.get_metric_history(self.run_id, name))
+            history = ask(lambda: self.client.get_metric_history(self.run_id, name))
             self._last_samples[node] = max((point.step for point in history), default=BEFORE_ALL)
         return self._last_samples[node]
 
@@ -123,18 +107,18 @@ class Tracker:
         """The attempts at the run, visible beside it: tags, and a table. Raises as `forward`."""
         from mlflow.entities import RunTag
 
-        _ask(lambda: self.client.log_batch(self.run_id, tags=[RunTag(key, value) for key, value in tags.items()]))
+        ask(lambda: self.client.log_batch(self.run_id, tags=[RunTag(key, value) for key, value in tags.items()]))
         columns = list(table[0]) if table else []
         document = {"columns": columns, "data": [[row[name] for name in columns] for row in table]}
-        _ask(lambda: self.client.log_dict(self.run_id, document, ATTEMPTS_FILE))
+        ask(lambda: self.client.log_dict(self.run_id, document, ATTEMPTS_FILE))
 
     def finish(self, status: str) -> None:
         """Set the run's status ("FINISHED", "FAILED", "KILLED") unless it has it."""
-        if _ask(lambda: self.client.get_run(self.run_id)).info.status != status:
-            _ask(lambda: self.client.set_terminated(self.run_id, status))
+        if ask(lambda: self.client.get_run(self.run_id)).info.status != status:
+            ask(lambda: self.client.set_terminated(self.run_id, status))
 
     def reopen(self) -> None:
-        _ask(lambda: self.client.update_run(self.run_id, status="RUNNING"))
+        ask(lambda: self.client.update_run(self.run_id, status="RUNNING"))
 
     def log_evaluation(
         self, metrics: Mapping[str, float], figures: Mapping[str, Figure], report: dict[str, Any]
@@ -143,9 +127,9 @@ class Tracker:
         from mlflow.entities import Metric
 
         step = self._last_step
-        time_ms = int(_ask(lambda: self.client.get_run(self.run_id)).info.start_time)  # fixed: a rerun adds no point
+        time_ms = int(ask(lambda: self.client.get_run(self.run_id)).info.start_time)  # fixed: a rerun adds no point
         points = [Metric(name, value, time_ms, step) for name, value in metrics.items()]
-        _ask(lambda: self.client.log_batch(self.run_id, metrics=points))
+        ask(lambda: self.client.log_batch(self.run_id, metrics=points))
         for name, figure in figures.items():
             self.client.log_figure(self.run_id, figure, f"figures/{name}.png")
         self.client.log_dict(self.run_id, report, "evaluation.json")
@@ -175,14 +159,14 @@ def ensure_run(
     client = connect(uri)
     run_id = record.tracking_run_id
     if run_id is None or not _is_there(client, run_id):
-        made = _ask(lambda: _create_run(client, run, preset, dataset=dataset, tags=tags))
+        made = ask(lambda: _create_run(client, run, preset, dataset=dataset, tags=tags))
         named = run.update(lambda newest: _with_tracking_run(newest, made, instead_of=record))
         run_id = named.tracking_run_id
         if run_id != made:
-            _ask(lambda: client.delete_run(made))
+            ask(lambda: client.delete_run(made))
         if run_id is None or named.generation != record.generation:
             raise FencedError(f"run {run.run_key[:12]} was begun anew by somebody else")
-    return _ask(lambda: Tracker(client, uri, run_id))
+    return ask(lambda: Tracker(client, uri, run_id))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -197,7 +181,7 @@ class OpenRun:
 def open_runs(uri: str, store: Store) -> list[OpenRun]:
     """Those of the runs on `store`. Raises `InfrastructureError` if MLflow is away."""
     client = connect(uri)
-    experiments = [experiment.experiment_id for experiment in _ask(lambda: client.search_experiments())]
+    experiments = [experiment.experiment_id for experiment in ask(lambda: client.search_experiments())]
     ours = f"attributes.status = 'RUNNING' and tags.`{STORE_TAG}` = '{store.location.uri()}'"
     return [
         OpenRun(
@@ -205,34 +189,24 @@ def open_runs(uri: str, store: Store) -> list[OpenRun]:
             run_key=str(found.data.tags[RUN_KEY_TAG]),
             generation=int(found.data.tags[GENERATION_TAG]),
         )
-        for found in (_ask(lambda: client.search_runs(experiments, filter_string=ours)) if experiments else ())
+        for found in (ask(lambda: client.search_runs(experiments, filter_string=ours)) if experiments else ())
     ]
 
 
 def attach(uri: str, run_id: str) -> Tracker:
     """Raises `InfrastructureError` if MLflow is away, or has no such run."""
-    return _ask(lambda: Tracker(connect(uri), uri, run_id))
+    return ask(lambda: Tracker(connect(uri), uri, run_id))
 
 
 def delete_run(uri: str, run_id: str) -> None:
     """Raises `InfrastructureError` if MLflow is away."""
-    _ask(lambda: connect(uri).delete_run(run_id))
+    ask(lambda: connect(uri).delete_run(run_id))
 
 
 def lost_run(uri: str, record: Record) -> str | None:
     """The MLflow run that the record names, if somebody deleted it. Raises `InfrastructureError` if MLflow is away."""
     run_id = record.tracking_run_id
     return run_id if run_id is not None and not _is_there(connect(uri), run_id) else None
-
-
-def has_version(uri: str, name: str, *, run_key: str, weights_sha256: str) -> bool:
-    """Whether the registry has a version of these weights of this run."""
-    by_key = _by_key(run_key, weights_sha256)
-    return _ask(lambda: _first_version(connect(uri), name, by_key)) is not None
-
-
-def _by_key(run_key: str, weights_sha256: str) -> str:
-    return f"tags.`{RUN_KEY_TAG}` = '{run_key}' and tags.`{WEIGHTS_TAG}` = '{weights_sha256}'"
 
 
 def _with_tracking_run(newest: Record, run_id: str, *, instead_of: Record) -> Record:
@@ -311,167 +285,13 @@ def _flat(document: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, 
             yield prefix + key, value
 
 
-def ensure_model_version(
-    uri: str,
-    name: str,
-    tracker: Tracker,
-    *,
-    run_key: str,
-    weights_sha256: str,
-    tags: Mapping[str, str],
-    save: Callable[[Path, Any], None],
-) -> ModelVersion:
-    """The registry's version of these weights of this run key, made if there is none.
-
-    `save(folder, mlflow_model)` writes the model.
-    """
-    from mlflow.entities import LoggedModelOutput
-    from mlflow.exceptions import MlflowException
-    from mlflow.models import Model
-
-    client = tracker.client
-    identity = {RUN_KEY_TAG: run_key, WEIGHTS_TAG: weights_sha256}
-    try:
-        client.create_registered_model(name)
-    except MlflowException as error:
-        if error.error_code != "RESOURCE_ALREADY_EXISTS":
-            raise InfrastructureError(f"MLflow refused to make model {name!r}: {error}") from error
-    by_key = _by_key(run_key, weights_sha256)
-    existing = _first_version(client, name, by_key)
-    if existing is not None:
-        return existing
-    found = client.search_logged_models([tracker.experiment_id], filter_string=by_key)
-    ready = [model for model in found if model.status == "READY" and model.name == name]
-    if ready:
-        model = ready[0]
-    else:
-        model = client.create_logged_model(
-            tracker.experiment_id,
-            name=name,
-            source_run_id=tracker.run_id,
-            tags=identity,
-        )
-        with tempfile.TemporaryDirectory() as folder:
-            path = Path(folder) / "model"
-            save(path, Model(model_id=model.model_id, run_id=tracker.run_id))
-            client.log_model_artifacts(model.model_id, str(path))
-        client.finalize_logged_model(model.model_id, "READY")
-        client.log_outputs(tracker.run_id, [LoggedModelOutput(model.model_id, step=0)])
-    made = client.create_model_version(
-        name,
-        source=f"models:/{model.model_id}",
-        run_id=tracker.run_id,
-        model_id=model.model_id,
-        tags={**identity, **tags},
-    )
-    first = _first_version(client, name, by_key) or made
-    if str(first.version) != str(made.version):  # a racing starter was first; all agree on the lowest number
-        client.delete_model_version(name, str(made.version))
-    return first
-
-
-def _first_version(client: MlflowClient, name: str, by_key: str) -> ModelVersion | None:
-    versions = client.search_model_versions(f"name = '{name}' and {by_key}")
-    return min(versions, key=lambda version: int(version.version), default=None)
-
-
-def versions_trained_on(uri: str, dataset_digests: Collection[str]) -> list[str]:
-    """The registered versions that were trained on one of these dataset versions, as `name version 3`.
-
-    By their tag: a run may have been removed since.
-    """
-    client = connect(uri)
-    queries = [f"tags.`{DATASET_TAG}` = '{digest}'" for digest in dataset_digests]
-    found = [version for query in queries for version in _ask(lambda: client.search_model_versions(query))]  # noqa: B023
-    return [f"{version.name} version {version.version}" for version in found]
-
-
-def aliases_of(client: MlflowClient, name: str, version: str) -> tuple[str, ...]:
-    """The aliases that a version has now."""
-    model = _ask(lambda: client.get_registered_model(name))
-    return tuple(sorted(alias for alias, number in model.aliases.items() if str(number) == version))
-
-
 def url_of(uri: str, run_id: str) -> str:
     """Where a person sees the MLflow run. Raises `InfrastructureError` if MLflow is away."""
-    return run_url(uri, str(_ask(lambda: connect(uri).get_run(run_id)).info.experiment_id), run_id)
+    return run_url(uri, str(ask(lambda: connect(uri).get_run(run_id)).info.experiment_id), run_id)
 
 
 def run_url(uri: str, experiment_id: str, run_id: str) -> str:
     return f"{uri}/#/experiments/{experiment_id}/runs/{run_id}{MACHINE_LEARNING}"
-
-
-def version_url(uri: str, name: str, version: str) -> str:
-    return f"{uri}/#/models/{name}/versions/{version}{MACHINE_LEARNING}"
-
-
-def _ask(call: Callable[[], T]) -> T:
-    """MLflow's answer, its being away told by one of our own errors."""
-    from mlflow.exceptions import MlflowException
-
-    try:
-        return call()
-    except MlflowException as error:
-        raise InfrastructureError(f"MLflow does not answer as it should: {error}") from error
-
-
-def list_versions(uri: str) -> list[dict[str, Any]]:
-    """Every model version of this project, with its aliases."""
-    client = connect(uri)
-    rows: list[dict[str, Any]] = []
-    for model in _ask(lambda: client.search_registered_models()):
-        aliases: dict[str, list[str]] = {}
-        for alias, version in model.aliases.items():
-            aliases.setdefault(str(version), []).append(alias)
-        for version in client.search_model_versions(f"name = '{model.name}'"):
-            number = str(version.version)
-            run_key = version.tags.get(RUN_KEY_TAG, "")
-            rows.append({"name": model.name, "version": number, "aliases": aliases.get(number, []), "run_key": run_key})
-    return rows
-
-
-def attach_files(
-    uri: str, name: str, version: str, tags: Mapping[str, str], paths: Sequence[Path], *, folder: str
-) -> None:
-    """Files among the artifacts of the run that a version came from; then tags on the version, which speak of them.
-
-    Raises `InfrastructureError` if MLflow is away.
-    """
-    client = connect(uri)
-    run_id = str(_ask(lambda: client.get_model_version(name, version)).run_id)
-    for path in paths:
-        _ask(lambda: client.log_artifact(run_id, str(path), folder))  # noqa: B023
-    for key, value in tags.items():
-        _ask(lambda: client.set_model_version_tag(name, version, key, value))  # noqa: B023
-
-
-def find_version(uri: str, text: str, *, what: str = "train.warm_start") -> tuple[str, str]:
-    """(name, version) that `NAME@ALIAS` or `NAME/VERSION` means. Raises `UserError`, naming `what` asked for it, if the
-    registry has none."""
-    from mlflow.exceptions import MlflowException
-
-    name, at, alias = text.partition("@")
-    number = alias
-    if not at:
-        name, _, number = text.partition("/")
-    if not name or not number:
-        raise UserError(f"{what} = {text!r}: must read NAME@ALIAS or NAME/VERSION")
-    client = connect(uri)
-    find = client.get_model_version_by_alias if at else client.get_model_version
-    try:
-        return name, str(find(name, number).version)
-    except MlflowException as error:
-        if error.error_code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
-            raise UserError(f"{what} = {text!r}: the registry has no such model version") from error
-        raise InfrastructureError(f"MLflow does not answer as it should: {error}") from error
-
-
-def origin_of(uri: str, name: str, version: str) -> tuple[str, str]:
-    """The run that gave a version, and its weights' digest. Raises `UserError` if none of this project's did."""
-    found = _ask(lambda: connect(uri).get_model_version(name, version))
-    if not {RUN_KEY_TAG, WEIGHTS_TAG} <= found.tags.keys():
-        raise UserError(f"model {name!r} version {version} was not made by Unbroken: it has no tag {RUN_KEY_TAG}")
-    return str(found.tags[RUN_KEY_TAG]), str(found.tags[WEIGHTS_TAG])
 
 
 def quarantine_tags(records: Sequence[str]) -> dict[str, str]:

@@ -25,7 +25,7 @@ from PIL import Image
 from websockets.sync.client import connect
 from websockets.sync.connection import Connection
 
-from tasks import tracking
+from tasks import mlflow_client
 from tasks.stack import open_stack
 from training.errors import InfrastructureError, UnbrokenError, UserError
 
@@ -69,8 +69,8 @@ def pages() -> dict[str, tuple[str, str]]:
         )
     if not flow_runs:
         raise UserError(f"there is no finished run: `unbroken run {PRESET}` makes one")
-    mlflow = tracking.connect(settings.mlflow_uri)
-    by_key = f"name = '{PRESET}' and tags.`{tracking.RUN_KEY_TAG}` = '{flow_runs[0].labels[RUN_KEY_LABEL]}'"
+    mlflow = mlflow_client.connect(settings.mlflow_uri)
+    by_key = f"name = '{PRESET}' and tags.`{mlflow_client.RUN_KEY_TAG}` = '{flow_runs[0].labels[RUN_KEY_LABEL]}'"
     run = mlflow.get_run(str(mlflow.search_model_versions(by_key)[0].run_id)).info
     run_url = f"{settings.mlflow_uri}/#/experiments/{run.experiment_id}/runs/{run.run_id}"
     return {

@@ -114,8 +114,8 @@ def runs_rm(
 
 
 def _require_no_version(key: str) -> None:
+    from tasks.registry import list_versions
     from tasks.stack import open_stack
-    from tasks.tracking import list_versions
 
     for version in list_versions(open_stack()[0].mlflow_uri):
         if version["run_key"] == key:
@@ -128,8 +128,8 @@ def _require_no_version(key: str) -> None:
 @models.command(name="ls")
 def models_ls(*, json: Json = False) -> None:
     """Every version in the registry, with its aliases and run key."""
+    from tasks.registry import list_versions
     from tasks.stack import open_stack
-    from tasks.tracking import list_versions
 
     settings, _ = open_stack()
     rows = list_versions(settings.mlflow_uri)

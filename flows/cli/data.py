@@ -147,8 +147,8 @@ def withdraw(
     json: Json = False,
 ) -> None:
     """Make a version without some records, and have later ones leave them out too. Says which models used them."""
+    from tasks.registry import versions_trained_on
     from tasks.stack import open_stack
-    from tasks.tracking import versions_trained_on
     from training.data.withdraw import withdraw as take_out
 
     wanted = [*(ids or ()), *(_lines_of(file) if file else ())]

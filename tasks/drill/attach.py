@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from infra.settings import Settings
-from tasks import tracking
+from tasks import registry
 from tasks.drill.rows import Report
 from tasks.drill.subject import subject_of
 from training.config import Preset
@@ -31,8 +31,8 @@ def require_subject(settings: Settings, store: Store, preset: Preset, text: str)
 
     Raises `UserError` if there is none, or if it came from another recipe or configuration than the preset's.
     """
-    name, number = tracking.find_version(settings.mlflow_uri, text, what="--attach")
-    key, _ = tracking.origin_of(settings.mlflow_uri, name, number)
+    name, number = registry.find_version(settings.mlflow_uri, text, what="--attach")
+    key, _ = registry.origin_of(settings.mlflow_uri, name, number)
     jobs = read_jobs(store, key)
     if not jobs:
         raise UserError(f"--attach {text}: run {key[:12]} is not on this store: nothing says what it was trained with")
@@ -57,11 +57,11 @@ def attach_to(settings: Settings, version: Version, report: Report, paths: Seque
     Raises `InfrastructureError` if MLflow is away.
     """
     tags = {
-        tracking.DRILL_TAG: "green" if report.is_green else "red",
-        f"{tracking.DRILL_TAG}.id": report.id,
-        f"{tracking.DRILL_TAG}.subject": report.subject,
-        f"{tracking.DRILL_TAG}.code": report.code,
-        f"{tracking.DRILL_TAG}.faults": ",".join(row.fault for row in report.rows),
-        f"{tracking.DRILL_TAG}.report_sha256": report.sha256,
+        registry.DRILL_TAG: "green" if report.is_green else "red",
+        f"{registry.DRILL_TAG}.id": report.id,
+        f"{registry.DRILL_TAG}.subject": report.subject,
+        f"{registry.DRILL_TAG}.code": report.code,
+        f"{registry.DRILL_TAG}.faults": ",".join(row.fault for row in report.rows),
+        f"{registry.DRILL_TAG}.report_sha256": report.sha256,
     }
-    tracking.attach_files(settings.mlflow_uri, version.name, version.number, tags, paths, folder=f"drill/{report.id}")
+    registry.attach_files(settings.mlflow_uri, version.name, version.number, tags, paths, folder=f"drill/{report.id}")

@@ -14,7 +14,8 @@ from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterId
 from infra.local import supervisor
 from infra.local.launcher import LocalLauncher
 from infra.local.watch import infos
-from tasks.tracking import METRICS, RUN_KEY_TAG, connect
+from tasks.mlflow_client import RUN_KEY_TAG, connect
+from tasks.tracking import METRICS
 from tests.conftest import Stack
 from tests.flows.runs import mlflow_runs
 from tests.waiting import wait_until

@@ -10,7 +10,7 @@ import psutil
 
 from infra.local import supervisor
 from tasks.follow import Follower
-from tasks.tracking import RUN_KEY_TAG, connect
+from tasks.mlflow_client import RUN_KEY_TAG, connect
 from tests.conftest import Stack
 from tests.waiting import wait_until
 from training.record import RunRecord

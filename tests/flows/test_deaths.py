@@ -15,7 +15,8 @@ from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterId
 
 from infra.local import supervisor
 from infra.local.node import job_path
-from tasks.tracking import METRICS, connect
+from tasks.mlflow_client import connect
+from tasks.tracking import METRICS
 from tests.conftest import Stack
 from tests.flows.runs import last_json, loss_history, mlflow_runs, processes, run_keys, wait_for_step
 from tests.infra.probes import kill_9, service_pid

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from infra.local.launcher import LocalLauncher
-from tasks import tracking
+from tasks import mlflow_client, registry
 from tasks.drill import matrix
 from tasks.drill.faults import NAMES
 from tasks.drill.rows import Report
@@ -45,10 +45,10 @@ def registered_version(stack: Stack) -> str:
     store_job(
         stack.store, Job(key=key, generation=0, preset=preset, dataset_digest=dataset.digest, location=stack.location)
     )
-    client, name = tracking.connect(stack.settings.mlflow_uri), f"drilled-{os.urandom(4).hex()}"
+    client, name = mlflow_client.connect(stack.settings.mlflow_uri), f"drilled-{os.urandom(4).hex()}"
     run = client.create_run(client.create_experiment(name))
     client.create_registered_model(name)
-    tags = {tracking.RUN_KEY_TAG: key, tracking.WEIGHTS_TAG: "0" * 64}
+    tags = {mlflow_client.RUN_KEY_TAG: key, mlflow_client.WEIGHTS_TAG: "0" * 64}
     version = client.create_model_version(name, source=run.info.artifact_uri, run_id=run.info.run_id, tags=tags)
     return f"{name}/{version.version}"
 
@@ -86,12 +86,12 @@ def test_a_drill_is_green_leaves_nothing_and_can_be_attached(stack: Stack, tmp_p
     assert list(stack.store.list_keys("drills/")) == [], "nor of the drill that was killed"
     assert not (stack.home / "drill.json").exists()
 
-    client = tracking.connect(stack.settings.mlflow_uri)
+    client = mlflow_client.connect(stack.settings.mlflow_uri)
     found = client.get_model_version(*version.split("/"))
-    assert found.tags[tracking.DRILL_TAG] == "green"
-    assert found.tags[f"{tracking.DRILL_TAG}.subject"] == report["subject"]
-    assert found.tags[f"{tracking.DRILL_TAG}.code"] == report["code"]
-    assert found.tags[f"{tracking.DRILL_TAG}.faults"] == faults
+    assert found.tags[registry.DRILL_TAG] == "green"
+    assert found.tags[f"{registry.DRILL_TAG}.subject"] == report["subject"]
+    assert found.tags[f"{registry.DRILL_TAG}.code"] == report["code"]
+    assert found.tags[f"{registry.DRILL_TAG}.faults"] == faults
     files = client.list_artifacts(str(found.run_id), f"drill/{report['id']}")
     assert [Path(file.path).name for file in files] == ["report.html", "report.json"]
 

@@ -17,7 +17,7 @@ import psutil
 import pytest
 
 from infra.local.stack import dvc_remote
-from tasks.tracking import RUN_KEY_TAG, connect
+from tasks.mlflow_client import RUN_KEY_TAG, connect
 from tests.conftest import Stack
 from tests.flows.runs import loss_history, mlflow_runs, processes, run_keys, wait_for_step
 from tests.waiting import wait_until

@@ -12,7 +12,7 @@ from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterTags
 
 from flows.reaper import sources
 from flows.reaper.sources import NEW_DATA_TAG, Sources
-from tasks.tracking import DATASET_TAG, connect
+from tasks.mlflow_client import DATASET_TAG, connect
 from tests.conftest import Stack
 from tests.waiting import wait_until
 

@@ -21,7 +21,8 @@ from prefect.client.schemas.filters import ArtifactFilter, ArtifactFilterFlowRun
 
 from infra.local.ports import LOOPBACK, free_port
 from tasks.initial import initial_weights
-from tasks.tracking import connect, find_version
+from tasks.mlflow_client import connect
+from tasks.registry import find_version
 from tests.conftest import Stack
 from tests.flows.runs import last_json, loss_history, mlflow_runs, run_keys
 from tests.unit.reading import make_reader

@@ -26,7 +26,7 @@ from infra.launcher import JobSpec
 from infra.local.launcher import LocalLauncher
 from infra.local.ports import free_port
 from infra.local.services import WORK_POOL
-from tasks import tracking
+from tasks import mlflow_client, tracking
 from tasks.pulse import Pulse
 from tasks.results import Dataset
 from tests.conftest import Stack
@@ -126,7 +126,7 @@ def test_followed_run_stays_running(stack: Stack, launcher: LocalLauncher, run: 
 
 def test_run_of_another_store_is_not_judged(stack: Stack, launcher: LocalLauncher, run: RunRecord) -> None:
     tracker = ensure(stack, run)
-    tracker.client.set_tag(tracker.run_id, tracking.STORE_TAG, "s3://elsewhere/")
+    tracker.client.set_tag(tracker.run_id, mlflow_client.STORE_TAG, "s3://elsewhere/")
     look_until_quiet(stack, launcher)
     assert status(stack, run) == "RUNNING"
 

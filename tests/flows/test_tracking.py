@@ -16,11 +16,11 @@ from mlflow.exceptions import MlflowException
 
 from flows.cli.follow import _Watcher
 from infra.local.ports import free_port
-from tasks import tracking
+from tasks import mlflow_client, registry, tracking
 from tasks.forward import Forwarder
+from tasks.mlflow_client import connect
 from tasks.register import set_aliases
 from tasks.results import Dataset
-from tasks.tracking import connect
 from tests.conftest import Stack
 from tests.flows.runs import mlflow_runs
 from tests.unit.tiny import tiny_preset
@@ -92,7 +92,7 @@ def test_racing_registrations_make_one_version(stack: Stack, run: RunRecord) -> 
         model.save(folder / "MLmodel")
 
     def register(_: int) -> str:
-        version = tracking.ensure_model_version(
+        version = registry.ensure_model_version(
             stack.settings.mlflow_uri, name, tracker, run_key=run.run_key, weights_sha256="w", tags={}, save=save
         )
         return str(version.version)
@@ -116,7 +116,7 @@ def test_an_older_version_registered_again_is_not_the_challenger(stack: Stack, r
     assert set_aliases(stack.store, tracker, name, first, "key 1") == ("champion",)
     assert set_aliases(stack.store, tracker, name, second, "key 2") == ("challenger",)
     assert set_aliases(stack.store, tracker, name, first, "key 1") == ("champion",)
-    assert tracking.aliases_of(tracker.client, name, second) == ("challenger",)
+    assert registry.aliases_of(tracker.client, name, second) == ("challenger",)
 
 
 def test_progress_is_that_of_the_generation_that_trains(stack: Stack, run: RunRecord) -> None:
@@ -139,9 +139,9 @@ def test_progress_is_that_of_the_generation_that_trains(stack: Stack, run: RunRe
 def test_closing_a_run_does_not_hide_what_happened_before(stack: Stack, run: RunRecord) -> None:
     forwarder = Forwarder(run, run.read(), lambda: ensure(stack, run))
     tracker = forwarder.tracker()
-    tracker.client = tracking.connect(f"http://127.0.0.1:{free_port()}")
+    tracker.client = mlflow_client.connect(f"http://127.0.0.1:{free_port()}")
     forwarder.close("FAILED")
-    tracker.client = tracking.connect(stack.settings.mlflow_uri)
+    tracker.client = mlflow_client.connect(stack.settings.mlflow_uri)
     assert mlflow_runs(stack, run.run_key)[0].info.status == "RUNNING"
     forwarder.close("FAILED")
     assert mlflow_runs(stack, run.run_key)[0].info.status == "FAILED"

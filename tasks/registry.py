@@ -1,0 +1,174 @@
+"""Model versions in MLflow's registry: made once per weights of a run, and found by tags."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Collection, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tasks.mlflow_client import DATASET_TAG, MACHINE_LEARNING, RUN_KEY_TAG, WEIGHTS_TAG, ask, connect
+from training.errors import InfrastructureError, UserError
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+    from mlflow.entities.model_registry import ModelVersion
+
+    from tasks.tracking import Tracker
+
+DRILL_TAG = "unbroken.drill"
+"""On a version: "green" or "red". With .id, .subject, .code, .faults and .report_sha256 (docs/drill.md)."""
+
+
+def ensure_model_version(
+    uri: str,
+    name: str,
+    tracker: Tracker,
+    *,
+    run_key: str,
+    weights_sha256: str,
+    tags: Mapping[str, str],
+    save: Callable[[Path, Any], None],
+) -> ModelVersion:
+    """The registry's version of these weights of this run key, made if there is none.
+
+    `save(folder, mlflow_model)` writes the model.
+    """
+    from mlflow.entities import LoggedModelOutput
+    from mlflow.exceptions import MlflowException
+    from mlflow.models import Model
+
+    client = tracker.client
+    identity = {RUN_KEY_TAG: run_key, WEIGHTS_TAG: weights_sha256}
+    try:
+        client.create_registered_model(name)
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_ALREADY_EXISTS":
+            raise InfrastructureError(f"MLflow refused to make model {name!r}: {error}") from error
+    by_key = _by_key(run_key, weights_sha256)
+    existing = _first_version(client, name, by_key)
+    if existing is not None:
+        return existing
+    found = client.search_logged_models([tracker.experiment_id], filter_string=by_key)
+    ready = [model for model in found if model.status == "READY" and model.name == name]
+    if ready:
+        model = ready[0]
+    else:
+        model = client.create_logged_model(
+            tracker.experiment_id,
+            name=name,
+            source_run_id=tracker.run_id,
+            tags=identity,
+        )
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "model"
+            save(path, Model(model_id=model.model_id, run_id=tracker.run_id))
+            client.log_model_artifacts(model.model_id, str(path))
+        client.finalize_logged_model(model.model_id, "READY")
+        client.log_outputs(tracker.run_id, [LoggedModelOutput(model.model_id, step=0)])
+    made = client.create_model_version(
+        name,
+        source=f"models:/{model.model_id}",
+        run_id=tracker.run_id,
+        model_id=model.model_id,
+        tags={**identity, **tags},
+    )
+    first = _first_version(client, name, by_key) or made
+    if str(first.version) != str(made.version):  # a racing starter was first; all agree on the lowest number
+        client.delete_model_version(name, str(made.version))
+    return first
+
+
+def _first_version(client: MlflowClient, name: str, by_key: str) -> ModelVersion | None:
+    versions = client.search_model_versions(f"name = '{name}' and {by_key}")
+    return min(versions, key=lambda version: int(version.version), default=None)
+
+
+def versions_trained_on(uri: str, dataset_digests: Collection[str]) -> list[str]:
+    """The registered versions that were trained on one of these dataset versions, as `name version 3`.
+
+    By their tag: a run may have been removed since.
+    """
+    client = connect(uri)
+    queries = [f"tags.`{DATASET_TAG}` = '{digest}'" for digest in dataset_digests]
+    found = [version for query in queries for version in ask(lambda: client.search_model_versions(query))]  # noqa: B023
+    return [f"{version.name} version {version.version}" for version in found]
+
+
+def aliases_of(client: MlflowClient, name: str, version: str) -> tuple[str, ...]:
+    """The aliases that a version has now."""
+    model = ask(lambda: client.get_registered_model(name))
+    return tuple(sorted(alias for alias, number in model.aliases.items() if str(number) == version))
+
+
+def has_version(uri: str, name: str, *, run_key: str, weights_sha256: str) -> bool:
+    """Whether the registry has a version of these weights of this run."""
+    by_key = _by_key(run_key, weights_sha256)
+    return ask(lambda: _first_version(connect(uri), name, by_key)) is not None
+
+
+def _by_key(run_key: str, weights_sha256: str) -> str:
+    return f"tags.`{RUN_KEY_TAG}` = '{run_key}' and tags.`{WEIGHTS_TAG}` = '{weights_sha256}'"
+
+
+def list_versions(uri: str) -> list[dict[str, Any]]:
+    """Every model version of this project, with its aliases."""
+    client = connect(uri)
+    rows: list[dict[str, Any]] = []
+    for model in ask(lambda: client.search_registered_models()):
+        aliases: dict[str, list[str]] = {}
+        for alias, version in model.aliases.items():
+            aliases.setdefault(str(version), []).append(alias)
+        for version in client.search_model_versions(f"name = '{model.name}'"):
+            number = str(version.version)
+            run_key = version.tags.get(RUN_KEY_TAG, "")
+            rows.append({"name": model.name, "version": number, "aliases": aliases.get(number, []), "run_key": run_key})
+    return rows
+
+
+def attach_files(
+    uri: str, name: str, version: str, tags: Mapping[str, str], paths: Sequence[Path], *, folder: str
+) -> None:
+    """Files among the artifacts of the run that a version came from; then tags on the version, which speak of them.
+
+    Raises `InfrastructureError` if MLflow is away.
+    """
+    client = connect(uri)
+    run_id = str(ask(lambda: client.get_model_version(name, version)).run_id)
+    for path in paths:
+        ask(lambda: client.log_artifact(run_id, str(path), folder))  # noqa: B023
+    for key, value in tags.items():
+        ask(lambda: client.set_model_version_tag(name, version, key, value))  # noqa: B023
+
+
+def find_version(uri: str, text: str, *, what: str = "train.warm_start") -> tuple[str, str]:
+    """(name, version) that `NAME@ALIAS` or `NAME/VERSION` means. Raises `UserError`, naming `what` asked for it, if the
+    registry has none."""
+    from mlflow.exceptions import MlflowException
+
+    name, at, alias = text.partition("@")
+    number = alias
+    if not at:
+        name, _, number = text.partition("/")
+    if not name or not number:
+        raise UserError(f"{what} = {text!r}: must read NAME@ALIAS or NAME/VERSION")
+    client = connect(uri)
+    find = client.get_model_version_by_alias if at else client.get_model_version
+    try:
+        return name, str(find(name, number).version)
+    except MlflowException as error:
+        if error.error_code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
+            raise UserError(f"{what} = {text!r}: the registry has no such model version") from error
+        raise InfrastructureError(f"MLflow does not answer as it should: {error}") from error
+
+
+def origin_of(uri: str, name: str, version: str) -> tuple[str, str]:
+    """The run that gave a version, and its weights' digest. Raises `UserError` if none of this project's did."""
+    found = ask(lambda: connect(uri).get_model_version(name, version))
+    if not {RUN_KEY_TAG, WEIGHTS_TAG} <= found.tags.keys():
+        raise UserError(f"model {name!r} version {version} was not made by Unbroken: it has no tag {RUN_KEY_TAG}")
+    return str(found.tags[RUN_KEY_TAG]), str(found.tags[WEIGHTS_TAG])
+
+
+def version_url(uri: str, name: str, version: str) -> str:
+    return f"{uri}/#/models/{name}/versions/{version}{MACHINE_LEARNING}"
