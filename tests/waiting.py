@@ -9,7 +9,7 @@ from typing import TypeVar
 T = TypeVar("T")
 
 
-def wait_until(condition: Callable[[], T], *, what: str, timeout_seconds: float = 90.0) -> T:
+def wait_until(condition: Callable[[], T | None], *, what: str, timeout_seconds: float = 90.0) -> T:
     """The first true value of `condition`. Fails naming `what` if it does not come."""
     deadline = time.monotonic() + timeout_seconds
     while True:
