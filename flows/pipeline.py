@@ -15,10 +15,11 @@ from tasks.opening import identify
 from tasks.quarantine import trained
 from tasks.register import registered
 from tasks.results import Dataset, PipelineResult, TrainedModel
-from tasks.shard import NUM_AT_ONCE, shard
+from tasks.shard import shard
 from tasks.stack import open_stack
 from tasks.train import train
 from training.config import load_preset
+from training.data.writer import NUM_AT_ONCE
 
 PARTITIONS_AT_ONCE: Any = ThreadPoolTaskRunner(max_workers=NUM_AT_ONCE)
 

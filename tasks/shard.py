@@ -23,13 +23,11 @@ from training.data.lease import writing
 from training.data.shard import FORMAT
 from training.data.source import READING, Partition, open_source, partitions
 from training.data.withdrawn import withdrawn_records
-from training.data.writer import PartResult, Writer, WriteResult
+from training.data.writer import NUM_AT_ONCE, PartResult, Writer, WriteResult
 from training.documents import digest_of
 from training.recipe import load_recipe, source_closure_digest
 
 log = logging.getLogger(__name__)
-
-NUM_AT_ONCE = 4
 
 
 def shard_cache_key(context: Any, arguments: dict[str, Any]) -> str:

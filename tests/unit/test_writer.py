@@ -18,9 +18,10 @@ from tests.unit.tiny import Tiny
 from training.config import DataConfig
 from training.data.manifest import SPLITS, Manifest, load_manifest
 from training.data.source import open_source
-from training.data.writer import WriteResult, _one_behind, split_of, write_dataset
+from training.data.writer import Writer, WriteResult, _one_behind, split_of, write_dataset
 from training.errors import InfrastructureError, UserError
 from training.objectstore import Store
+from training.quickrequests import QuickRequests
 from training.recipe import Recipe, Record, Sample
 
 NUM_RECORDS = 240
@@ -125,6 +126,58 @@ def test_a_first_writer_makes_no_client(store: Store, folder: Path) -> None:
     fresh = Store(store.location)
     write(fresh, folder)
     assert not {"patient", "impatient"} & set(vars(fresh._clients))
+
+
+def write_whole_files(folder: Path) -> None:
+    (folder / "raw").mkdir()
+    for number in range(40):
+        (folder / f"raw/{number:02d}").write_text(tiny_line(number))
+
+
+def test_a_first_writer_reads_each_file_once_and_asks_for_nothing(
+    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_whole_files(tmp_path)
+    config = data_config(format="files")
+    source = local_source(tmp_path, config)
+    opened: list[str] = []
+    asked: list[str] = []
+    open_file, ask = source.open, QuickRequests.ask
+    monkeypatch.setattr(source, "open", lambda file: opened.append(file.name) or open_file(file))
+    monkeypatch.setattr(
+        QuickRequests, "ask", lambda self, method, key, **more: asked.append(method) or ask(self, method, key, **more)
+    )
+    first = write_dataset(Store(store.location), source, config, Tiny())
+    assert sorted(opened) == [f"{number:02d}" for number in range(40)]
+    assert "HEAD" not in asked
+    assert asked.count("GET") < 6, "receipts were looked for"
+    again = write_dataset(Store(store.location), source, config, Tiny())
+    assert again.num_partitions_reused == first.num_partitions > 1
+    assert again.manifest == first.manifest
+
+
+@pytest.mark.parametrize("apply_first", [False, True], ids=["not applied", "lost reply"])
+def test_a_first_writer_that_tries_a_partition_again_sends_nothing_twice(
+    store: Store, folder: Path, apply_first: bool
+) -> None:
+    sent: list[str] = []
+
+    def fails(key: str) -> bool:
+        sent.append(key)
+        return len(sent) == 3
+
+    faulty = FaultyStore(store, fails, apply_first=apply_first)
+    writer = Writer(faulty, local_source(folder, data_config()), data_config(), Tiny())
+    with pytest.raises(InfrastructureError):
+        writer.write(writer.parts[0])
+    assert faulty.num_faults == 1
+    result = writer.write(writer.parts[0])
+    assert (
+        result.receipt
+        == Writer(store, local_source(folder, data_config()), data_config(), Tiny()).write(writer.parts[0]).receipt
+    )
+    num_twice = len(sent) - len(set(sent))
+    assert num_twice == (not apply_first), "only what was not applied is sent again"
 
 
 @pytest.mark.parametrize("after", [0, 1, 5])
@@ -403,6 +456,23 @@ def test_a_file_that_changes_while_it_is_read_leaves_no_receipt(store: Store, fo
         write_dataset(store, source, config, Changing())
     changed.write_bytes(before)
     assert write(store, folder).manifest == write(corner(store, "clean"), folder).manifest
+
+
+def test_a_whole_file_that_changes_after_it_was_read_once_leaves_no_receipt(store: Store, tmp_path: Path) -> None:
+    write_whole_files(tmp_path)
+    config = data_config(format="files")
+    changed = tmp_path / "raw/07"
+
+    class Changing(Tiny):
+        def encode(self, record: Record) -> Iterable[Sample]:
+            if record.id == "07":
+                changed.write_text(tiny_line(700))
+            return super().encode(record)
+
+    with pytest.raises(UserError, match=r"07 was changed while it was read"):
+        write(store, tmp_path, config, Changing())
+    clean = corner(store, "clean")
+    assert write(store, tmp_path, config).manifest == write(clean, tmp_path, config).manifest
 
 
 def test_a_recipe_may_use_one_array_for_all_its_samples(store: Store, folder: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import suppress
+from copy import copy
 from itertools import accumulate
 from typing import Any, NamedTuple
 
@@ -13,7 +14,7 @@ import numpy as np
 from training.data.manifest import FieldInfo, Split, difference
 from training.data.shard import DTYPE_NAMES, Array, Column, Ragged, dtype_is_known, id_column, num_digits, numbered_ids
 from training.errors import UserError
-from training.recipe import Sample, Table
+from training.recipe import Recipe, Record, Sample, Table
 
 Given = Sample | Table
 """What a recipe's `encode` gives."""
@@ -214,3 +215,21 @@ class ShardBuilder:
         if 0 in array.shape[name in self._ragged :]:
             raise UserError(f"record {sample_id}: field {name!r} has shape {list(array.shape)}: nothing is in it")
         return FieldInfo(dtype=array.dtype.name, shape=self._shape_of(name, array))
+
+
+def encoded(recipe: Recipe, record: Record) -> Iterator[Given]:
+    """What a recipe makes of a record. Raises `UserError` naming it."""
+    try:
+        given = recipe.encode(record)
+        yield from (given,) if isinstance(given, Table) else given
+    except UserError:
+        raise
+    except Exception as error:  # the recipe's own code: whatever it raises, the record is the place to look
+        raise UserError(f"cannot read record {record.id}: {type(error).__name__}: {error}") from error
+
+
+def kept(given: Given) -> Given:
+    """A copy: a recipe may write its next sample into the same arrays."""
+    if isinstance(given, Table):
+        return Table({name: column.copy() for name, column in given.columns.items()})
+    return {name: copy(array) for name, array in given.items()} if isinstance(given, MAPPINGS) else given

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from copy import copy
 from dataclasses import asdict, dataclass
 from types import MappingProxyType
 from typing import TypeVar
 
 from training.config import DataConfig
-from training.data.builder import MAPPINGS, FullShard, Given, ShardBuilder, Spares
+from training.data.builder import FullShard, Given, ShardBuilder, Spares, encoded, kept
+from training.data.finished import Finished, Receipt
 from training.data.lease import Lease, publish, writing
 from training.data.manifest import (
     SPLITS,
@@ -20,9 +21,7 @@ from training.data.manifest import (
     Split,
     describe_shard,
     difference,
-    load_shard,
     receipt_key,
-    shard_key,
 )
 from training.data.shard import FORMAT, shard_pieces
 from training.data.source import (
@@ -40,23 +39,12 @@ from training.data.withdrawn import (
     Withdrawn,
     content_of_samples,
     contents_of,
-    records_in,
     require_none_withdrawn_since,
 )
-from training.documents import digest_of, parse, sealed, sha256_hex, unsealed
-from training.errors import DamagedError, MissingError, UserError
+from training.documents import digest_of, sha256_hex
+from training.errors import UserError
 from training.objectstore import Store
-from training.recipe import Recipe, Record, Table, source_closure_digest
-
-
-@dataclass(frozen=True, kw_only=True)
-class Receipt:
-    """What one finished partition gave."""
-
-    fields: dict[str, FieldInfo]
-    splits: dict[Split, tuple[ShardInfo, ...]]
-    displaced: tuple[str, ...] = ()
-    """Records left out by their id, whose content is not what was withdrawn under it: the source has changed since."""
+from training.recipe import Recipe, Record, source_closure_digest
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,6 +73,9 @@ class WriteResult:
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 Report = Callable[[PartResult], None]
+NUM_AT_ONCE = min(8, max(2, len(os.sched_getaffinity(0))))
+"""Partitions. One keeps a core busy, and has a shard on its way meanwhile; more than there are cores only touch more
+memory, whose fresh pages cost more than to copy into them."""
 WHOLE_FILES = ("files", "folders")
 """Formats whose records are files: a file's digest is its record's."""
 
@@ -140,6 +131,7 @@ class Writer:
         self._recipe = recipe
         self._withdrawn = dict(withdrawn)
         self._withdrawn_contents = contents_of(withdrawn)
+        self._finished = Finished(store, config.name, withdrawn_contents=self._withdrawn_contents)
         self._spares = Spares()
         encoding = {
             "format": FORMAT,
@@ -154,16 +146,16 @@ class Writer:
 
     def write(self, part: Partition) -> PartResult:
         """Shard a partition and leave its receipt; nothing is done if it is finished and its shards are whole."""
-        digests = content_digests(self._source, part)
-        fingerprint = partition_fingerprint(digests, encoding=self._encoding, withdrawn=self._withdrawn)
-        key = receipt_key(self._config.name, fingerprint)
-        if (receipt := self._maybe_finished(key)) is not None:
+        is_read_once = self._finished.is_nothing and self._config.format in WHOLE_FILES
+        digests = {} if is_read_once else content_digests(self._source, part)
+        key = self._receipt_key(digests)
+        if (receipt := self._finished.maybe_receipt(key)) is not None:
             return PartResult(key=key, receipt=receipt, num_bytes=part.num_bytes, is_reused=True, num_shards_sent=0)
-        receipt, num_sent = self._write(part, digests if self._config.format in WHOLE_FILES else {})
+        receipt, num_sent = self._write(part, digests)
         for file in part.files:  # or the receipt would say that other bytes gave these shards
             self._source.require_unchanged(file)
-        document = sealed("receipt", asdict(receipt))
-        self._store.send(key, document, sha256=sha256_hex(document))
+        key = self._receipt_key(digests)  # known by now of files that are read once
+        self._finished.put_receipt(key, receipt)
         return PartResult(key=key, receipt=receipt, num_bytes=part.num_bytes, is_reused=False, num_shards_sent=num_sent)
 
     def finish(self, results: Sequence[PartResult], lease: Lease) -> WriteResult:
@@ -174,6 +166,7 @@ class Writer:
         """
         if not lease.is_sure:  # away for so long that a collector may have taken shards
             lease.enter_again()
+            self._finished.look_again()
             results = [self.write(part) for part in self.parts]
         receipts = [result.receipt for result in results]
         manifest = _merge(self.parts, receipts, self._config, self._classes)
@@ -187,26 +180,12 @@ class Writer:
             displaced=tuple(record for receipt in receipts for record in receipt.displaced),
         )
 
-    def _maybe_finished(self, key: str) -> Receipt | None:
-        """The receipt, if it is there and all its shards are whole."""
-        try:
-            found = parse(Receipt, unsealed("receipt", self._store.get(key)))
-            return found if all(self._is_whole(found.splits[split]) for split in SPLITS) else None
-        except (MissingError, DamagedError):
-            return None
+    def _receipt_key(self, digests: Mapping[str, str]) -> str:
+        fingerprint = partition_fingerprint(digests, encoding=self._encoding, withdrawn=self._withdrawn)
+        return receipt_key(self._config.name, fingerprint)
 
-    def _is_whole(self, shards: Sequence[ShardInfo]) -> bool:
-        """Whether the shards are what their names say, and hold nothing that was withdrawn elsewhere since.
-
-        Raises `MissingError` or `DamagedError` if they are not.
-        """
-        loaded = (load_shard(self._store, self._config.name, shard) for shard in shards)
-        if self._withdrawn_contents:
-            return all(record.content not in self._withdrawn_contents for record in records_in(loaded))
-        return all(len(shard) for shard in loaded)
-
-    def _write(self, part: Partition, digests: Mapping[str, str]) -> tuple[Receipt, int]:
-        """`digests` are those of records, where they are known already."""
+    def _write(self, part: Partition, digests: dict[str, str]) -> tuple[Receipt, int]:
+        """`digests` are those of files; what is read once is added to them."""
         fields: dict[str, FieldInfo] = {}
         shard_bytes, ragged = self._config.shard_bytes, self._recipe.ragged
         builders = {split: ShardBuilder(split, shard_bytes, fields, ragged, self._spares) for split in SPLITS}
@@ -222,7 +201,7 @@ class Writer:
     def _send(self, full: FullShard) -> tuple[Split, ShardInfo, bool]:
         pieces = shard_pieces(full.ids, full.columns)
         info = describe_shard(*pieces, num_samples=len(full.ids))
-        is_new = self._store.put_immutable(shard_key(self._config.name, info.sha256), *pieces, sha256=info.sha256)
+        is_new = self._finished.put_shard(info.sha256, pieces)
         self._spares.give(full.memory)
         return full.split, info, is_new
 
@@ -230,17 +209,24 @@ class Writer:
         self,
         part: Partition,
         builders: Mapping[Split, ShardBuilder],
-        digests: Mapping[str, str],
+        digests: dict[str, str],
         displaced: list[str],
     ) -> Iterator[FullShard]:
         """The partition's samples by full shards, and at the end what is left."""
         for record in read_records(self._source, part, self._config, self._classes):
-            samples = _encode(self._recipe, record)
+            samples = encoded(self._recipe, record)
             if self._withdrawn:
-                samples = iter(self._unless_withdrawn(record.id, [*map(_kept, samples)], displaced))
-            builder = builders[split_of(record, self._config.test_percent, sha256=digests.get(record.id))]
+                samples = iter(self._unless_withdrawn(record.id, [*map(kept, samples)], displaced))
+            builder = builders[self._split_of(record, digests)]
             yield from builder.add(record.id, samples)
         yield from (builder.take() for builder in builders.values() if not builder.is_empty)
+
+    def _split_of(self, record: Record, digests: dict[str, str]) -> Split:
+        if self._config.format not in WHOLE_FILES:
+            return split_of(record, self._config.test_percent)
+        if record.id not in digests:
+            digests[record.id] = sha256_hex(record.data)
+        return split_of(record, self._config.test_percent, sha256=digests[record.id])
 
     def _unless_withdrawn(self, record: str, samples: list[Given], displaced: list[str]) -> list[Given]:
         """None of them if their record is withdrawn: by its id, or by what is in it, wherever it lies by now."""
@@ -270,23 +256,6 @@ def _merge(
                 " yields nothing"
             )
     return Manifest(fields=fields, splits=splits, classes=classes)
-
-
-def _encode(recipe: Recipe, record: Record) -> Iterator[Given]:
-    try:
-        given = recipe.encode(record)
-        yield from (given,) if isinstance(given, Table) else given
-    except UserError:
-        raise
-    except Exception as error:  # the recipe's own code: whatever it raises, the record is the place to look
-        raise UserError(f"cannot read record {record.id}: {type(error).__name__}: {error}") from error
-
-
-def _kept(given: Given) -> Given:
-    """A copy: a recipe may write its next sample into the same arrays."""
-    if isinstance(given, Table):
-        return Table({name: column.copy() for name, column in given.columns.items()})
-    return {name: copy(array) for name, array in given.items()} if isinstance(given, MAPPINGS) else given
 
 
 def _one_behind(work: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:

@@ -24,13 +24,12 @@ from training.data.order import Order
 from training.data.reader import Reader
 from training.data.source import open_source
 from training.data.stream import Stream
-from training.data.writer import Writer
+from training.data.writer import NUM_AT_ONCE, Writer
 from training.objectstore import Store, StoreLocation
 from training.recipe import Recipe, Record, Sample, Table
 from training.reduce import owned_range
 
 NAME = "bench"
-NUM_AT_ONCE = 4
 VIRTUAL_WORKERS = 2
 WINDOW_SHARDS = 4
 pydantic.TypeAdapter(int)  # whose first use looks for plugins in all that is installed: an import, so to speak
