@@ -107,7 +107,7 @@ def write_dataset(
 
 
 class Writer:
-    """Shards one source. `write` may be called for its `parts` in any order, by many threads or processes at once;
+    """Shards one source. `write` may be called for its `parts` in any order, by many threads at once;
     `finish` makes the manifest of them all.
 
     Whatever dies, a new writer of the same source finds what is finished.
