@@ -147,6 +147,7 @@ def test_it_goes_red_for_a_planted_bug(
     """Only the fault that can show it strikes. A single one: `pytest -m soak tests/flows/test_drill.py -k SLUG`."""
     said = what_is_said_of(stack, bug, tmp_path)
     assert said, f"{bug.name} was not seen"
+    print(f"{bug.name}: {'; '.join(said)}")  # shown by -rP, also if it is run alone, which leaves no evidence
     bugs_seen.append({"bug": bug.name, "fault": bug.fault, "said": said})
 
 
