@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+from tasks.bookmark import AT_THE_START, Bookmark, keep_bookmark
 from training.events import Event, EventReader
-from training.record import Record, RunRecord
+from training.record import Record, RunRecord, generation_prefix
+
+KEEP_SECONDS = 5.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,12 +41,15 @@ class Progress:
 
 
 class Follower:
-    """Reads a run's new events at each `look`."""
+    """Reads a run's new events at each `look`; from a bookmark on, the first look gives those that go with it too."""
 
-    def __init__(self, run: RunRecord, *, generation: int, num_steps: int) -> None:
+    def __init__(self, run: RunRecord, *, generation: int, num_steps: int, bookmark: Bookmark = AT_THE_START) -> None:
         self._run = run
         self.generation = generation
-        self._reader = EventReader(run.store, f"runs/{run.run_key}/{generation}/")
+        self._prefix = generation_prefix(run.run_key, generation)
+        self._bookmark = bookmark
+        self._carried = bookmark.events
+        self._next_keep = 0.0
         self.progress = Progress(num_steps=num_steps)
         self._num_departures = 0
 
@@ -55,10 +62,25 @@ class Follower:
         if record.checkpoints:
             newest = max(self.progress.checkpoint_step, record.checkpoints[-1].step)
             self.progress = replace(self.progress, checkpoint_step=newest)
-        events = list(self._reader.read_new(newest_token=record.token))
+        events = self._read_new(record)
         for event in events:
             self.progress = _after(self.progress, event)
         return record, events
+
+    def keep_bookmark(self) -> None:
+        """For the next follower, now and then. Raises `InfrastructureError` if the store is away."""
+        now = time.monotonic()
+        if now >= self._next_keep:
+            keep_bookmark(self._run.store, self._prefix, self._bookmark)
+            self._next_keep = now + KEEP_SECONDS
+
+    def _read_new(self, record: Record) -> list[Event]:
+        """All of them or, if the store goes away meanwhile, none: the next look begins at the same place."""
+        reader = EventReader(self._run.store, self._prefix, self._bookmark.position)
+        events = list(reader.read_new(newest_token=record.token))
+        self._bookmark = self._bookmark.after(events, reader.position)
+        carried, self._carried = self._carried, ()
+        return [*carried, *events]
 
 
 def _slow(maybe_straggler: Mapping[str, Any] | None) -> str:

@@ -20,6 +20,7 @@ from tasks.stack import open_stack, store_location
 from training.config import Preset
 from training.data.activity import note_newest, read_activity
 from training.data.lease import writing
+from training.data.manifest import Manifest
 from training.data.shard import FORMAT
 from training.data.source import READING, Partition, open_source, partitions
 from training.data.withdrawn import withdrawn_records
@@ -74,9 +75,16 @@ def shard(preset: Preset) -> Dataset:
     )
     with writing(store, preset.data.name) as lease:
         written = writer.finish(write_parts(writer), lease)
+        made = _dataset(preset, written.manifest)
+        # else the source changed since it was first listed, or somebody may be collecting what this would replace
+        if _result_key(preset) == key and lease.is_sure:
+            keep_result(store, key, made)
     _tell(preset, written)
-    manifest = written.manifest
-    made = Dataset(
+    return made
+
+
+def _dataset(preset: Preset, manifest: Manifest) -> Dataset:
+    return Dataset(
         name=preset.data.name,
         digest=manifest.digest,
         num_train_samples=manifest.num_samples("train"),
@@ -84,9 +92,6 @@ def shard(preset: Preset) -> Dataset:
         num_shards=sum(len(shards) for shards in manifest.splits.values()),
         num_bytes=manifest.num_bytes(),
     )
-    if _result_key(preset) == key:  # else the source changed since it was first listed
-        keep_result(store, key, made)
-    return made
 
 
 def _result_key(preset: Preset) -> str:

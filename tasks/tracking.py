@@ -48,7 +48,7 @@ class Tracker:
         self.run_id = run_id
         self.experiment_id = str(client.get_run(run_id).info.experiment_id)
         self.url = run_url(uri, self.experiment_id, run_id)
-        self._last_step = self._last_logged_step()
+        self.last_step = self._last_logged_step()
         self._last_samples: dict[int, int] = {}
 
     def _last_logged_step(self) -> int:
@@ -66,12 +66,12 @@ class Tracker:
         points = [
             Metric(name, value, int(event.time * 1000), step)
             for step, event in sorted(new.items())
-            if step > self._last_step
+            if step > self.last_step
             for name, value in _metrics(event).items()
         ]
         for batch in _batches(points):
             ask(lambda: self.client.log_batch(self.run_id, metrics=batch))  # noqa: B023
-            self._last_step = batch[-1].step
+            self.last_step = batch[-1].step
 
     def forward_samples(self, samples: Iterable[tuple[int, Sample]]) -> None:
         """Log each node's system metrics; a sample's step is its second since the MLflow run was made (negative: MLflow
@@ -126,7 +126,7 @@ class Tracker:
         """Held-out metrics, the figures that a person looks at, and the whole report."""
         from mlflow.entities import Metric
 
-        step = self._last_step
+        step = self.last_step
         time_ms = int(ask(lambda: self.client.get_run(self.run_id)).info.start_time)  # fixed: a rerun adds no point
         points = [Metric(name, value, time_ms, step) for name, value in metrics.items()]
         ask(lambda: self.client.log_batch(self.run_id, metrics=points))

@@ -13,6 +13,7 @@ from infra.engines import make_launcher
 from infra.launcher import JobSpec, JobState, Launcher
 from infra.settings import Settings
 from tasks import tracking
+from tasks.bookmark import AT_THE_START, Bookmark, find_bookmark
 from tasks.follow import Follower
 from tasks.forward import Forwarder
 from tasks.opening import Identity, identify, open_run
@@ -95,7 +96,6 @@ def train(preset: Preset, dataset: Dataset, *, owner: str | None = None, fresh: 
 
     forwarder = Forwarder(run, record, open_tracker)
     launcher = make_launcher(settings)
-    follower = Follower(run, generation=record.generation, num_steps=preset.train.steps)
     try:
         if fresh is not None and not record.attempt_starts:
             _cancel(launcher, run, record)  # the agents of the generation before
@@ -103,6 +103,8 @@ def train(preset: Preset, dataset: Dataset, *, owner: str | None = None, fresh: 
             if launcher.find(run.run_key) is not None:
                 log.info("it is being trained already, on what it was started with; `unbroken runs cancel` ends that")
             _submit(launcher, settings, store, identity, record, owner)
+        bookmark = _bookmark(store, record, forwarder)
+        follower = Follower(run, generation=record.generation, num_steps=preset.train.steps, bookmark=bookmark)
         record = _follow(follower, forwarder, launcher, pulse, run.run_key)
         assert record.result is not None
     except CancelledError:
@@ -179,6 +181,15 @@ def _submit(
     )
 
 
+def _bookmark(store: Store, record: Record, forwarder: Forwarder) -> Bookmark:
+    try:
+        told_step = forwarder.tracker().last_step
+    except InfrastructureError as error:  # how far its points reach is not known before it is back
+        log.warning("%s", error)
+        return AT_THE_START
+    return find_bookmark(store, record, told_step=told_step)
+
+
 def _follow(follower: Follower, forwarder: Forwarder, launcher: Launcher, pulse: Pulse, key: str) -> Record:
     """Forward events until the run is done."""
     next_line = 0.0
@@ -191,6 +202,8 @@ def _follow(follower: Follower, forwarder: Forwarder, launcher: Launcher, pulse:
             if event.kind == "attempt" and event.values.get("source", "start") != "start":
                 log.info(_resumption(event))
         is_told = forwarder.send(record, events) if record.generation == follower.generation else False
+        if is_told:
+            follower.keep_bookmark()
         if time.monotonic() > next_line:
             log.info(follower.progress.line())
             next_line = time.monotonic() + LINE_SECONDS

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from tasks import tracking
+from tasks.bookmark import find_bookmark
 from tasks.follow import Follower
 from tasks.forward import Forwarder
 from tasks.pulse import last_sign
@@ -37,7 +38,8 @@ def close(uri: str, store: Store, run: tracking.OpenRun, record: Record | None, 
     tracker = tracking.attach(uri, run.run_id)
     if record is not None and record.generation == run.generation:
         source = RunRecord(store, run.run_key)
-        newest, events = Follower(source, generation=run.generation, num_steps=0).look()
+        bookmark = find_bookmark(store, record, told_step=tracker.last_step)
+        newest, events = Follower(source, generation=run.generation, num_steps=0, bookmark=bookmark).look()
         if not Forwarder(source, newest, lambda: tracker).send(newest, events):
             return  # the next look tries again
     tracker.finish(status)

@@ -19,6 +19,8 @@ from training.objectstore import Store
 from training.slots import Entry
 
 FLUSH_SECONDS = 1.0
+START = (1, 0)
+"""The position, (token, chunk), of a run's first chunk."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,24 +112,24 @@ class EventWriter:
 class EventReader:
     """Reads a run's chunks as they appear, token by token. `position` is (token, chunk) of the next one."""
 
-    def __init__(self, store: Store, prefix: str) -> None:
+    def __init__(self, store: Store, prefix: str, position: tuple[int, int] = START) -> None:
         self._store = store
         self._prefix = prefix
-        self._token = 1
-        self._chunk = 0
+        self.position = position
 
     def read_new(self, *, newest_token: int) -> Iterator[Event]:
         """Every event of the chunks that appeared since. A token is left once a newer one exists."""
         while True:
+            token, chunk = self.position
             try:
-                data = self._store.get(chunk_key(self._prefix, self._token, self._chunk))
+                data = self._store.get(chunk_key(self._prefix, token, chunk))
             except MissingError:
-                if self._token >= newest_token:
+                if token >= newest_token:
                     return
-                self._token, self._chunk = self._token + 1, 0
+                self.position = token + 1, 0
                 continue
-            self._chunk += 1
-            yield from _parse(data, self._token)
+            self.position = token, chunk + 1
+            yield from _parse(data, token)
 
 
 def _parse(data: bytes, token: int) -> Iterator[Event]:

@@ -198,7 +198,10 @@ def gc(
     dry_run: Annotated[bool, Parameter(negative="", help="Only say what would be deleted.")] = False,
     json: Json = False,
 ) -> None:
-    """Delete shards and receipts that no version names. Safe beside readers; refused while a writer is at work."""
+    """Delete shards and receipts that no version names, and kept results of versions and runs that are gone.
+
+    Safe beside readers; refused while a writer is at work.
+    """
     from training.data.collect import collect
 
     garbage = collect(open_store(), name, older_than_hours=older_than, dry_run=dry_run)

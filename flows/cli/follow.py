@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import sys
 import time
@@ -14,6 +15,7 @@ from uuid import UUID
 from flows.cli.output import LiveLine
 from flows.deployments import deployment_of
 from flows.publish import RUN_KEY_LABEL
+from tasks.bookmark import find_bookmark
 from tasks.follow import Follower, Progress
 from tasks.results import PipelineResult
 from tasks.stack import open_stack
@@ -226,7 +228,12 @@ class _Watcher:
             self._run_key, self._maybe_follower = run.run_key, None
             self._live.end(f"run key    {run.run_key}")
         if self._maybe_follower is None or self._maybe_follower.generation != record.generation:
-            self._maybe_follower = Follower(run, generation=record.generation, num_steps=self._config.train.steps)
+            self._maybe_follower = Follower(
+                run,
+                generation=record.generation,
+                num_steps=self._config.train.steps,
+                bookmark=find_bookmark(self._store, record, told_step=math.inf),  # it tells MLflow nothing
+            )
         if record.result is not None:
             return None
         self._maybe_follower.look()

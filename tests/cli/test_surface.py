@@ -12,6 +12,7 @@ import pytest
 from tests.cli.commands import complaint
 from tests.conftest import UNBROKEN
 
+DVC = str(Path(UNBROKEN).parent / "dvc")
 HEAVY = ("torch", "prefect", "mlflow", "boto3", "botocore", "sklearn", "matplotlib")
 HELPS: tuple[list[str], ...] = (
     *([], ["up"], ["down"], ["status"], ["doctor"], ["init"], ["run"], ["train"], ["drill"]),
@@ -47,10 +48,28 @@ def test_help_lists_the_verbs() -> None:
 
 def test_scaffold_is_never_written_over(tmp_path: Path) -> None:
     assert _init("spirals", tmp_path).returncode == 0
-    files = {path: path.read_bytes() for path in (tmp_path / "spirals").iterdir()}
-    assert {path.name for path in files} == {"spirals.toml", "spirals_recipe.py", "records.jsonl"}
+    files = _files(tmp_path / "spirals")
+    own, dvc = {"spirals.toml", "spirals_recipe.py", "records.jsonl"}, {"dvc.yaml", ".dvc/config", ".dvc/.gitignore"}
+    assert files.keys() == own | dvc | {".gitignore"}
     assert "spirals exists already" in complaint(_init("spirals", tmp_path))
-    assert {path: path.read_bytes() for path in (tmp_path / "spirals").iterdir()} == files
+    assert _files(tmp_path / "spirals") == files
+
+
+def test_scaffold_is_dvcs_with_and_without_git(tmp_path: Path) -> None:
+    (tmp_path / "mine/below").mkdir(parents=True)
+    subprocess.run(["git", "init", "-q", tmp_path / "mine"], check=True)
+    for folder, has_git in ((tmp_path, False), (tmp_path / "mine/below", True)):
+        assert _init("spirals", folder).returncode == 0
+        shown = subprocess.run(
+            [DVC, "stage", "list", "--name-only"],
+            cwd=folder / "spirals",
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
+        )
+        assert shown.stdout.split() == ["shard", "train", "evaluate", "register"], shown.stderr
+        assert ("no_scm" in (folder / "spirals/.dvc/config").read_text()) != has_git
 
 
 @pytest.mark.parametrize("name", ["a/b", "../up", "", "1st", "naïve", "x" * 49])
@@ -60,6 +79,10 @@ def test_names_that_cannot_be_modules_are_refused(tmp_path: Path, name: str) -> 
     assert f"{name!r} cannot be a name" in complaint(_init(name, folder))
     assert list(folder.iterdir()) == []
     assert list(tmp_path.iterdir()) == [folder]
+
+
+def _files(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def _init(name: str, folder: Path) -> subprocess.CompletedProcess[str]:

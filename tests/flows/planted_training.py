@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,11 @@ class Bug:
     old: str
     new: str
     fault: str
+
+    @property
+    def slug(self) -> str:
+        """Its name as `pytest -k` takes one."""
+        return re.sub(r"[^a-z0-9]+", "-", self.name.lower())
 
 
 def of_simulation(name: str, fault: str) -> Bug:

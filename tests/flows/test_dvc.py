@@ -19,7 +19,7 @@ import pytest
 from infra.local.stack import dvc_remote
 from tasks.mlflow_client import RUN_KEY_TAG, connect
 from tests.conftest import Stack
-from tests.flows.runs import loss_history, mlflow_runs, processes, run_keys, wait_for_step
+from tests.flows.runs import last_json, loss_history, mlflow_runs, processes, run_keys, wait_for_step
 from tests.waiting import wait_until
 from training.objectstore import Store
 from training.record import RunRecord
@@ -102,6 +102,26 @@ def test_what_a_flow_did_is_a_hit_for_dvc(stack: Stack, clone: Clone) -> None:
     assert _work(stack, key) == done
     assert _model(checkout)["run_key"] == key
     assert len(mlflow_runs(stack, key)) == len(_versions(stack, key)) == 1
+
+
+@pytest.mark.timeout(480)
+def test_a_scaffold_outside_the_repository_is_reproduced(stack: Stack, tmp_path: Path) -> None:
+    """What `unbroken init` writes, as it is written, without git."""
+    assert stack.command("init", "helix", cwd=tmp_path).returncode == 0
+    folder = tmp_path / "helix"
+    assert _ran(_dvc(stack, folder, "repro")) == ["shard", "train", "evaluate", "register"]
+    lock = (folder / "dvc.lock").read_bytes()
+    model = json.loads((folder / "data/helix/model.json").read_text())
+    assert model["step"] == 200
+    record = RunRecord(stack.store, model["run_key"]).read()
+
+    assert _ran(_dvc(stack, folder, "repro")) == ["shard", "train"], "which are always asked"
+    assert (folder / "dvc.lock").read_bytes() == lock
+    found = last_json(stack.command("train", "helix/helix.toml", "--json", cwd=tmp_path).stdout)
+    assert found["run_key"] == model["run_key"]
+    assert RunRecord(stack.store, model["run_key"]).read() == record, "it was trained again"
+    assert len(mlflow_runs(stack, model["run_key"])) == 1
+    assert "pushed" in _dvc(stack, folder, "push")
 
 
 @pytest.mark.soak

@@ -5,6 +5,7 @@ from __future__ import annotations
 import uuid
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -14,6 +15,7 @@ from tests.conftest import Stack
 from tests.unit.data_source import data_config, write_csv
 from training.config import Preset, TrainConfig
 from training.data.activity import distrust, read_activity
+from training.data.collect import collect
 from training.data.versions import remove_version, versions
 from training.data.withdraw import withdraw
 from training.data.writer import PartResult, Writer
@@ -66,6 +68,27 @@ def test_source_that_is_as_it_was_is_not_read(stack: Stack, preset: Preset, monk
     more.unlink()
     assert shard.fn(preset) == first
     assert newest() == first.digest, "the version that was sharded last"
+
+
+def test_result_is_kept_under_the_writers_claim_and_collected_with_its_version(
+    stack: Stack, preset: Preset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nobody who collects garbage can take a result that is just being kept for one of a version that is gone."""
+    name, seen = preset.data.name, list[str]()
+    keep_result = tasks.shard.keep_result
+
+    def look_and_keep(*arguments: Any) -> None:
+        seen.extend(read_activity(stack.store, name).holders)
+        keep_result(*arguments)
+
+    monkeypatch.setattr(tasks.shard, "keep_result", look_and_keep)
+    made = shard.fn(preset)
+    assert [holder.partition("-")[0] for holder in seen] == ["writer"]
+    assert collect(stack.store, name, older_than_hours=0).keys == ()
+    (kept,) = [key for key, _ in stack.store.list_keys(f"datasets/{name}/results/")]
+    remove_version(stack.store, name, made.digest)
+    assert kept in collect(stack.store, name, older_than_hours=0).keys
+    assert shard.fn(preset) == made
 
 
 def test_result_of_a_source_that_changed_meanwhile_is_not_kept(

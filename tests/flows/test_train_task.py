@@ -92,6 +92,7 @@ def test_cache_key_does_not_need_mlflow(arguments: dict[str, Any], monkeypatch: 
     run = RunRecord(open_stack()[1], identify(arguments["preset"], arguments["dataset"]).run_key)
     run.update(lambda record: replace(record, tracking_run_id="somewhere"))
     monkeypatch.setenv("UNBROKEN_MLFLOW_URI", f"http://127.0.0.1:{free_port()}")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "")  # what opening the stack puts there is gone after this test
     assert stage.train_cache_key(None, arguments) == key
 
 

@@ -84,8 +84,17 @@ class MemoryStore(Store):
             raise MissingError(f"{key} does not exist")
         return self.objects[key]
 
+    def put(self, key: str, data: bytes | bytearray) -> None:
+        self.objects[key] = bytes(data)
+
     def read_versioned(self, key: str) -> Versioned:
         return Versioned(document=json.loads(self.get(key)), etag="")
+
+    def create_versioned(self, key: str, document: dict[str, Any]) -> bool:
+        if key in self.objects:
+            return False
+        self.objects[key] = canonical_json(document)
+        return True
 
     def replace_versioned(self, key: str, document: dict[str, Any], *, read: Versioned) -> bool:
         self.objects[key] = canonical_json(document)

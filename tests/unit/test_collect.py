@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import random
 import time
+from collections.abc import Iterator
 from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
@@ -24,9 +25,11 @@ from training.data.versions import compare, find_version, remove_version, verify
 from training.data.withdraw import withdraw
 from training.data.withdrawn import Withdrawn, record_of, withdrawn_key, withdrawn_records
 from training.data.writer import PartResult, Writer, write_dataset
+from training.documents import sealed
 from training.errors import DamagedError, InfrastructureError, UserError
 from training.job import Job, store_job
-from training.objectstore import Store
+from training.objectstore import Entry, Store
+from training.record import RunRecord
 
 CONFIG = data_config()
 
@@ -70,9 +73,43 @@ def test_only_what_no_version_names_is_deleted(store: Store, folder: Path) -> No
     assert write(store, folder) == second
 
 
+def test_results_of_what_is_gone_are_deleted(store: Store, folder: Path) -> None:
+    """And none that a stage may still find: of a version that is there, of a run with a record; nor a damaged one."""
+    manifest = write(store, folder)
+    store.put("datasets/tiny/results/old.json", sealed("result", {"digest": "0" * 64}))
+    store.put("runs/removed/results/a.json", sealed("result", {}))
+    RunRecord(store, "living").create_if_missing()
+    kept = ["datasets/tiny/results/new.json", "datasets/tiny/results/damaged.json", "runs/living/results/a.json"]
+    for key in kept:
+        store.put(key, b"{}" if "damaged" in key else sealed("result", {"digest": manifest.digest}))
+    store.put("runs/removed/0/follower.json", b"{}")
+    gone = collect(store, "tiny", older_than_hours=0)
+    assert gone.keys == ("datasets/tiny/results/old.json", "runs/removed/results/a.json")
+    assert not any(store.exists(key) for key in gone.keys)
+    assert all(store.exists(key) for key in kept)
+
+
+def test_result_of_a_run_that_is_begun_while_garbage_is_looked_for_is_kept(
+    store: Store, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(store, folder)
+    store.put("runs/k/results/a.json", sealed("result", {}))
+    list_entries = Store.list_entries
+
+    def begin_and_list(self: Store, prefix: str) -> Iterator[Entry]:
+        if prefix.startswith("runs/"):
+            RunRecord(store, "k").create_if_missing()
+        return list_entries(self, prefix)
+
+    monkeypatch.setattr(Store, "list_entries", begin_and_list)
+    assert collect(store, "tiny", older_than_hours=0).keys == ()
+
+
 def test_unfinished_work_is_kept_for_a_while(store: Store, folder: Path) -> None:
     write(store, folder)
     store.put("datasets/tiny/shards/stray", b"")
+    store.put("datasets/tiny/results/old.json", sealed("result", {"digest": "0" * 64}))
+    store.put("runs/removed/results/a.json", sealed("result", {}))
     assert collect(store, "tiny").keys == ()
 
 

@@ -1,4 +1,5 @@
-"""Collecting garbage: shards and receipts that no version names (docs/protocols.md, "Collecting garbage")."""
+"""Collecting garbage: shards and receipts that no version names, and results of what is gone (docs/protocols.md,
+"Collecting garbage")."""
 
 from __future__ import annotations
 
@@ -10,8 +11,10 @@ from datetime import UTC, datetime, timedelta
 from training.data.lease import LEASE_SECONDS, collecting
 from training.data.manifest import load_manifest, shard_key
 from training.data.versions import versions
-from training.errors import UserError
-from training.objectstore import Store
+from training.documents import unsealed
+from training.errors import DamagedError, UserError
+from training.objectstore import Entry, Store
+from training.record import RunRecord
 
 MAX_AGE_HOURS = 87_600.0
 
@@ -59,7 +62,8 @@ def _sum_of(doomed: list[tuple[str, int]]) -> Garbage:
 def _garbage(store: Store, dataset: str, older_than: timedelta) -> Iterator[tuple[str, int]]:
     """(key, bytes): receipts first, so that what is cut short leaves none that names a missing shard."""
     needed: set[str] = set()
-    for digest in versions(store, dataset):
+    living = versions(store, dataset)
+    for digest in living:
         manifest = load_manifest(store, dataset, digest)
         needed |= {shard_key(dataset, shard.sha256) for shards in manifest.splits.values() for shard in shards}
     newest = datetime.now(UTC) - older_than
@@ -68,6 +72,12 @@ def _garbage(store: Store, dataset: str, older_than: timedelta) -> Iterator[tupl
             yield entry.key, entry.num_bytes
     for entry in list(store.list_entries(f"datasets/{dataset}/shards/")):
         if entry.modified <= newest and entry.key not in needed:
+            yield entry.key, entry.num_bytes
+    for entry in list(store.list_entries(f"datasets/{dataset}/results/")):
+        if entry.modified <= newest and _names_none_of(store, entry.key, living):
+            yield entry.key, entry.num_bytes
+    for entry in _results_of_removed_runs(store):
+        if entry.modified <= newest:
             yield entry.key, entry.num_bytes
 
 
@@ -78,3 +88,22 @@ def _shards_of(store: Store, dataset: str, receipt: str) -> set[str]:
         return {shard_key(dataset, shard["sha256"]) for shards in splits.values() for shard in shards}
     except (ValueError, KeyError, TypeError, AttributeError):
         return set()
+
+
+def _names_none_of(store: Store, result: str, digests: list[str]) -> bool:
+    """Whether what sharding gave is gone. A damaged result is left alone too: it is found out, and then replaced."""
+    try:
+        return unsealed("result", store.get(result))["digest"] not in digests
+    except (DamagedError, KeyError, TypeError):
+        return False
+
+
+def _results_of_removed_runs(store: Store) -> Iterator[Entry]:
+    """Of any dataset: whoever removed a run while it was evaluated could not see that result yet.
+
+    They are listed before the record is looked for: what a run that was begun since then gives is not among them.
+    """
+    for key in store.list_folders("runs/"):
+        results = list(store.list_entries(f"runs/{key}/results/"))
+        if results and not store.exists(RunRecord(store, key).object_key):
+            yield from results
