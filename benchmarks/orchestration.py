@@ -20,9 +20,9 @@ from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterId
 
 from infra.local import supervisor
 from tasks.stack import open_stack
-from training.history import committed_steps, events_of
-from training.objectstore import Store
-from training.record import RunRecord
+from training.runs.history import committed_steps, events_of
+from training.runs.record import RunRecord
+from training.s3.objectstore import Store
 
 PARTS = (
     "worker takes the flow run",

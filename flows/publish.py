@@ -12,8 +12,8 @@ from tasks.policy import patiently
 from tasks.results import Dataset, Evaluation, Registration
 from tasks.stack import store_location
 from tasks.train import links
-from training.objectstore import Store
-from training.record import RunRecord
+from training.runs.record import RunRecord
+from training.s3.objectstore import Store
 
 RUN_KEY_LABEL = "unbroken.run_key"
 MACHINE_LABEL = "unbroken.machine"

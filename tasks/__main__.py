@@ -61,8 +61,8 @@ def _shard(preset: Preset, folder: Path) -> None:
 
 def _train(preset: Preset, folder: Path) -> None:
     from tasks.train import train
-    from training.history import committed_steps
-    from training.record import RunRecord
+    from training.runs.history import committed_steps
+    from training.runs.record import RunRecord
 
     model = train.fn(preset, _dataset(folder))
     _write_json(folder / "model.json", asdict(model))

@@ -6,8 +6,8 @@ from collections.abc import Collection, Mapping
 from datetime import UTC, datetime
 from typing import Any
 
-from training.events import Event
-from training.record import Record
+from training.runs.events import Event
+from training.runs.record import Record
 
 COLUMNS = ("token", "began", "ranks", "from_step", "from", "why_it_ended")
 TAG_CHARACTERS = 1000  # MLflow takes 8000

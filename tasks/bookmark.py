@@ -11,9 +11,9 @@ from dataclasses import asdict, dataclass
 
 from training.documents import parse, sealed, unsealed
 from training.errors import DamagedError, MissingError
-from training.events import START, Event
-from training.objectstore import Store
-from training.record import Record, generation_prefix
+from training.runs.events import START, Event
+from training.runs.record import Record, generation_prefix
+from training.s3.objectstore import Store
 
 log = logging.getLogger(__name__)
 

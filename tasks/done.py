@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 from training.documents import parse, sealed, unsealed
 from training.errors import DamagedError, MissingError
-from training.objectstore import Store
+from training.s3.objectstore import Store
 
 log = logging.getLogger(__name__)
 Result = TypeVar("Result")

@@ -24,10 +24,10 @@ from training.data.manifest import load_manifest
 from training.data.opening import open_reader
 from training.documents import digest_of
 from training.errors import DamagedError, UserError
-from training.history import committed_steps
-from training.objectstore import Store
 from training.recipe import Recipe, load_recipe
-from training.record import RunRecord
+from training.runs.history import committed_steps
+from training.runs.record import RunRecord
+from training.s3.objectstore import Store
 
 log = logging.getLogger(__name__)
 

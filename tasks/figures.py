@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from training.events import Event
+from training.runs.events import Event
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -8,8 +8,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from tasks.bookmark import AT_THE_START, Bookmark, keep_bookmark
-from training.events import Event, EventReader
-from training.record import Record, RunRecord, generation_prefix
+from training.runs.events import Event, EventReader
+from training.runs.record import Record, RunRecord, generation_prefix
 
 KEEP_SECONDS = 5.0
 

@@ -9,9 +9,9 @@ from collections.abc import Callable
 from tasks.attempts import attempt_tags, attempts_table, begun_by_token
 from tasks.tracking import Tracker
 from training.errors import InfrastructureError
-from training.events import Event
-from training.record import Record, RunRecord
-from training.system import Sample, SampleReader
+from training.runs.events import Event
+from training.runs.record import Record, RunRecord
+from training.runs.system import Sample, SampleReader
 
 log = logging.getLogger(__name__)
 

@@ -8,9 +8,9 @@ from infra.settings import Settings
 from tasks import registry
 from training.config import Preset
 from training.errors import UserError
-from training.objectstore import Store
 from training.recipe import Recipe
-from training.record import InitialWeights, RunRecord, generation_prefix
+from training.runs.record import InitialWeights, RunRecord, generation_prefix
+from training.s3.objectstore import Store
 
 
 def pinned(settings: Settings, preset: Preset) -> Preset:
@@ -48,8 +48,8 @@ def initial_weights(settings: Settings, store: Store, preset: Preset) -> Initial
 
 def require_fitting(store: Store, recipe: Recipe, initial: InitialWeights) -> None:
     """Raises `UserError` naming a weight of the recipe's model that has another shape there: before anything starts."""
-    from training.checkpoint import load_manifest
-    from training.state import require_fit
+    from training.checkpoints.checkpoint import load_manifest
+    from training.checkpoints.state import require_fit
 
     manifest = load_manifest(store, generation_prefix(initial.run_key, initial.generation), initial.checkpoint)
     weights = {

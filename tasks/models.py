@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from training.errors import DamagedError, UserError
-from training.objectstore import Store
 from training.recipe import Recipe
-from training.record import RunRecord
+from training.runs.record import RunRecord
+from training.s3.objectstore import Store
 
 if TYPE_CHECKING:
     from torch import nn
@@ -15,8 +15,8 @@ if TYPE_CHECKING:
 
 def load_model(store: Store, recipe: Recipe, run_key: str) -> nn.Module:
     """The finished run's model, in evaluation mode. Raises `DamagedError` if its bytes are not as recorded."""
-    from training.checkpoint import load_checkpoint
-    from training.state import tensors_sha256
+    from training.checkpoints.checkpoint import load_checkpoint
+    from training.checkpoints.state import tensors_sha256
 
     run = RunRecord(store, run_key)
     record = run.read()

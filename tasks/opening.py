@@ -10,14 +10,22 @@ from typing import Any
 from tasks.initial import initial_weights, require_fitting
 from tasks.results import Dataset
 from tasks.stack import open_stack
-from training import continuation
+from training.checkpoints import continuation
+from training.checkpoints.continuation import Sibling
 from training.config import Preset
-from training.continuation import Sibling
 from training.environment import fingerprint
 from training.errors import UserError
-from training.objectstore import Store
 from training.recipe import Recipe, load_recipe
-from training.record import InitialWeights, Record, RunRecord, run_key, start_fresh, trajectory_key, without_failure
+from training.runs.record import (
+    InitialWeights,
+    Record,
+    RunRecord,
+    run_key,
+    start_fresh,
+    trajectory_key,
+    without_failure,
+)
+from training.s3.objectstore import Store
 
 log = logging.getLogger(__name__)
 
@@ -37,7 +45,7 @@ class Identity:
 
     @cached_property
     def trajectory(self) -> str:
-        """See `training.record.trajectory_key`."""
+        """See `training.runs.record.trajectory_key`."""
         return trajectory_key(**self._determining)
 
     @property

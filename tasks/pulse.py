@@ -7,8 +7,8 @@ import uuid
 
 from training.documents import canonical_json
 from training.errors import MissingError
-from training.objectstore import Store
-from training.record import Record, generation_prefix
+from training.runs.record import Record, generation_prefix
+from training.s3.objectstore import Store
 
 BEAT_SECONDS = 5.0
 

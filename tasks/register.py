@@ -21,9 +21,9 @@ from training.data.manifest import load_manifest
 from training.data.opening import open_reader
 from training.data.withdrawn import quarantined_records
 from training.documents import digest_of
-from training.objectstore import Store
 from training.recipe import load_recipe
-from training.record import RunRecord
+from training.runs.record import RunRecord
+from training.s3.objectstore import Store
 
 if TYPE_CHECKING:
     import numpy as np

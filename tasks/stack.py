@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from infra.settings import Settings, activate, load_settings
-from training.objectstore import Store, StoreLocation
+from training.s3.objectstore import Store, StoreLocation
 
 
 def open_stack() -> tuple[Settings, Store]:

@@ -19,10 +19,10 @@ from tasks.mlflow_client import (
 )
 from training.config import Preset
 from training.errors import FencedError, InfrastructureError
-from training.events import Event
-from training.objectstore import Store
-from training.record import Record, RunRecord
-from training.system import Sample
+from training.runs.events import Event
+from training.runs.record import Record, RunRecord
+from training.runs.system import Sample
+from training.s3.objectstore import Store
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -28,10 +28,10 @@ from training.data.activity import distrust
 from training.data.withdrawn import quarantined_records
 from training.documents import digest_of
 from training.errors import CancelledError, DamagedError, InfrastructureError
-from training.events import Event
-from training.job import Job, agent_command, agent_environment, store_job
-from training.objectstore import Store
-from training.record import Record, RunRecord
+from training.runs.events import Event
+from training.runs.job import Job, agent_command, agent_environment, store_job
+from training.runs.record import Record, RunRecord
+from training.s3.objectstore import Store
 
 log = logging.getLogger(__name__)
 

@@ -9,8 +9,8 @@ from tasks.bookmark import find_bookmark
 from tasks.follow import Follower
 from tasks.forward import Forwarder
 from tasks.pulse import last_sign
-from training.objectstore import Store
-from training.record import Record, RunRecord
+from training.runs.record import Record, RunRecord
+from training.s3.objectstore import Store
 
 
 @dataclass(frozen=True, kw_only=True)

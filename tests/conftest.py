@@ -20,8 +20,8 @@ from infra.local import supervisor
 from infra.settings import Settings, activate, load_settings
 from tests.faults.proxy import LosingProxy
 from tests.waiting import wait_until
-from training import objectstore
-from training.objectstore import Store, StoreLocation
+from training.s3 import objectstore
+from training.s3.objectstore import Store, StoreLocation
 
 UNBROKEN = str(Path(sysconfig.get_path("scripts")) / "unbroken")
 LONG, QUICK = ("flows", "faults"), ("unit",)

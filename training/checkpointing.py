@@ -5,12 +5,12 @@ from __future__ import annotations
 import time
 from typing import Protocol
 
+from training.checkpoints.saver import CheckpointSaver
+from training.checkpoints.state import TrainState
 from training.config import TrainConfig
 from training.errors import DamagedError, InfrastructureError
-from training.handover import Handover
-from training.record import CheckpointRef
-from training.saver import CheckpointSaver
-from training.state import TrainState
+from training.memory.handover import Handover
+from training.runs.record import CheckpointRef
 
 PATIENCE_SECONDS = 2.0
 """How long a checkpoint that is due waits for the one before it."""

@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 from typing import Literal
 
 from training.documents import canonical_json, parse
-from training.record import Record
+from training.runs.record import Record
 
 EXIT_STOPPED = 10
 """A worker that was told to stop, and left what it holds in memory."""

@@ -12,31 +12,30 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from training.arithmetic.collectives import is_of_lost_peer, of_all_ranks
+from training.arithmetic.exact import ExactReducer
+from training.arithmetic.extras import NO_WORDS, Control, Extras
+from training.arithmetic.fast import FastReducer
+from training.arithmetic.objective import Objective, fill_new_memory, recipe_errors, seed_streams, stream_seed
+from training.arithmetic.validation import HeldOut, validate
 from training.beside import beside
-from training.checkpoint import load_initial, newest_proven
 from training.checkpointing import Checkpointing
-from training.collectives import is_of_lost_peer, of_all_ranks
+from training.checkpoints.checkpoint import load_initial, newest_proven
+from training.checkpoints.saver import CheckpointSaver
+from training.checkpoints.state import TrainState
 from training.config import Preset
 from training.control import Note
-from training.crashes import Crashes
 from training.data import ledger
 from training.data.stream import Microbatch
+from training.diagnosis.crashes import Crashes
+from training.diagnosis.explain import Explainer, on_device
 from training.errors import DeterministicError
-from training.events import EventWriter, json_number
-from training.exact import ExactReducer
-from training.explain import Explainer, on_device
-from training.extras import NO_WORDS, Control, Extras
-from training.failures import crash_to_explain
-from training.fast import FastReducer
-from training.handover import GroupEnded, GroupLost, Handover
-from training.objective import Objective, fill_new_memory, recipe_errors, seed_streams, stream_seed
-from training.pace import Pace, Straggler, maybe_straggler
+from training.memory.handover import GroupEnded, GroupLost, Handover
 from training.recipe import Recipe, learning_rate_scale
-from training.record import InitialWeights, Record, Result, RunRecord, with_result, with_resume_step
-from training.saver import CheckpointSaver
-from training.slots import Entry
-from training.state import TrainState
-from training.validation import HeldOut, validate
+from training.runs.events import Entry, EventWriter, json_number
+from training.runs.failures import crash_to_explain
+from training.runs.pace import Pace, Straggler, maybe_straggler
+from training.runs.record import InitialWeights, Record, Result, RunRecord, with_result, with_resume_step
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,7 +49,7 @@ class Rank:
 
 
 class Reducer(Protocol):
-    """Mean gradients over all virtual workers: training.exact or training.fast."""
+    """Mean gradients over all virtual workers: training.arithmetic.exact or training.arithmetic.fast."""
 
     owned: range
 

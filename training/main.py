@@ -17,16 +17,16 @@ from typing import Annotated, Any
 
 from cyclopts import App, Parameter
 
-from training import membership
+from training.cluster import membership
 from training.config import Preset, load_preset, parse_override
 from training.control import Seat
 from training.documents import canonical_json
 from training.errors import UnbrokenError, UserError
-from training.events import EventWriter
-from training.job import Job, read_job, store_job
-from training.objectstore import Store, StoreLocation
 from training.processes import die_with
-from training.record import Record, RunRecord, run_key, trajectory_key, without_failure
+from training.runs.events import EventWriter
+from training.runs.job import Job, read_job, store_job
+from training.runs.record import Record, RunRecord, run_key, trajectory_key, without_failure
+from training.s3.objectstore import Store, StoreLocation
 
 LINE_SECONDS = 5.0
 app = App(name="torchrun … -m training.main", help=__doc__, version_flags=[])
@@ -111,7 +111,7 @@ def location_of(uri: str) -> StoreLocation:
 
 def begin(store: Store, preset: Preset, dataset: str) -> dict[str, Any]:
     """Take the run's next token. Returns what all ranks must know; the token is None if the run is finished."""
-    from training.continuation import note_sibling
+    from training.checkpoints.continuation import note_sibling
     from training.data.versions import find_version
     from training.recipe import load_recipe
 

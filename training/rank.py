@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from concurrent.futures import Future, wait
 from dataclasses import dataclass, field
@@ -13,20 +12,21 @@ import torch
 import torch.distributed as dist
 
 from training import environment
+from training.arithmetic.determinism import settle_arithmetic
 from training.beside import beside
+from training.checkpoints.saver import CheckpointSaver
+from training.checkpoints.state import TrainState
 from training.connections import Connections
 from training.control import Note, Seat
-from training.crashes import Crashes
 from training.data.loader import Feed
+from training.diagnosis.crashes import Crashes
 from training.errors import UserError
-from training.events import EventWriter
-from training.handover import GroupOver, Handover
-from training.job import Job
 from training.loop import Rank, Trainer
+from training.memory.handover import GroupOver, Handover
 from training.recipe import Recipe, load_recipe
-from training.record import Record, RunRecord, run_key, with_environment
-from training.saver import CheckpointSaver
-from training.state import TrainState
+from training.runs.events import EventWriter
+from training.runs.job import Job
+from training.runs.record import Record, RunRecord, run_key, with_environment
 
 
 @dataclass(kw_only=True)
@@ -114,14 +114,6 @@ def train(
         raise
     with trainer.handover.waiting():
         _leave_together(rendezvous, seat)
-
-
-def settle_arithmetic(local_rank: int) -> torch.device:
-    """Have it give the same bits each time; returns the device to do it on."""
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # or cuBLAS refuses to be deterministic
-    torch.set_num_threads(environment.THREADS_PER_RANK)
-    torch.use_deterministic_algorithms(True)
-    return torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
 
 
 def require_same_source(job: Job, recipe: Recipe) -> None:

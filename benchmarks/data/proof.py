@@ -26,7 +26,7 @@ from benchmarks.data.contestants.protocol import Task
 from benchmarks.data.measure import Data, make_data
 from benchmarks.data.records import columns, samples, source_files
 from benchmarks.data.store import drop_bucket, make_bucket, running_store
-from training.objectstore import Store, StoreLocation
+from training.s3.objectstore import Store, StoreLocation
 
 MIB = 1 << 20
 FULL_BYTES = {"image": 256 * MIB, "token": 64 * MIB}

@@ -27,11 +27,11 @@ from tests.faults.hosts import INTERFACE, Cluster, Host
 from training.config import DataConfig, LaunchConfig, Preset, TrainConfig
 from training.data.source import open_source
 from training.data.writer import write_dataset
-from training.events import EventReader
-from training.job import Job, agent_command, agent_environment, store_job
-from training.objectstore import Store, StoreLocation
 from training.recipe import load_recipe
-from training.record import RunRecord, run_key
+from training.runs.events import EventReader
+from training.runs.job import Job, agent_command, agent_environment, store_job
+from training.runs.record import RunRecord, run_key
+from training.s3.objectstore import Store, StoreLocation
 
 BUCKET = "recovery"
 TORCHFT = Contestant("torchft", "torchft", ("torchft==0.2.0", "torch==2.13.0", "numpy"))
@@ -164,7 +164,7 @@ class Unbroken(Logged):
         return self.cluster.hosts[first]
 
     def _is_rank(self, process: psutil.Process) -> bool:
-        return "training.worker" in process.cmdline()
+        return "training.cluster.worker" in process.cmdline()
 
 
 @dataclass

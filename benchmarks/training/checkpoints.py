@@ -38,10 +38,10 @@ from benchmarks.data.contestants import s3
 from benchmarks.data.store import make_bucket, running_store
 from benchmarks.environments import ENVIRONMENTS
 from benchmarks.training.workload import Model, optimizer_of
+from training.checkpoints.saver import CheckpointSaver
 from training.documents import sha256_hex
-from training.objectstore import Store, StoreLocation
-from training.record import RunRecord
-from training.saver import CheckpointSaver
+from training.runs.record import RunRecord
+from training.s3.objectstore import Store, StoreLocation
 
 BUCKET = "checkpoints"
 BARE = "bare"

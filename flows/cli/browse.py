@@ -12,8 +12,8 @@ from flows.cli.stack import Json, open_store
 from training.errors import UserError
 
 if TYPE_CHECKING:
-    from training.objectstore import Store
-    from training.record import Record, RunRecord
+    from training.runs.record import Record, RunRecord
+    from training.s3.objectstore import Store
 
 Key = Annotated[str, Parameter(help="A run key, or the beginning of one.")]
 
@@ -42,8 +42,8 @@ def runs_ls(*, json: Json = False) -> None:
 @runs.command(name="show")
 def runs_show(key: Key, *, json: Json = False) -> None:
     """One run: its state, the groups that trained it, why nodes left, and where the time went."""
-    from training.goodput import account
-    from training.history import events_of
+    from training.runs.goodput import account
+    from training.runs.history import events_of
 
     run = find_run(open_store(), key)
     record = run.read()
@@ -143,7 +143,7 @@ def models_ls(*, json: Json = False) -> None:
 
 
 def _all_runs(store: Store) -> list[RunRecord]:
-    from training.record import RunRecord
+    from training.runs.record import RunRecord
 
     found = [RunRecord(store, key) for key in store.list_folders("runs/")]
     return [run for run in found if run.find() is not None]

@@ -16,8 +16,8 @@ from flows.cli.stack import Json, open_store
 from training.errors import DamagedError, InfrastructureError, UserError
 
 if TYPE_CHECKING:
-    from training.objectstore import Store
-    from training.record import CheckpointRef, RunRecord
+    from training.runs.record import CheckpointRef, RunRecord
+    from training.s3.objectstore import Store
 
 Step = Annotated[int | None, Parameter(help="The checkpoint of this step; else the newest.")]
 
@@ -48,7 +48,7 @@ def ckpt_ls(key: Key, *, json: Json = False) -> None:
 @ckpt.command(name="show")
 def ckpt_show(key: Key, *, step: Step = None) -> None:
     """Print a checkpoint's manifest: every tensor's dtype and shape, and which part holds which slice of it."""
-    from training.checkpoint import load_manifest
+    from training.checkpoints.checkpoint import load_manifest
 
     run, reference = _find(open_store(), key, step)
     print_json(asdict(load_manifest(run.store, run.prefix(run.read()), reference)))
@@ -57,7 +57,7 @@ def ckpt_show(key: Key, *, step: Step = None) -> None:
 @ckpt.command(name="verify")
 def ckpt_verify(key: Key, *, json: Json = False) -> None:
     """Read every object of every checkpoint of a run, and compare its sha256. Exit code 6 names what is damaged."""
-    from training.checkpoint import load_checkpoint
+    from training.checkpoints.checkpoint import load_checkpoint
 
     run = find_run(open_store(), key)
     record = run.read()
@@ -94,7 +94,7 @@ def ckpt_export(
     """
     import safetensors.torch
 
-    from training.checkpoint import load_checkpoint
+    from training.checkpoints.checkpoint import load_checkpoint
 
     run, reference = _find(open_store(), key, step)
     if to.name and os.path.lexists(to):

@@ -14,7 +14,7 @@ from training.errors import DamagedError, UserError
 
 if TYPE_CHECKING:
     from training.data.manifest import Manifest
-    from training.objectstore import Store
+    from training.s3.objectstore import Store
 
 Version = Annotated[
     str, Parameter(help="A dataset's name (its newest version), the beginning of a digest, or NAME@BEGINNING.")
@@ -123,7 +123,7 @@ def verify_run(
 ) -> None:
     """Prove that a run read each sample of each epoch exactly once, in the declared order, over all its attempts."""
     from flows.cli.browse import find_run
-    from training import audit
+    from training.data import audit
 
     store = open_store()
     proof = audit.verify_run(store, find_run(store, key).run_key)

@@ -96,7 +96,7 @@ def _torch() -> str:
 def _storage(settings: Settings) -> str:
     """Also proves the conditional writes that every protocol here rests on."""
     from tasks.stack import store_location
-    from training.objectstore import Store
+    from training.s3.objectstore import Store
 
     store = Store(store_location(settings))
     store.probe()

@@ -22,8 +22,8 @@ from tasks.stack import open_stack
 from training.config import Preset
 from training.documents import parse
 from training.errors import CancelledError, InfrastructureError, UnbrokenError
-from training.objectstore import Store
-from training.record import RunRecord
+from training.runs.record import RunRecord
+from training.s3.objectstore import Store
 
 if TYPE_CHECKING:
     from prefect.client.orchestration import SyncPrefectClient

@@ -11,7 +11,7 @@ from flows.cli.output import print_json, print_table
 from training.errors import InfrastructureError
 
 if TYPE_CHECKING:
-    from training.objectstore import Store
+    from training.s3.objectstore import Store
 
 Json = Annotated[bool, Parameter(name="--json", negative="", help="Print JSON, for scripts.")]
 

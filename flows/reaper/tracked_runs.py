@@ -9,7 +9,7 @@ from flows.reaper.signs import Signs
 from infra.launcher import Launcher
 from tasks import tracking
 from tasks.unfollowed import Found, close, look
-from training.objectstore import Store
+from training.s3.objectstore import Store
 
 log = logging.getLogger(__name__)
 

@@ -10,7 +10,7 @@ from infra.local.services import MAX_RUNS_AT_ONCE, WORK_POOL, WORK_QUEUES
 from infra.settings import PROJECT_ROOT, RESULTS_BLOCK, Settings
 from training.documents import digest_of
 from training.errors import InfrastructureError
-from training.objectstore import Store, StoreLocation
+from training.s3.objectstore import Store, StoreLocation
 
 DEPLOYMENTS = PROJECT_ROOT / "infra" / "prefect.yaml"
 

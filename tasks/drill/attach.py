@@ -12,10 +12,10 @@ from tasks.drill.rows import Report
 from tasks.drill.subject import subject_of
 from training.config import Preset
 from training.errors import UserError
-from training.job import read_jobs
-from training.objectstore import Store
 from training.recipe import load_recipe
-from training.record import run_key
+from training.runs.job import read_jobs
+from training.runs.record import run_key
+from training.s3.objectstore import Store
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,8 +14,8 @@ import psutil
 from tasks.drill.gate import Gate
 from tasks.drill.scene import Scene
 from tasks.drill.watch import Watch
-from training.checkpoint import folder, load_manifest
-from training.record import CheckpointRef
+from training.checkpoints.checkpoint import folder, load_manifest
+from training.runs.record import CheckpointRef
 
 DEAD_SECONDS = 10.0
 AWAY_SECONDS = 4.0

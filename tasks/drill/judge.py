@@ -12,10 +12,10 @@ from tasks.drill.faults import Fault
 from tasks.drill.rows import Calm, Row
 from tasks.drill.scene import Scene
 from tasks.drill.watch import Watch
-from training.audit import verify_run
+from training.data.audit import verify_run
 from training.errors import DamagedError
-from training.events import committed
-from training.record import CheckpointRef, Record
+from training.runs.events import committed
+from training.runs.record import CheckpointRef, Record
 
 PATIENCE_SECONDS = 30.0
 """From a fault to the next step, beyond what it takes to call a node silent or hung and to start all anew."""

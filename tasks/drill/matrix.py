@@ -21,12 +21,12 @@ from tasks.drill.scene import Scene
 from tasks.drill.subject import code_digest, subject_of
 from tasks.drill.watch import Watch
 from tasks.provenance import commit_of
-from training.audit import verify_run
 from training.config import Preset
+from training.data.audit import verify_run
 from training.errors import InfrastructureError, UserError
-from training.events import committed
-from training.objectstore import Store
 from training.recipe import load_recipe
+from training.runs.events import committed
+from training.s3.objectstore import Store
 
 TRIAL_SECONDS, MAX_TRIAL_SECONDS = 9.0, 60.0
 """Of steps, in each run."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from itertools import pairwise
 
-from training.events import Event
+from training.runs.events import Event
 
 Point = tuple[int, float, float, str]
 """A step that counts: its number, loss, gradient norm and line in the ledger."""

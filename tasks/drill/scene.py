@@ -21,10 +21,10 @@ from infra.settings import Settings
 from tasks.stack import store_location
 from training.config import Preset
 from training.data.manifest import Manifest, ShardInfo, load_manifest, manifest_key, shard_key
-from training.job import Job, agent_command, agent_environment, store_job
-from training.objectstore import Store, StoreLocation
 from training.recipe import Recipe
-from training.record import RunRecord, run_key, start_fresh
+from training.runs.job import Job, agent_command, agent_environment, store_job
+from training.runs.record import RunRecord, run_key, start_fresh
+from training.s3.objectstore import Store, StoreLocation
 
 DATA_BYTES = 64 << 20
 """Of training data at most, but for the last shard."""
@@ -104,11 +104,11 @@ class Scene:
 
     def agent(self, node: int) -> psutil.Process:
         """Raises `LookupError` if it does not live."""
-        return _busiest(self.processes("training.agent", node=node), f"agent of node {node}")
+        return _busiest(self.processes("training.cluster.agent", node=node), f"agent of node {node}")
 
     def rank(self, node: int) -> psutil.Process:
         """One that trains, not a spare. Raises `LookupError` if there is none."""
-        return _busiest(self.processes("training.worker", node=node), f"rank on node {node}")
+        return _busiest(self.processes("training.cluster.worker", node=node), f"rank on node {node}")
 
 
 def _busiest(processes: list[psutil.Process], what: str) -> psutil.Process:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import time
 
 from tasks.drill.scene import Trial
-from training.events import Event, EventReader
-from training.record import Record
+from training.runs.events import Event, EventReader
+from training.runs.record import Record
 
 LOOK_SECONDS = 0.05
 EVENT_SECONDS = 0.5

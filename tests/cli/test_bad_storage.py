@@ -14,7 +14,7 @@ from tests.unit.tiny import Tiny
 from training.config import DataConfig
 from training.data.source import open_source
 from training.data.writer import write_dataset
-from training.objectstore import Store, StoreLocation
+from training.s3.objectstore import Store, StoreLocation
 
 
 @pytest.mark.usefixtures("nothing_launched")

@@ -15,10 +15,10 @@ import torch
 from tests.cli.commands import complaint, unbroken
 from tests.conftest import Stack
 from tests.unit.fakes import DictRendezvous
-from training.checkpoint import folder
-from training.objectstore import Store, StoreLocation
-from training.record import RunRecord
-from training.saver import CheckpointSaver
+from training.checkpoints.checkpoint import folder
+from training.checkpoints.saver import CheckpointSaver
+from training.runs.record import RunRecord
+from training.s3.objectstore import Store, StoreLocation
 
 KEY = "aa11"
 

@@ -14,9 +14,9 @@ from infra.launcher import JobSpec
 from infra.local.launcher import LocalLauncher
 from tests.cli.commands import complaint, unbroken
 from tests.conftest import Stack
-from training.events import Event, chunk_key
-from training.objectstore import Store, StoreLocation
-from training.record import Departure, RunRecord
+from training.runs.events import Event, chunk_key
+from training.runs.record import Departure, RunRecord
+from training.s3.objectstore import Store, StoreLocation
 
 
 @dataclass(frozen=True, kw_only=True)

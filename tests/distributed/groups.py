@@ -14,16 +14,16 @@ from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
 from tests.unit.tiny import Tiny, exact_arithmetic, make_trainer, tiny_preset
+from training.cluster.workers import Hand, Outcome, Workers
+from training.cluster.zygote import Worker, Zygote
 from training.config import LaunchConfig
 from training.control import Order
-from training.events import Event
-from training.history import committed_steps, events_of
-from training.job import Job
-from training.objectstore import Store
-from training.record import Member, RunRecord, run_key
-from training.slots import Header, Slots, create_slots
-from training.workers import Hand, Outcome, Workers
-from training.zygote import Worker, Zygote
+from training.memory.slots import Header, Slots, create_slots
+from training.runs.events import Event
+from training.runs.history import committed_steps, events_of
+from training.runs.job import Job
+from training.runs.record import Member, RunRecord, run_key
+from training.s3.objectstore import Store
 
 ENTRY = "tests.distributed.pausing:run"
 STEPS = 12

@@ -10,10 +10,11 @@ from collections.abc import Callable
 from typing import Any
 
 from tests.unit.tiny import MemoryFeed, tiny_reader
-from training import rank, worker
+from training import rank
+from training.cluster import worker
 from training.config import Preset
-from training.handover import Handover
 from training.loop import Trainer
+from training.memory.handover import Handover
 
 MID_STEP = "in the midst of the step after"
 VALIDATED = "after validation, before it is noted"
@@ -21,7 +22,7 @@ UPDATING = "in the update to the step after"
 
 
 def run(order: dict[str, Any]) -> int:
-    """A worker of training.worker, which says when it comes to the place and step of its order's pauses."""
+    """A worker of training.cluster.worker, which says when it comes to the place and step of its order's pauses."""
     _feed_from_memory()
     if "pause_fd" in order:
         _pause_at(order["place"], order["step"], socket.socket(fileno=order["pause_fd"]))

@@ -15,10 +15,10 @@ from tests.distributed.groups import ENTRY, PRESET, STEPS, Group, Node, Pause, m
 from tests.distributed.pausing import MID_STEP, UPDATING, VALIDATED
 from tests.faults.proxy import LosingProxy
 from training import tensorfile
+from training.cluster.zygote import Zygote
 from training.control import EXIT_STOPPED, Order
-from training.objectstore import Store
-from training.slots import Slots
-from training.zygote import Zygote
+from training.memory.slots import Slots
+from training.s3.objectstore import Store
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +76,7 @@ def test_a_rank_that_waits_for_a_frozen_one_stops_when_it_is_told(
     node: Node, calm: tuple[str, list[groups.Told]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its main thread is inside a collective, and stays there."""
-    monkeypatch.setattr("training.workers.STOP_SECONDS", 1.0)
+    monkeypatch.setattr("training.cluster.workers.STOP_SECONDS", 1.0)
 
     first = node.train(2, freeze_and_stop, pauses={1: Pause(MID_STEP, 7)})
     assert first.codes() == [EXIT_STOPPED, -9]
@@ -277,7 +277,7 @@ def test_a_rank_that_waits_for_a_frozen_one_stays_when_it_is_told_to_stop(
     node: Node, calm: tuple[str, list[groups.Told]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Nothing comes by the connection between the two, which is open."""
-    monkeypatch.setattr("training.workers.STOP_SECONDS", 1.0)
+    monkeypatch.setattr("training.cluster.workers.STOP_SECONDS", 1.0)
 
     first = node.train(2, freeze_and_stop, pauses={1: Pause(MID_STEP, 7)}, may_stay=True)
     second = node.train(2, may_stay=True)

@@ -12,13 +12,13 @@ from torch import Tensor, nn
 
 from tests.unit.odd_recipes import Odd
 from tests.unit.tiny import MemoryReader, Tiny, make_trainer, tiny_preset, tiny_reader
+from training.arithmetic.exact import ExactReducer
+from training.checkpoints.state import tensors_sha256
 from training.config import EvaluateConfig, LaunchConfig, Preset, load_preset
-from training.exact import ExactReducer
 from training.loop import Trainer
 from training.recipe import Recipe
 from training.recipes.digits import Digits
 from training.recipes.stdlib import ByteTransformer
-from training.state import tensors_sha256
 
 
 class Gives(nn.Module):

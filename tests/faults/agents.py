@@ -19,9 +19,9 @@ from tests.unit.tiny import Tiny, tiny_preset
 from tests.waiting import wait_until
 from training.config import LaunchConfig
 from training.data.writer import write_dataset
-from training.job import Job, agent_command, agent_environment, store_job
-from training.objectstore import Store, StoreLocation
-from training.record import Record, Result, RunRecord, run_key
+from training.runs.job import Job, agent_command, agent_environment, store_job
+from training.runs.record import Record, Result, RunRecord, run_key
+from training.s3.objectstore import Store, StoreLocation
 
 STEPS = 200
 EVERY = 20

@@ -26,7 +26,7 @@ NOT_THERE = (OSError, HTTPException, Fault)
 
 
 def zygote() -> Kill:
-    return Kill("zygote", lambda stack: processes(stack, "training.zygote"))
+    return Kill("zygote", lambda stack: processes(stack, "training.cluster.zygote"))
 
 
 def flow() -> Kill:

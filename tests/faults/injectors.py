@@ -118,11 +118,11 @@ def _is_stopped_or_dead(process: psutil.Process) -> bool:
 
 
 def rank() -> Kill:
-    return Kill("rank", lambda stack: processes(stack, "training.worker"))
+    return Kill("rank", lambda stack: processes(stack, "training.cluster.worker"))
 
 
 def agent() -> Kill:
-    return Kill("agent", lambda stack: processes(stack, "training.agent"))
+    return Kill("agent", lambda stack: processes(stack, "training.cluster.agent"))
 
 
 def service(name: str) -> Kill:

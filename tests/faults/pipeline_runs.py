@@ -20,9 +20,9 @@ from tests.conftest import Stack
 from tests.flows.runs import mlflow_runs
 from tests.waiting import wait_until
 from training.errors import InfrastructureError
-from training.events import Event
-from training.history import events_of
-from training.record import Record, RunRecord
+from training.runs.events import Event
+from training.runs.history import events_of
+from training.runs.record import Record, RunRecord
 
 STAGES = ("shard", "train", "evaluate", "register")
 MOMENTS = ("asked for", "sharded", "training", "trained")

@@ -6,11 +6,11 @@ import json
 import sys
 
 from tests.unit.reading import make_reader
+from training.arithmetic.reduce import owned_range
 from training.data.manifest import load_manifest
 from training.data.order import Order
 from training.data.stream import Stream
-from training.objectstore import Store, StoreLocation
-from training.reduce import owned_range
+from training.s3.objectstore import Store, StoreLocation
 
 
 def main() -> None:

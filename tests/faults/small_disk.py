@@ -15,7 +15,7 @@ from infra.local.services import Service, s3_service
 from infra.settings import credentials_path
 from tests.faults.machine import FullDisk
 from tests.waiting import wait_until
-from training.objectstore import Store, StoreLocation
+from training.s3.objectstore import Store, StoreLocation
 
 DISK_MIB = 64
 UNSHARE = ("unshare", "--user", "--map-root-user", "--mount")

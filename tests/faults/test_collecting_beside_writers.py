@@ -31,7 +31,7 @@ from training.data.withdraw import withdraw
 from training.data.withdrawn import record_of, withdrawn_records
 from training.data.writer import write_dataset
 from training.errors import InfrastructureError, UserError
-from training.objectstore import Store
+from training.s3.objectstore import Store
 
 CONFIG = data_config()
 LEASE_SECONDS = 2.0

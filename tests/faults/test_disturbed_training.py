@@ -11,7 +11,7 @@ from tests.conftest import Stack
 from tests.faults.evidence import write_evidence
 from tests.faults.injectors import all_kinds
 from tests.flows.runs import last_json, loss_history, mlflow_runs, run_keys, wait_for_step
-from training.record import RunRecord
+from training.runs.record import RunRecord
 
 STEPS = 240
 SHORT = ("--set", f"train.steps={STEPS}", "--set", "train.checkpoint_every_steps=20")

@@ -17,7 +17,7 @@ from tests.faults.moments import AFTER_COMMIT, MOMENTS, call_at
 from tests.faults.proxy import LosingProxy
 from tests.flows.runs import last_json, loss_history, processes, run_keys, wait_for_step
 from tests.waiting import wait_until
-from training.record import RunRecord
+from training.runs.record import RunRecord
 
 EVERY = 10
 MAX_RANKS = 4
@@ -41,8 +41,8 @@ class Training:
 
     def kill(self) -> None:
         """The command, the agents and the ranks, with `kill -9`."""
-        ranks = processes(self._stack, "training.worker")
-        for process in (*processes(self._stack, "training.agent"), *ranks, psutil.Process(self._command.pid)):
+        ranks = processes(self._stack, "training.cluster.worker")
+        for process in (*processes(self._stack, "training.cluster.agent"), *ranks, psutil.Process(self._command.pid)):
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.kill()
         self.num_killed = len(ranks)
@@ -54,7 +54,7 @@ class Training:
 
     def wait_until_dead(self) -> None:
         self._command.communicate(timeout=60)
-        wait_until(lambda: not processes(self._stack, "training.worker"), what="all ranks to be gone")
+        wait_until(lambda: not processes(self._stack, "training.cluster.worker"), what="all ranks to be gone")
 
     def result(self) -> dict[str, Any]:
         output, _ = self._command.communicate(timeout=200)

@@ -22,9 +22,9 @@ from tests.faults.machine import PowerLoss
 from tests.faults.network import Cut, SlowNetwork, StoreTrouble
 from tests.faults.relay import Trouble
 from tests.waiting import wait_until
-from training.audit import verify_run
-from training.history import committed_steps
-from training.objectstore import Store
+from training.data.audit import verify_run
+from training.runs.history import committed_steps
+from training.s3.objectstore import Store
 
 NUM_HOSTS = 4
 STEPS = 3000
@@ -63,9 +63,11 @@ class Storm:
     def _faults(self) -> dict[str, Callable[[Host, int], None]]:
         return {
             "kill rank": self._kill_rank,
-            "stop rank": lambda host, token: self._last(Stop(find(host, "training.worker")), token, heals=False),
+            "stop rank": lambda host, token: self._last(
+                Stop(find(host, "training.cluster.worker")), token, heals=False
+            ),
             "kill agent": self._kill_agent,
-            "stop agent": lambda host, token: self._last(Stop(find(host, "training.agent")), token),
+            "stop agent": lambda host, token: self._last(Stop(find(host, "training.cluster.agent")), token),
             "lose power": self._lose_power,
             "cut off": lambda host, token: self._last(Cut(host), token),
             "slow network": self._slow_network,
@@ -73,11 +75,11 @@ class Storm:
         }
 
     def _kill_rank(self, host: Host, token: int) -> None:
-        self._kill(find(host, "training.worker"))
+        self._kill(find(host, "training.cluster.worker"))
         self.agents.wait_for_group(num_nodes=NUM_HOSTS, after=token)
 
     def _kill_agent(self, host: Host, token: int) -> None:
-        self._kill(find(host, "training.agent"))
+        self._kill(find(host, "training.cluster.agent"))
         self.agents.wait_for_group(num_nodes=NUM_HOSTS - 1, after=token)
         self.agents.restart(host)
 

@@ -19,8 +19,8 @@ from tests.unit.tiny import Tiny
 from training.data.manifest import Manifest
 from training.data.order import Order
 from training.data.writer import split_of, write_dataset
-from training.objectstore import Store
 from training.recipe import Record
+from training.s3.objectstore import Store
 
 GROUP_SIZES = (4, 2, 3, 1, 4)
 

@@ -20,10 +20,10 @@ from tests.faults.machine import PowerLoss
 from tests.faults.network import Cut, StoreTrouble
 from tests.faults.relay import Trouble
 from tests.waiting import wait_until
-from training.agent import EXIT_PREEMPTED
-from training.events import Event
-from training.history import committed_steps, events_of
-from training.objectstore import Store
+from training.cluster.agent import EXIT_PREEMPTED
+from training.runs.events import Event
+from training.runs.history import committed_steps, events_of
+from training.s3.objectstore import Store
 
 STEPS = 300
 
@@ -111,23 +111,23 @@ def test_processes_killed_stopped_and_lost_one_after_another(
     agents = begin(store, cluster, tmp_path)
     start_all(agents, hosts)
 
-    kill = KillProcess(find(hosts[1], "training.worker")[0])
+    kill = KillProcess(find(hosts[1], "training.cluster.worker")[0])
     kill.fire()
     assert kill.fired
     wait_for_group(agents, num_ranks=3, after=1)
 
-    stop = Stop(find(hosts[2], "training.worker"))
+    stop = Stop(find(hosts[2], "training.cluster.worker"))
     stop.fire()
     assert stop.fired
     wait_for_group(agents, num_ranks=3, after=2)
     assert "Hung" in [departure.class_name for departure in agents.run.read().departures]
 
-    first = KillProcess(find(hosts[0], "training.agent")[0])
+    first = KillProcess(find(hosts[0], "training.cluster.agent")[0])
     first.fire()
     assert first.fired
     wait_for_group(agents, num_ranks=2, after=3)
     assert agents.running.pop(0).wait(timeout=30) == -9
-    wait_until(lambda: not find(hosts[0], "training.worker"), what="the ranks to die with their agent")
+    wait_until(lambda: not find(hosts[0], "training.cluster.worker"), what="the ranks to die with their agent")
     agents.start(hosts[0])
     wait_for_group(agents, num_ranks=3, after=4)
 
@@ -155,7 +155,7 @@ def test_links_cut_and_the_store_away(
     with StoreTrouble(cluster.store, Trouble.ANSWERED_503) as away:
         before = agents.run.read().token
         wait_until(lambda: away.num_struck > 3, what="the store to be missed")
-        victim = KillProcess(find(hosts[1], "training.agent")[0])
+        victim = KillProcess(find(hosts[1], "training.cluster.agent")[0])
         victim.fire()
         assert victim.fired
         wait_until(lambda: agents.is_out_of(before, hosts[0]), what="the group to pause")

@@ -15,13 +15,13 @@ from tests.faults.proxy import LosingProxy
 from tests.faults.small_disk import small_disk
 from tests.unit.attempts import attempt, history, step_through, train
 from tests.unit.tiny import make_trainer, tiny_preset
-from training.checkpoint import load_checkpoint
+from training.checkpoints.checkpoint import load_checkpoint
+from training.checkpoints.state import TrainState, tensors_sha256
 from training.errors import InfrastructureError
-from training.history import events_of
 from training.loop import StepOutcome, Trainer
-from training.objectstore import Store
-from training.record import RunRecord
-from training.state import TrainState, tensors_sha256
+from training.runs.history import events_of
+from training.runs.record import RunRecord
+from training.s3.objectstore import Store
 
 STEPS = 16
 STRUCK = 4

@@ -20,7 +20,7 @@ from tests.faults.proxy import LosingProxy
 from tests.unit.data_source import data_config, local_source, write_files
 from tests.unit.tiny import Tiny
 from training.data.writer import write_dataset
-from training.objectstore import Store
+from training.s3.objectstore import Store
 
 
 @pytest.fixture

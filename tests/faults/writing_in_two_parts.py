@@ -10,7 +10,7 @@ from tests.unit.data_source import data_config, local_source
 from tests.unit.tiny import Tiny
 from training.data.lease import writing
 from training.data.writer import Writer
-from training.objectstore import Store, StoreLocation
+from training.s3.objectstore import Store, StoreLocation
 
 
 def main() -> None:

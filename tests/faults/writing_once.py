@@ -9,7 +9,7 @@ from pathlib import Path
 from tests.unit.data_source import data_config, local_source
 from tests.unit.tiny import Tiny
 from training.data.writer import write_dataset
-from training.objectstore import Store, StoreLocation
+from training.s3.objectstore import Store, StoreLocation
 
 
 def main() -> None:

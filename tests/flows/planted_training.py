@@ -52,7 +52,7 @@ BUGS = (
     of_simulation("agents leave when idle", "worker-killed"),
     Bug(
         name="a checkpoint is loaded unseen",
-        module="checkpoint",
+        module="checkpoints.checkpoint",
         old="store.get_proven(base + part.name, sha256=part.sha256)",
         new="store.get(base + part.name)",
         fault="checkpoint-damaged",
@@ -73,14 +73,14 @@ BUGS = (
     ),
     Bug(
         name="the newest checkpoint is passed over",
-        module="checkpoint",
+        module="checkpoints.checkpoint",
         old="reference = record.checkpoints[-1]",
         new="reference = record.checkpoints[0]",
         fault="all-killed",
     ),
     Bug(
         name="the optimizer begins anew",
-        module="state",
+        module="checkpoints.state",
         old="        load_entries(self.optimizer, parameters, tensors, may_keep=may_keep)\n",
         new="",
         fault="all-killed",
@@ -90,7 +90,7 @@ BUGS = (
 
 def changed_source(bug: Bug) -> str:
     """The module with this bug. Raises `ValueError` if it does not apply."""
-    source = (REAL / f"{bug.module}.py").read_text()
+    source = (REAL / f"{bug.module.replace('.', '/')}.py").read_text()
     if source.count(bug.old) != 1:
         raise ValueError(f"{bug.name}: the text is {source.count(bug.old)} times in {bug.module}.py: {bug.old!r}")
     return source.replace(bug.old, bug.new)
@@ -99,5 +99,5 @@ def changed_source(bug: Bug) -> str:
 def plant(bug: Bug, folder: Path) -> dict[str, str]:
     """Variables with which a process runs the library with this bug."""
     shutil.copytree(REAL, folder / "training", ignore=shutil.ignore_patterns("__pycache__"))
-    (folder / "training" / f"{bug.module}.py").write_text(changed_source(bug))
+    (folder / "training" / f"{bug.module.replace('.', '/')}.py").write_text(changed_source(bug))
     return {"PYTHONPATH": str(folder)}

@@ -13,7 +13,7 @@ from tasks.follow import Follower
 from tasks.mlflow_client import RUN_KEY_TAG, connect
 from tests.conftest import Stack
 from tests.waiting import wait_until
-from training.record import RunRecord
+from training.runs.record import RunRecord
 
 
 def run_keys(stack: Stack) -> set[str]:
@@ -39,7 +39,7 @@ def wait_for_step(stack: Stack, before: set[str], *, step: int, timeout_seconds:
 
 
 def processes(stack: Stack, module: str) -> list[psutil.Process]:
-    """The stack's processes that run a module, such as `training.worker`."""
+    """The stack's processes that run a module, such as `training.cluster.worker`."""
     found = []
     for process in supervisor.stack_processes(stack.home):
         with contextlib.suppress(psutil.Error):

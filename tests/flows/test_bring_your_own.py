@@ -9,7 +9,7 @@ import pytest
 
 from tests.conftest import Stack
 from tests.flows.runs import last_json
-from training.objectstore import Store, StoreLocation
+from training.s3.objectstore import Store, StoreLocation
 
 
 @pytest.fixture(scope="module")

@@ -21,7 +21,7 @@ from tests.conftest import Stack
 from tests.flows.runs import last_json, loss_history, mlflow_runs, processes, run_keys, wait_for_step
 from tests.infra.probes import kill_9, service_pid
 from tests.waiting import wait_until
-from training.record import RunRecord
+from training.runs.record import RunRecord
 
 SHORT = ("--set", "train.steps=240", "--set", "train.checkpoint_every_steps=20")
 ENDLESS = ("--set", "train.steps=100000")
@@ -40,10 +40,10 @@ def test_killed_rank_and_agent_change_nothing(stack: Stack) -> None:
     before = run_keys(stack)
     command = stack.start("run", "digits", "--json", "--set", "seed=11", *SHORT)
     run = wait_for_step(stack, before, step=40)
-    processes(stack, "training.worker")[0].kill()
+    processes(stack, "training.cluster.worker")[0].kill()
     wait_until(lambda: len(run.read().attempt_starts) > 1, what="the second attempt")
     wait_for_step(stack, before, step=100)
-    killed_agent = processes(stack, "training.agent")[0]
+    killed_agent = processes(stack, "training.cluster.agent")[0]
     killed_agent.kill()
     output, _ = command.communicate(timeout=120)
     assert command.returncode == 0, output
@@ -95,7 +95,7 @@ def test_worker_flow_and_agents_killed_at_once_are_resumed(stack: Stack) -> None
     run = wait_for_step(stack, before, step=40)
     job = job_path(stack.home, run.run_key)
     submitted_at = job.stat().st_mtime_ns
-    victims = [_worker(stack), *_flow_processes(stack), *processes(stack, "training.agent")]
+    victims = [_worker(stack), *_flow_processes(stack), *processes(stack, "training.cluster.agent")]
     for process in victims:
         process.kill()
     wait_until(
@@ -156,7 +156,7 @@ def test_cancelled_run_leaves_nothing_although_its_worker_and_flow_are_dead(stac
     for process in (_worker(stack), *_flow_processes(stack)):
         process.kill()
     command.send_signal(signal.SIGINT)
-    wait_until(lambda: not processes(stack, "training.agent"), what="every agent to be gone")
+    wait_until(lambda: not processes(stack, "training.cluster.agent"), what="every agent to be gone")
     output, _ = command.communicate(timeout=60)
     assert command.returncode == 130, output
     assert _newest_states(stack)[-1] == "Cancelled"
@@ -169,12 +169,12 @@ def test_cancelling_leaves_no_rank_and_the_next_run_goes_on(stack: Stack) -> Non
     arguments = ("run", "digits", "--set", "seed=13", *ENDLESS)
     command = stack.start(*arguments)
     run = wait_for_step(stack, before, step=60)
-    assert processes(stack, "training.worker")
+    assert processes(stack, "training.cluster.worker")
     command.send_signal(signal.SIGINT)
     output, _ = command.communicate(timeout=60)
     assert command.returncode == 130, output
-    assert not processes(stack, "training.worker")
-    assert not processes(stack, "training.agent")
+    assert not processes(stack, "training.cluster.worker")
+    assert not processes(stack, "training.cluster.agent")
     assert _newest_states(stack)[-1] == "Cancelled"
     (tracked,) = mlflow_runs(stack, run.run_key)
     assert tracked.info.status == "KILLED"
@@ -184,7 +184,7 @@ def test_cancelling_leaves_no_rank_and_the_next_run_goes_on(stack: Stack) -> Non
     assert resumed[0] >= 50
     command.send_signal(signal.SIGINT)
     command.communicate(timeout=60)
-    assert not processes(stack, "training.worker")
+    assert not processes(stack, "training.cluster.worker")
 
 
 def test_runs_cancel_cancels_whoever_follows(stack: Stack) -> None:
@@ -195,7 +195,7 @@ def test_runs_cancel_cancels_whoever_follows(stack: Stack) -> None:
     assert stack.command("runs", "cancel", run.run_key).returncode == 0
     output, _ = command.communicate(timeout=60)
     assert command.returncode == 130, output
-    assert not processes(stack, "training.agent")
+    assert not processes(stack, "training.cluster.agent")
     (tracked,) = mlflow_runs(stack, run.run_key)
     assert tracked.info.status == "KILLED"
 

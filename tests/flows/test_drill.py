@@ -24,7 +24,7 @@ from tests.flows.planted_training import BUGS, Bug, changed_source, plant
 from tests.flows.runs import last_json, run_keys
 from training.config import load_preset
 from training.errors import InfrastructureError
-from training.job import Job, store_job
+from training.runs.job import Job, store_job
 
 STEPS = 150
 

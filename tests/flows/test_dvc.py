@@ -21,8 +21,8 @@ from tasks.mlflow_client import RUN_KEY_TAG, connect
 from tests.conftest import Stack
 from tests.flows.runs import last_json, loss_history, mlflow_runs, processes, run_keys, wait_for_step
 from tests.waiting import wait_until
-from training.objectstore import Store
-from training.record import RunRecord
+from training.runs.record import RunRecord
+from training.s3.objectstore import Store
 
 ROOT = Path(__file__).parents[2]
 SCRIPTS = Path(sysconfig.get_path("scripts"))
@@ -187,7 +187,7 @@ def _kill_and_compare(stack: Stack, clone: Clone, *, num_kills: int, **values: i
         stage = _stage_of(running)
         run = wait_for_step(stack, before, step=step + 40, timeout_seconds=200)
         step = run.read().checkpoints[-1].step
-        agents = [agent for agent in processes(stack, "training.agent") if run.run_key in agent.cmdline()]
+        agents = [agent for agent in processes(stack, "training.cluster.agent") if run.run_key in agent.cmdline()]
         victims = [psutil.Process(running.pid), stage, *agents]
         assert len(victims) == 4
         for victim in victims:

@@ -30,9 +30,9 @@ from tests.waiting import wait_until
 from training.config import load_preset
 from training.data.manifest import load_manifest
 from training.errors import UserError
-from training.job import read_jobs
-from training.objectstore import Store
-from training.record import RunRecord
+from training.runs.job import read_jobs
+from training.runs.record import RunRecord
+from training.s3.objectstore import Store
 
 
 @pytest.fixture(scope="module")

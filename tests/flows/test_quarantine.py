@@ -24,10 +24,10 @@ from tests.unit.tiny import Tiny, tiny_preset
 from training.config import Preset
 from training.data.withdrawn import QUARANTINED, quarantined_records, withdrawn_key
 from training.data.writer import split_of, write_dataset
+from training.diagnosis.poison import max_replays
 from training.errors import DeterministicError
-from training.poison import max_replays
 from training.recipe import Record
-from training.record import RunRecord
+from training.runs.record import RunRecord
 
 NUM_RECORDS = 200
 SHARE = 10

@@ -32,8 +32,8 @@ from tasks.results import Dataset
 from tests.conftest import Stack
 from tests.flows.runs import loss_history, mlflow_runs
 from tests.unit.tiny import tiny_preset
-from training.events import EventWriter
-from training.record import CheckpointRef, Failure, Record, Result, RunRecord, start_fresh, with_resume_step
+from training.runs.events import EventWriter
+from training.runs.record import CheckpointRef, Failure, Record, Result, RunRecord, start_fresh, with_resume_step
 
 DATASET = Dataset(name="tiny", digest="d" * 64, num_train_samples=1, num_test_samples=1, num_shards=2, num_bytes=2)
 REF = CheckpointRef(step=3, token=1, sha256="")

@@ -16,11 +16,12 @@ def test_retry_after_storage_was_away_re_attaches(stack: Stack) -> None:
     steps = 2000  # so that they are not done before it is given up
     command = stack.start("run", "digits", "--json", "--set", "seed=21", "--set", f"train.steps={steps}")
     run = wait_for_step(stack, before, step=60)
-    ranks = {process.pid for process in processes(stack, "training.worker")}
+    ranks = {process.pid for process in processes(stack, "training.cluster.worker")}
     supervisor.remote(stack.home).stopProcess("s3")
     try:
         wait_until(lambda: "AwaitingRetry" in _train_states(), what="the train task to await its retry")
-        assert {process.pid for process in processes(stack, "training.worker")} == ranks, "a healthy job was stopped"
+        alive = {process.pid for process in processes(stack, "training.cluster.worker")}
+        assert alive == ranks, "a healthy job was stopped"
     finally:
         supervisor.remote(stack.home).startProcess("s3")
     output, _ = command.communicate(timeout=200)

@@ -26,9 +26,9 @@ from tests.flows.runs import mlflow_runs
 from tests.unit.tiny import tiny_preset
 from training.config import load_preset
 from training.errors import FencedError
-from training.events import Event, EventWriter
-from training.record import CheckpointRef, Departure, Record, Result, RunRecord, start_fresh, with_resume_step
-from training.system import SampleWriter, take_sample
+from training.runs.events import Event, EventWriter
+from training.runs.record import CheckpointRef, Departure, Record, Result, RunRecord, start_fresh, with_resume_step
+from training.runs.system import SampleWriter, take_sample
 
 DATASET = Dataset(name="tiny", digest="d" * 64, num_train_samples=1, num_test_samples=1, num_shards=2, num_bytes=2)
 

@@ -23,9 +23,9 @@ from tests.conftest import Stack
 from training.config import load_preset
 from training.environment import fingerprint
 from training.errors import CancelledError, InfrastructureError, UserError
-from training.events import Event
-from training.objectstore import Store
-from training.record import CheckpointRef, Failure, Record, RunRecord, start_fresh
+from training.runs.events import Event
+from training.runs.record import CheckpointRef, Failure, Record, RunRecord, start_fresh
+from training.s3.objectstore import Store
 
 DATASET = Dataset(name="digits", digest="", num_train_samples=1, num_test_samples=1, num_shards=2, num_bytes=2)
 

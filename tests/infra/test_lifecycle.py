@@ -21,7 +21,7 @@ from tests.conftest import UNBROKEN
 from tests.infra.probes import environment_for, is_alive, post_json, service_pid
 from tests.waiting import wait_until
 from training.errors import InfrastructureError
-from training.objectstore import Store, StoreLocation
+from training.s3.objectstore import Store, StoreLocation
 
 JOB = "c0ffee" * 10
 

@@ -1,1 +1,1 @@
-"""The membership protocol, with the real `training.node.Node`, in a simulated world (docs/recovery.md)."""
+"""The membership protocol, with the real `training.cluster.node.Node`, in a simulated world (docs/recovery.md)."""

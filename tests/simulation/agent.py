@@ -1,4 +1,4 @@
-"""The simulated shell around the real `Node`: what training.agent does with sockets, S3 and processes, without them."""
+"""The simulated shell around the real `Node`: what the real agent does with sockets, S3 and processes."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from tests.simulation.clock import Clock
 from tests.simulation.network import Connection
 from tests.simulation.store import unchanged
 from tests.simulation.workers import Memory, Worker
-from training import membership
-from training.node import Node
-from training.protocol import (
+from training.cluster import membership
+from training.cluster.node import Node
+from training.cluster.protocol import (
     Action,
     AskWorkers,
     Event,
@@ -30,7 +30,7 @@ from training.protocol import (
     Unlink,
     WorkersEnded,
 )
-from training.record import Departure, Member, Record
+from training.runs.record import Departure, Member, Record
 
 if TYPE_CHECKING:
     from tests.simulation.world import World

@@ -7,8 +7,8 @@ from dataclasses import dataclass, replace
 from random import Random
 from typing import TYPE_CHECKING, get_args
 
-from training.protocol import Phase
-from training.record import start_fresh
+from training.cluster.protocol import Phase
+from training.runs.record import start_fresh
 
 if TYPE_CHECKING:
     from tests.simulation.agent import SimulatedAgent

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from training.membership import is_over
-from training.record import Member, Record
+from training.cluster.membership import is_over
+from training.runs.record import Member, Record
 
 if TYPE_CHECKING:
     from tests.simulation.agent import SimulatedAgent

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from training.protocol import Heard, Linked, Status, Unlinked
+from training.cluster.protocol import Heard, Linked, Status, Unlinked
 
 if TYPE_CHECKING:
     from tests.simulation.agent import SimulatedAgent

@@ -18,7 +18,7 @@ from types import ModuleType
 from tests.simulation import agent, workers
 from tests.simulation.faults import Fault, draw
 from tests.simulation.runner import Trace, simulate
-from training.record import Record
+from training.runs.record import Record
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,15 +34,15 @@ class Planted:
 
 
 def node(name: str, old: str, new: str, *only: str, first_seed: int = 0) -> Planted:
-    return Planted(name=name, module="node", old=old, new=new, only=only, first_seed=first_seed)
+    return Planted(name=name, module="cluster.node", old=old, new=new, only=only, first_seed=first_seed)
 
 
 def membership(name: str, old: str, new: str, *only: str, first_seed: int = 0) -> Planted:
-    return Planted(name=name, module="membership", old=old, new=new, only=only, first_seed=first_seed)
+    return Planted(name=name, module="cluster.membership", old=old, new=new, only=only, first_seed=first_seed)
 
 
 def record(name: str, old: str, new: str, *only: str) -> Planted:
-    return Planted(name=name, module="record", old=old, new=new, only=only)
+    return Planted(name=name, module="runs.record", old=old, new=new, only=only)
 
 
 ZOMBIES = ("zombie", "freeze agent", "host lost", "partition", "replaced while cut off", "freeze worker")

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from training.errors import FencedError
-from training.record import Record
+from training.runs.record import Record
 
 if TYPE_CHECKING:
     from tests.simulation.world import World

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from training.protocol import Action, AskWorkers, Event, Heard, Leave, Propose, RecordSeen, StartWorkers, Tick
-from training.record import Record
+from training.cluster.protocol import Action, AskWorkers, Event, Heard, Leave, Propose, RecordSeen, StartWorkers, Tick
+from training.runs.record import Record
 
 if TYPE_CHECKING:
     from tests.simulation.agent import SimulatedAgent

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, NamedTuple
 
-from training.record import (
+from training.runs.record import (
     CheckpointRef,
     Departure,
     Record,
@@ -194,7 +194,7 @@ class Group:
             self._make_step()
 
     def _resume(self) -> None:
-        """At the highest step in memory or in the record (training.handover); the record notes it before the first."""
+        """At the highest step in memory or in the record (memory/handover.py); the record notes it first."""
         if self.maybe_first is not None:
             self._ask_store(self._note_resume, self._resumed, self._resume)
 

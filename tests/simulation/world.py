@@ -13,9 +13,9 @@ from tests.simulation.network import Network
 from tests.simulation.store import SimulatedStore
 from tests.simulation.tracing import Tracing
 from tests.simulation.workers import Group, Worker
-from training.membership import is_over
-from training.protocol import Event, Heard, Linked, Preempted, RecordSeen, Tick, Unlinked, WorkersEnded
-from training.record import Record
+from training.cluster.membership import is_over
+from training.cluster.protocol import Event, Heard, Linked, Preempted, RecordSeen, Tick, Unlinked, WorkersEnded
+from training.runs.record import Record
 
 if TYPE_CHECKING:
     from tests.simulation.faults import Fault

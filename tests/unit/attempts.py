@@ -7,13 +7,13 @@ from typing import Any
 
 from tests.unit.fakes import DictRendezvous
 from tests.unit.tiny import Tiny, exact_arithmetic, make_trainer, tiny_preset
-from training.events import EventWriter
-from training.handover import Handover
-from training.history import committed_steps
+from training.checkpoints.saver import CheckpointSaver
 from training.loop import Trainer
-from training.objectstore import Store
-from training.record import RunRecord
-from training.saver import CheckpointSaver
+from training.memory.handover import Handover
+from training.runs.events import EventWriter
+from training.runs.history import committed_steps
+from training.runs.record import RunRecord
+from training.s3.objectstore import Store
 
 
 def step_through(trainer: Trainer, until: int) -> Trainer:

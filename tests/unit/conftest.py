@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from training.objectstore import Store, StoreLocation
+from training.s3.objectstore import Store, StoreLocation
 
 _clients: dict[str | None, Store] = {}
 

@@ -9,7 +9,7 @@ from typing import Any
 from tests.unit.tiny import NUM_CLASSES
 from training.config import DataConfig
 from training.data.source import Source, open_source
-from training.objectstore import StoreLocation
+from training.s3.objectstore import StoreLocation
 
 
 def tiny_line(number: int) -> str:

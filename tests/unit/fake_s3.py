@@ -9,7 +9,7 @@ from types import TracebackType
 
 import pytest
 
-from training.objectstore import StoreLocation
+from training.s3.objectstore import StoreLocation
 
 
 class FakeS3:

@@ -10,7 +10,7 @@ from typing import Any
 
 from training.documents import canonical_json
 from training.errors import InfrastructureError, MissingError
-from training.objectstore import Buffer, Store, StoreLocation, Versioned
+from training.s3.objectstore import Buffer, Store, StoreLocation, Versioned
 
 
 class DictRendezvous:

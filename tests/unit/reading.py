@@ -5,7 +5,7 @@ from __future__ import annotations
 from training.data.cache import MEMORY_BYTES, ShardCache, fetch_from
 from training.data.manifest import Manifest, Split
 from training.data.reader import Decode, Reader
-from training.objectstore import Store
+from training.s3.objectstore import Store
 
 
 def make_reader(

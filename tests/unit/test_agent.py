@@ -7,12 +7,12 @@ from dataclasses import replace
 import pytest
 
 from tests.unit.tiny import tiny_preset
-from training.agent import Agent
+from training.cluster.agent import Agent
+from training.cluster.zygote import Zygote
 from training.errors import DamagedError
-from training.job import Job, read_job, store_job
-from training.objectstore import Store
-from training.record import Failure, Record, start_fresh
-from training.zygote import Zygote
+from training.runs.job import Job, read_job, store_job
+from training.runs.record import Failure, Record, start_fresh
+from training.s3.objectstore import Store
 
 RECORD = Record(key="k", token=3)
 

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from tasks.attempts import TAG_CHARACTERS, attempt_tags, attempts_table, begun_by_token
-from training.events import Event
-from training.record import CheckpointRef, Departure, Failure, Record, Result
+from training.runs.events import Event
+from training.runs.record import CheckpointRef, Departure, Failure, Record, Result
 
 RESULT = Result(step=9, weights_sha256="", state_sha256="", checkpoint=CheckpointRef(step=9, token=1, sha256=""))
 LOST = Departure(token=1, node=1, cause="killed by signal 9", step=4, class_name="Killed")

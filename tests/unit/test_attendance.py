@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import threading
 
-from training.attendance import Attendance
+from training.cluster.attendance import Attendance
 from training.control import Call, Seat
-from training.record import Record
+from training.runs.record import Record
 
 CALL = Call(
     seat=Seat(rank=0, local_rank=0, world_size=1, token=3),

@@ -18,8 +18,8 @@ from tasks.follow import Follower
 from tasks.tracking import METRICS, Tracker
 from tests.unit.fakes import MemoryStore
 from training.errors import InfrastructureError
-from training.events import START, Event, chunk_key
-from training.record import RunRecord
+from training.runs.events import START, Event, chunk_key
+from training.runs.record import RunRecord
 
 NUM_TOKENS, PREFIX = 4, "runs/k/0/"
 

@@ -18,18 +18,18 @@ from torch import Tensor
 
 from tests.faults.evidence import write_evidence
 from tests.unit.fakes import DictRendezvous, FaultyStore, MemoryStore
-from training.checkpoint import (
+from training.checkpoints.checkpoint import (
     CheckpointManifest,
     folder,
     load_checkpoint,
     newest_proven,
 )
+from training.checkpoints.saver import CheckpointSaver, assign_parts
+from training.checkpoints.state import tensors_sha256
 from training.documents import parse, sha256_hex
 from training.errors import DamagedError, DeterministicError, FencedError, InfrastructureError
-from training.objectstore import Buffer, Store, Versioned
-from training.record import CheckpointRef, RunRecord, with_quarantined
-from training.saver import CheckpointSaver, assign_parts
-from training.state import tensors_sha256
+from training.runs.record import CheckpointRef, RunRecord, with_quarantined
+from training.s3.objectstore import Buffer, Store, Versioned
 
 Damage = Callable[[Store, str], None]
 

@@ -27,9 +27,9 @@ from training.data.withdrawn import Withdrawn, record_of, withdrawn_key, withdra
 from training.data.writer import PartResult, Writer, write_dataset
 from training.documents import sealed
 from training.errors import DamagedError, InfrastructureError, UserError
-from training.job import Job, store_job
-from training.objectstore import Entry, Store
-from training.record import RunRecord
+from training.runs.job import Job, store_job
+from training.runs.record import RunRecord
+from training.s3.objectstore import Entry, Store
 
 CONFIG = data_config()
 

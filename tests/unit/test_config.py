@@ -10,8 +10,8 @@ import pytest
 from training.config import PRESETS, Preset, load_preset, parse_override, preset_from_json
 from training.documents import canonical_json, parse
 from training.errors import UserError
-from training.job import Job
-from training.objectstore import StoreLocation
+from training.runs.job import Job
+from training.s3.objectstore import StoreLocation
 
 GOOD = """
 name = "demo"

@@ -8,14 +8,14 @@ import pytest
 
 from tests.unit.fakes import DictRendezvous
 from tests.unit.tiny import Tiny, exact_arithmetic, make_trainer, tiny_preset
-from training.checkpoint import folder
-from training.continuation import Sibling, find_siblings, is_new, note_sibling, take_over
+from training.checkpoints.checkpoint import folder
+from training.checkpoints.continuation import Sibling, find_siblings, is_new, note_sibling, take_over
+from training.checkpoints.saver import CheckpointSaver
 from training.environment import fingerprint
-from training.events import EventWriter
-from training.history import committed_steps
-from training.objectstore import Store
-from training.record import Continued, Record, RunRecord, run_key, trajectory_key, with_environment
-from training.saver import CheckpointSaver
+from training.runs.events import EventWriter
+from training.runs.history import committed_steps
+from training.runs.record import Continued, Record, RunRecord, run_key, trajectory_key, with_environment
+from training.s3.objectstore import Store
 
 LEVEL = Tiny(is_level=True)
 

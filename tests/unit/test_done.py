@@ -8,7 +8,7 @@ import pytest
 
 from tasks.done import find_result, keep_result
 from tasks.results import Estimate, Evaluation
-from training.objectstore import Store
+from training.s3.objectstore import Store
 
 EVALUATION = Evaluation(
     run_key="k", num_samples=3, confidence=0.9, metrics={"loss": Estimate(value=0.5, low=0.25, high=1.0)}

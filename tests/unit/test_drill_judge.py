@@ -8,8 +8,8 @@ from typing import Any
 from tasks.drill.faults import AllKilled, NodeFrozen, RankStopped, StoreAway, WorkerKilled
 from tasks.drill.gate import Gate
 from tasks.drill.judge import Struck, _broken_promises, _differences, always_promised
-from training.events import Event
-from training.record import CheckpointRef, Departure, Failure, Member, Record, Result
+from training.runs.events import Event
+from training.runs.record import CheckpointRef, Departure, Failure, Member, Record, Result
 
 NEWEST = CheckpointRef(step=20, token=1, sha256="a")
 RESULT = Result(step=100, weights_sha256="w", state_sha256="s", checkpoint=NEWEST)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from tasks.drill import measure
-from training.events import Event
+from training.runs.events import Event
 
 NAN = float("nan")
 

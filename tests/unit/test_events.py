@@ -11,11 +11,11 @@ from hypothesis import strategies as st
 
 from tests.unit.fakes import FaultyStore
 from tests.waiting import wait_until
-from training import events as events_module
 from training.errors import InfrastructureError
-from training.events import Event, EventReader, EventWriter, chunk_key, committed
-from training.objectstore import Store
-from training.record import Record, with_resume_step
+from training.runs import events as events_module
+from training.runs.events import Event, EventReader, EventWriter, chunk_key, committed
+from training.runs.record import Record, with_resume_step
+from training.s3.objectstore import Store
 
 PREFIX = "runs/k/0/"
 

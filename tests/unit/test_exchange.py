@@ -20,7 +20,7 @@ from training.data.versions import versions
 from training.data.withdraw import withdraw
 from training.documents import fast_digest, sha256_hex
 from training.errors import InfrastructureError, UserError
-from training.objectstore import Store
+from training.s3.objectstore import Store
 
 FORMS: tuple[Format, ...] = ("webdataset", "parquet")
 DTYPES = ("uint8", "int8", "int16", "int32", "int64", "float16", "float32", "float64", "bool")

@@ -12,12 +12,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from training.cluster.membership import failure_to_report
+from training.cluster.worker import _class_name
 from training.config import load_preset
 from training.errors import DeterministicError
-from training.failures import CLASSES, crash_to_explain, of_exit_code, oom_kills
-from training.membership import failure_to_report
-from training.record import CheckpointRef, Departure, Failure, Record
-from training.worker import _class_name
+from training.runs.failures import CLASSES, crash_to_explain, of_exit_code, oom_kills
+from training.runs.record import CheckpointRef, Departure, Failure, Record
 
 EMPTY = Record(key="k")
 
@@ -144,7 +144,7 @@ def small_group() -> Iterator[Path]:
 GREEDY = """
 import os, sys
 from pathlib import Path
-from training.failures import oom_kills
+from training.runs.failures import oom_kills
 Path(sys.argv[1], "cgroup.procs").write_text(str(os.getpid()))
 before = oom_kills()
 child = os.fork()

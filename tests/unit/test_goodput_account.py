@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from training.events import Event
-from training.goodput import USES, account
+from training.runs.events import Event
+from training.runs.goodput import USES, account
 
 
 def step(number: int, *, token: int = 1, end: float, seconds: float = 1.0, **values: Any) -> Event:

@@ -13,18 +13,18 @@ from torch import Tensor, nn
 
 from tests.unit.attempts import attempt, history, step_through, train
 from tests.unit.tiny import Tiny, exact_arithmetic, make_trainer, tiny_preset
-from training import handover as handover_module
 from training import tensorfile
-from training.checkpoint import folder
+from training.arithmetic.extras import Control
+from training.checkpoints.checkpoint import folder
+from training.checkpoints.state import tensors_sha256
 from training.control import Note
-from training.events import EventReader
-from training.extras import Control
-from training.handover import GroupEnded, Handover
 from training.loop import Trainer
-from training.objectstore import Store
-from training.record import RunRecord
-from training.slots import Entry, Slots, create_slots, file_of
-from training.state import tensors_sha256
+from training.memory import handover as handover_module
+from training.memory.handover import GroupEnded, Handover
+from training.memory.slots import Slots, create_slots, file_of
+from training.runs.events import Entry, EventReader
+from training.runs.record import RunRecord
+from training.s3.objectstore import Store
 
 STEPS = 9
 

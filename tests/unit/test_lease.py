@@ -11,7 +11,7 @@ from tests.waiting import wait_until
 from training.data.activity import activity_key
 from training.data.lease import LEASE_SECONDS, MARGIN, collecting, writing
 from training.errors import InfrastructureError, UserError
-from training.objectstore import REQUEST_SECONDS, Store
+from training.s3.objectstore import REQUEST_SECONDS, Store
 
 
 def holders(store: Store) -> list[str]:

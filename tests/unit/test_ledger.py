@@ -12,18 +12,18 @@ import pytest
 from tests.unit.data_source import data_config, local_source, write_csv
 from tests.unit.reading import make_reader
 from tests.unit.tiny import Tiny, tiny_preset
-from training.audit import LedgerError, Seen, verify_run
 from training.config import Preset
 from training.data import ledger
+from training.data.audit import LedgerError, Seen, verify_run
 from training.data.manifest import Manifest, manifest_key
 from training.data.opening import open_order
 from training.data.stream import Stream
 from training.data.writer import write_dataset
 from training.errors import UserError
-from training.events import EventWriter, chunk_key
-from training.job import Job, store_job
-from training.objectstore import Store
-from training.record import RunRecord, with_resume_step
+from training.runs.events import EventWriter, chunk_key
+from training.runs.job import Job, store_job
+from training.runs.record import RunRecord, with_resume_step
+from training.s3.objectstore import Store
 
 BATCH, WORKERS = 20, 5
 

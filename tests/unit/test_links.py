@@ -9,9 +9,9 @@ from contextlib import suppress
 
 import pytest
 
-from training.links import Links, Place
-from training.protocol import Event, Heard, Linked, Status, Unlinked
-from training.record import Member
+from training.cluster.links import Links, Place
+from training.cluster.protocol import Event, Heard, Linked, Status, Unlinked
+from training.runs.record import Member
 
 ADDRESS = "127.0.0.1"
 

@@ -10,9 +10,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from training.live import Live, Pieces, live
-from training.slots import Entry, Header, Slots, create_slots, file_of, journal_bytes, progress_of, reaches_back_to
-from training.snapshot import Image
+from training.checkpoints.snapshot import Image
+from training.memory.live import Live, Pieces, live
+from training.memory.slots import Header, Slots, create_slots, file_of, journal_bytes, progress_of, reaches_back_to
+from training.runs.events import Entry
 
 TENSORS = {
     "model.weight": torch.arange(12, dtype=torch.float32).reshape(3, 4).t(),

@@ -26,13 +26,13 @@ from tests.unit.tiny import (
     tiny_preset,
     tiny_reader,
 )
+from training.arithmetic.objective import stream_seed
 from training.data.stream import Microbatch
 from training.environment import NUMERICS_VERSION, fingerprint
 from training.errors import DeterministicError, FencedError, UserError
 from training.loop import StepOutcome, Trainer
-from training.objective import stream_seed
-from training.objectstore import Store
-from training.record import RunRecord
+from training.runs.record import RunRecord
+from training.s3.objectstore import Store
 
 GOLDEN_FILE = Path(__file__).parents[1] / "golden" / "numerics.json"
 

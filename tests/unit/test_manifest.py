@@ -9,7 +9,7 @@ import pytest
 
 from training.data.manifest import FieldInfo, Manifest, ShardInfo, load_manifest, manifest_key, shard_key
 from training.errors import DamagedError, UserError
-from training.objectstore import Store
+from training.s3.objectstore import Store
 
 GOLDEN_FILE = Path(__file__).parents[1] / "golden" / "manifest-format-1.json"
 GOLDEN_DIGEST = "fcdd1da86c66ca2b82234f3df028c12daa97f91092867aa839673b2e38c8229e"

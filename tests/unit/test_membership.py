@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from training.membership import (
+from training.cluster.membership import (
     Proposal,
     begin_group,
     failure_to_report,
@@ -17,7 +17,7 @@ from training.membership import (
     renew,
     with_secret,
 )
-from training.record import CheckpointRef, Departure, Failure, Member, Record, Result
+from training.runs.record import CheckpointRef, Departure, Failure, Member, Record, Result
 
 EMPTY = Record(key="k")
 RESULT = Result(

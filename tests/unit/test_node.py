@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from training.node import Node
-from training.protocol import (
+from training.cluster.node import Node
+from training.cluster.protocol import (
     Action,
     AskWorkers,
     Event,
@@ -22,7 +22,7 @@ from training.protocol import (
     Unlinked,
     WorkersEnded,
 )
-from training.record import Member, Record
+from training.runs.record import Member, Record
 
 TIMING = Timing()
 

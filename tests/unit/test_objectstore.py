@@ -13,10 +13,10 @@ from urllib3 import BaseHTTPResponse
 
 from tests.faults.proxy import LosingProxy
 from tests.unit.fake_s3 import FakeS3
-from training import objectstore
 from training.documents import sha256_hex
 from training.errors import DamagedError, InfrastructureError, MissingError, UserError
-from training.objectstore import Store
+from training.s3 import objectstore
+from training.s3.objectstore import Store
 
 NUM_RACERS = 8
 

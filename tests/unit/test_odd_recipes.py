@@ -10,8 +10,8 @@ import torch
 from tests.unit.attempts import step_through
 from tests.unit.odd_recipes import Odd
 from tests.unit.tiny import exact_arithmetic, make_trainer, tiny_preset
+from training.checkpoints.snapshot import Snapshot
 from training.errors import DeterministicError, UnbrokenError, UserError
-from training.snapshot import Snapshot
 
 WITH_VALIDATION = tiny_preset(validate_every_steps=2, virtual_workers=5)
 

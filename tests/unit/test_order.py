@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from training.arithmetic.reduce import owned_range
 from training.data.order import Order, permute
-from training.reduce import owned_range
 
 GOLDEN = json.loads((Path(__file__).parents[1] / "golden" / "order.json").read_text())
 

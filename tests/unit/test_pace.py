@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from tasks.follow import Progress, _after
-from training.events import Event
-from training.pace import maybe_straggler
+from training.runs.events import Event
+from training.runs.pace import maybe_straggler
 
 
 @pytest.mark.parametrize("seconds", [[], [1.0], [1.0, 1.4], [1.0, 1.0, 1.0], [0.0, 0.0], [0.5, 1.0, 1.1, 1.2]])

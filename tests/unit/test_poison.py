@@ -16,9 +16,9 @@ from torch import Tensor, nn
 
 from tests.unit.attempts import step_through
 from tests.unit.tiny import MemoryReader, Tiny, make_trainer, tiny_preset, tiny_reader
-from training import poison
+from training.diagnosis import poison
+from training.diagnosis.poison import MAX_ALONE, Replay, Search, keeping, max_replays
 from training.errors import DeterministicError
-from training.poison import MAX_ALONE, Replay, Search, keeping, max_replays
 
 NUMBERS = st.integers(1, 300)
 

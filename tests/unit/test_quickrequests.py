@@ -12,8 +12,8 @@ from botocore.credentials import Credentials
 from urllib3 import BaseHTTPResponse
 
 from training.errors import InfrastructureError, MissingError
-from training.objectstore import Store, StoreLocation
-from training.quickrequests import NOTHING, QuickRequests, TruncatedError, _entries
+from training.s3.objectstore import Store, StoreLocation
+from training.s3.quickrequests import NOTHING, QuickRequests, TruncatedError, _entries
 
 EXAMPLE = "https://examplebucket.s3.amazonaws.com"
 
@@ -30,7 +30,7 @@ def test_a_signature_is_that_of_the_documentation(
     monkeypatch: pytest.MonkeyPatch, path: str, headers: dict[str, str], signature: str
 ) -> None:
     """The examples of docs.aws.amazon.com/AmazonS3/latest/API/sig-v4-header-based-auth.html."""
-    monkeypatch.setattr("training.quickrequests.time.gmtime", lambda: struct_time((2013, 5, 24, 0, 0, 0, 4, 144, 0)))
+    monkeypatch.setattr("training.s3.quickrequests.time.gmtime", lambda: struct_time((2013, 5, 24, 0, 0, 0, 4, 144, 0)))
     keys = Credentials("AKIAIOSFODNN7EXAMPLE", "wJalrXUtnFEMI/K7MDENG/bPxRfiCYEXAMPLEKEY")
     signed = QuickRequests(EXAMPLE, "", "us-east-1", lambda: keys)._signed("GET", EXAMPLE + path, NOTHING, headers)
     assert signed["authorization"].endswith(f"Signature={signature}")
@@ -67,7 +67,7 @@ def test_a_listing_that_goes_on_is_left_to_the_client(store: Store, monkeypatch:
     assert [entry.key for entry in found] == ["list/a", "list/b", "list/ü +%.json"]
     assert {entry.num_bytes for entry in found} == {3}
     assert abs((found[0].modified - datetime.now(UTC)).total_seconds()) < 3600
-    monkeypatch.setattr("training.quickrequests.QuickRequests.list_page", lambda self, prefix: None)
+    monkeypatch.setattr("training.s3.quickrequests.QuickRequests.list_page", lambda self, prefix: None)
     assert list(store.list_entries("list/")) == found
     for told in ("<IsTruncated>true</IsTruncated><EncodingType>url</EncodingType>", "<IsTruncated>false</IsTruncated>"):
         with pytest.raises(TruncatedError):
@@ -86,7 +86,7 @@ def test_what_is_missing_needs_no_client(store: Store) -> None:
 
 
 def test_a_silent_store_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("training.objectstore.ANSWER_SECONDS", 0.05)
+    monkeypatch.setattr("training.s3.objectstore.ANSWER_SECONDS", 0.05)
     with socket.create_server(("127.0.0.1", 0)) as frozen:
         endpoint = f"http://127.0.0.1:{frozen.getsockname()[1]}"
         with pytest.raises(InfrastructureError, match=f"the store at {endpoint} does not answer"):

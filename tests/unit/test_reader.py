@@ -26,8 +26,8 @@ from training.data.shard import Ragged, encode_shard
 from training.data.writer import write_dataset
 from training.documents import fast_digest, sha256_hex
 from training.errors import DamagedError, DeterministicError, UserError
-from training.objectstore import Store
 from training.recipe import Sample
+from training.s3.objectstore import Store
 
 
 @pytest.fixture

@@ -13,8 +13,7 @@ import pytest
 from tests.unit.tiny import Tiny, tiny_preset
 from training.documents import canonical_json, parse
 from training.errors import FencedError, MissingError
-from training.objectstore import Store
-from training.record import (
+from training.runs.record import (
     CheckpointRef,
     Continued,
     Departure,
@@ -33,6 +32,7 @@ from training.record import (
     with_resume_step,
     with_retention,
 )
+from training.s3.objectstore import Store
 
 RUN = Record(key="k", token=3)
 

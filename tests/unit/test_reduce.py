@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from training.reduce import Subtree, TreeSum, fold, owned_range, places, subtrees
+from training.arithmetic.reduce import Subtree, TreeSum, fold, owned_range, places, subtrees
 
 groups = st.integers(1, 33).flatmap(lambda v: st.tuples(st.just(v), st.integers(1, v)))
 

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from training.slots import (
+from training.memory.slots import (
     HEADER_BYTES,
     Entry,
     Header,

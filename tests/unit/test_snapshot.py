@@ -6,9 +6,9 @@ import pytest
 import safetensors.torch
 import torch
 
+from training.checkpoints.snapshot import Snapshot
+from training.checkpoints.state import tensors_sha256
 from training.errors import UserError
-from training.snapshot import Snapshot
-from training.state import tensors_sha256
 
 STATE = {
     "weight": torch.arange(6.0).view(2, 3),

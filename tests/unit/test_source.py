@@ -37,8 +37,8 @@ from training.data.source import (
 )
 from training.data.source.partition import MAX_FILL, cut
 from training.errors import UserError
-from training.objectstore import Store
 from training.recipe import Record
+from training.s3.objectstore import Store
 
 
 def names(source: Source) -> list[str]:
@@ -468,7 +468,7 @@ STREAM = """
 import resource, sys
 from training.config import DataConfig
 from training.data.source import open_source, partitions, read_records
-from training.objectstore import StoreLocation
+from training.s3.objectstore import StoreLocation
 
 config = DataConfig(name="x", source=sys.argv[1], format=sys.argv[2])
 location = StoreLocation(endpoint=sys.argv[3], bucket="unused")

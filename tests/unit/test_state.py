@@ -10,10 +10,10 @@ from torch import Tensor
 
 from tests.unit.tiny import CPU, Tiny, exact_arithmetic, make_trainer
 from training import tensorfile
+from training.checkpoints.snapshot import Image
+from training.checkpoints.state import TrainState, tensors_sha256
 from training.errors import DamagedError, DeterministicError
 from training.loop import Trainer
-from training.snapshot import Image
-from training.state import TrainState, tensors_sha256
 from training.tensorfile import Place
 
 ENTRIES = (

@@ -23,6 +23,8 @@ from tests.unit.data_source import data_config, local_source, write_csv
 from tests.unit.reading import make_reader
 from tests.unit.tiny import Tiny, tiny_preset
 from tests.waiting import wait_until
+from training.arithmetic.reduce import owned_range
+from training.cluster.worker import _class_name
 from training.config import Preset
 from training.data.loader import Feed
 from training.data.manifest import Manifest, shard_key
@@ -30,11 +32,9 @@ from training.data.opening import open_order
 from training.data.stream import Microbatch, Stream
 from training.data.writer import write_dataset
 from training.errors import DamagedError, DeterministicError, UnbrokenError, UserError
-from training.failures import CRASHED, ReaderDiedError
-from training.objectstore import Store
 from training.recipe import Sample
-from training.reduce import owned_range
-from training.worker import _class_name
+from training.runs.failures import CRASHED, ReaderDiedError
+from training.s3.objectstore import Store
 
 STEPS = 12
 

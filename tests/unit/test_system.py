@@ -8,9 +8,9 @@ from dataclasses import replace
 import pytest
 
 from tests.unit.fakes import FaultyStore
-from training import system
-from training.objectstore import Store
-from training.system import Sample, SampleReader, SampleWriter, keep_sampling, take_sample
+from training.runs import system
+from training.runs.system import Sample, SampleReader, SampleWriter, keep_sampling, take_sample
+from training.s3.objectstore import Store
 
 PREFIX = "runs/k/0/"
 

@@ -20,8 +20,8 @@ from training.data.shard import Array, encode_shard
 from training.data.withdrawn import content_of_samples
 from training.data.writer import write_dataset
 from training.errors import UserError
-from training.objectstore import Store
 from training.recipe import Record, Sample, Table
+from training.s3.objectstore import Store
 
 RAGGED = frozenset({"text"})
 Given = Sample | Table

@@ -13,10 +13,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from tests.unit.tiny import CPU
-from training import transfer
 from training.errors import InfrastructureError
-from training.live import Live, live
-from training.slots import Entry, file_of
+from training.memory import transfer
+from training.memory.live import Live, live
+from training.memory.slots import file_of
+from training.runs.events import Entry
 from training.tensorfile import Layout
 
 DTYPES = (torch.float32, torch.float16, torch.float64)

@@ -17,12 +17,12 @@ from typing import Any
 import pytest
 
 from tests.unit.tiny import tiny_preset
+from training.cluster.workers import Hand, Outcome, Workers
 from training.control import EXIT_STOPPED, Channel, Order
 from training.errors import InfrastructureError
-from training.job import Job
-from training.objectstore import StoreLocation
-from training.record import Member, Record
-from training.workers import Hand, Outcome, Workers
+from training.runs.job import Job
+from training.runs.record import Member, Record
+from training.s3.objectstore import StoreLocation
 
 BEGIN = """
 import json, os, signal, socket, sys
@@ -159,7 +159,7 @@ def test_an_order_reaches_every_worker() -> None:
 
 
 def test_a_worker_that_does_not_stop_is_killed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("training.workers.STOP_SECONDS", 0.2)
+    monkeypatch.setattr("training.cluster.workers.STOP_SECONDS", 0.2)
     found = outcome("signal.pause()\n", act=Workers.stop)
     assert found == Outcome(step=0, is_finished=False, maybe_departure=None)
 

@@ -20,9 +20,9 @@ from training.data.manifest import SPLITS, Manifest, load_manifest
 from training.data.source import open_source
 from training.data.writer import Writer, WriteResult, _one_behind, split_of, write_dataset
 from training.errors import InfrastructureError, UserError
-from training.objectstore import Store
-from training.quickrequests import QuickRequests
 from training.recipe import Recipe, Record, Sample
+from training.s3.objectstore import Store
+from training.s3.quickrequests import QuickRequests
 
 NUM_RECORDS = 240
 NUM_FILES = 4

@@ -19,9 +19,9 @@ import pytest
 
 from tests.unit.tiny import tiny_preset
 from tests.waiting import wait_until
+from training.cluster.zygote import Worker, Zygote
 from training.config import Preset
 from training.errors import InfrastructureError
-from training.zygote import Worker, Zygote
 
 WORK = "tests.unit.zygote_work:work"
 LONG = 60.0
@@ -120,9 +120,9 @@ def test_descriptors_arrive_under_their_names(shared: Zygote) -> None:
 
 def test_worker_is_listed_as_one(shared: Zygote) -> None:
     worker, _ = start_saying(shared, sleeps=True)
-    assert "training.worker" in psutil.Process(worker.pid).cmdline()
+    assert "training.cluster.worker" in psutil.Process(worker.pid).cmdline()
     assert shared.pid is not None
-    assert "training.worker" not in psutil.Process(shared.pid).cmdline()
+    assert "training.cluster.worker" not in psutil.Process(shared.pid).cmdline()
     worker.kill()
     worker.wait(LONG)
 
@@ -157,7 +157,7 @@ def test_workers_die_with_their_zygote_and_the_next_start_has_a_new_one() -> Non
 def test_everything_dies_with_the_agent() -> None:
     program = f"""
 from tests.unit.tiny import tiny_preset
-from training.zygote import Zygote
+from training.cluster.zygote import Zygote
 import time
 zygote = Zygote(tiny_preset(), entry={WORK!r})
 print(zygote.start({{"sleeps": True}}, {{}}).pid, zygote.pid, flush=True)
@@ -176,7 +176,7 @@ time.sleep(120)
 def test_signals_to_the_group_are_the_agents_to_act_on() -> None:
     program = f"""
 from tests.unit.tiny import tiny_preset
-from training.zygote import Zygote
+from training.cluster.zygote import Zygote
 import os, signal
 zygote = Zygote(tiny_preset(), entry={WORK!r})
 zygote.prepare()
@@ -245,7 +245,7 @@ def test_recipe_that_spoils_the_zygote_is_left_to_the_workers(tmp_path: Path, li
 def test_handler_for_the_death_of_children_makes_a_process_unfit_to_fork() -> None:
     """It would reap the workers."""
     ignoring = "import signal; signal.signal(signal.SIGCHLD, signal.SIG_IGN)"
-    code = f"{ignoring}; from training.forking import unfit; print(unfit())"
+    code = f"{ignoring}; from training.cluster.forking import unfit; print(unfit())"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "SIGCHLD has a handler\n"
 

@@ -10,12 +10,12 @@ import pytest
 
 from tests.unit.data_source import data_config, local_source, write_files
 from tests.unit.tiny import Tiny, tiny_preset
-from training.agent import Agent
+from training.cluster.agent import Agent
+from training.cluster.zygote import Zygote
 from training.data.writer import write_dataset
-from training.job import Job
-from training.objectstore import Store
-from training.record import run_key
-from training.zygote import Zygote
+from training.runs.job import Job
+from training.runs.record import run_key
+from training.s3.objectstore import Store
 
 
 @pytest.fixture

@@ -16,17 +16,17 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim import AdamW, Optimizer
 
+from training.checkpoints.saver import CheckpointSaver
 from training.config import DataConfig, LaunchConfig, Preset, TrainConfig
 from training.data.order import Order
 from training.data.reader import Rows
 from training.data.stream import Microbatch
-from training.events import EventWriter
-from training.handover import Handover
 from training.loop import Rank, Trainer
+from training.memory.handover import Handover
 from training.recipe import Recipe, Record, Sample
-from training.record import Record as RunsRecord
-from training.record import RunRecord
-from training.saver import CheckpointSaver
+from training.runs.events import EventWriter
+from training.runs.record import Record as RunsRecord
+from training.runs.record import RunRecord
 
 NUM_CLASSES = 3
 NUM_INPUTS = 5

@@ -61,7 +61,7 @@ def _is_anonymous(fd: str) -> bool:
 
 def train_and_list_imports(order: dict[str, Any]) -> int:
     """Train as a worker does, and write down which modules were imported for that after the fork."""
-    from training import worker
+    from training.cluster import worker
 
     before = set(sys.modules)
     code = worker.run(order)

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, field, replace
 
 from training.documents import parse
 from training.errors import DamagedError, InfrastructureError, MissingError
-from training.objectstore import Store, Versioned
+from training.s3.objectstore import Store, Versioned
 
 FORMAT = 1
 

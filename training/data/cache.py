@@ -17,7 +17,7 @@ from training.data.manifest import ShardInfo, shard_key
 from training.data.shard import Shard, decode_shard
 from training.documents import fast_digest
 from training.errors import DamagedError, MissingError
-from training.objectstore import Store
+from training.s3.objectstore import Store
 
 NUM_THREADS = 4
 MEMORY_BYTES = 1 << 30

@@ -13,8 +13,8 @@ from training.data.manifest import load_manifest, shard_key
 from training.data.versions import versions
 from training.documents import unsealed
 from training.errors import DamagedError, UserError
-from training.objectstore import Entry, Store
-from training.record import RunRecord
+from training.runs.record import RunRecord
+from training.s3.objectstore import Entry, Store
 
 MAX_AGE_HOURS = 87_600.0
 

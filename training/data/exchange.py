@@ -32,7 +32,7 @@ from training.data.shard import Array, Column, Ragged, Shard, encode_shard
 from training.data.withdrawn import require_none_withdrawn, require_none_withdrawn_since, withdrawn_records
 from training.documents import parse
 from training.errors import DamagedError, InfrastructureError, UserError
-from training.objectstore import Store
+from training.s3.objectstore import Store
 
 if TYPE_CHECKING:
     import pyarrow

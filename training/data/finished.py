@@ -9,7 +9,7 @@ from training.data.manifest import SPLITS, FieldInfo, ShardInfo, Split, load_sha
 from training.data.withdrawn import records_in
 from training.documents import parse, sealed, sha256_hex, unsealed
 from training.errors import DamagedError, MissingError
-from training.objectstore import Store
+from training.s3.objectstore import Store
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -20,7 +20,7 @@ from typing import Literal
 from training.data.activity import Activity, change_activity, note_newest
 from training.data.manifest import Manifest, manifest_key
 from training.errors import InfrastructureError, UnbrokenError, UserError
-from training.objectstore import Store
+from training.s3.objectstore import Store
 
 LEASE_SECONDS = 600.0
 WAIT_SECONDS = 0.25

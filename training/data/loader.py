@@ -20,10 +20,10 @@ from training.data.opening import open_order, open_reader
 from training.data.reader import Reader
 from training.data.stream import Microbatch, Stream
 from training.errors import UnbrokenError
-from training.failures import ReaderDiedError
-from training.objectstore import StoreLocation, shared_store
 from training.processes import die_after
 from training.recipe import load_recipe
+from training.runs.failures import ReaderDiedError
+from training.s3.objectstore import StoreLocation, shared_store
 
 Item = TypeVar("Item")
 

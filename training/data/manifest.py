@@ -10,7 +10,7 @@ from typing import Any, Literal
 from training.data.shard import Shard, decode_shard
 from training.documents import canonical_json, fast_digest, parse, sha256_hex
 from training.errors import DamagedError, MissingError, UserError
-from training.objectstore import Store
+from training.s3.objectstore import Store
 
 FORMAT = 1
 Split = Literal["train", "test"]

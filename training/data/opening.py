@@ -7,8 +7,8 @@ from training.data.cache import ShardCache, fetch_from
 from training.data.manifest import Manifest, Split
 from training.data.order import Order
 from training.data.reader import Reader
-from training.objectstore import Store
 from training.recipe import Recipe, maybe_decode
+from training.s3.objectstore import Store
 
 
 def open_reader(store: Store, preset: Preset, recipe: Recipe, manifest: Manifest, split: Split) -> Reader:

@@ -15,8 +15,8 @@ from training.data.manifest import SPLITS, Manifest, ShardInfo, load_manifest, l
 from training.data.withdrawn import sample_at, sample_number
 from training.documents import sha256_hex
 from training.errors import DamagedError, MissingError, UserError
-from training.job import read_jobs
-from training.objectstore import Store
+from training.runs.job import read_jobs
+from training.s3.objectstore import Store
 
 NUM_AT_ONCE = 4
 _IS_MANIFEST = re.compile(r"[0-9a-f]{64}\.json")

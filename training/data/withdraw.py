@@ -34,7 +34,7 @@ from training.data.withdrawn import (
     withdrawn_records,
 )
 from training.errors import UserError
-from training.objectstore import Store
+from training.s3.objectstore import Store
 
 
 @dataclass(frozen=True, kw_only=True)

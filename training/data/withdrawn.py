@@ -12,8 +12,8 @@ import xxhash
 
 from training.data.shard import Shard
 from training.errors import DamagedError, InfrastructureError, MissingError, UserError
-from training.objectstore import Store
 from training.recipe import Sample, Table
+from training.s3.objectstore import Store
 
 FORMAT = 1
 QUARANTINED = "quarantined: "

@@ -43,8 +43,8 @@ from training.data.withdrawn import (
 )
 from training.documents import digest_of, sha256_hex
 from training.errors import UserError
-from training.objectstore import Store
 from training.recipe import Recipe, Record, source_closure_digest
+from training.s3.objectstore import Store
 
 
 @dataclass(frozen=True, kw_only=True)

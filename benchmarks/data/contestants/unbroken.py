@@ -16,6 +16,7 @@ import pydantic
 
 from benchmarks.data.contestants.protocol import BATCH_SIZE, SEED, Task, serve
 from benchmarks.data.records import KINDS, Batch, columns, samples
+from training.arithmetic.reduce import owned_range
 from training.config import DataConfig
 from training.data.cache import ShardCache, fetch_from
 from training.data.lease import writing
@@ -25,9 +26,8 @@ from training.data.reader import Reader
 from training.data.source import open_source
 from training.data.stream import Stream
 from training.data.writer import NUM_AT_ONCE, Writer
-from training.objectstore import Store, StoreLocation
 from training.recipe import Recipe, Record, Sample, Table
-from training.reduce import owned_range
+from training.s3.objectstore import Store, StoreLocation
 
 NAME = "bench"
 VIRTUAL_WORKERS = 2

@@ -21,14 +21,14 @@ from benchmarks.training.workload import (
     Workload,
     optimizer_of,
 )
+from training.arithmetic.objective import fill_new_memory
+from training.arithmetic.validation import HeldOut
+from training.checkpoints.saver import CheckpointSaver
 from training.config import DataConfig, LaunchConfig, Preset, TrainConfig
 from training.data.stream import Microbatch
 from training.loop import Rank, Trainer
-from training.objective import fill_new_memory
 from training.recipe import Recipe
-from training.record import Record, RunRecord
-from training.saver import CheckpointSaver
-from training.validation import HeldOut
+from training.runs.record import Record, RunRecord
 
 NUM_STEPS = 10**6
 

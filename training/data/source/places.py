@@ -17,7 +17,7 @@ from typing import BinaryIO, Protocol, cast
 from training.config import DataConfig
 from training.data.source.remote import RemoteFile
 from training.errors import UserError
-from training.objectstore import Store, StoreLocation
+from training.s3.objectstore import Store, StoreLocation
 
 BLOCK_BYTES = 1 << 20
 

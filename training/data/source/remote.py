@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 from typing import Any
 
-from training.objectstore import Store
+from training.s3.objectstore import Store
 
 PIECE_BYTES = 4 << 20
 

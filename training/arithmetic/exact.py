@@ -1,0 +1,278 @@
+"""Exact mode: gradients of all virtual workers, summed along the tree of reduce.py during the backward pass.
+
+Parameters travel in buckets, the last ones first, since their gradients are ready first. When a rank's last virtual
+worker has filled a bucket, a thread exchanges it: an all-to-all hands each rank one slice of every subtree's sum, it
+adds these in tree order, and an all-gather returns the whole. Two ranks with one subtree each do an all-reduce instead.
+(Buckets and overlap: PyTorch DDP, Li et al., VLDB'20.)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from training.arithmetic.reduce import Place, TreeSum, fold, owned_range, places, subtrees
+from training.errors import UserError
+
+BUCKET_BYTES = 25 << 20
+
+
+def plan_buckets(sizes: Sequence[int], max_elements: int) -> list[list[int]]:
+    """Which parameters (by number) travel together: from the last one back, until a bucket is full."""
+    buckets: list[list[int]] = [[]]
+    filled = 0
+    for number in reversed(range(len(sizes))):
+        if buckets[-1] and filled + sizes[number] > max_elements:
+            buckets.append([])
+            filled = 0
+        buckets[-1].append(number)
+        filled += sizes[number]
+    return buckets
+
+
+class ExactReducer:
+    """Mean gradients over all virtual workers, the same bits on any number of ranks.
+
+    For each virtual worker of `owned`, in order: `forward`, then `backward`; then `finish`, which is collective.
+    """
+
+    def __init__(
+        self,
+        objective: nn.Module,
+        *,
+        num_extras: int,
+        virtual_workers: int,
+        rank: int,
+        world_size: int,
+        bucket_bytes: int = BUCKET_BYTES,
+    ) -> None:
+        """`objective` gives the loss of a batch; `num_extras` more numbers per virtual worker are summed alike.
+
+        Raises `UserError` if a parameter is not float32.
+        """
+        parameters = [p for p in objective.parameters() if p.requires_grad]
+        _require_float32(parameters)
+        self.owned = owned_range(rank, world_size, virtual_workers)
+        self._objective = objective
+        self._virtual_workers = virtual_workers
+        self._places = places(self.owned)
+        group = _Group(virtual_workers, world_size, rank, parameters[0].device)
+        planned = plan_buckets([p.numel() for p in parameters], bucket_bytes // 4)
+        self._buckets = [
+            _Bucket(
+                [parameters[n] for n in numbers], num_extras if numbers is planned[-1] else 0, group, self._when_full
+            )
+            for numbers in planned
+        ]
+        self._exchange = _Exchange(self._buckets)
+
+    def forward(self, worker: int, batch: Mapping[str, Tensor]) -> Tensor:
+        """The loss of one virtual worker's microbatch."""
+        loss: Tensor = self._objective(batch)
+        return loss
+
+    def backward(self, worker: int, loss: Tensor, extras: Tensor) -> None:
+        """Its gradients. A parameter that the loss does not reach counts as zeros."""
+        for bucket in self._buckets:
+            bucket.begin(self._places[worker])
+        self._buckets[-1].add_extras(extras)
+        (loss / self._virtual_workers).backward()  # type: ignore[no-untyped-call]  # torch has no annotation here
+        for bucket in self._buckets:
+            bucket.fill_up()
+
+    def _when_full(self) -> None:
+        self._exchange.start_full_ones()
+
+    def finish(self) -> Tensor:
+        """Put the mean gradients in their places; returns the sum of all extras."""
+        self._exchange.wait()
+        for bucket in self._buckets:
+            bucket.hand_out()
+        return self._buckets[-1].extras
+
+    def close(self) -> None:
+        """Let the parameters go: another reducer may be made for them."""
+        for bucket in self._buckets:
+            bucket.close()
+        self._exchange.close()
+        self._buckets.clear()  # they and this hold one another, and garbage is seldom collected in a forked process
+
+
+class _Group:
+    """The ranks, and which subtrees each of them adds up."""
+
+    def __init__(self, virtual_workers: int, world_size: int, rank: int, device: torch.device) -> None:
+        self.world_size = world_size
+        self.device = device
+        self.plans = [subtrees(owned_range(r, world_size, virtual_workers)) for r in range(world_size)]
+        self.own_plan = self.plans[rank]
+        self.num_rows = max(n + max(1, subtree.level) for n, subtree in enumerate(self.own_plan))
+        """Of sums at a time: the subtrees before, and those on the way in this one."""
+        self.is_pair = [len(plan) for plan in self.plans] == [1, 1]
+        """The root has two terms, and a + b is b + a to the last bit: any all-reduce adds them up as the tree does."""
+        self.is_in_place = world_size == 1 or self.is_pair
+        """The sum over all virtual workers takes the place of this rank's first subtree's."""
+
+    def exchange(self, rows: Tensor, received: Tensor, flat: Tensor) -> None:
+        """From this rank's subtree sums (`rows`, [subtrees, n]) to the sum over all virtual workers (`flat`, [n])."""
+        slice_size = flat.numel() // self.world_size
+        everybody = [subtree for plan in self.plans for subtree in plan]
+        if self.world_size == 1:
+            fold(everybody, rows.unbind())  # adds into the first, which is `flat`, as it is for a pair
+            return
+        if self.is_pair:
+            dist.all_reduce(flat)
+            return
+        send = rows.view(len(rows), self.world_size, slice_size).transpose(0, 1).reshape(-1)
+        counts = [len(plan) * slice_size for plan in self.plans]
+        dist.all_to_all_single(received, send, counts, [len(rows) * slice_size] * self.world_size)
+        dist.all_gather_single(flat, fold(everybody, torch.split(received, slice_size)))
+
+
+class _Bucket:
+    """Some parameters: their gradients added up along the tree as they come, then the sum over all ranks."""
+
+    def __init__(
+        self, parameters: Sequence[Tensor], num_extras: int, group: _Group, when_full: Callable[[], None]
+    ) -> None:
+        self.is_full = False
+        self._when_full = when_full
+        self._parameters = parameters
+        self._num_extras = num_extras
+        self._group = group
+        num_elements = sum(p.numel() for p in parameters) + num_extras
+        slice_size = -(-num_elements // group.world_size)
+        self._rows = torch.zeros(group.num_rows, slice_size * group.world_size, device=group.device)
+        self._flat = self._rows[0] if group.is_in_place else torch.zeros_like(self._rows[0])
+        num_received = 0 if group.is_in_place else sum(len(plan) for plan in group.plans) * slice_size
+        self._received = torch.empty(num_received, device=group.device)
+        self._row_views = [self._views(row) for row in self._rows]
+        self._flat_views = self._views(self._flat)
+        self._extras: Tensor | None = None
+        self._missing: set[int] = set()
+        self._tree = TreeSum()
+        self._hooks = [
+            p.register_post_accumulate_grad_hook(partial(self._arrived, n))  # type: ignore[no-untyped-call]  # no annotation
+            for n, p in enumerate(parameters)
+        ]
+
+    def _views(self, flat: Tensor) -> list[Tensor]:
+        """Its pieces: one like each parameter, and the extras."""
+        sizes = [*(p.numel() for p in self._parameters), self._num_extras]
+        *pieces, extras = torch.split(flat[: sum(sizes)], sizes)
+        shaped = [piece.view(p.shape) for piece, p in zip(pieces, self._parameters, strict=True)]
+        return [*shaped, extras]
+
+    def begin(self, place: Place) -> None:
+        """The next virtual worker. Autograd itself adds a right sibling's gradients to the left one's."""
+        self._place = place
+        self._missing = set(range(len(self._parameters)))
+        if not place.joins_sibling:
+            self._extras = None
+            for parameter in self._parameters:
+                parameter.grad = None
+
+    def add_extras(self, extras: Tensor) -> None:
+        self._extras = extras if self._extras is None else self._extras.add_(extras)
+
+    def _arrived(self, number: int, parameter: Tensor) -> None:
+        if number not in self._missing:
+            raise UserError(
+                f"a parameter of shape {list(parameter.shape)} gets its gradient in two goes, as under reentrant"
+                " activation checkpointing: use torch.utils.checkpoint with use_reentrant=False"
+            )
+        if parameter.grad is not None and parameter.grad.is_sparse:
+            raise UserError(f"a parameter of shape {list(parameter.shape)} has a sparse gradient: use sparse=False")
+        self._missing.remove(number)
+        if not self._missing:
+            self._end_leaf()
+
+    def fill_up(self) -> None:
+        """Zeros for what the loss did not reach. They are added, not left out: -0 + 0 is 0."""
+        for number in list(self._missing):
+            parameter = self._parameters[number]
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+            else:
+                parameter.grad.add_(0.0)
+            self._arrived(number, parameter)
+
+    def _end_leaf(self) -> None:
+        place = self._place
+        if not place.joins_sibling and not place.ends_subtree:
+            return  # its sibling comes next
+        row = place.subtree + self._tree.num_waiting  # kept gradients would be new memory in each step, and cost more
+        *views, extras = self._row_views[row]
+        torch._foreach_copy_(views, [p.grad for p in self._parameters if p.grad is not None])
+        if self._extras is not None:
+            extras.copy_(self._extras)
+        self._tree.push(int(place.joins_sibling), self._rows[row])
+        if place.ends_subtree:
+            self._tree.total()  # it is in row `place.subtree`
+        if place.ends_rank:
+            self.is_full = True
+            self._when_full()
+
+    def close(self) -> None:
+        for hook in self._hooks:
+            hook.remove()
+        for parameter in self._parameters:
+            parameter.grad = None
+
+    def exchange(self) -> None:
+        self._group.exchange(self._rows[: len(self._group.own_plan)], self._received, self._flat)
+
+    def hand_out(self) -> None:
+        self.is_full = False
+        for parameter, view in zip(self._parameters, self._flat_views, strict=False):
+            parameter.grad = view
+
+    @property
+    def extras(self) -> Tensor:
+        return self._flat_views[-1]
+
+
+class _Exchange:
+    """A thread that exchanges full buckets in their order, which is the same on all ranks, whichever is full first."""
+
+    def __init__(self, buckets: Sequence[_Bucket]) -> None:
+        self._buckets = buckets
+        self._started: list[Future[None]] = []
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="exchange")
+
+    def start_full_ones(self) -> None:
+        while len(self._started) < len(self._buckets) and self._buckets[len(self._started)].is_full:
+            maybe_before = self._started[-1] if self._started else None
+            bucket = self._buckets[len(self._started)]
+            self._started.append(self._pool.submit(_exchange_after, maybe_before, bucket))
+
+    def wait(self) -> None:
+        started, self._started = self._started, []
+        try:
+            for future in started:
+                future.result()
+        finally:
+            started.clear()  # or an error would hold what it is of, by its traceback
+
+    def close(self) -> None:
+        self._pool.shutdown(wait=False)
+
+
+def _exchange_after(maybe_before: Future[None] | None, bucket: _Bucket) -> None:
+    """After an error no more collectives: the one before is done, or its error is raised again."""
+    if maybe_before is not None:
+        maybe_before.result()
+    bucket.exchange()
+
+
+def _require_float32(parameters: Sequence[Tensor]) -> None:
+    wrong = [p.dtype for p in parameters if p.dtype != torch.float32]
+    if wrong:
+        raise UserError(f"the recipe's model has parameters of {wrong[0]}; exact mode needs float32")
+    if not parameters:
+        raise UserError("the recipe's model has no parameter to train")

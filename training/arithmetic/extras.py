@@ -1,0 +1,101 @@
+"""What is summed over virtual workers beside gradients."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from training.arithmetic.buffers import Buffers
+from training.data import ledger
+
+LOW = 1 << 12
+"""Words are float32 sums, exact for whole numbers below 2^24: a step number travels in two."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Control:
+    """What ranks decide together, once per step."""
+
+    regroup: bool = False
+    """End this group after this step."""
+    checkpoint_and_regroup: bool = False
+    checkpoint: bool = False
+    """Rank 0 alone says so."""
+    committed_step: int = 0
+    """Of the newest checkpoint that rank 0 knows to be named by the record."""
+
+    def words(self) -> list[float]:
+        """One rank's part. They are summed over all."""
+        high, low = divmod(self.committed_step, LOW)
+        return [float(word) for word in (self.regroup, self.checkpoint_and_regroup, self.checkpoint, high, low)]
+
+    @staticmethod
+    def decided(words: list[float]) -> Control:
+        regroup, checkpoint_and_regroup, checkpoint, high, low = (round(word) for word in words)
+        return Control(
+            regroup=regroup > 0,
+            checkpoint_and_regroup=checkpoint_and_regroup > 0,
+            checkpoint=checkpoint > 0,
+            committed_step=high * LOW + low,
+        )
+
+
+NO_WORDS = [0.0] * len(Control().words())
+
+
+class Extras:
+    """Changes of float buffers, the loss, control words, and entries of the ledger, as one vector."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._buffers = Buffers(model)
+        self._num_changes = self._buffers.num_float_elements
+        self.num_elements = self._num_changes + 1 + len(NO_WORDS) + ledger.NUM_ENTRIES
+        self._before: list[Tensor] | None = None
+
+    def hold(self) -> None:
+        """The buffers as they are now are those of the last finished step, whatever is done with them from here on."""
+        self._before = self._buffers.copy()
+
+    def release(self) -> None:
+        """The buffers as they are now are so again."""
+        self._before = None
+
+    def take_back(self) -> None:
+        """Whatever has been done with them since: the step will not be finished."""
+        if self._before is not None:
+            self._buffers.put_back(self._before)
+            self._before = None
+
+    def settled(self) -> dict[str, Tensor]:
+        """Those of the last finished step, by name, as far as they may differ from what they are now."""
+        return {} if self._before is None else self._buffers.by_name(self._before)
+
+    def begin_worker(self) -> None:
+        """Each virtual worker starts from the step's own buffers; counters so advance once per step."""
+        assert self._before is not None
+        self._buffers.put_back(self._before)
+
+    def gather(self, loss: Tensor, words: list[float], entries: NDArray[np.float32]) -> Tensor:
+        """One virtual worker's, shape [num_elements]."""
+        assert self._before is not None
+        changes = self._buffers.changes(self._before)
+        rest = torch.from_numpy(np.concatenate([np.array(words, np.float32), entries]))
+        return torch.cat([*changes, loss.reshape(1), rest.to(loss.device)])
+
+    def hand_out(self, mean: Tensor) -> float:
+        """Put the new buffers where they belong; returns the mean loss."""
+        assert self._before is not None
+        self._buffers.add_mean(self._before, mean[: self._num_changes])
+        return float(mean[self._num_changes])
+
+    def control(self, total: Tensor) -> Control:
+        """From the sum over all virtual workers."""
+        return Control.decided(total[self._num_changes + 1 : -ledger.NUM_ENTRIES].tolist())
+
+    def ledger_line(self, total: Tensor) -> str:
+        """From the sum over all virtual workers."""
+        return ledger.seal(total[-ledger.NUM_ENTRIES :].cpu().numpy())

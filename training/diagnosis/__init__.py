@@ -1,0 +1,1 @@
+"""Which record makes a step fail, or kills a worker."""

@@ -1,0 +1,76 @@
+"""Which records make a step fail, as the rank finds that computes them; how it searches is in poison.py."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from training.arithmetic.collectives import of_all_ranks
+from training.arithmetic.extras import Extras
+from training.checkpoints.state import TrainState
+from training.config import Preset
+from training.data.stream import Microbatch
+from training.diagnosis.poison import Replay, Samples, explained
+from training.errors import DeterministicError
+from training.memory.handover import Handover
+from training.recipe import Recipe
+
+
+class Feed(Protocol):
+    def microbatches(self, *, workers: Sequence[int], step: int) -> Iterator[Microbatch]: ...
+
+
+class Explainer:
+    """Replays what failed, on the state that the step began with."""
+
+    def __init__(self, recipe: Recipe, preset: Preset, feed: Feed, *, handover: Handover, device: torch.device) -> None:
+        """Others wait while this rank replays; `handover` says so to its agent."""
+        self._recipe = recipe
+        self._preset = preset
+        self._feed = feed
+        self._handover = handover
+        self._device = device
+        self.seconds = preset.launch.collective_timeout_seconds / 2
+        """How long a search may take: the other ranks must not give this one up meanwhile."""
+
+    def of_worker(
+        self, error: DeterministicError, worker: int, samples: Samples, state: TrainState, extras: Extras
+    ) -> DeterministicError | None:
+        """The error with the records that cause it; None if it does not come again when the microbatch is replayed."""
+        train = self._preset.train
+        replay = Replay(self._recipe, state, extras, seed=self._preset.seed, precision=train.precision)
+        other_step = state.step + 1 if state.step + 1 < train.steps else max(0, state.step - 1)
+        with self._handover.waiting():
+            return explained(
+                error,
+                partial(replay.failure, worker),
+                samples,
+                lambda: self._samples_of(worker, other_step),
+                seconds=self.seconds,
+            )
+
+    def of_ranks(
+        self, error: DeterministicError, workers: Sequence[int], state: TrainState, extras: Extras
+    ) -> DeterministicError:
+        """What all ranks found wrong at once: whether it is one of these virtual workers'. Collective: who finds
+        nothing waits for who does."""
+        found = (
+            self.of_worker(error, worker, self._samples_of(worker, state.step), state, extras) for worker in workers
+        )
+        first = next((one for one in found if one is not None), error)
+        with self._handover.waiting():
+            of_all_ranks(torch.zeros(1, device=self._device))
+        return first
+
+    def _samples_of(self, worker: int, step: int) -> Samples:
+        """Read anew."""
+        batch = next(self._feed.microbatches(workers=[worker], step=step))
+        return batch.ids, on_device(batch, self._device)
+
+
+def on_device(batch: Microbatch, device: torch.device) -> Mapping[str, Tensor]:
+    return {name: torch.from_numpy(array).to(device) for name, array in batch.fields.items()}

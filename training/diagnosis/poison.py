@@ -1,0 +1,214 @@
+"""Which record makes a step fail: one virtual worker's microbatch is replayed on parts of its records.
+
+A replay keeps the microbatch's shape: where a record is left out, another one stands twice.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from training.arithmetic.extras import NO_WORDS, Extras
+from training.arithmetic.objective import Objective, is_lack_of_memory, seed_streams, stream_seed
+from training.checkpoints.state import TrainState
+from training.data import ledger
+from training.data.withdrawn import record_of
+from training.errors import DeterministicError
+from training.recipe import Recipe
+
+MAX_ALONE = 3
+"""So many records that each fail by themselves are looked for; if it fails without them too, it is for no record."""
+MAX_TOGETHER = 4
+"""So many records are looked for that fail only together."""
+
+Batch = Mapping[str, Tensor]
+Samples = tuple[Sequence[str], Batch]
+"""Ids, and what they stand for."""
+Fails = Callable[[Sequence[str]], bool]
+"""Whether a replay on some records fails as the step did; on none of them, other samples are taken."""
+NO_ENTRIES = np.zeros(ledger.NUM_ENTRIES, dtype=np.float32)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Finding:
+    """What replays have shown."""
+
+    alone: tuple[str, ...] = ()
+    """Each of these records makes it fail by itself."""
+    together: tuple[str, ...] = ()
+    """These do, but not without any of them; or, of many, the fewest that were found."""
+    fails_without: bool = False
+    """It fails without those `alone`, too."""
+    num_replays: int
+
+    @property
+    def poison(self) -> tuple[str, ...]:
+        """Records that are to blame, each by itself."""
+        return () if self.fails_without else self.alone
+
+    def __str__(self) -> str:
+        told = []
+        if self.alone:
+            each = "record {} makes" if len(self.alone) == 1 else "each of the records {} makes"
+            told.append(f"{each.format(', '.join(self.alone))} it fail by itself")
+        if self.together:
+            told.append(f"{', '.join(self.together)} make it fail together, and none of them alone")
+        elif self.fails_without:
+            told.append("other samples do so, too: no record is to blame")
+        else:
+            told.append("without, it does not fail")
+        return f"{'; '.join(told)} ({self.num_replays} replays)"
+
+
+def max_replays(num_records: int) -> int:
+    """How many replays a search takes at most that finds one record."""
+    return math.ceil(math.log2(max(1, num_records))) + 3
+
+
+class Search:
+    """For the fewest records that fail, by bisection. As a rule that is one."""
+
+    def __init__(self, fails: Fails) -> None:
+        """`fails` may raise `TimeoutError`."""
+        self._fails = fails
+        self._known: dict[frozenset[str], bool] = {}
+
+    @property
+    def has_failed(self) -> bool:
+        """Whether a replay did."""
+        return any(self._known.values())
+
+    def fails(self, records: Sequence[str]) -> bool:
+        key = frozenset(records)
+        if key not in self._known:
+            self._known[key] = self._fails(records)
+        return self._known[key]
+
+    def run(self, records: Sequence[str]) -> Finding | None:
+        """None if they do not fail again at all."""
+        rest = list(dict.fromkeys(records))
+        if not self.fails(rest):
+            return None
+        alone: list[str] = []
+        while len(alone) < MAX_ALONE and rest and self.fails(rest):
+            fewest = self._fewest(rest)
+            if len(fewest) > 1:
+                return Finding(alone=tuple(alone), together=tuple(fewest), num_replays=len(self._known))
+            alone += fewest
+            rest = [record for record in rest if record not in fewest]
+        return Finding(alone=tuple(alone), fails_without=self.fails(rest), num_replays=len(self._known))
+
+    def _fewest(self, records: list[str]) -> list[str]:
+        """Of records that fail: those of which none can be left out, one after another by its place. With those that
+        are found already, a longer beginning of the rest fails if a shorter one does."""
+        needed: list[str] = []
+        rest = records
+        while len(needed) < MAX_TOGETHER and not (needed and self.fails(needed)):
+            low, high = 0, len(rest)
+            while high - low > 1:
+                middle = (low + high) // 2
+                if self.fails([*needed, *rest[:middle]]):
+                    high = middle
+                else:
+                    low = middle
+            needed, rest = [*needed, rest[low]], rest[:low]
+        return needed if self.fails(needed) else [*needed, *rest]
+
+
+def keeping(records: Sequence[str], some: Sequence[str]) -> list[int]:
+    """For each place of a microbatch with these records, the place whose sample stands there if only some are in it."""
+    wanted = set(some)
+    kept = [place for place, record in enumerate(records) if record in wanted]
+    return [place if record in wanted else kept[place % len(kept)] for place, record in enumerate(records)]
+
+
+class Replay:
+    """Forward and backward of a virtual worker in the step that a state has before it. Nothing of that state changes;
+    what hangs on the model's parameters and takes their gradients up hears nothing."""
+
+    def __init__(self, recipe: Recipe, state: TrainState, extras: Extras, *, seed: int, precision: str) -> None:
+        """`extras` holds the buffers that the step began with."""
+        self._state = state
+        self._extras = extras
+        self._seed = seed
+        self._objective = Objective(recipe, state.model, precision=precision)
+
+    def failure(self, worker: int, batch: Batch) -> str:
+        """What goes wrong, and where, in the same words each time; empty if nothing does.
+
+        Lets through what says that memory ran out.
+        """
+        parameters = [p for p in self._state.model.parameters() if p.requires_grad]
+        self._extras.begin_worker()
+        seed_streams(stream_seed(self._seed, self._state.step, worker), parameters[0].device)
+        try:
+            loss = self._objective(batch)
+            if not torch.isfinite(loss):
+                return "the loss is not finite"
+            self._extras.gather(loss.detach(), NO_WORDS, NO_ENTRIES)
+            gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
+        except Exception as error:
+            if is_lack_of_memory(error):
+                raise
+            return _place_of(error)
+        is_finite = all(torch.isfinite(gradient).all() for gradient in gradients if gradient is not None)
+        return "" if is_finite else "a gradient is not finite"
+
+
+def _place_of(error: Exception) -> str:
+    frame = traceback.extract_tb(error.__traceback__)[-1]
+    return f"{type(error).__name__} at {frame.filename}:{frame.lineno}"
+
+
+def explained(
+    error: DeterministicError,
+    failure: Callable[[Batch], str],
+    microbatch: Samples,
+    others: Callable[[], Samples],
+    *,
+    seconds: float,
+) -> DeterministicError | None:
+    """The error, with the records of its microbatch that cause it; None if it does not come again.
+
+    `failure` is the replay's, `others` gives a microbatch that the step did not read. After so many seconds the search
+    is given up.
+    """
+    deadline = time.monotonic() + seconds
+    ids, batch = microbatch
+    records = [record_of(sample) for sample in ids]
+    maybe_first: str | None = None
+
+    def fails(some: Sequence[str]) -> bool:
+        nonlocal maybe_first
+        if time.monotonic() > deadline:
+            raise TimeoutError
+        found = failure(_part(batch, keeping(records, some)) if some else others()[1])
+        maybe_first = found if maybe_first is None else maybe_first
+        return bool(found) and found == maybe_first
+
+    return told(error, fails, records, seconds=seconds)
+
+
+def _part(batch: Batch, places: Sequence[int]) -> Batch:
+    return {name: field[torch.tensor(places, device=field.device)] for name, field in batch.items()}
+
+
+def told(
+    error: DeterministicError, fails: Fails, records: Sequence[str], *, seconds: float
+) -> DeterministicError | None:
+    """The error, with what a search among the records finds; None if it fails no more, as far as could be seen."""
+    search = Search(fails)
+    try:
+        finding = search.run(records)
+    except TimeoutError:
+        if not search.has_failed:
+            return None
+        return DeterministicError(f"{error}; which record it is was not found within {seconds:.0f} s of replays")
+    return None if finding is None else DeterministicError(f"{error}; {finding}", records=finding.poison)

@@ -1,0 +1,265 @@
+"""What a rank leaves in memory when its group ends, and how the next group takes it up."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from training import tensorfile
+from training.arithmetic.collectives import of_all_ranks
+from training.checkpoints.snapshot import Image
+from training.checkpoints.state import TrainState
+from training.control import Order
+from training.memory.live import Live, live
+from training.memory.slots import (
+    Header,
+    Held,
+    Slots,
+    file_of,
+    journal_bytes,
+    progress_of,
+    reaches_back_to,
+)
+from training.memory.transfer import give, take
+from training.runs.events import Entry
+
+LOCK_SECONDS = 1.0
+"""After which a rank that is stuck in the midst of an update leaves nothing."""
+log = logging.getLogger(__name__)
+
+
+class GroupOver(Exception):
+    """This rank is in no group any more, and its state is that of its last finished step."""
+
+
+class GroupEnded(GroupOver):
+    """All ranks stopped after the same step, because an agent wanted it."""
+
+
+class GroupLost(GroupOver):
+    """Another rank is gone, and the step that this one was in will not be finished."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Found:
+    """What the group goes on with."""
+
+    step: int
+    take: Callable[[TrainState], Sequence[Entry]]
+    """Makes this state the one that was found, and returns its journal. The same bytes on all ranks, and a journal that
+    tells as much: those of the lowest of the farthest ranks. Collective. Raises `InfrastructureError` if they did not
+    arrive whole: then the state is none."""
+    is_here: bool
+    """This rank's tensors hold it."""
+
+
+class Handover:
+    """Keeps the way from one group of ranks to the next, for one process, which may be in both.
+
+    Replicated state changes only inside `update`, once per step: at any other moment it is that of the last finished
+    step, seen from any thread, whatever the training thread waits for.
+    """
+
+    def __init__(self, slots: Slots | None = None, *, run_key: str = "", generation: int = 0) -> None:
+        """Without `slots` nothing is left, and nothing found."""
+        self._maybe_slots = slots
+        self._run_key = run_key
+        self._generation = generation
+        self._maybe_state: Callable[[], tuple[int, Mapping[str, Tensor]]] | None = None
+        self._lock = threading.Lock()
+        self._leaving = threading.Lock()
+        self._has_tried = False
+        self._maybe_live: Live | None = None
+        self._is_whole = True
+        self.wants_regroup = False
+        """The agent wants this group to end after the step that it is in; all ranks agree on which that is."""
+        self.wants_checkpoint = False
+        """Likewise, with a checkpoint before."""
+        self.maybe_must_end_at: float | None = None
+        """By time.monotonic(): the agent waits for that checkpoint no longer."""
+        self.is_waiting = False
+        """The training thread waits for other ranks."""
+        self.waited_seconds = 0.0
+        """All in all."""
+        self.journal: list[Entry] = []
+        self.step = 0
+        """The last finished one."""
+
+    def begin_group(self) -> None:
+        """What was wanted of the group before is not wanted of this one. To be called by whoever takes orders."""
+        self.wants_regroup = self.wants_checkpoint = self.is_waiting = False
+        self.maybe_must_end_at = None
+
+    def keep(self, state: Callable[[], tuple[int, Mapping[str, Tensor]]], journal: Sequence[Entry] = ()) -> None:
+        """From now on `leave` finds the last finished step and its tensors there, and what was found counts no more."""
+        with self._leaving:
+            self._maybe_state = state
+            self.journal = list(journal)
+            self._has_tried = False
+            self._maybe_live = None
+            if self._maybe_slots is not None:
+                self._maybe_slots.clear()
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """For other ranks, or for the store: nobody is hung who does. It stays so after an error, until the end."""
+        started = time.monotonic()
+        self.is_waiting = True
+        yield
+        self.is_waiting = False
+        self.waited_seconds += time.monotonic() - started
+
+    @contextmanager
+    def update(self) -> Iterator[None]:
+        """From one finished step to the next. After an error in the midst of it, nothing is left."""
+        with self._lock:
+            self._is_whole = False
+            yield
+            self._is_whole = True
+
+    @contextmanager
+    def standstill(self) -> Iterator[None]:
+        """Nobody copies the state meanwhile: to be entered before buffers change that no copy has been made of."""
+        with self._lock:
+            yield
+
+    def take_order(self, order: Order) -> None:
+        """What ends this group after a step, together with all ranks."""
+        if order.do == "preempt":
+            self.maybe_must_end_at = time.monotonic() + order.seconds
+        self.wants_regroup |= order.do == "regroup"
+        self.wants_checkpoint |= order.do == "preempt"
+
+    def note(self, step: int, values: Mapping[str, Any]) -> None:
+        """A finished step, as rank 0 tells of it."""
+        self.step = step
+        self.journal.append(Entry(time=time.time(), step=step, values=dict(values)))
+
+    def complete(self, **values: Any) -> None:
+        """What is known of the last step only after it."""
+        with self._lock:
+            last = self.journal[-1]
+            self.journal[-1] = replace(last, values={**last.values, **values})
+
+    def forget(self, step: int) -> None:
+        """A checkpoint holds this step: what was told of it and of those before is on the store."""
+        if self.journal and self.journal[0].step <= step:
+            self.journal = [entry for entry in self.journal if entry.step > step]
+
+    def reserve(self) -> None:
+        """Have memory ready for what `leave` will write, which says what is wrong if there is none."""
+        slots, state = self._maybe_slots, self._maybe_state
+        if slots is not None and state is not None:
+            with suppress(Exception):
+                with self._lock:
+                    num_bytes = sum(tensor.nbytes for tensor in state()[1].values())
+                slots.reserve(num_bytes)
+
+    @property
+    def has_kept(self) -> bool:
+        """Whether this process was in a group before."""
+        return self._maybe_state is not None
+
+    def stay(self) -> None:
+        """This process will be in the next group too: what it holds need not be copied, but others may ask for it."""
+        assert self._maybe_state is not None, "who was in a group has kept a state"
+        step, tensors = self._maybe_state()
+        self._maybe_state = lambda: (step, tensors)  # and nothing else of the group before
+        self._maybe_live = live(
+            run_key=self._run_key, generation=self._generation, step=step, tensors=tensors, entries=self.journal
+        )
+
+    def leave(self) -> None:
+        """Write the last finished step into a slot, on whatever thread; nothing if an update does not end. Who comes
+        while another thread writes waits: the process may end after this. Raises nothing, as there is more to say.
+        """
+        with self._leaving:
+            slots, state = self._maybe_slots, self._maybe_state
+            if slots is None or state is None or self._has_tried or not self._lock.acquire(timeout=LOCK_SECONDS):
+                return
+            self._has_tried = True  # once is enough, and the next worker may read by now
+            try:
+                if self._is_whole:
+                    step, tensors = state()
+                    _write(slots, self._run_key, self._generation, step, tensors, journal_bytes(self.journal))
+            except Exception:  # what no checkpoint can hold, either; or there is no memory for it
+                log.exception("nothing is left in memory of step %d", self.step)
+            finally:
+                self._lock.release()
+
+    def find(self, *, since: int, device: torch.device) -> Found | None:
+        """The newest state that any rank has in memory, if it is not older than step `since` and its journal reaches
+        back to it. Collective.
+        """
+        own: Held | None = self._maybe_live
+        if own is None and self._maybe_slots is not None:
+            own = self._maybe_slots.newest(self._run_key, self._generation)
+        if own is not None and (own.step < max(since, 1) or not reaches_back_to(own, since)):
+            own = None
+        mine = [-1, 0] if own is None else [progress_of(own), own.fingerprint]
+        found: list[list[int]] = of_all_ranks(torch.tensor(mine, device=device)).tolist()
+        best = max(found, key=lambda numbers: numbers[0])
+        if best[0] < 0:
+            return None
+        is_here = self._maybe_live is not None and mine == best
+        return Found(
+            step=best[0] // 2,
+            take=lambda state: _hand_out(own, state, [same == best for same in found], device, is_here=is_here),
+            is_here=is_here,
+        )
+
+
+def _hand_out(
+    maybe_held: Held | None, state: TrainState, has_it: Sequence[bool], device: torch.device, *, is_here: bool
+) -> Sequence[Entry]:
+    """What the ranks have that have it. Each gives it to one that lacks it, and so on in rounds, as in a binomial tree.
+    Collective.
+    """
+    givers = [rank for rank, has in enumerate(has_it) if has]
+    takers = [rank for rank, has in enumerate(has_it) if not has]
+    own = dist.get_rank() if takers else 0
+    maybe_tensors = None
+    while takers:
+        pairs = list(zip(givers, takers, strict=False))
+        for giver, taker in pairs:
+            if own == giver:
+                assert maybe_held is not None
+                give(maybe_held, taker, device)
+            elif own == taker:
+                maybe_held, maybe_tensors = take(giver, state.places, device)
+        givers += takers[: len(pairs)]
+        takers = takers[len(pairs) :]
+    assert maybe_held is not None
+    if maybe_tensors is not None:
+        state.load(maybe_tensors, step=maybe_held.step, may_keep=True)
+    elif not is_here:
+        state.load(tensorfile.tensors(file_of(maybe_held)), step=maybe_held.step)
+    return maybe_held.entries
+
+
+def _write(
+    slots: Slots, run_key: str, generation: int, step: int, tensors: Mapping[str, Tensor], journal: bytes
+) -> None:
+    image = Image(tensors)
+    header = Header(
+        run_key=run_key,
+        generation=generation,
+        step=step,
+        num_file_bytes=image.num_bytes,
+        num_bytes=image.num_bytes + len(journal),
+    )
+
+    def fill(body: memoryview) -> None:
+        image.write(body[: image.num_bytes])
+        body[image.num_bytes :] = journal
+
+    slots.write(header, fill)
