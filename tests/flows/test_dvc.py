@@ -60,7 +60,7 @@ def clone(stack: Stack, tmp_path: Path) -> Clone:
 
 
 def test_repro_does_what_is_needed_and_no_more(stack: Stack, clone: Clone) -> None:
-    """And `unbroken run` afterwards finds all of it done."""
+    """And `unbroken run` afterwards finds all of it done. That what is locked never changes, a killed `repro` shows."""
     checkout = clone(steps=60)
     assert len(_ran(_dvc(stack, checkout, "repro"))) == 4
     lock = (checkout / "dvc.lock").read_bytes()
@@ -82,13 +82,6 @@ def test_repro_does_what_is_needed_and_no_more(stack: Stack, clone: Clone) -> No
     preset = checkout / PRESET
     preset.write_text(preset.read_text().replace("confidence = 0.95", "confidence = 0.9"))
     assert _ran(_dvc(stack, checkout, "repro")) == ["shard", "evaluate", "register"]
-
-    preset.write_text(preset.read_text().replace("confidence = 0.9", "confidence = 0.95"))
-    shutil.rmtree(checkout / "data")
-    shutil.rmtree(checkout / ".dvc/cache")
-    (checkout / "dvc.lock").unlink()
-    _dvc(stack, checkout, "repro", "--force")
-    assert (checkout / "dvc.lock").read_bytes() == lock, "locked bytes hold something that changes"
 
 
 def test_what_a_flow_did_is_a_hit_for_dvc(stack: Stack, clone: Clone) -> None:

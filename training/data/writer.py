@@ -73,9 +73,8 @@ class WriteResult:
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 Report = Callable[[PartResult], None]
-NUM_AT_ONCE = min(8, max(2, len(os.sched_getaffinity(0))))
-"""Partitions. One keeps a core busy, and has a shard on its way meanwhile; more than there are cores only touch more
-memory, whose fresh pages cost more than to copy into them."""
+NUM_AT_ONCE = min(8, max(4, len(os.sched_getaffinity(0))))
+"""Partitions. One keeps a core busy, and has a shard on its way meanwhile; a far store takes its time for each."""
 WHOLE_FILES = ("files", "folders")
 """Formats whose records are files: a file's digest is its record's."""
 
