@@ -13,7 +13,7 @@ from infra.engines import make_launcher
 from infra.launcher import JobSpec, JobState, Launcher
 from infra.settings import Settings
 from tasks import tracking
-from tasks.bookmark import AT_THE_START, Bookmark, find_bookmark
+from tasks.bookmark import Bookmark, find_bookmark
 from tasks.follow import Follower
 from tasks.forward import Forwarder
 from tasks.opening import Identity, identify, open_run
@@ -103,7 +103,7 @@ def train(preset: Preset, dataset: Dataset, *, owner: str | None = None, fresh: 
             if launcher.find(run.run_key) is not None:
                 log.info("it is being trained already, on what it was started with; `unbroken runs cancel` ends that")
             _submit(launcher, settings, store, identity, record, owner)
-        bookmark = _bookmark(store, record, forwarder)
+        bookmark = bookmark_of(store, record, forwarder)
         follower = Follower(run, generation=record.generation, num_steps=preset.train.steps, bookmark=bookmark)
         record = _follow(follower, forwarder, launcher, pulse, run.run_key)
         assert record.result is not None
@@ -181,12 +181,13 @@ def _submit(
     )
 
 
-def _bookmark(store: Store, record: Record, forwarder: Forwarder) -> Bookmark:
+def bookmark_of(store: Store, record: Record, forwarder: Forwarder) -> Bookmark:
+    """Where a new follower begins: at the start, if it is not known how far MLflow's points reach."""
     try:
         told_step = forwarder.tracker().last_step
-    except InfrastructureError as error:  # how far its points reach is not known before it is back
+    except InfrastructureError as error:
         log.warning("%s", error)
-        return AT_THE_START
+        return Bookmark(instance=record.instance)
     return find_bookmark(store, record, told_step=told_step)
 
 
@@ -202,8 +203,6 @@ def _follow(follower: Follower, forwarder: Forwarder, launcher: Launcher, pulse:
             if event.kind == "attempt" and event.values.get("source", "start") != "start":
                 log.info(_resumption(event))
         is_told = forwarder.send(record, events) if record.generation == follower.generation else False
-        if is_told:
-            follower.keep_bookmark()
         if time.monotonic() > next_line:
             log.info(follower.progress.line())
             next_line = time.monotonic() + LINE_SECONDS
@@ -226,6 +225,8 @@ def _follow(follower: Follower, forwarder: Forwarder, launcher: Launcher, pulse:
             raise InfrastructureError(
                 f"the engine's job ended without a result: see {', '.join(str(path) for path in launcher.logs(key))}"
             )
+        if is_told:
+            follower.keep_bookmark()
         time.sleep(LOOK_SECONDS)
 
 

@@ -58,7 +58,8 @@ class LocalLauncher:
         if running["generation"] > spec.generation:
             raise FencedError(f"run {spec.key[:12]} was begun anew by somebody else")
         same_environment = running["environment"] == _environment(spec)  # else the stack has moved to other ports
-        return bool(running["generation"] == spec.generation and same_environment)
+        same_program = running["command"][:3] == list(spec.command[:3])  # else the project has moved that module
+        return bool(running["generation"] == spec.generation and same_environment and same_program)
 
     def find(self, key: str) -> JobStatus | None:
         with supervisor.calls():

@@ -23,17 +23,22 @@ def main() -> None:
 def remove_unfinished(database: Path) -> None:
     """Remove an SQLite database of MLflow's that never served: its making can only be begun anew.
 
-    MLflow makes its first experiment after all tables, before it serves. So where there is none, there is nothing.
+    MLflow makes its first experiment after all tables, before it serves. So where there is none, and no model, there is
+    nothing.
     """
-    if database.exists() and not _has_experiments(database):
+    if database.exists() and not _holds_something(database):
         for path in (database, *(database.with_name(database.name + end) for end in ("-journal", "-wal", "-shm"))):
             path.unlink(missing_ok=True)
 
 
-def _has_experiments(database: Path) -> bool:
+def _holds_something(database: Path) -> bool:
     with contextlib.closing(sqlite3.connect(database)) as connection:
-        tables = connection.execute("SELECT name FROM sqlite_master WHERE name = 'experiments'").fetchall()
-        return bool(tables) and connection.execute("SELECT 1 FROM experiments LIMIT 1").fetchone() is not None
+        tables = {name for (name,) in connection.execute("SELECT name FROM sqlite_master")}
+        return any(
+            connection.execute(f"SELECT 1 FROM {table} LIMIT 1").fetchone() is not None
+            for table in ("experiments", "registered_models")
+            if table in tables
+        )
 
 
 if __name__ == "__main__":

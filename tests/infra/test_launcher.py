@@ -254,6 +254,19 @@ def test_job_whose_servers_moved_begins_again(toy_job: MakeJob) -> None:
     assert (is_alive(old), is_alive(new)) == (False, True)
 
 
+def test_job_whose_program_moved_begins_again(toy_job: MakeJob) -> None:
+    """As with another version of the project, which has that module in another place."""
+    job = toy_job()
+    job.submit()
+    job.wait_for_starts(1)
+    python, program, *arguments = job.spec.command
+    moved = Path(program).rename(job.folder / "moved.py")
+    job.spec = replace(job.spec, command=(python, str(moved), *arguments))
+    job.submit()
+    old, new = job.wait_for_starts(2)
+    assert (is_alive(old), is_alive(new)) == (False, True)
+
+
 def test_cancelling_an_owner_cancels_its_jobs_alone(toy_job: MakeJob) -> None:
     mine, shared, other = toy_job(), toy_job(), toy_job()
     mine.submit(owner="flow-1")

@@ -62,3 +62,15 @@ def test_mlflow_killed_while_it_makes_its_database_comes_up_again(tmp_path: Path
     served = database.read_bytes()
     remove_unfinished(database)
     assert database.read_bytes() == served
+
+
+@pytest.mark.parametrize(("table", "is_kept"), [("experiments", True), ("registered_models", True), ("runs", False)])
+def test_database_in_which_somebody_made_something_is_kept(tmp_path: Path, table: str, is_kept: bool) -> None:
+    """Experiments can be deleted for good, all of them, and models stay."""
+    database = tmp_path / "mlflow.sqlite"
+    with contextlib.closing(sqlite3.connect(database)) as connection, connection:
+        for name in ("experiments", "registered_models", "runs"):
+            connection.execute(f"CREATE TABLE {name} (id INTEGER)")
+        connection.execute(f"INSERT INTO {table} VALUES (1)")
+    remove_unfinished(database)
+    assert database.exists() == is_kept

@@ -16,6 +16,7 @@ from tasks.attempts import begun_by_token
 from tasks.bookmark import Bookmark, find_bookmark, keep_bookmark
 from tasks.follow import Follower
 from tasks.tracking import METRICS, Tracker
+from tasks.train import bookmark_of
 from tests.unit.fakes import MemoryStore
 from training.errors import InfrastructureError
 from training.runs.events import START, Event, chunk_key
@@ -187,6 +188,16 @@ def test_bookmark_of_a_run_that_was_removed_is_not_found(run: RunRecord) -> None
     follower.look()
     follower.keep_bookmark()
     assert find_bookmark(run.store, record, told_step=5) == Bookmark(instance=record.instance)
+
+
+def test_follower_that_begins_while_mlflow_is_away_keeps_a_place_for_the_next(run: RunRecord) -> None:
+    def away() -> Tracker:
+        raise InfrastructureError("away")
+
+    record = run.read()
+    begun = bookmark_of(run.store, record, SimpleNamespace(tracker=away))  # type: ignore[arg-type]
+    keep_bookmark(run.store, PREFIX, begun.after([step_event(1, 3, 3.0)], (1, 1)))
+    assert find_bookmark(run.store, record, told_step=3).position == (1, 1)
 
 
 def test_damaged_bookmark_is_not_believed(run: RunRecord, caplog: pytest.LogCaptureFixture) -> None:

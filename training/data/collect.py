@@ -12,9 +12,9 @@ from training.data.lease import LEASE_SECONDS, collecting
 from training.data.manifest import load_manifest, shard_key
 from training.data.versions import versions
 from training.documents import unsealed
-from training.errors import DamagedError, UserError
+from training.errors import DamagedError, MissingError, UserError
 from training.runs.record import RunRecord
-from training.s3.objectstore import Entry, Store
+from training.s3.objectstore import Store
 
 MAX_AGE_HOURS = 87_600.0
 
@@ -44,29 +44,31 @@ def collect(
         raise UserError(f"older than {older_than_hours:g} hours: name 0 to {MAX_AGE_HOURS:g}")
     if dataset not in store.list_folders("datasets/"):
         raise UserError(f"no dataset {dataset!r}: see `unbroken data ls`")
-    older_than = timedelta(hours=older_than_hours)
+    newest = datetime.now(UTC) - timedelta(hours=older_than_hours)
+    of_runs = list(_results_of_removed_runs(store, newest))  # before the claim: no writer need wait for this
     if dry_run:
-        return _sum_of(list(_garbage(store, dataset, older_than)))
+        return _sum_of([*_garbage(store, dataset, newest), *of_runs])
     with collecting(store, dataset, seconds=lease_seconds) as lease:
-        doomed = list(_garbage(store, dataset, older_than))
+        doomed = list(_garbage(store, dataset, newest))
         for key, _ in doomed:
             lease.require_sure()
             store.delete_soon(key)
-    return _sum_of(doomed)
+    for key, _ in of_runs:
+        store.delete(key)
+    return _sum_of([*doomed, *of_runs])
 
 
 def _sum_of(doomed: list[tuple[str, int]]) -> Garbage:
     return Garbage(keys=tuple(key for key, _ in doomed), num_bytes=sum(num_bytes for _, num_bytes in doomed))
 
 
-def _garbage(store: Store, dataset: str, older_than: timedelta) -> Iterator[tuple[str, int]]:
+def _garbage(store: Store, dataset: str, newest: datetime) -> Iterator[tuple[str, int]]:
     """(key, bytes): receipts first, so that what is cut short leaves none that names a missing shard."""
     needed: set[str] = set()
     living = versions(store, dataset)
     for digest in living:
         manifest = load_manifest(store, dataset, digest)
         needed |= {shard_key(dataset, shard.sha256) for shards in manifest.splits.values() for shard in shards}
-    newest = datetime.now(UTC) - older_than
     for entry in list(store.list_entries(f"datasets/{dataset}/parts/")):
         if entry.modified <= newest and not _shards_of(store, dataset, entry.key) <= needed:
             yield entry.key, entry.num_bytes
@@ -76,9 +78,6 @@ def _garbage(store: Store, dataset: str, older_than: timedelta) -> Iterator[tupl
     for entry in list(store.list_entries(f"datasets/{dataset}/results/")):
         if entry.modified <= newest and _names_none_of(store, entry.key, living):
             yield entry.key, entry.num_bytes
-    for entry in _results_of_removed_runs(store):
-        if entry.modified <= newest:
-            yield entry.key, entry.num_bytes
 
 
 def _shards_of(store: Store, dataset: str, receipt: str) -> set[str]:
@@ -86,7 +85,7 @@ def _shards_of(store: Store, dataset: str, receipt: str) -> set[str]:
     try:
         splits = json.loads(store.get(receipt))["receipt"]["splits"]
         return {shard_key(dataset, shard["sha256"]) for shards in splits.values() for shard in shards}
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (MissingError, ValueError, KeyError, TypeError, AttributeError):
         return set()
 
 
@@ -94,16 +93,16 @@ def _names_none_of(store: Store, result: str, digests: list[str]) -> bool:
     """Whether what sharding gave is gone. A damaged result is left alone too: it is found out, and then replaced."""
     try:
         return unsealed("result", store.get(result))["digest"] not in digests
-    except (DamagedError, KeyError, TypeError):
+    except (DamagedError, MissingError, KeyError, TypeError):
         return False
 
 
-def _results_of_removed_runs(store: Store) -> Iterator[Entry]:
-    """Of any dataset: whoever removed a run while it was evaluated could not see that result yet.
+def _results_of_removed_runs(store: Store, newest: datetime) -> Iterator[tuple[str, int]]:
+    """(key, bytes), of any dataset: whoever removed a run while it was evaluated could not see that result yet.
 
     They are listed before the record is looked for: what a run that was begun since then gives is not among them.
     """
     for key in store.list_folders("runs/"):
-        results = list(store.list_entries(f"runs/{key}/results/"))
+        results = [entry for entry in store.list_entries(f"runs/{key}/results/") if entry.modified <= newest]
         if results and not store.exists(RunRecord(store, key).object_key):
-            yield from results
+            yield from ((entry.key, entry.num_bytes) for entry in results)

@@ -1,4 +1,4 @@
-"""The one module that speaks S3: typed errors, digests checked, conditional writes that know their own.
+"""The store as all others see it: typed errors, digests checked, conditional writes that know their own.
 
 Conditional writes carry a nonce in their body, and the client's own retries are off for them: a lost reply would
 otherwise come back as a false refusal of one's own write (docs/protocols.md, "Conditional writes").
