@@ -46,7 +46,7 @@ test: check ## All checks and tests that this machine can run
 soak: install ## The full counts; writes evidence under docs/evidence
 	$(BIN)/python -m pytest -m soak
 
-bench: install ## Data, training steps and checkpoints beside other libraries (their environments in .bench)
+bench: install ## Data, training, checkpoints, recovery and the chain beside other libraries (their environments in .bench)
 	$(BIN)/python -m benchmarks.data
 	$(BIN)/python -m benchmarks.data.scale
 	$(BIN)/python -m benchmarks.training
@@ -54,6 +54,7 @@ bench: install ## Data, training steps and checkpoints beside other libraries (t
 	$(BIN)/python -m benchmarks.recovery
 	$(BIN)/python -m benchmarks.recovery.kills
 	$(BIN)/python -m benchmarks.recovery.goodput
+	$(BIN)/unbroken up && $(BIN)/python -m benchmarks.orchestration
 
 screenshots: install ## Take the README's screenshots with a headless Chromium
 	$(BIN)/python docs/images/take.py

@@ -79,7 +79,7 @@ def s3_service(home: Path, ports: Mapping[str, int]) -> Service:
     return Service(
         name="s3",
         command=(_script("weed"), f"-logdir={home / 'logs'}", "mini", *(f"-{k}={v}" for k, v in flags.items())),
-        is_healthy=lambda: _answers(f"{url}/healthz"),
+        is_healthy=lambda: answers(f"{url}/healthz"),
         url=url,
         port=ports["s3"],
     )
@@ -131,7 +131,7 @@ def mlflow_service(settings: Settings, port: int) -> Service:
             **environment(settings),
             **({"MLFLOW_S3_ENDPOINT_URL": settings.s3_endpoint} if settings.s3_endpoint else {}),
         },
-        is_healthy=lambda: _answers(f"{url}/health"),
+        is_healthy=lambda: answers(f"{url}/health"),
         url=url,
         port=port,
     )
@@ -144,7 +144,7 @@ def prefect_service(settings: Settings, port: int) -> Service:
         name="prefect",
         command=(_script("prefect"), "server", "start", "--host", LOOPBACK, "--port", str(port)),
         environment={**environment(settings), "PREFECT_UI_API_URL": f"{url}/api"},
-        is_healthy=lambda: _answers(f"{url}/api/health"),
+        is_healthy=lambda: answers(f"{url}/api/health"),
         url=url,
         port=port,
     )
@@ -154,7 +154,7 @@ def worker_service(settings: Settings) -> Service:
     """Prefect's process worker, which starts flow runs as processes of its own."""
 
     def has_worker() -> bool:
-        return _answers(f"{settings.prefect_api_url}/work_pools/{WORK_POOL}", containing=b'"READY"')
+        return answers(f"{settings.prefect_api_url}/work_pools/{WORK_POOL}", containing=b'"READY"')
 
     return Service(
         name="worker",
@@ -202,7 +202,7 @@ def _script(name: str) -> str:
     return found
 
 
-def _answers(url: str, *, containing: bytes = b"") -> bool:
+def answers(url: str, *, containing: bytes = b"") -> bool:
     try:
         with urllib.request.urlopen(url, timeout=3) as reply:
             return reply.status == 200 and containing in reply.read()

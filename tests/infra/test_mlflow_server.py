@@ -15,7 +15,7 @@ import pytest
 
 from infra.local.mlflow_server import remove_unfinished
 from infra.local.ports import LOOPBACK, free_port
-from infra.local.services import _answers
+from infra.local.services import answers
 from infra.local.supervisor import STACK_MARK
 from tests.waiting import wait_until
 
@@ -57,7 +57,7 @@ def test_mlflow_killed_while_it_makes_its_database_comes_up_again(tmp_path: Path
     assert not ask(database, "SELECT * FROM experiments")
 
     with server(database, sys.executable, "-m", "infra.local.mlflow_server", str(database)) as (process, port):
-        wait_until(lambda: _answers(f"http://{LOOPBACK}:{port}/health"), what="MLflow to serve", timeout_seconds=60)
+        wait_until(lambda: answers(f"http://{LOOPBACK}:{port}/health"), what="MLflow to serve", timeout_seconds=60)
     assert ask(database, "SELECT * FROM alembic_version") != unfinished
     served = database.read_bytes()
     remove_unfinished(database)

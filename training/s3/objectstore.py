@@ -28,6 +28,7 @@ from training.s3.quickrequests import (
     QuickRequests,
     checksum_of,
     is_whole,
+    make_connections,
 )
 
 if TYPE_CHECKING:
@@ -115,11 +116,7 @@ class Store:
     @cached_property
     def _connections(self) -> PoolManager:
         """For signed URLs."""
-        from urllib3 import PoolManager, Timeout
-
-        if self._maybe_quick is not None:
-            return self._maybe_quick.connections
-        return PoolManager(maxsize=8, retries=False, timeout=Timeout(connect=CONNECT_SECONDS, read=READ_SECONDS))
+        return self._maybe_quick.connections if self._maybe_quick is not None else make_connections()
 
     def _signed_url(self, key: str) -> str:
         from botocore.exceptions import BotoCoreError

@@ -32,6 +32,14 @@ CHECKED = {"x-amz-checksum-mode": "ENABLED"}
 """Asks for the CRC that an object was stored with."""
 
 
+def make_connections() -> PoolManager:
+    """Kept alive, and shared by threads; nothing is tried again."""
+    from urllib3 import PoolManager, Timeout
+
+    timeout = Timeout(connect=CONNECT_SECONDS, read=READ_SECONDS)
+    return PoolManager(maxsize=MAX_CONNECTIONS, retries=False, timeout=timeout)
+
+
 class QuickRequests:
     """To one bucket. Shared by threads."""
 
@@ -45,10 +53,7 @@ class QuickRequests:
 
     @cached_property
     def connections(self) -> PoolManager:
-        from urllib3 import PoolManager, Timeout
-
-        timeout = Timeout(connect=CONNECT_SECONDS, read=READ_SECONDS)
-        return PoolManager(maxsize=MAX_CONNECTIONS, retries=False, timeout=timeout)
+        return make_connections()
 
     def ask(
         self,
