@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import shutil
 import subprocess
 import sysconfig
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ import pytest
 from infra.local.stack import dvc_remote
 from tasks.mlflow_client import RUN_KEY_TAG, connect
 from tests.conftest import Stack
+from tests.faults.evidence import write_evidence
 from tests.flows.runs import last_json, loss_history, mlflow_runs, processes, run_keys, wait_for_step
 from tests.waiting import wait_until
 from training.runs.record import RunRecord
@@ -27,6 +29,7 @@ from training.s3.objectstore import Store
 ROOT = Path(__file__).parents[2]
 SCRIPTS = Path(sysconfig.get_path("scripts"))
 PRESET = "training/presets/digits.toml"
+STARTERS_SEEDS, KILLS_SEEDS = range(33, 38), range(42, 45)
 Clone = Callable[..., Path]
 
 
@@ -57,6 +60,15 @@ def clone(stack: Stack, tmp_path: Path) -> Clone:
         return folder
 
     return make
+
+
+@pytest.fixture(scope="module")
+def rows() -> Iterator[list[dict[str, Any]]]:
+    """Written down at the end, if every soak of this file passed."""
+    found: list[dict[str, Any]] = []
+    yield found
+    if len(found) == len(STARTERS_SEEDS) + len(KILLS_SEEDS) + 1:
+        write_evidence("dvc", rows=sorted(found, key=lambda row: (str(row["case"]), int(row["seed"]))))
 
 
 def test_repro_does_what_is_needed_and_no_more(stack: Stack, clone: Clone) -> None:
@@ -119,9 +131,12 @@ def test_a_scaffold_outside_the_repository_is_reproduced(stack: Stack, tmp_path:
 
 @pytest.mark.soak
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("seed", range(33, 38))
-def test_three_starters_at_once_are_one_execution(stack: Stack, clone: Clone, seed: int) -> None:
+@pytest.mark.parametrize("seed", STARTERS_SEEDS)
+def test_three_starters_at_once_are_one_execution(
+    stack: Stack, clone: Clone, seed: int, rows: list[dict[str, Any]]
+) -> None:
     _one_execution(stack, [clone(steps=60, seed=seed), clone(steps=60, seed=seed)])
+    rows.append({"case": "three starters at once", "seed": seed, "num_runs": 1, "num_steps": 60})
 
 
 def test_killed_repro_goes_on_and_locks_the_same_bytes(stack: Stack, clone: Clone) -> None:
@@ -130,14 +145,17 @@ def test_killed_repro_goes_on_and_locks_the_same_bytes(stack: Stack, clone: Clon
 
 @pytest.mark.soak
 @pytest.mark.timeout(1800)
-@pytest.mark.parametrize("seed", range(42, 45))
-def test_repro_killed_three_times_locks_the_same_bytes(stack: Stack, clone: Clone, seed: int) -> None:
-    _kill_and_compare(stack, clone, num_kills=3, steps=2400, seed=seed)
+@pytest.mark.parametrize("seed", KILLS_SEEDS)
+def test_repro_killed_three_times_locks_the_same_bytes(
+    stack: Stack, clone: Clone, seed: int, rows: list[dict[str, Any]]
+) -> None:
+    row = _kill_and_compare(stack, clone, num_kills=3, steps=2400, seed=seed)
+    rows.append({"case": "dvc repro killed three times", "seed": seed, **row})
 
 
 @pytest.mark.soak
 @pytest.mark.timeout(900)
-def test_queued_experiments_are_runs_of_their_own(stack: Stack, clone: Clone) -> None:
+def test_queued_experiments_are_runs_of_their_own(stack: Stack, clone: Clone, rows: list[dict[str, Any]]) -> None:
     """A sweep over the preset's values, trained in folders of DVC's own."""
     checkout = clone(steps=20, seed=51)
     before = run_keys(stack)
@@ -150,6 +168,7 @@ def test_queued_experiments_are_runs_of_their_own(stack: Stack, clone: Clone) ->
     keys = run_keys(stack) - before
     assert len(keys) == 2
     assert all(len(mlflow_runs(stack, key)) == len(_versions(stack, key)) == 1 for key in keys)
+    rows.append({"case": "queued experiments", "seed": 51, "num_runs": 2, "num_steps": 20})
 
 
 def _one_execution(stack: Stack, checkouts: list[Path]) -> None:
@@ -170,7 +189,7 @@ def _one_execution(stack: Stack, checkouts: list[Path]) -> None:
     assert len({(checkout / "dvc.lock").read_bytes() for checkout in checkouts}) == 1
 
 
-def _kill_and_compare(stack: Stack, clone: Clone, *, num_kills: int, **values: int) -> None:
+def _kill_and_compare(stack: Stack, clone: Clone, *, num_kills: int, **values: int) -> dict[str, Any]:
     """`kill -9` of dvc, its stage and the agents while it trains; at last, the same from nothing in another clone."""
     before = run_keys(stack)
     checkout = clone(checkpoint_every_steps=20, **values)
@@ -198,7 +217,13 @@ def _kill_and_compare(stack: Stack, clone: Clone, *, num_kills: int, **values: i
     _dvc(stack, clean, "repro", UNBROKEN_S3_PREFIX=elsewhere)
     calm = RunRecord(Store(replace(stack.location, prefix=f"{elsewhere}/")), run.run_key).read()
     assert (len(calm.attempt_starts), calm.departures) == (1, ())
-    assert (clean / "dvc.lock").read_bytes() == (checkout / "dvc.lock").read_bytes()
+    lock = (checkout / "dvc.lock").read_bytes()
+    assert (clean / "dvc.lock").read_bytes() == lock
+    return {
+        "went_on_from_steps": list(record.attempt_starts[1:]),
+        "num_steps": values["steps"],
+        "lock_sha256": hashlib.sha256(lock).hexdigest(),
+    }
 
 
 def _stage_of(dvc: subprocess.Popen[str]) -> psutil.Process:
