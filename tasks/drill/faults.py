@@ -18,7 +18,8 @@ from training.checkpoints.checkpoint import folder, load_manifest
 from training.runs.record import CheckpointRef
 
 DEAD_SECONDS = 10.0
-AWAY_SECONDS = 4.0
+AWAY_SECONDS = 9.0
+"""Longer than the agents' own store clients try again before they call it away."""
 
 
 class Fault(ABC):

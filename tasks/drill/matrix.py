@@ -28,7 +28,7 @@ from training.recipe import load_recipe
 from training.runs.events import committed
 from training.s3.objectstore import Store
 
-TRIAL_SECONDS, MAX_TRIAL_SECONDS = 9.0, 60.0
+TRIAL_SECONDS, MAX_TRIAL_SECONDS = 12.0, 60.0
 """Of steps, in each run."""
 NUM_STARTS = 2.0
 """A run lasts so many times as long as its start, so that a node that is lost can be back before its end."""

@@ -18,7 +18,7 @@ from infra.local import supervisor
 from infra.local.files import write_whole
 from infra.local.launcher import LocalLauncher
 from infra.settings import Settings
-from tasks.stack import store_location
+from infra.store import store_location
 from training.config import Preset
 from training.data.manifest import Manifest, ShardInfo, load_manifest, manifest_key, shard_key
 from training.recipe import Recipe

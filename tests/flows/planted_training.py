@@ -45,7 +45,6 @@ BUGS = (
     of_simulation("any change of the record stops the workers", "worker-killed"),
     of_simulation("S3 away stops the workers", "s3-away"),
     of_simulation("who goes is lost", "node-leaves"),
-    of_simulation("who goes does not say so", "node-leaves"),
     of_simulation("preemption is not heard", "node-leaves"),
     of_simulation("who said why is not heard", "rank-stopped"),
     of_simulation("nobody is asked for a newcomer's sake", "node-joins"),

@@ -96,9 +96,17 @@ def test_ranks_that_regroup_for_nothing() -> None:
     assert always_promised(watched(record(), *seen.events, members=replaced), num_nodes=2) == []
 
 
+def test_a_group_that_ended_before_it_began_is_one_too_many_if_nothing_happened() -> None:
+    assert always_promised(watched(record(), STARTED), num_nodes=2) == [
+        "ranks regrouped 1 times, and had reason to 0 times"
+    ]
+    lost = record(departures=(departure("NodeLost"),))
+    assert always_promised(watched(lost, STARTED), num_nodes=2) == []
+
+
 def test_a_newest_checkpoint_that_is_named_no_more() -> None:
     told = Event(kind="checkpoint", time=2.0, token=1, step=40)
-    assert always_promised(watched(record(), STARTED, told), num_nodes=2) == [
+    assert always_promised(watched(record(token=1), STARTED, told), num_nodes=2) == [
         "checkpoint 40 was proven, and the record names none after step 20"
     ]
 
