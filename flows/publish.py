@@ -8,9 +8,9 @@ from typing import Any
 from uuid import UUID
 
 from infra.settings import load_settings
+from infra.store import store_location
 from tasks.policy import patiently
 from tasks.results import Dataset, Evaluation, Registration
-from tasks.stack import store_location
 from tasks.train import links
 from training.runs.record import RunRecord
 from training.s3.objectstore import Store

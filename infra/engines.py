@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 from infra.launcher import Launcher
-from infra.local.launcher import LocalLauncher
 from infra.settings import Settings
 
 
 def make_launcher(settings: Settings) -> Launcher:
-    """So far the local engine is the only one."""
+    if settings.engine == "slurm":
+        from infra.slurm.launcher import SlurmLauncher
+        from infra.store import store_location
+        from training.s3.objectstore import Store
+
+        return SlurmLauncher(settings.home, Store(store_location(settings)), settings.slurm)
+    from infra.local.launcher import LocalLauncher
+
     return LocalLauncher(settings.home)

@@ -3,18 +3,34 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
 from typing import Protocol
 
 
 @dataclass(frozen=True, kw_only=True)
+class Needs:
+    """Of each node of a job; and of the job, how urgent it is. Zero and empty: as the engine sees fit."""
+
+    num_cpus: int = 0
+    memory_bytes: int = 0
+    num_gpus: int = 0
+    time_limit_seconds: int = 0
+    """After which a node is taken away, and asked for again."""
+    priority: str = ""
+    """One of the names that the site gave its priorities."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class JobSpec:
-    """One job: an agent on each of `num_nodes` nodes."""
+    """One job: an agent on each of `num_nodes` nodes, of which some may come later, or go and come back."""
 
     key: str
     num_nodes: int
+    min_nodes: int = 1
+    """With fewer, nothing is done."""
+    needs: Needs = field(default_factory=Needs)
     command: tuple[str, ...]
     """`{node}` stands for the node's number."""
     environment: Mapping[str, str]
@@ -29,7 +45,9 @@ class JobSpec:
 class JobState(Enum):
     RUNNING = "running"
     ENDED = "ended"
-    """At least one of its nodes is done for good: a gang is over as soon as it is not whole any more."""
+    """Nothing more will come of it."""
+    UNKNOWN = "unknown"
+    """The engine does not answer. What it was given goes on meanwhile."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,11 +64,12 @@ class Launcher(Protocol):
     def submit(self, spec: JobSpec) -> None:
         """Have the job run. If it is there already, that is the same job; the owner is added to it.
 
-        Raises `UserError` if a run of this key is at work for another store, `FencedError` if for a newer generation.
+        Raises `UserError` if a run of this key is at work for another store, or if the engine will never have what it
+        needs; `FencedError` if it is at work for a newer generation; `InfrastructureError` if the engine is away.
         """
 
     def find(self, key: str) -> JobStatus | None:
-        """The job's status; None if the engine has no such job."""
+        """The job's status; None if it was cancelled, or never submitted."""
 
     def jobs(self) -> Mapping[str, Sequence[str]]:
         """Every job's key, and its owners."""

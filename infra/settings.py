@@ -7,10 +7,11 @@ import json
 import os
 import tomllib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from infra.slurm.site import Site
 from training.errors import InfrastructureError, UserError
 
 PROJECT_ROOT = Path(__file__).resolve().parents[1]
@@ -22,9 +23,17 @@ KNOWN: dict[str, tuple[str, ...]] = {
     "prefect": ("api_url",),
     "ports": ("s3", "mlflow", "prefect"),
     "watch": ("presets",),
+    "engine": ("kind",),
+    "slurm": ("partition", "account", "qos", "commands", "priorities"),
 }
-KINDS: dict[str, tuple[type, str]] = {"ports": (int, "a number"), "watch": (list, "a list of presets")}
-"""Of the values of a table; text if it is not named here."""
+KINDS: dict[str, tuple[type, str]] = {
+    "ports": (int, "a number"),
+    "watch": (list, "a list of presets"),
+    "slurm.priorities": (dict, 'a table such as {high = "partition=NAME", low = "qos=NAME"}'),
+}
+"""Of the values of a table, or of one; text if it is not named here."""
+ENGINES = ("local", "slurm")
+SLURM_TEXTS = ("partition", "account", "qos", "commands")
 FOREIGN_KEYS = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "AWS_PROFILE")
 ADDRESSES = {"s3": "endpoint", "mlflow": "uri", "prefect": "api_url"}
 
@@ -41,6 +50,8 @@ class Settings:
     maybe_mlflow_uri: str | None
     maybe_prefect_api_url: str | None
     s3_is_local: bool
+    engine: str = "local"
+    slurm: Site = field(default_factory=Site)
 
     @property
     def mlflow_uri(self) -> str:
@@ -92,6 +103,11 @@ def load_settings() -> Settings:
         maybe_mlflow_uri=find("mlflow", "uri"),
         maybe_prefect_api_url=find("prefect", "api_url"),
         s3_is_local=not external_s3,
+        engine=_engine(find("engine", "kind") or "local"),
+        slurm=Site(
+            **{name: find("slurm", name) or "" for name in SLURM_TEXTS},
+            priorities=file.get("slurm", {}).get("priorities", {}),
+        ),
     )
 
 
@@ -105,6 +121,14 @@ def external_parts(file: Mapping[str, Mapping[str, Any]]) -> frozenset[str]:
     if file.get("s3", {}).get("bucket"):  # a bucket without an endpoint is one on AWS
         found.add("s3")
     return frozenset(found)
+
+
+def _engine(kind: str) -> str:
+    if kind not in ENGINES:
+        raise UserError(
+            f"[engine] kind = {kind!r} in unbroken.toml (or UNBROKEN_ENGINE_KIND) must be one of {', '.join(ENGINES)}"
+        )
+    return kind
 
 
 def _endpoint(file: Mapping[str, Mapping[str, Any]]) -> str | None:
@@ -195,7 +219,7 @@ def read_settings_file() -> dict[str, dict[str, Any]]:
             raise UserError(f"{path}: {part!r} must be a table, as in [{part}]")
         for key, value in table.items():
             _check_known(path, key, KNOWN[part], table=part)
-            kind, words = KINDS.get(part, (str, "text"))
+            kind, words = KINDS.get(f"{part}.{key}") or KINDS.get(part, (str, "text"))
             if not _is_of(kind, value):
                 raise UserError(f"{path}: {part}.{key} = {value!r} must be {words}")
     return document
@@ -217,9 +241,11 @@ def settings_path() -> Path | None:
 
 
 def _is_of(kind: type, value: Any) -> bool:
-    """A list is one of texts."""
+    """A list is one of texts, and a table one of Slurm's options."""
     if isinstance(value, list):
         return kind is list and all(type(item) is str for item in value)
+    if isinstance(value, Mapping):
+        return kind is dict and all(str(option).startswith(("partition=", "qos=")) for option in value.values())
     return type(value) is kind
 
 

@@ -13,10 +13,11 @@ from prefect import task, unmapped
 from prefect.cache_policies import NO_CACHE
 from prefect.context import FlowRunContext
 
+from infra.store import store_location
 from tasks.done import find_result, keep_result
 from tasks.policy import stage_options
 from tasks.results import Dataset
-from tasks.stack import open_stack, store_location
+from tasks.stack import open_stack
 from training.config import Preset
 from training.data.activity import note_newest, read_activity
 from training.data.lease import writing

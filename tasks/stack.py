@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from infra.settings import Settings, activate, load_settings
-from training.s3.objectstore import Store, StoreLocation
+from infra.store import store_location
+from training.s3.objectstore import Store
 
 
 def open_stack() -> tuple[Settings, Store]:
@@ -11,12 +12,3 @@ def open_stack() -> tuple[Settings, Store]:
     settings = load_settings()
     activate(settings)
     return settings, Store(store_location(settings))
-
-
-def store_location(settings: Settings) -> StoreLocation:
-    return StoreLocation(
-        endpoint=settings.s3_endpoint,
-        bucket=settings.s3_bucket,
-        prefix=settings.s3_prefix,
-        region=settings.s3_region,
-    )

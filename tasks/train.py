@@ -10,18 +10,20 @@ from typing import Any
 from prefect import task
 
 from infra.engines import make_launcher
-from infra.launcher import JobSpec, JobState, Launcher
+from infra.launcher import JobSpec, JobState, Launcher, Needs
 from infra.settings import Settings
+from infra.store import store_location
 from tasks import tracking
 from tasks.bookmark import Bookmark, find_bookmark
 from tasks.follow import Follower
 from tasks.forward import Forwarder
+from tasks.nodes import Nodes
 from tasks.opening import Identity, identify, open_run
 from tasks.policy import stage_options
 from tasks.provenance import commit_of
 from tasks.pulse import Pulse
 from tasks.results import Dataset, TrainedModel
-from tasks.stack import open_stack, store_location
+from tasks.stack import open_stack
 from training import errors
 from training.config import Preset
 from training.data.activity import distrust
@@ -168,10 +170,19 @@ def _submit(
         initial=identity.initial,
     )
     digest = store_job(store, job)
+    launch = identity.preset.launch
     launcher.submit(
         JobSpec(
             key=record.key,
-            num_nodes=identity.preset.launch.nodes,
+            num_nodes=launch.nodes,
+            min_nodes=launch.min_nodes,
+            needs=Needs(
+                num_cpus=launch.cpus_per_node,
+                memory_bytes=launch.memory_bytes_per_node,
+                num_gpus=launch.gpus_per_node,
+                time_limit_seconds=launch.time_limit_seconds,
+                priority=launch.priority,
+            ),
             command=agent_command(record.key, digest),
             environment=agent_environment(location),
             store=location.uri(),
@@ -193,11 +204,13 @@ def bookmark_of(store: Store, record: Record, forwarder: Forwarder) -> Bookmark:
 
 def _follow(follower: Follower, forwarder: Forwarder, launcher: Launcher, pulse: Pulse, key: str) -> Record:
     """Forward events until the run is done."""
+    nodes = Nodes(launcher, key)
     next_line = 0.0
     maybe_deadline: float | None = None
     while True:
         pulse.beat()
         status = launcher.find(key)  # before the record: a job that ended by now has left its result there
+        nodes.show(status)
         record, events = follower.look()
         for event in events:
             if event.kind == "attempt" and event.values.get("source", "start") != "start":
@@ -219,7 +232,7 @@ def _follow(follower: Follower, forwarder: Forwarder, launcher: Launcher, pulse:
                 raise InfrastructureError("the run is finished, but MLflow does not answer: its metrics wait on S3")
         elif status is None:
             raise CancelledError(f"run {key[:12]} was cancelled: its job is gone from the engine")
-        elif status.state is not JobState.RUNNING:
+        elif status.state is JobState.ENDED:
             launcher.reap(key)  # its other nodes would wait for ever for the one that is gone
             forwarder.close("FAILED")  # a retry opens it again
             raise InfrastructureError(

@@ -124,6 +124,14 @@ class LaunchConfig:
     min_nodes: int = 1
     """Training goes on with so many, and takes in the others when they are back."""
     processes_per_node: int = 1
+    cpus_per_node: int = 0
+    """This, memory, GPUs and time are asked of an engine that has a queue; 0 is as that sees fit."""
+    memory_bytes_per_node: int = 0
+    gpus_per_node: int = 0
+    time_limit_seconds: int = 0
+    """After which a node is given back, and asked for again: for engines that want to know."""
+    priority: str = ""
+    """One of the names in [slurm.priorities] of unbroken.toml."""
     join_seconds: float = 10.0
     """How long the first group waits for nodes beyond `min_nodes`."""
     silence_seconds: float = 3.0
@@ -150,6 +158,8 @@ class LaunchConfig:
     def __post_init__(self) -> None:
         _require(self.nodes >= 1, "launch.nodes", "must be at least 1")
         _require(1 <= self.min_nodes <= self.nodes, "launch.min_nodes", "must lie between 1 and launch.nodes")
+        for name in ("cpus_per_node", "memory_bytes_per_node", "gpus_per_node", "time_limit_seconds"):
+            _require(getattr(self, name) >= 0, f"launch.{name}", "must not be negative")
         _require(self.join_seconds >= 0, "launch.join_seconds", "must not be negative")
         _require(self.silence_seconds >= 0.5, "launch.silence_seconds", "must be at least 0.5")
         _require(self.hang_seconds >= 1, "launch.hang_seconds", "must be at least 1")

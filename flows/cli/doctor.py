@@ -30,11 +30,11 @@ class Check:
 def run_checks() -> list[Check]:
     """Every check, in order; one that cannot be made is wrong, with the reason."""
     checks = [
-        _check("python", _python),
-        _check("system", _system),
-        _check("memory", _memory),
-        _check("disk", _disk),
-        _check("torch", _torch),
+        check("python", _python),
+        check("system", _system),
+        check("memory", _memory),
+        check("disk", _disk),
+        check("torch", _torch),
     ]
     try:
         settings = load_settings()
@@ -43,15 +43,16 @@ def run_checks() -> list[Check]:
     activate(settings)
     return [
         *checks,
-        _check("S3 storage", lambda: _storage(settings)),
-        _check("MLflow", lambda: _answers(f"{settings.mlflow_uri}/health")),
-        _check("Prefect", lambda: _answers(f"{settings.prefect_api_url}/health")),
-        _check("Prefect worker", lambda: _worker(settings)),
-        _check("engine", lambda: _engine(settings)),
+        check("S3 storage", lambda: _storage(settings)),
+        check("MLflow", lambda: _answers(f"{settings.mlflow_uri}/health")),
+        check("Prefect", lambda: _answers(f"{settings.prefect_api_url}/health")),
+        check("Prefect worker", lambda: _worker(settings)),
+        check("engine", lambda: _engine(settings)),
     ]
 
 
-def _check(name: str, look: Callable[[], str]) -> Check:
+def check(name: str, look: Callable[[], str]) -> Check:
+    """What a look finds; or that it cannot be made, with the reason."""
     try:
         return Check(name=name, is_good=True, found=look())
     except (UnbrokenError, OSError, ValueError) as error:
@@ -95,7 +96,7 @@ def _torch() -> str:
 
 def _storage(settings: Settings) -> str:
     """Also proves the conditional writes that every protocol here rests on."""
-    from tasks.stack import store_location
+    from infra.store import store_location
     from training.s3.objectstore import Store
 
     store = Store(store_location(settings))

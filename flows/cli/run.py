@@ -135,7 +135,8 @@ def check_input(preset: Preset) -> None:
     import shutil
 
     from infra.local.stack import require_free_disk
-    from tasks.stack import open_stack, store_location
+    from infra.store import store_location
+    from tasks.stack import open_stack
     from training.data.source import open_source, partitions
     from training.recipe import load_recipe
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from cyclopts import App, Parameter
 
@@ -58,9 +58,12 @@ def status(*, json: Json = False) -> None:
         raise InfrastructureError("the stack is not well: start it with `unbroken up` (or `make up`)")
 
 
-def doctor(*, json: Json = False) -> None:
-    """Check the machine, the stack and the stores. Exit code 3 if something is wrong."""
-    from flows.cli.doctor import run_checks
+def doctor(what: Literal["machine", "slurm"] = "machine", /, *, json: Json = False) -> None:
+    """Check the machine, the stack and the stores; or `slurm`, the site's. Exit code 3 if something is wrong."""
+    if what == "slurm":
+        from flows.cli.doctor_slurm import run_checks
+    else:
+        from flows.cli.doctor import run_checks
 
     checks = run_checks()
     if json:

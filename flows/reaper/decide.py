@@ -118,6 +118,6 @@ def judge_tracked(sight: TrackedSight) -> TrackedVerdict:
         return TrackedVerdict.FINISHED
     if sight.has_failed:
         return TrackedVerdict.FAILED
-    if sight.job is JobState.RUNNING:
+    if sight.job in (JobState.RUNNING, JobState.UNKNOWN):
         return TrackedVerdict.LEAVE
     return TrackedVerdict.FAILED if sight.job is JobState.ENDED else TrackedVerdict.KILLED

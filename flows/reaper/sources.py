@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 from flows.deployments import deployment_of
 from flows.reaper.attempt import attempt
 from infra.settings import watched_presets
-from tasks.stack import open_stack, store_location
+from infra.store import store_location
+from tasks.stack import open_stack
 from training.config import load_preset
 from training.data.source import open_source, partitions
 from training.documents import digest_of

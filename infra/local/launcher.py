@@ -19,11 +19,12 @@ from infra.launcher import JobSpec, JobState, JobStatus
 from infra.local import supervisor
 from infra.local.files import locked, write_whole
 from infra.local.node import job_path
+from infra.local.room import require_room
+from infra.restarts import FINAL_CODES
 from training.errors import FencedError, InfrastructureError, UserError
 
 BAD_NAME, ALREADY_ADDED, STILL_RUNNING = 10, 90, 91  # supervisor.xmlrpc.Faults
 NUM_TRIES = 20
-FINAL_CODES = (0, 2, 4)
 OPTIONS = {
     "process_name": "node%(process_num)d",
     "autorestart": "unexpected",
@@ -40,6 +41,7 @@ class LocalLauncher:
         self._home = home
 
     def submit(self, spec: JobSpec) -> None:
+        require_room(spec)
         with self._lock(spec.key):
             status = self.find(spec.key)
             is_at_work = status is not None and status.state is JobState.RUNNING and self._is_same(spec)

@@ -9,16 +9,12 @@ import json
 import os
 import sys
 import time
-from collections.abc import Sequence
 from pathlib import Path
 
 from infra.local.files import write_whole
+from infra.restarts import EXIT_GIVEN_UP, NUM_STARTS_BEFORE_GIVING_UP, pause_seconds, quick_series
 
-QUICK_SECONDS = 20.0
-NUM_FREE_STARTS = 15
-MAX_PAUSE_SECONDS = 10.0
-NUM_STARTS_BEFORE_GIVING_UP = 60  # some seven minutes
-EXIT_CANCELLED, EXIT_NO_COMMAND, EXIT_GIVEN_UP = 0, 2, 4
+EXIT_CANCELLED, EXIT_NO_COMMAND = 0, 2
 
 
 def job_path(home: Path, key: str) -> Path:
@@ -29,25 +25,6 @@ def job_path(home: Path, key: str) -> Path:
 def starts_path(home: Path, key: str, node: str) -> Path:
     """When this node was started, as far as that was a quick series."""
     return home / "jobs" / f"{key}.starts{node}"
-
-
-def quick_series(starts: Sequence[float], now: float) -> list[float]:
-    """The last of `starts` that followed one another quickly, up to `now`; empty if the last one lived long enough."""
-    series: list[float] = []
-    later = now
-    for start in reversed(starts):
-        if not 0 <= later - start < QUICK_SECONDS:
-            break
-        series.insert(0, start)
-        later = start
-    return series
-
-
-def pause_seconds(num_quick_starts: int) -> float:
-    """How long to wait before one more start: at first not at all, since a killed node should be back at once."""
-    if num_quick_starts < NUM_FREE_STARTS:
-        return 0.0
-    return min(2.0 ** min(num_quick_starts - NUM_FREE_STARTS, 10), MAX_PAUSE_SECONDS)
 
 
 def _note_start(path: Path) -> int:

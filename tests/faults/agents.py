@@ -114,9 +114,14 @@ def find(host: Host, module: str) -> list[psutil.Process]:
     return [process for process in host.processes() if module in process.cmdline()]
 
 
-def submit(
+def submit(store: Store, cluster: Cluster, folder: Path, **options: Any) -> Agents:
+    """A run of `prepare` that a cluster's hosts are to do."""
+    return prepare(store, replace(store.location, endpoint=cluster.store_endpoint), folder, **options)
+
+
+def prepare(
     store: Store,
-    cluster: Cluster,
+    there: StoreLocation,
     folder: Path,
     *,
     num_nodes: int,
@@ -126,10 +131,9 @@ def submit(
 ) -> Agents:
     """A run of the tiny recipe, the same each time, in that corner of the store. Logs and source go into `folder`.
 
-    One that `is_slow` takes its time until it is told to `hurry`.
+    Agents reach the store `there`. One that `is_slow` takes its time until it is told to `hurry`.
     """
     recipe = Slow() if is_slow else Tiny()
-    there = replace(store.location, endpoint=cluster.store_endpoint)
     data = data_config()
     write_files(folder, num_files=2)
     dataset = write_dataset(store, local_source(folder, data), data, Tiny()).manifest.digest

@@ -11,18 +11,15 @@ from pathlib import Path
 
 import pytest
 
-from infra.local.node import (
-    EXIT_CANCELLED,
+from infra.local.node import EXIT_CANCELLED, EXIT_NO_COMMAND, job_path, starts_path
+from infra.restarts import (
     EXIT_GIVEN_UP,
-    EXIT_NO_COMMAND,
     MAX_PAUSE_SECONDS,
     NUM_FREE_STARTS,
     NUM_STARTS_BEFORE_GIVING_UP,
     QUICK_SECONDS,
-    job_path,
     pause_seconds,
     quick_series,
-    starts_path,
 )
 
 KEY = "ab" * 32
