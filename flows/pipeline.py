@@ -51,7 +51,9 @@ def pipeline(
         publish.run_key(identify(config, dataset).run_key)
         return train(config, dataset, owner=publish.flow_run_id(), fresh=publish.flow_run_id() if fresh else None)
 
-    dataset, model = trained(config, shard=lambda: shard(config), train=train_in_flow, quarantine=quarantine)
+    dataset, model = trained(
+        config, shard=lambda: shard(config, owner=publish.flow_run_id()), train=train_in_flow, quarantine=quarantine
+    )
     evaluation = evaluate(config, dataset, model)
     version = registered(config, dataset, model, evaluation)
     links = publish.results(dataset, evaluation, version)

@@ -13,10 +13,12 @@ from prefect import task, unmapped
 from prefect.cache_policies import NO_CACHE
 from prefect.context import FlowRunContext
 
+from infra.engines import make_launcher
 from infra.store import store_location
 from tasks.done import find_result, keep_result
 from tasks.policy import stage_options
 from tasks.results import Dataset
+from tasks.shard_nodes import write_on_nodes
 from tasks.stack import open_stack
 from training.config import Preset
 from training.data.activity import note_newest, read_activity
@@ -56,9 +58,11 @@ def shard_cache_key(context: Any, arguments: dict[str, Any]) -> str:
 
 
 @task(name="shard", cache_key_fn=shard_cache_key, **stage_options(timeout_seconds=24 * 3600))
-def shard(preset: Preset) -> Dataset:
+def shard(preset: Preset, *, owner: str | None = None) -> Dataset:
     """Shard the preset's source. Finished partitions are not read into shards, nor sent, again; and nothing is read if
     the source's listing, and all else that decides, is as it was.
+
+    `owner` names who started it (a flow run's id), so that cancelling that cancels nodes that shard for it.
 
     Raises `UserError` naming the source, file or record that cannot be read.
     """
@@ -70,6 +74,8 @@ def shard(preset: Preset) -> Dataset:
             note_newest(store, known.name, known.digest)
         log.info("dataset %s@%s: the source is as it was", known.name, known.digest[:12])
         return known
+    if preset.launch.shard_nodes and settings.engine != "local":
+        write_on_nodes(make_launcher(settings), store, preset, owner=owner)
     source = open_source(preset.data, folder=preset.folder, location=store_location(settings))
     writer = Writer(
         store, source, preset.data, load_recipe(preset), withdrawn=withdrawn_records(store, preset.data.name)

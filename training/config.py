@@ -128,6 +128,8 @@ class LaunchConfig:
     """This, memory, GPUs and time are asked of an engine that has a queue; 0 is as that sees fit."""
     memory_bytes_per_node: int = 0
     gpus_per_node: int = 0
+    shard_nodes: int = 0
+    """On so many is the source sharded first, by an engine that has more than this machine (0: by the stage itself)."""
     time_limit_seconds: int = 0
     """After which a node is given back, and asked for again: for engines that want to know."""
     priority: str = ""
@@ -158,7 +160,7 @@ class LaunchConfig:
     def __post_init__(self) -> None:
         _require(self.nodes >= 1, "launch.nodes", "must be at least 1")
         _require(1 <= self.min_nodes <= self.nodes, "launch.min_nodes", "must lie between 1 and launch.nodes")
-        for name in ("cpus_per_node", "memory_bytes_per_node", "gpus_per_node", "time_limit_seconds"):
+        for name in ("cpus_per_node", "memory_bytes_per_node", "gpus_per_node", "shard_nodes", "time_limit_seconds"):
             _require(getattr(self, name) >= 0, f"launch.{name}", "must not be negative")
         _require(self.join_seconds >= 0, "launch.join_seconds", "must not be negative")
         _require(self.silence_seconds >= 0.5, "launch.silence_seconds", "must be at least 0.5")

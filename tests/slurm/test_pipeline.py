@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from tests.slurm.cluster import SlurmCluster
 from tests.waiting import wait_until
 from training.runs.record import RunRecord
 
+NUM_FILES = 6
 SHORT = ("--set", "train.steps=40", "--set", "seed=71")
 
 
@@ -45,6 +47,46 @@ def test_four_nodes_give_the_model_of_one_machine(
     done = stack.command("train", "digits", "--json", *SHORT, "--fresh", "--ranks", "1")
     assert done.returncode == 0, done.stdout + done.stderr
     assert last_json(done.stdout)["state_sha256"] == there["state_sha256"]
+
+
+@pytest.mark.timeout(300)
+def test_nodes_shard_and_the_stage_finds_it_done(
+    stack: Stack, on_slurm: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    scaffold(stack, tmp_path)
+    said = shard(stack, tmp_path, name="there", launch="shard_nodes = 3")
+    assert f"{NUM_FILES} of {NUM_FILES} partitions found finished, 0 shards sent" in said
+    assert list(stack.store.list_keys("datasets/there/sharing/")) == []
+
+    monkeypatch.setenv("UNBROKEN_ENGINE_KIND", "local")
+    assert f"0 of {NUM_FILES} partitions found finished" in shard(stack, tmp_path, name="here", launch="")
+    here, there = (
+        {key.rpartition("/")[2] for key, _ in stack.store.list_keys(f"datasets/{name}/manifests/")}
+        for name in ("here", "there")
+    )
+    assert here == there
+    assert len(here) == 1
+
+
+def scaffold(stack: Stack, folder: Path) -> None:
+    """A recipe from outside this repository, with its records in several files, a partition each."""
+    assert stack.command("init", "spirals", cwd=folder).returncode == 0
+    lines = (folder / "spirals/records.jsonl").read_text().splitlines(keepends=True)
+    (folder / "spirals/raw").mkdir()
+    for number in range(NUM_FILES):
+        (folder / f"spirals/raw/{number}.jsonl").write_text("".join(lines[number::NUM_FILES]))
+
+
+def shard(stack: Stack, folder: Path, *, name: str, launch: str) -> str:
+    """What the stage says, of a dataset of that name."""
+    text = (folder / "spirals/spirals.toml").read_text()
+    text = text.replace('source = "records.jsonl"', 'source = "raw"\npartition_bytes = 1024')
+    text = text.replace('[data]\nname = "spirals"', f'[data]\nname = "{name}"')
+    (folder / f"spirals/{name}.toml").write_text(text.replace("[launch]", f"[launch]\n{launch}"))
+    command = [sys.executable, "-m", "tasks", "shard", "--preset", f"spirals/{name}.toml"]
+    done = stack.execute(command, cwd=folder)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout + done.stderr
 
 
 def test_what_never_fits_is_said_before_anything_waits(stack: Stack, on_slurm: None) -> None:

@@ -1,0 +1,50 @@
+"""Sharding on the engine's nodes. What comes of it is found by the stage itself, which does what is missing."""
+
+from __future__ import annotations
+
+import logging
+import time
+
+from infra.launcher import JobSpec, JobState, Launcher, Needs
+from tasks.nodes import Nodes
+from training.config import Preset
+from training.data.writer_node import Sharing, node_command, sharing_key, store_sharing
+from training.documents import digest_of
+from training.runs.job import agent_environment
+from training.s3.objectstore import Store
+
+log = logging.getLogger(__name__)
+
+LOOK_SECONDS = 0.5
+
+
+def write_on_nodes(launcher: Launcher, store: Store, preset: Preset, *, owner: str | None) -> None:
+    """Until every node has ended, one way or another. Ends the job if this process is told to stop."""
+    launch, location = preset.launch, store.location
+    sharing = Sharing(preset=preset, location=location, num_nodes=launch.shard_nodes)
+    digest = store_sharing(store, sharing)
+    key = digest_of({"sharing": digest})
+    spec = JobSpec(
+        key=key,
+        num_nodes=launch.shard_nodes,
+        needs=Needs(
+            num_cpus=launch.cpus_per_node,
+            memory_bytes=launch.memory_bytes_per_node,
+            time_limit_seconds=launch.time_limit_seconds,
+            priority=launch.priority,
+        ),
+        command=node_command(preset.data.name, digest),
+        environment=agent_environment(location),
+        store=location.uri(),
+        owner=owner,
+    )
+    nodes = Nodes(launcher, key)
+    launcher.submit(spec)
+    try:
+        while (status := launcher.find(key)) is not None and status.state is not JobState.ENDED:
+            nodes.show(status)
+            time.sleep(LOOK_SECONDS)
+        nodes.show(status)
+    finally:
+        launcher.cancel(key)
+        store.delete(sharing_key(preset.data.name, digest))
