@@ -1,0 +1,147 @@
+"""A run on the cluster, whatever it needs to be looked at, and what is done to it."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+from infra.launcher import JobSpec, JobState, Needs
+from infra.slurm.launcher import SlurmLauncher
+from infra.slurm.site import Site
+from infra.slurm.tasks import Task
+from tests.faults.agents import SLOW_WHILE, Agents, prepare
+from tests.slurm.cluster import SlurmCluster
+from tests.waiting import wait_until
+from training.runs.events import Event
+from training.runs.history import committed_steps, events_of
+from training.runs.job import agent_command, agent_environment
+from training.runs.record import Record
+from training.s3.objectstore import Store
+
+ROOT = Path(__file__).parents[2]
+NUM_NODES = 4
+STEPS = 400
+SITE = {"low": "partition=low", "high": "partition=high"}
+
+
+class Run:
+    """One run of the tiny recipe on the cluster, an agent on each node. It takes its time until it is to hurry."""
+
+    def __init__(self, cluster: SlurmCluster, store: Store, folder: Path, *, priority: str = "low") -> None:
+        folder.mkdir()
+        self.launcher = SlurmLauncher(folder, store, Site(commands=str(cluster.commands), priorities=SITE))
+        self.agents: Agents = prepare(
+            store,
+            store.location,
+            folder,
+            num_nodes=NUM_NODES,
+            steps=STEPS,
+            is_slow=True,
+            silence_seconds=2.0,
+            join_seconds=60.0,
+        )
+        self.key = self.agents.run.run_key
+        self.cluster = cluster
+        self.spec = JobSpec(
+            key=self.key,
+            num_nodes=NUM_NODES,
+            command=agent_command(self.key, self.agents.job_digest),
+            environment={
+                **agent_environment(store.location),
+                SLOW_WHILE: str(folder / "slow"),
+                "PYTHONPATH": str(ROOT),
+            },
+            store=store.location.uri(),
+            needs=Needs(num_cpus=4, priority=priority),
+        )
+
+    def submit(self) -> None:
+        self.launcher.submit(self.spec)
+
+    def tasks(self) -> list[Task]:
+        return self.launcher.tasks(self.key)
+
+    def record(self) -> Record:
+        return self.agents.run.read()
+
+    def wait_for_group(self, *, num_nodes: int, after: int = 0) -> Record:
+        return self.agents.wait_for_group(num_nodes=num_nodes, after=after)
+
+    def wait_for_more_steps(self, number: int) -> None:
+        goal = self.num_steps() + number
+        wait_until(lambda: self.num_steps() >= goal, what=f"{goal} steps")
+
+    def num_steps(self) -> int:
+        return sum(event.kind == "step" for event in events_of(self.agents.run, self.record()))
+
+    def first_step_after(self, token: int) -> Event:
+        """Of a group that came after that one."""
+
+        def look() -> Event | None:
+            found = events_of(self.agents.run, self.record())
+            return next((event for event in found if event.kind == "step" and event.token > token), None)
+
+        return wait_until(look, what=f"a step after token {token}")
+
+    def finish(self) -> None:
+        self.agents.hurry()
+        wait_until(lambda: self.record().result, what="the run's result", timeout_seconds=120)
+        wait_until(lambda: not self.tasks(), what="the job's end")
+
+    def history(self) -> list[tuple[int, float, str]]:
+        found = committed_steps(self.agents.run, self.record())
+        return [(event.step, event.values["loss"], event.values["samples"]) for event in found]
+
+    def sources(self) -> list[str]:
+        """Where each group got its state from."""
+        found = events_of(self.agents.run, self.record())
+        return [event.values["source"] for event in found if event.kind == "attempt"]
+
+
+def kill_and_return(run: Run, *, node: int) -> dict[str, float]:
+    """Power off the host that a node is on, and on again: seconds until the others train, and until all do."""
+    run.wait_for_more_steps(2)
+    before = run.record()
+    (host,) = {task.host for task in run.tasks() if task.node == str(node)}
+    began = time.time()
+    run.cluster.kill_node(host)
+    record = run.wait_for_group(num_nodes=NUM_NODES - 1, after=before.token)
+    assert node not in [member.node for member in record.members]
+    going = run.first_step_after(before.token)
+    back = time.time()
+    run.cluster.boot_node(host)
+    whole = run.wait_for_group(num_nodes=NUM_NODES, after=record.token)
+    return {
+        "training_again_seconds": round(going.time - began, 2),
+        "whole_again_seconds": round(run.first_step_after(whole.token - 1).time - back, 2),
+    }
+
+
+def take_and_give_back(low: Run, high: Run) -> dict[str, float]:
+    """A more urgent run takes all nodes: seconds until its first step; and what the other one lost."""
+    low.wait_for_more_steps(2)
+    began = time.time()
+    high.submit()
+    high.wait_for_group(num_nodes=NUM_NODES)
+    assert {task.state for task in low.tasks()} == {"PENDING"}
+    before, num_steps = low.record(), low.num_steps()
+    assert {departure.class_name for departure in before.departures} <= {"Preempted"}
+    high.finish()
+    low.wait_for_group(num_nodes=NUM_NODES, after=before.token)
+    assert len({task.job_id for task in low.tasks()}) == 1, "requeued, not submitted again"
+    return {
+        "started_seconds": round(high.first_step_after(0).time - began, 2),
+        "steps_lost": num_steps - before.checkpoints[-1].step,
+    }
+
+
+def require_same(run: Run, calm: Run) -> None:
+    run.finish()
+    ours, theirs = run.record().result, calm.record().result
+    assert ours is not None
+    assert theirs is not None
+    assert (ours.weights_sha256, ours.state_sha256) == (theirs.weights_sha256, theirs.state_sha256)
+    assert run.history() == calm.history()
+    status = run.launcher.find(run.key)
+    assert status is not None
+    assert status.state is JobState.ENDED
