@@ -86,6 +86,12 @@ def test_prefix_is_a_folder_however_it_is_written(monkeypatch: pytest.MonkeyPatc
         ("[ports]\nmlflow = true", "ports.mlflow = True must be a number"),
         ('[watch]\npresets = "digits"', "watch.presets = 'digits' must be a list of presets"),
         ("[watch]\npresets = [1]", "watch.presets = [1] must be a list of presets"),
+        (
+            '[engine]\nkind = "slurn"',
+            "[engine] kind = 'slurn' in unbroken.toml (or UNBROKEN_ENGINE_KIND) must be one of",
+        ),
+        ('[slurm]\npriorities = {high = "gpu"}', "slurm.priorities = {'high': 'gpu'} must be a table such as"),
+        ("[slurm]\npartition = 1", "slurm.partition = 1 must be text"),
         ('s3 = "http://x"', "'s3' must be a table, as in [s3]"),
         ("[s3\n", "unbroken.toml: "),
     ],
@@ -96,6 +102,14 @@ def test_wrong_settings_file_is_named_with_its_key(folder: Path, text: str, comp
         load_settings()
     assert complaint in str(caught.value)
     assert str(folder / "unbroken.toml") in str(caught.value)
+
+
+def test_an_engine_that_nobody_knows(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("UNBROKEN_S3_ENDPOINT", "http://elsewhere")
+    assert load_settings().engine == "local"
+    monkeypatch.setenv("UNBROKEN_ENGINE_KIND", "slurn")
+    with pytest.raises(UserError, match=r"\[engine\] kind = 'slurn' .* must be one of local, slurm"):
+        load_settings()
 
 
 def test_watched_presets_lie_beside_the_settings_file(folder: Path) -> None:
