@@ -87,7 +87,6 @@ def test_prefix_is_a_folder_however_it_is_written(monkeypatch: pytest.MonkeyPatc
         ('[watch]\npresets = "digits"', "watch.presets = 'digits' must be a list of presets"),
         ("[watch]\npresets = [1]", "watch.presets = [1] must be a list of presets"),
         (
-            '[engine]\nkind = "slurn"',
             "[engine] kind = 'slurn' in unbroken.toml (or UNBROKEN_ENGINE_KIND) must be one of",
         ),
         ('[slurm]\npriorities = {high = "gpu"}', "slurm.priorities = {'high': 'gpu'} must be a table such as"),
