@@ -104,7 +104,7 @@ def train(preset: Preset, dataset: Dataset, *, owner: str | None = None, fresh: 
         if record.result is None:
             if launcher.find(run.run_key) is not None:
                 log.info("it is being trained already, on what it was started with; `unbroken runs cancel` ends that")
-            _submit(launcher, settings, store, identity, record, owner)
+            launcher.submit(job_spec(settings, store, identity, record, owner=owner))
         bookmark = bookmark_of(store, record, forwarder)
         follower = Follower(run, generation=record.generation, num_steps=preset.train.steps, bookmark=bookmark)
         record = _follow(follower, forwarder, launcher, pulse, run.run_key)
@@ -152,14 +152,15 @@ def _cancel(launcher: Launcher, run: RunRecord, record: Record) -> None:
         launcher.cancel(run.run_key)
 
 
-def _submit(
-    launcher: Launcher,
+def job_spec(
     settings: Settings,
     store: Store,
     identity: Identity,
     record: Record,
-    owner: str | None,
-) -> None:
+    *,
+    owner: str | None = None,
+) -> JobSpec:
+    """What an engine is asked to run for this run. Its agents find the rest on the store, where this puts it."""
     location = store_location(settings)
     job = Job(
         key=record.key,
@@ -171,24 +172,22 @@ def _submit(
     )
     digest = store_job(store, job)
     launch = identity.preset.launch
-    launcher.submit(
-        JobSpec(
-            key=record.key,
-            num_nodes=launch.nodes,
-            min_nodes=launch.min_nodes,
-            needs=Needs(
-                num_cpus=launch.cpus_per_node,
-                memory_bytes=launch.memory_bytes_per_node,
-                num_gpus=launch.gpus_per_node,
-                time_limit_seconds=launch.time_limit_seconds,
-                priority=launch.priority,
-            ),
-            command=agent_command(record.key, digest),
-            environment=agent_environment(location),
-            store=location.uri(),
-            generation=record.generation,
-            owner=owner,
-        )
+    return JobSpec(
+        key=record.key,
+        num_nodes=launch.nodes,
+        min_nodes=launch.min_nodes,
+        needs=Needs(
+            num_cpus=launch.cpus_per_node,
+            memory_bytes=launch.memory_bytes_per_node,
+            num_gpus=launch.gpus_per_node,
+            time_limit_seconds=launch.time_limit_seconds,
+            priority=launch.priority,
+        ),
+        command=agent_command(record.key, digest),
+        environment=agent_environment(location),
+        store=location.uri(),
+        generation=record.generation,
+        owner=owner,
     )
 
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from cyclopts import App
 
-from flows.cli import browse, checkpoints, data, drill, run, scaffold, stack
+from flows.cli import browse, checkpoints, data, drill, kubernetes, run, scaffold, stack
 from training.errors import UnbrokenError
 
 app = App(
@@ -24,6 +24,7 @@ drill.add_to(app)
 data.add_to(app)
 browse.add_to(app)
 checkpoints.add_to(app)
+kubernetes.add_to(app)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 Key = Annotated[str, Parameter(help="A run key, or the beginning of one.")]
 
-runs = App(name="runs", help="Look at runs, their logs, and cancel or remove them.")
+runs = App(name="runs", help="Look at runs and their logs, cancel or remove them; manifests for a cluster.")
 models = App(name="models", help="Look at registered models.")
 
 

@@ -16,7 +16,15 @@ DVC = str(Path(UNBROKEN).parent / "dvc")
 HEAVY = ("torch", "prefect", "mlflow", "boto3", "botocore", "sklearn", "matplotlib")
 HELPS: tuple[list[str], ...] = (
     *([], ["up"], ["down"], ["status"], ["doctor"], ["init"], ["run"], ["train"], ["drill"]),
-    *(["runs"], ["runs", "ls"], ["runs", "cancel"], ["data", "ls"], ["ckpt", "ls"], ["models", "ls"]),
+    *(
+        ["runs"],
+        ["runs", "ls"],
+        ["runs", "cancel"],
+        ["runs", "render"],
+        ["data", "ls"],
+        ["ckpt", "ls"],
+        ["models", "ls"],
+    ),
     *(["data", verb] for verb in ("show", "diff", "verify", "withdraw", "rm", "gc", "export", "import")),
 )
 SHOW_ALL_HELP = f"""
