@@ -86,9 +86,6 @@ def test_prefix_is_a_folder_however_it_is_written(monkeypatch: pytest.MonkeyPatc
         ("[ports]\nmlflow = true", "ports.mlflow = True must be a number"),
         ('[watch]\npresets = "digits"', "watch.presets = 'digits' must be a list of presets"),
         ("[watch]\npresets = [1]", "watch.presets = [1] must be a list of presets"),
-        (
-            "[engine] kind = 'slurn' in unbroken.toml (or UNBROKEN_ENGINE_KIND) must be one of",
-        ),
         ('[slurm]\npriorities = {high = "gpu"}', "slurm.priorities = {'high': 'gpu'} must be a table such as"),
         ("[slurm]\npartition = 1", "slurm.partition = 1 must be text"),
         ('s3 = "http://x"', "'s3' must be a table, as in [s3]"),
