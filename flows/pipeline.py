@@ -10,8 +10,8 @@ from prefect.task_runners import ThreadPoolTaskRunner
 from flows import publish
 from flows.hooks import cancel_jobs_of, log_user_errors_in_one_line, outlive_the_worker
 from tasks.evaluate import evaluate
-from tasks.initial import pinned
 from tasks.opening import identify
+from tasks.policy import patiently
 from tasks.quarantine import trained
 from tasks.register import registered
 from tasks.results import Dataset, PipelineResult, TrainedModel
@@ -45,10 +45,10 @@ def pipeline(
     outlive_the_worker()
     publish.machine()
     log_user_errors_in_one_line()
-    config = pinned(open_stack()[0], load_preset(preset, overrides))
+    config = publish.pinned_once(open_stack()[0], load_preset(preset, overrides))
 
     def train_in_flow(dataset: Dataset) -> TrainedModel:
-        publish.run_key(identify(config, dataset).run_key)
+        publish.run_key(patiently(lambda: identify(config, dataset)).run_key)
         return train(config, dataset, owner=publish.flow_run_id(), fresh=publish.flow_run_id() if fresh else None)
 
     dataset, model = trained(

@@ -3,20 +3,27 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from uuid import UUID
 
-from infra.settings import load_settings
+from infra.settings import Settings, load_settings
 from infra.store import store_location
+from tasks.initial import pinned
 from tasks.policy import patiently
 from tasks.results import Dataset, Evaluation, Registration
 from tasks.train import links
+from training.config import Preset
 from training.runs.record import RunRecord
 from training.s3.objectstore import Store
 
+if TYPE_CHECKING:
+    from prefect.client.schemas.objects import FlowRun
+
 RUN_KEY_LABEL = "unbroken.run_key"
 MACHINE_LABEL = "unbroken.machine"
+WARM_START_LABEL = "unbroken.warm_start"
 RESULTS_ARTIFACT = "results"
 LINKS_ARTIFACT = "links"
 BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
@@ -34,19 +41,34 @@ def run_key(key: str) -> None:
     _label(RUN_KEY_LABEL, key)
 
 
+def pinned_once(settings: Settings, preset: Preset) -> Preset:
+    """The preset with its `warm_start` as a version: the one that it stood for when this flow run first began. Its
+    alias may have moved since, by this very flow run."""
+    if preset.train.warm_start is None:
+        return preset
+    known = (_flow_run().labels or {}).get(WARM_START_LABEL)
+    if known is None:
+        known = patiently(lambda: pinned(settings, preset)).train.warm_start
+        _label(WARM_START_LABEL, str(known))
+    return replace(preset, train=replace(preset.train, warm_start=str(known)))
+
+
 def machine() -> None:
     """Label the flow run with where its process is: the reaper there need not wait for heartbeats to miss it."""
-    from prefect.client.orchestration import get_client
-
-    with get_client(sync_client=True) as client:
-        run = patiently(lambda: client.read_flow_run(UUID(flow_run_id())))
-    _label(MACHINE_LABEL, machine_label(run.run_count))
+    _label(MACHINE_LABEL, machine_label(_flow_run().run_count))
 
 
 def machine_label(run_count: int) -> str:
     """The boot of this kernel and its namespace of processes: here, a process is seen if it lives. And at which try:
     the next may be elsewhere."""
     return f"{BOOT_ID.read_text().strip()} {os.readlink('/proc/self/ns/pid')} {run_count}"
+
+
+def _flow_run() -> FlowRun:
+    from prefect.client.orchestration import get_client
+
+    with get_client(sync_client=True) as client:
+        return patiently(lambda: client.read_flow_run(UUID(flow_run_id())))
 
 
 def _label(name: str, value: str) -> None:

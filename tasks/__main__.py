@@ -50,80 +50,108 @@ def run_stage(
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"--out = {str(out)!r}: cannot make {folder}: {error.strerror}") from error
-    STAGES[stage](config, folder)
+    STAGES[stage](_Folder(preset, config, folder))
 
 
-def _shard(preset: Preset, folder: Path) -> None:
+class _Folder:
+    """Where the stages leave their results, of one preset as it was read. Nothing is written of what has changed since:
+    a stage that outlived its `dvc repro` must not answer for the next one."""
+
+    def __init__(self, name: str, preset: Preset, path: Path) -> None:
+        self.preset = preset
+        self._name = name
+        self._path = path
+        self._read: dict[Path, str] = {}
+
+    def dataset(self) -> Dataset:
+        return self.read("dataset.json", Dataset)
+
+    def model(self) -> TrainedModel:
+        """Raises `UserError` if it is not of the run that this preset and dataset stand for."""
+        from tasks.opening import identify
+
+        model, key = self.read("model.json", TrainedModel), identify(self.preset, self.dataset()).run_key
+        if model.run_key != key:
+            raise UserError(
+                f"{self._path / 'model.json'} is of run {model.run_key[:12]}, and this preset and dataset are of run"
+                f" {key[:12]}: run the stage before this one again"
+            )
+        return model
+
+    def read(self, name: str, kind: type[Result]) -> Result:
+        path = self._path / name
+        if not path.is_file():
+            raise UserError(f"{path} does not exist: run the stage before this one first")
+        text = self._read.setdefault(path, path.read_text())
+        try:
+            return parse(kind, json.loads(text))
+        except (ValueError, DamagedError) as error:
+            raise UserError(f"{path} is not what a stage leaves there: run the stage before this one again") from error
+
+    def write_json(self, name: str, document: Any) -> None:
+        self._write(name, json.dumps(document, indent=1, sort_keys=True) + "\n")
+
+    def write_csv(self, name: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
+        text = io.StringIO(newline="")
+        csv.writer(text, lineterminator="\n").writerows([columns, *rows])
+        self._write(name, text.getvalue())
+
+    def _write(self, name: str, text: str) -> None:
+        changed = [str(path) for path, read in self._read.items() if not path.is_file() or path.read_text() != read]
+        if load_preset(self._name) != self.preset:
+            changed.append(self._name)
+        if changed:
+            raise UserError(
+                f"{', '.join(changed)} changed while this stage ran: nothing is written to {self._path / name}."
+                " Run it again"
+            )
+        write_whole(self._path / name, text)
+
+
+def _shard(folder: _Folder) -> None:
     from tasks.shard import shard
 
-    _write_json(folder / "dataset.json", asdict(shard.fn(preset)))
+    folder.write_json("dataset.json", asdict(shard.fn(folder.preset)))
 
 
-def _train(preset: Preset, folder: Path) -> None:
+def _train(folder: _Folder) -> None:
     from tasks.train import train
     from training.runs.history import committed_steps
     from training.runs.record import RunRecord
 
-    model = train.fn(preset, _dataset(folder))
-    _write_json(folder / "model.json", asdict(model))
+    model = train.fn(folder.preset, folder.dataset())
+    folder.write_json("model.json", asdict(model))
     run = RunRecord(open_stack()[1], model.run_key)
     rows = [(event.step, event.values["loss"]) for event in committed_steps(run, run.read())]
-    _write_csv(folder / "loss.csv", ("step", "loss"), rows)
+    folder.write_csv("loss.csv", ("step", "loss"), rows)
 
 
-def _evaluate(preset: Preset, folder: Path) -> None:
+def _evaluate(folder: _Folder) -> None:
     from tasks.evaluate import evaluate
 
-    result = evaluate.fn(preset, _dataset(folder), _model(folder))
-    _write_json(folder / "evaluation.json", asdict(result))
-    _write_json(folder / "metrics.json", {name: estimate.value for name, estimate in result.metrics.items()})
+    result = evaluate.fn(folder.preset, folder.dataset(), folder.model())
+    folder.write_json("evaluation.json", asdict(result))
+    folder.write_json("metrics.json", {name: estimate.value for name, estimate in result.metrics.items()})
     counts = result.confusion or ()
     rows = [(label, guess) for label, row in enumerate(counts) for guess, n in enumerate(row) for _ in range(n)]
-    _write_csv(folder / "confusion.csv", ("label", "predicted"), rows)
+    folder.write_csv("confusion.csv", ("label", "predicted"), rows)
 
 
-def _register(preset: Preset, folder: Path) -> None:
+def _register(folder: _Folder) -> None:
     from tasks.register import register
 
-    evaluation = _read(folder / "evaluation.json", Evaluation)
-    version = register.fn(preset, _dataset(folder), _model(folder), evaluation)
+    model = folder.model()
+    version = register.fn(folder.preset, folder.dataset(), model, folder.read("evaluation.json", Evaluation))
     fixed = {"name": version.name, "run_key": version.run_key, "weights_sha256": version.weights_sha256}
-    _write_json(folder / "registration.json", fixed)
+    folder.write_json("registration.json", fixed)
 
 
-STAGES: dict[str, Callable[[Preset, Path], None]] = {
+STAGES: dict[str, Callable[[_Folder], None]] = {
     "shard": _shard,
     "train": _train,
     "evaluate": _evaluate,
     "register": _register,
 }
-
-
-def _dataset(folder: Path) -> Dataset:
-    return _read(folder / "dataset.json", Dataset)
-
-
-def _model(folder: Path) -> TrainedModel:
-    return _read(folder / "model.json", TrainedModel)
-
-
-def _read(path: Path, kind: type[Result]) -> Result:
-    if not path.is_file():
-        raise UserError(f"{path} does not exist: run the stage before this one first")
-    try:
-        return parse(kind, json.loads(path.read_text()))
-    except (ValueError, DamagedError) as error:
-        raise UserError(f"{path} is not what a stage leaves there: run the stage before this one again") from error
-
-
-def _write_json(path: Path, document: Any) -> None:
-    write_whole(path, json.dumps(document, indent=1, sort_keys=True) + "\n")
-
-
-def _write_csv(path: Path, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
-    text = io.StringIO(newline="")
-    csv.writer(text, lineterminator="\n").writerows([columns, *rows])
-    write_whole(path, text.getvalue())
 
 
 class _LiveHandler(logging.StreamHandler[TextIO]):

@@ -21,7 +21,7 @@ class Nodes:
         self._launcher = launcher
         self._key = key
         self._states = ""
-        self._offsets = {path: path.stat().st_size for path in launcher.logs(key)}
+        self._offsets = {path: _num_bytes(path) for path in launcher.logs(key)}
 
     def show(self, status: JobStatus | None) -> None:
         """What is new."""
@@ -35,7 +35,7 @@ class Nodes:
 
     def _new_lines(self, path: Path) -> list[str]:
         """Whole lines; one that is still being written is left for the next time."""
-        size = path.stat().st_size
+        size = _num_bytes(path)
         offset = max(self._offsets.get(path, 0), size - MAX_BYTES_AT_ONCE)
         if offset >= size:
             return []
@@ -45,6 +45,10 @@ class Nodes:
         whole = written[: written.rfind(b"\n") + 1]
         self._offsets[path] = offset + len(whole)
         return whole.decode(errors="replace").splitlines()
+
+
+def _num_bytes(path: Path) -> int:
+    return path.stat().st_size if path.exists() else 0
 
 
 def describe(status: JobStatus | None) -> str:

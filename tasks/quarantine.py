@@ -33,8 +33,11 @@ def trained(
         try:
             return dataset, train(dataset)
         except DeterministicError as error:
-            if not quarantine or not error.records:
+            if not error.records:
                 raise
+            if not quarantine:
+                hint = f"{error}. Mend the data, or go on without: --quarantine"
+                raise DeterministicError(hint, records=error.records) from error
             num_quarantined += len(error.records)
             _require_few(preset, num_quarantined, error)
             _withdraw(dataset, error)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from contextlib import suppress
 from dataclasses import asdict
 from typing import Any
 
@@ -115,7 +116,7 @@ def train(preset: Preset, dataset: Dataset, *, owner: str | None = None, fresh: 
     except DamagedError:
         distrust(store, dataset.name)  # the next run looks at every shard again, and repairs from the source
         raise
-    except (errors.UnbrokenError, SystemExit):  # unless it has failed for good, the engine trains on for a retry
+    except (Exception, SystemExit):  # unless it has failed for good, the engine trains on for a retry
         raise
     except BaseException:  # Ctrl-C or a cancelled flow run; kill -9 does not come by here, and the engine trains on
         _cancel(launcher, run, record)
@@ -207,10 +208,17 @@ def _follow(follower: Follower, forwarder: Forwarder, launcher: Launcher, pulse:
     next_line = 0.0
     maybe_deadline: float | None = None
     while True:
-        pulse.beat()
         status = launcher.find(key)  # before the record: a job that ended by now has left its result there
         nodes.show(status)
-        record, events = follower.look()
+        try:
+            pulse.beat()
+            record, events = follower.look()
+        except InfrastructureError as error:
+            if status is None or status.state is JobState.ENDED:
+                raise
+            log.warning("the run goes on, and nobody sees it: %s", error)
+            time.sleep(LOOK_SECONDS)
+            continue
         for event in events:
             if event.kind == "attempt" and event.values.get("source", "start") != "start":
                 log.info(_resumption(event))
@@ -238,7 +246,8 @@ def _follow(follower: Follower, forwarder: Forwarder, launcher: Launcher, pulse:
                 f"the engine's job ended without a result: see {', '.join(str(path) for path in launcher.logs(key))}"
             )
         if is_told:
-            follower.keep_bookmark()
+            with suppress(InfrastructureError):  # a later look keeps it
+                follower.keep_bookmark()
         time.sleep(LOOK_SECONDS)
 
 

@@ -6,11 +6,11 @@ import math
 import os
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
-from uuid import UUID
+from uuid import UUID, uuid4
 
 from flows.cli.output import LiveLine
 from flows.deployments import deployment_of
@@ -43,12 +43,12 @@ def follow_deployment(config: Preset, parameters: Mapping[str, Any], *, queue: s
     Raises the error that the flow ended with, or `CancelledError`.
     """
     settings, store = open_stack()
-    from httpx import ConnectError
+    from httpx import HTTPError
     from prefect.client.orchestration import get_client
 
     try:
         with get_client(sync_client=True) as client:
-            run = _start(client, parameters, queue)
+            run = _asked_again(lambda asked: _start(client, parameters, queue, asked))
             if not quiet:
                 print(f"flow run {run.name}  {settings.prefect_ui_url}/runs/flow-run/{run.id}", flush=True)
             watcher = _Watcher(client, store, config, quiet=quiet)
@@ -57,18 +57,36 @@ def follow_deployment(config: Preset, parameters: Mapping[str, Any], *, queue: s
             except KeyboardInterrupt:
                 final = _cancel(client, watcher, run.id)
             return _conclude(final, quiet=quiet)
-    except ConnectError as error:
+    except HTTPError as error:
         raise InfrastructureError(
-            f"Prefect does not answer at {settings.prefect_api_url}: see `unbroken status`"
+            f"Prefect does not answer at {settings.prefect_api_url} ({error}): see `unbroken status`"
         ) from error
 
 
-def _start(client: SyncPrefectClient, parameters: Mapping[str, Any], queue: str) -> FlowRun:
+def _asked_again(start: Callable[[str], FlowRun]) -> FlowRun:
+    """Until Prefect has taken it, or has been away for too long. Whatever of it arrived, it is one flow run: `start`
+    names it by the text that it is given."""
+    from httpx import ConnectError, HTTPError, HTTPStatusError
+
+    asked, deadline = uuid4().hex, time.monotonic() + AWAY_SECONDS
+    while True:
+        try:
+            return start(asked)
+        except HTTPError as error:
+            is_refused = isinstance(error, HTTPStatusError) and error.response.status_code < 500
+            if is_refused or isinstance(error, ConnectError) or time.monotonic() > deadline:
+                raise
+            print(f"Prefect does not answer, and is asked again: {error}", file=sys.stderr, flush=True)
+            time.sleep(POLL_SECONDS)
+
+
+def _start(client: SyncPrefectClient, parameters: Mapping[str, Any], queue: str, asked: str) -> FlowRun:
     deployment = deployment_of(client, parameters["preset"])
     mine = {name: value for name, value in os.environ.items() if name.startswith("UNBROKEN_S3_")}
     return client.create_flow_run_from_deployment(
         deployment.id,
         parameters=dict(parameters),
+        idempotency_key=asked,
         work_queue_name=queue,
         job_variables={"env": mine} if mine else None,  # the flow looks where this command looks
     )

@@ -54,8 +54,12 @@ def status(*, json: Json = False) -> None:
             ["service", "state", "healthy", "url", "log"],
             [[s.name, s.state, "yes" if s.healthy else "no", s.url, s.log] for s in found],
         )
-    if not all(service.healthy for service in found):
-        raise InfrastructureError("the stack is not well: start it with `unbroken up` (or `make up`)")
+    ill = [service.name for service in found if not service.healthy]
+    if ill:
+        raise InfrastructureError(
+            f"not well: {', '.join(ill)}. What has died is started again by itself, within a minute or so; what stays"
+            " away tells why in its log; what is stopped is started by `unbroken up` (or `make up`)"
+        )
 
 
 def doctor(what: Literal["machine", "slurm"] = "machine", /, *, json: Json = False) -> None:

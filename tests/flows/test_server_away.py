@@ -8,15 +8,16 @@ from typing import Any, cast
 
 import pytest
 from botocore.exceptions import EndpointConnectionError
-from httpx import ConnectError
+from httpx import ConnectError, HTTPStatusError, Request, Response
 from prefect.client.orchestration import SyncPrefectClient
 from prefect.client.schemas.objects import FlowRun
 from prefect.states import Completed, Crashed
 
+from flows import publish
 from flows.cli import follow
 from infra.local.ports import free_port
 from tasks import policy
-from training.config import load_preset
+from training.config import Preset, load_preset
 from training.errors import InfrastructureError
 
 
@@ -71,6 +72,57 @@ def test_command_gives_up_if_the_server_stays_away(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(follow, "AWAY_SECONDS", 0.0)
     with pytest.raises(ConnectError):
         watcher(AwayAtFirst(1000)).until_over(uuid.uuid4())
+
+
+class StarterBehind503:
+    """Prefect answers with an error of its own at first, be it that it took the flow run."""
+
+    def __init__(self, *codes: int) -> None:
+        self.codes = list(codes)
+        self.asked: list[str] = []
+
+    def __call__(self, asked: str) -> FlowRun:
+        self.asked.append(asked)
+        if self.codes:
+            response = Response(self.codes.pop(0), request=Request("POST", "http://prefect/api"))
+            raise HTTPStatusError("an answer", request=response.request, response=response)
+        return FlowRun(flow_id=uuid.uuid4())
+
+
+@pytest.mark.usefixtures("no_pauses")
+def test_starting_is_tried_again_as_one_flow_run(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    start = StarterBehind503(503, 500)
+    follow._asked_again(start)
+    assert len(start.asked) == 3
+    assert len(set(start.asked)) == 1
+    assert capsys.readouterr().err.count("is asked again") == 2
+
+    refused = StarterBehind503(422)
+    with pytest.raises(HTTPStatusError):
+        follow._asked_again(refused)
+    assert len(refused.asked) == 1
+    monkeypatch.setattr(follow, "AWAY_SECONDS", 0.0)
+    with pytest.raises(HTTPStatusError):
+        follow._asked_again(StarterBehind503(*[503] * 1000))
+
+
+def test_an_alias_is_resolved_once_per_flow_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its own registration moves it, and a resumed flow is still the same."""
+    labels: dict[str, str] = {}
+    versions = iter("12")
+    monkeypatch.setattr(publish, "_flow_run", lambda: FlowRun(flow_id=uuid.uuid4(), labels=dict(labels)))
+    monkeypatch.setattr(publish, "_label", labels.__setitem__)
+    monkeypatch.setattr(publish, "pinned", lambda settings, preset: with_start(f"digits/{next(versions)}"))
+    for _ in range(2):
+        found = publish.pinned_once(cast(Any, None), with_start("digits@champion"))
+        assert found.train.warm_start == "digits/1"
+    assert publish.pinned_once(cast(Any, None), load_preset("digits")) == load_preset("digits")
+
+
+def with_start(text: str) -> Preset:
+    return load_preset("digits", {"train.warm_start": text})
 
 
 def test_each_crash_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:

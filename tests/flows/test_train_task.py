@@ -24,9 +24,10 @@ from training.config import load_preset
 from training.environment import fingerprint
 from training.errors import CancelledError, InfrastructureError, UserError
 from training.runs.events import Event
-from training.runs.record import CheckpointRef, Failure, Record, RunRecord, start_fresh
+from training.runs.record import CheckpointRef, Failure, Record, Result, RunRecord, start_fresh
 from training.s3.objectstore import Store
 
+RESULT = Result(step=1, weights_sha256="w", state_sha256="s", checkpoint=CheckpointRef(step=1, token=1, sha256=""))
 DATASET = Dataset(name="digits", digest="", num_train_samples=1, num_test_samples=1, num_shards=2, num_bytes=2)
 
 
@@ -158,6 +159,32 @@ def test_gang_that_is_not_whole_any_more_is_ended_and_named(run: RunRecord) -> N
     with pytest.raises(InfrastructureError, match=r"without a result: see node0\.log"):
         follow(run, engine, forwarder)
     assert (engine.reaped, engine.cancelled, forwarder.closed) == ([run.run_key], [], ["FAILED"])
+
+
+class AwayForAWhile(Follower):
+    """As if the store did not answer at first."""
+
+    num_left = 3
+
+    def look(self) -> tuple[Record, list[Event]]:
+        if self.num_left:
+            self.num_left -= 1
+            raise InfrastructureError("the store is away")
+        return super().look()
+
+    def keep_bookmark(self) -> None:
+        raise InfrastructureError("the store is away again")
+
+
+def test_a_store_that_is_away_ends_no_follower_of_a_job_that_runs(run: RunRecord) -> None:
+    run.update(lambda record: replace(record, result=RESULT))
+    follower = AwayForAWhile(run, generation=0, num_steps=1)
+    followed = (FakeForwarder(), FakeEngine(RUNNING), Pulse(run.store, run.read()), run.run_key)
+    assert stage._follow(follower, *followed).result == RESULT  # type: ignore[arg-type]
+    assert follower.num_left == 0
+
+    with pytest.raises(InfrastructureError, match="the store is away"):
+        stage._follow(AwayForAWhile(run, generation=0, num_steps=1), followed[0], FakeEngine(ENDED), *followed[2:])  # type: ignore[arg-type]
 
 
 def test_run_that_was_given_up_is_not_shown_as_running(run: RunRecord) -> None:

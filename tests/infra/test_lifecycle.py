@@ -51,7 +51,7 @@ def test_stack_dies_and_comes_back_with_its_data(home: Path, monkeypatch: pytest
     orphan = service_pid(home, f"{JOB}:node0")
 
     _kill_all_but(home, orphan)
-    assert _unbroken("status", expect=3).stderr.strip().endswith("start it with `unbroken up` (or `make up`)")
+    assert _unbroken("status", expect=3).stderr.strip().endswith("started by `unbroken up` (or `make up`)")
     assert is_alive(orphan), "its supervisor is dead, and it lives"
 
     told = _unbroken("up").stderr

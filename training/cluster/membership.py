@@ -9,7 +9,7 @@ import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from training.runs.failures import FOR_GOOD, MAX_ALIKE, PREEMPTION, class_of
+from training.runs.failures import CRASHED, FOR_GOOD, MAX_ALIKE, NOT_FOUND, PREEMPTION, class_of
 from training.runs.record import Departure, Failure, Member, Record
 
 
@@ -89,7 +89,8 @@ def failure_to_report(record: Record, latest: Departure, *, max_restarts: int) -
     most = MAX_ALIKE.get(latest.class_name)
     if most is not None and len({d.token for d in same}) >= most:
         times = {2: "twice", 3: "three times"}[most]
-        return Failure(kind=policy.kind, message=f"{times} the same failure at step {latest.step}: {latest.cause}")
+        about = f"{times} the same failure at step {latest.step}: {latest.cause}"
+        return Failure(kind=policy.kind, message=f"{about}{NOT_FOUND if latest.class_name == CRASHED else ''}")
     newest = record.checkpoints[-1].token if record.checkpoints else 0
     since = [d for d in counting if d.token > newest]
     alike = {d.token for d in since if class_of(d.class_name) is policy}

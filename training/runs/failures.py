@@ -42,6 +42,11 @@ OUT_OF_MEMORY = FailureClass(
 )
 
 CRASHED = "Crashed"
+NOT_FOUND = (
+    ". Replays before the last time died of no record, or had too little time: half of"
+    " launch.collective_timeout_seconds, of which a slow machine needs more"
+)
+"""Of a worker that died of itself, and nobody saw why."""
 CLASSES: Mapping[str, FailureClass] = {
     "InfrastructureError": INFRASTRUCTURE,
     "FencedError": INFRASTRUCTURE,
