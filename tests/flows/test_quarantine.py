@@ -174,7 +174,8 @@ def test_no_more_records_are_left_out_than_allowed(stack: Stack, dataset: Datase
 
 
 def test_nothing_is_left_out_unasked_or_for_a_failure_of_no_record(stack: Stack, dataset: Dataset) -> None:
-    assert str(attempt(dataset, failing_by(("0.csv:1",)), quarantine=False)) == "it fails"
+    said = str(attempt(dataset, failing_by(("0.csv:1",)), quarantine=False))
+    assert said == "it fails. Mend the data, or go on without: --quarantine"
     assert str(attempt(dataset, failing_by(), quarantine=True)) == "it fails"
     assert quarantined_records(stack.store, dataset.name) == []
     assert not json.dumps(quarantined_records(stack.store, "no such dataset")).strip("[]")
