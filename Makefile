@@ -54,6 +54,7 @@ bench: install ## Data, training, checkpoints, recovery and the chain beside oth
 	$(BIN)/python -m benchmarks.recovery
 	$(BIN)/python -m benchmarks.recovery.kills
 	$(BIN)/python -m benchmarks.recovery.goodput
+	$(BIN)/python -m benchmarks.scale
 	$(BIN)/unbroken up && $(BIN)/python -m benchmarks.orchestration
 
 screenshots: install ## Take the README's screenshots with a headless Chromium

@@ -1,0 +1,1 @@
+"""What one run costs by its number of nodes, and where it stops (docs/scale.md)."""
