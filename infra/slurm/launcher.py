@@ -75,8 +75,10 @@ class SlurmLauncher:
         """Nothing: a node's processes end with its job, and `ENDED` says that none is left."""
 
     def cancel(self, key: str) -> None:
-        change_claim(self._store, key, lambda claim: Claim(generation=claim.generation))
-        self._end_all(key)
+        try:
+            change_claim(self._store, key, lambda claim: Claim(generation=claim.generation))
+        finally:  # also while the store is away: who waits in the queue then finds an array that is not there
+            self._end_all(key)
 
     def tasks(self, key: str) -> list[Task]:
         """All that the queue has of a run, the claim's array or not."""

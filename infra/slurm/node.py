@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import psutil
 
@@ -21,9 +22,12 @@ from infra.restarts import EXIT_GIVEN_UP, FINAL_CODES, NUM_STARTS_BEFORE_GIVING_
 from infra.slurm.claims import read_claim
 from infra.slurm.commands import Commands
 from training.cluster.agent import EXIT_PREEMPTED
+from training.errors import InfrastructureError
 from training.runs.job import location_from
 from training.s3.objectstore import Store
 
+T = TypeVar("T")
+PATIENCE_SECONDS, PAUSE_SECONDS = 600.0, 2.0
 COMMANDS = "UNBROKEN_SLURM_COMMANDS"
 """The folder of Slurm's commands on the nodes, if they are not on PATH."""
 
@@ -34,7 +38,8 @@ def main() -> None:
     job_id, node = os.environ["SLURM_ARRAY_JOB_ID"], os.environ["SLURM_ARRAY_TASK_ID"]
     location = location_from(os.environ)
     assert location is not None, "whoever submits says where the store is"
-    claim = read_claim(Store(location), key)
+    store = Store(location)
+    claim = patiently(lambda: read_claim(store, key))
     if claim.job_id != job_id:
         ours = f"job {claim.job_id} trains it" if claim.job_id else "it was cancelled"
         _say(f"job {job_id} has nothing to do for run {key[:12]}: {ours}")
@@ -42,7 +47,8 @@ def main() -> None:
     commands = Commands(folder=Path(os.environ[COMMANDS]) if COMMANDS in os.environ else None)
     job = Job(commands=commands, name=f"{job_id}_{node}")
     command = [part.replace("{node}", node) for part in command]
-    code = Keeper(command=command, environment=_place(commands), is_cancelled=job.is_cancelled).run()
+    place = patiently(lambda: place_of(commands, os.environ["SLURMD_NODENAME"]))
+    code = Keeper(command=command, environment=place, is_cancelled=job.is_cancelled).run()
     if code == EXIT_PREEMPTED and not job.is_cancelled():
         job.requeue()
     sys.exit(code)
@@ -56,14 +62,19 @@ class Job:
     name: str
 
     def is_cancelled(self) -> bool:
-        """By somebody who wants no more of it. Else its node is wanted for another, or its time is up."""
-        words = self.commands.run("scontrol", "--oneliner", "show", "job", self.name).split()
+        """By somebody who wants no more of it. Else its node is wanted for another, or its time is up; or nobody knows,
+        and then a last checkpoint does no harm."""
+        try:
+            words = self.commands.run("scontrol", "--oneliner", "show", "job", self.name).split()
+        except InfrastructureError as error:
+            _say(str(error))
+            return False
         return "JobState=RUNNING" not in words and "Reason=TimeLimit" not in words
 
     def requeue(self) -> None:
         """By itself: what ends within the grace time that Slurm gives counts as failed, and is not requeued."""
         _say(f"preempted: job {self.name} is requeued")
-        self.commands.run("scontrol", "requeue", self.name)
+        patiently(lambda: self.commands.run("scontrol", "requeue", self.name))
 
 
 class Keeper:
@@ -109,14 +120,28 @@ class Keeper:
             stop()
 
 
-def _place(commands: Commands) -> dict[str, str]:
+def place_of(commands: Commands, node: str) -> dict[str, str]:
     """Where the other nodes reach this one: the address that Slurm knows it by, and the interface that has it."""
-    about = commands.run("scontrol", "--oneliner", "show", "node", os.environ["SLURMD_NODENAME"])
+    about = commands.run("scontrol", "--oneliner", "show", "node", node)
     named = next(word for word in about.split() if word.startswith("NodeAddr=")).removeprefix("NodeAddr=")
     address = socket.gethostbyname(named)
     interfaces = psutil.net_if_addrs().items()
     interface = next(name for name, found in interfaces if any(entry.address == address for entry in found))
     return {"UNBROKEN_NODE_ADDRESS": address, "GLOO_SOCKET_IFNAME": interface, "NCCL_SOCKET_IFNAME": interface}
+
+
+def patiently(ask: Callable[[], T]) -> T:
+    """The controller or the store may be away just now, and what ends for that is not started again. Raises
+    `InfrastructureError` if it stays away."""
+    deadline = time.monotonic() + PATIENCE_SECONDS
+    while True:
+        try:
+            return ask()
+        except InfrastructureError as error:
+            if time.monotonic() > deadline:
+                raise
+            _say(str(error))
+            time.sleep(PAUSE_SECONDS)
 
 
 def _say(words: str) -> None:
