@@ -24,6 +24,8 @@ from tests.waiting import wait_until
 
 COMMANDS = {"slurmctld": "slurmctld", "slurmd": "slurmd", "sbatch": "slurm-client", "munged": "munge"}
 CLIENTS = ("sbatch", "scancel", "scontrol", "sinfo", "squeue")
+CONFIGURATION = Path("/etc/slurm")
+"""Where Slurm's commands look, and each host finds the cluster's."""
 FAKE_GPU = os.makedev(1, 3)
 """/dev/null's: Slurm wants a character device."""
 
@@ -135,7 +137,7 @@ class SlurmCluster:
 
     def _daemon(self, host: Host, name: str, command: str, log: str) -> subprocess.Popen[str]:
         """In the foreground, on a host that has a name of its own, and finds Slurm's configuration where it looks."""
-        prepare = f"hostname {name}; mount --bind {self.folder}/etc /etc/slurm"
+        prepare = f"hostname {name}; mount --bind {self.folder}/etc {CONFIGURATION}"
         with open(log, "a") as file:
             return host.start(["unshare", "--uts", "sh", "-c", f"{prepare}; exec {command}"], stdout=file, stderr=file)
 
@@ -239,6 +241,10 @@ class SlurmCluster:
 
 def require_slurm() -> None:
     """Skips the test, with the reason, where no cluster can be."""
-    missing = [f"{name} (package {package})" for name, package in COMMANDS.items() if shutil.which(name) is None]
+    missing = [
+        f"command {name} (package {package})" for name, package in COMMANDS.items() if shutil.which(name) is None
+    ]
+    if not CONFIGURATION.is_dir():
+        missing.append(f"folder {CONFIGURATION} (package slurm-client)")
     if missing:
-        pytest.skip(f"no command {', '.join(missing)}")
+        pytest.skip(f"no {', '.join(missing)}")
