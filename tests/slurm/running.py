@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
+from statistics import median
+from typing import Any
 
 from infra.launcher import JobSpec, JobState, Needs
 from infra.slurm.launcher import SlurmLauncher
@@ -145,3 +147,8 @@ def require_same(run: Run, calm: Run) -> None:
     status = run.launcher.find(run.key)
     assert status is not None
     assert status.state is JobState.ENDED
+
+
+def medians(rows: list[dict[str, float]]) -> dict[str, Any]:
+    """Of each number: the median, and all of them."""
+    return {name: {"median": median(row[name] for row in rows), "all": [row[name] for row in rows]} for name in rows[0]}
