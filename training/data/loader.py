@@ -38,7 +38,7 @@ class Feed:
 
     def microbatches(self, *, workers: Sequence[int], step: int) -> Iterator[Microbatch]:
         """Of the virtual workers `workers`, from `step` to the run's end, in the order of (step, worker)."""
-        num_processes = _even_divisor(len(workers), at_most=self.preset.launch.data_workers)
+        num_processes = min(len(workers), self.preset.launch.data_workers)
         if num_processes == 0:
             return begun(lambda: self._stream(workers, step))
         loader = DataLoader(
@@ -48,7 +48,7 @@ class Feed:
             multiprocessing_context=_fork_server(),
             generator=torch.Generator(),  # else it draws from the one that the model's dropout draws from
         )
-        return _received(loader)
+        return _in_order(_received(loader), len(workers), num_processes)
 
     def held_out(self) -> Reader:
         """The samples of the test split."""
@@ -88,7 +88,18 @@ class _Failed:
     error: UnbrokenError
 
 
-def _received(loader: Iterable[Microbatch | _Failed]) -> Iterator[Microbatch]:
+Share = tuple[Microbatch, ...]
+"""Of one process in one step."""
+
+
+def _in_order(shares: Iterator[Share], num_workers: int, num_processes: int) -> Iterator[Microbatch]:
+    """The processes take turns, in each step."""
+    while step := list(islice(shares, num_processes)):
+        for number in range(num_workers):
+            yield step[number % num_processes][number // num_processes]
+
+
+def _received(loader: Iterable[Share | _Failed]) -> Iterator[Share]:
     items = iter(loader)
     while True:
         try:
@@ -108,8 +119,8 @@ def _reason(error: RuntimeError, items: Any) -> Exception:
     return ReaderDiedError(codes[0]) if codes else error
 
 
-class _FeedDataset(IterableDataset["Microbatch | _Failed"]):
-    """The share of one DataLoader process: every n-th virtual worker, which is every n-th microbatch."""
+class _FeedDataset(IterableDataset["Share | _Failed"]):
+    """The share of one DataLoader process: every n-th virtual worker. So a shard is fetched by one process."""
 
     def __init__(self, feed: Feed, workers: Sequence[int], step: int) -> None:
         self._feed = feed
@@ -117,13 +128,16 @@ class _FeedDataset(IterableDataset["Microbatch | _Failed"]):
         self._step = step
         self._rank_pid = os.getpid()
 
-    def __iter__(self) -> Iterator[Microbatch | _Failed]:
+    def __iter__(self) -> Iterator[Share | _Failed]:
         die_after(self._rank_pid)
         torch.set_num_threads(1)
         info = get_worker_info()
         assert info is not None
+        workers = self._workers[info.id :: info.num_workers]
         try:
-            yield from self._feed._stream(self._workers[info.id :: info.num_workers], self._step)
+            microbatches = iter(self._feed._stream(workers, self._step))
+            while share := tuple(islice(microbatches, len(workers))):
+                yield share
         except UnbrokenError as error:
             yield _Failed(error)
 
@@ -133,11 +147,3 @@ def _fork_server() -> BaseContext:
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__])
     return context
-
-
-def _even_divisor(num_workers: int, *, at_most: int) -> int:
-    """The greatest number of processes that gives each the same virtual workers in every step.
-
-    So a shard is fetched by one process, and the processes' turns give the microbatches in their order.
-    """
-    return max((n for n in range(1, at_most + 1) if num_workers % n == 0), default=0)
