@@ -28,12 +28,12 @@ class Bookmark:
     step: int = 0
     """No event before tells of a later step."""
     events: tuple[Event, ...] = ()
-    """Those before that a follower still needs: how each group began, the newest step and the newest pace."""
+    """Those before that a follower still needs: how each group began, the newest step, pace and balance."""
 
     def after(self, events: Sequence[Event], position: tuple[int, int]) -> Bookmark:
         """The place behind these events, too."""
         known = (*self.events, *events)
-        newest = {event.kind: event for event in known if event.kind in ("step", "pace")}
+        newest = {event.kind: event for event in known if event.kind in ("step", "pace", "balance")}
         return Bookmark(
             instance=self.instance,
             position=position,

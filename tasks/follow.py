@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -25,7 +25,9 @@ class Progress:
     num_ranks: int = 0
     checkpoint_step: int = 0
     slow: str = ""
-    """The node that the others wait for."""
+    """The node that the others would wait for, if all ranks had the same number of virtual workers."""
+    balance: str = ""
+    """How many virtual workers the ranks have, if not the same number."""
     trouble: str = ""
     """Why the last group of ranks ended, while the next one has done no step yet."""
 
@@ -33,7 +35,7 @@ class Progress:
         """All of it on one line."""
         loss = f"loss {self.loss:.4f}" if self.loss is not None else "starting"
         speed = f"{self.samples_per_second:,.0f} samples/s" if self.samples_per_second else "- samples/s"
-        notes = [self.slow, self.trouble and f"started again: {self.trouble}"]
+        notes = [self.slow, self.balance, self.trouble and f"started again: {self.trouble}"]
         return (
             f"step {self.step}/{self.num_steps}  {loss}  {speed}  {self.num_ranks} ranks"
             f"  checkpoint {self.checkpoint_step}{''.join(f'  {note}' for note in notes if note)}"
@@ -91,6 +93,11 @@ def _slow(maybe_straggler: Mapping[str, Any] | None) -> str:
     )
 
 
+def _shares(shares: Sequence[int]) -> str:
+    fewest, most = min(shares), max(shares)
+    return f"{fewest} to {most} virtual workers per rank" if most > fewest + 1 else ""
+
+
 def _after(progress: Progress, event: Event) -> Progress:
     changes: dict[str, object] = {}
     if event.kind == "step":
@@ -101,7 +108,9 @@ def _after(progress: Progress, event: Event) -> Progress:
     elif event.kind == "checkpoint":
         changes = {"checkpoint_step": event.step}
     elif event.kind == "attempt":
-        changes = {"num_ranks": event.values["world_size"], "step": event.step, "slow": ""}
+        changes = {"num_ranks": event.values["world_size"], "step": event.step, "slow": "", "balance": ""}
     elif event.kind == "pace":
         changes = {"slow": _slow(event.values["straggler"])}
+    elif event.kind == "balance":
+        changes = {"balance": _shares(event.values["shares"])}
     return Progress(**{**vars(progress), **changes})

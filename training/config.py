@@ -143,6 +143,9 @@ class LaunchConfig:
     grace_seconds: float = 10.0
     """What a preempted node takes at most for a last checkpoint."""
     collective_timeout_seconds: int = 60
+    balance_seconds: float = 5.0
+    """Ranks of different speed get virtual workers in proportion: over so many seconds their paces are compared before
+    that changes. 0: all have the same number."""
     max_restarts: int = 20
     keep_spares: bool = False
     """For each rank of a node, one more process that has made its model and takes the place of one that dies at once.
@@ -168,6 +171,7 @@ class LaunchConfig:
         _require(self.grace_seconds >= 0, "launch.grace_seconds", "must not be negative")
         _require(self.processes_per_node >= 1, "launch.processes_per_node", "must be at least 1")
         _require(self.collective_timeout_seconds >= 5, "launch.collective_timeout_seconds", "must be at least 5")
+        _require(self.balance_seconds >= 0, "launch.balance_seconds", "must not be negative (0: never)")
         _require(self.max_restarts >= 0, "launch.max_restarts", "must not be negative")
         _require(self.max_quarantined >= 0, "launch.max_quarantined", "must not be negative")
         _require(self.data_workers >= 0, "launch.data_workers", "must not be negative")

@@ -12,9 +12,10 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from training.arithmetic.balance import Balance, ranges
 from training.arithmetic.collectives import is_of_lost_peer, of_all_ranks
 from training.arithmetic.exact import ExactReducer
-from training.arithmetic.extras import NO_WORDS, Control, Extras
+from training.arithmetic.extras import NUM_CONTROL_WORDS, Control, Extras
 from training.arithmetic.fast import FastReducer
 from training.arithmetic.objective import Objective, fill_new_memory, recipe_errors, seed_streams, stream_seed
 from training.arithmetic.validation import HeldOut, validate
@@ -125,6 +126,12 @@ class Trainer:
         self.explainer = Explainer(recipe, preset, feed, handover=self.handover, device=rank.device)
         self.state = state or self.new_state()
         self.pace = Pace()
+        self.balance = Balance(
+            preset.train.virtual_workers,
+            rank=rank.rank,
+            world_size=rank.world_size,
+            over_seconds=preset.launch.balance_seconds if self._knows_its_pace else 0.0,
+        )
         self._maybe_crashes = crashes
         self._maybe_suspect_step = crash_to_explain(record)
         """After which ranks died twice alike."""
@@ -140,22 +147,24 @@ class Trainer:
     def new_state(self) -> TrainState:
         return TrainState(self.recipe, seed=self.preset.seed, device=self.rank.device)
 
+    @property
+    def _knows_its_pace(self) -> bool:
+        """Whether a rank waits for others only after its virtual workers: DistributedDataParallel waits as it goes
+        back, and a GPU may still be at work when its process waits."""
+        return self.preset.train.mode == "exact" and self.rank.device.type == "cpu"
+
     @cached_property
     def extras(self) -> Extras:
-        return Extras(self.state.model)
+        return Extras(self.state.model, num_words=NUM_CONTROL_WORDS + self.balance.num_words)
 
     @cached_property
     def reducer(self) -> Reducer:
         train = self.preset.train
         objective = Objective(self.recipe, self.state.model, precision=train.precision)
-        group = {
-            "virtual_workers": train.virtual_workers,
-            "rank": self.rank.rank,
-            "world_size": self.rank.world_size,
-        }
+        owned, rank = ranges(self.balance.shares), self.rank.rank
         if train.mode == "fast":
-            return FastReducer(objective, **group)
-        return ExactReducer(objective, num_extras=self.extras.num_elements, **group)
+            return FastReducer(objective, ranges=owned, rank=rank)
+        return ExactReducer(objective, num_extras=self.extras.num_elements, ranges=owned, rank=rank)
 
     def train(self) -> None:
         """Resume, step to the end, checkpoint on the way, and commit the result."""
@@ -258,6 +267,7 @@ class Trainer:
         self.hold_buffers()
         for worker in self.reducer.owned:
             self.virtual_worker_step(worker)
+        workers_seconds = time.monotonic() - started - (self.handover.waited_seconds - waited)
         with self.handover.waiting():
             total = self.reduce()
         with self.handover.update():
@@ -266,7 +276,10 @@ class Trainer:
             self.extras.release()
         self.handover.forget(outcome.control.committed_step)
         outcome = replace(outcome, validation=self.maybe_validate())
-        self.pace.add(time.monotonic() - started - (self.handover.waited_seconds - waited))
+        fixed_seconds = time.monotonic() - started - (self.handover.waited_seconds - waited) - workers_seconds
+        self.pace.add(fixed_seconds + workers_seconds / self.balance.own_part)
+        self.balance.hear(self.extras.other_words(total))
+        self.balance.note(fixed_seconds, workers_seconds)
         return outcome
 
     def reduce(self) -> Tensor:
@@ -282,10 +295,14 @@ class Trainer:
         """After `GroupOver`: the state is whole, and may be trained further in another group by another Trainer."""
         with self.handover.standstill():
             self.extras.take_back()
-        self.reducer.close()
+        self.lay_down_workers()
         self.checkpoints.abandon()
         if self.maybe_events is not None:
             self.maybe_events.abandon()
+
+    def lay_down_workers(self) -> None:
+        """No more of what has been begun for this rank's virtual workers."""
+        self.reducer.close()
         if isinstance(self._maybe_microbatches, Generator):
             beside(self._maybe_microbatches.close)  # its threads may be busy
 
@@ -334,9 +351,22 @@ class Trainer:
             self.checkpoints.save_in_time(self.state, end, is_begun=control.checkpoint)
         if control.regroup or control.checkpoint_and_regroup:
             raise GroupEnded
+        self.rebalance()
+
+    def rebalance(self) -> None:
+        """Compute other virtual workers from here on, if the ranks' paces say so. All do so after the same step."""
+        maybe_change = self.balance.maybe_change()
+        if maybe_change is None:
+            return
+        seconds = [each for _, each in maybe_change.seconds.tolist()]
+        self.emit("balance", shares=maybe_change.shares, before=maybe_change.before, worker_seconds=seconds)
+        self.lay_down_workers()
+        del self.reducer  # another is made when it is asked for
+        self.begin_reading(self.state.step)
 
     def compare_pace(self) -> None:
-        """Since the last time: how long a step took each rank without waiting, and who kept the others waiting."""
+        """Since the last time: how long a step takes each rank without waiting, if it has as many virtual workers as
+        the others, and who is slow."""
         with self.handover.waiting():
             mine = torch.tensor([self.pace.take_median()], dtype=torch.float64)
             outside: list[float] = of_all_ranks(mine.to(self.rank.device)).flatten().tolist()
@@ -392,7 +422,7 @@ class Trainer:
                         f"step {self.state.step + 1}, virtual worker {worker}: the loss is {value};"
                         f" samples {', '.join(ids[:8])}{', …' if len(ids) > 8 else ''}"
                     )
-                words = self.wishes().words() if worker == self.reducer.owned[-1] else NO_WORDS
+                words = [*self.wishes().words(), *self.balance.words()] if worker == self.reducer.owned[-1] else ()
                 told = self.extras.gather(loss.detach(), words, ledger.entries(worker, ids))
                 self.reducer.backward(worker, loss, told)
         except DeterministicError as error:

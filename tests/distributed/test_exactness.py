@@ -1,14 +1,17 @@
-"""One to five real ranks: the same bits in exact mode, other bits with DistributedDataParallel."""
+"""One to five real ranks: the same bits in exact mode, whoever computes what; other bits with
+DistributedDataParallel."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import pytest
 
 from tests.distributed.ranks import RankPool
-from tests.distributed.work import sum_digests, train_digests
+from tests.distributed.work import sum_digests, sum_digests_of_shares, train_digests, train_with_slow_ranks
+from training.arithmetic.balance import even_shares
 
 MAX_RANKS = 5
 SIZES = [(5, 1000), (7, 2), (8, 1001), (12, 64), (33, 5)]
@@ -36,6 +39,34 @@ def test_sums_have_the_same_bits_on_any_number_of_ranks(ranks: RankPool, bucket_
     first, *others = on_each_world(ranks, (1, 2, 3, 5), sum_digests, SIZES, bucket_bytes)
     assert all(answer == first for answer in others)
     assert len(set(first)) == len(SIZES)
+
+
+@pytest.mark.parametrize(("virtual_workers", "bucket_bytes"), [(5, 16), (6, 1 << 20), (8, 1 << 20)])
+def test_sums_have_the_same_bits_however_virtual_workers_are_shared_out(
+    ranks: RankPool, virtual_workers: int, bucket_bytes: int
+) -> None:
+    """On one to five ranks, in all ways."""
+    worlds = range(1, min(virtual_workers, MAX_RANKS) + 1)
+    answers = on_each_world(ranks, worlds, sum_digests_of_shares, virtual_workers, 9, bucket_bytes)
+    assert [len(answer) for answer in answers] == [math.comb(virtual_workers - 1, world - 1) for world in worlds]
+    assert len({digest for answer in answers for digest in answer}) == 1
+
+
+def test_slow_ranks_get_fewer_virtual_workers_and_not_a_bit_changes(ranks: RankPool) -> None:
+    """First one is slow, then another."""
+    slow_ranks = [1, 2]
+    answers = ranks.run(train_with_slow_ranks, 3, slow_ranks, 0)
+    num_steps = len(answers[0]["history"])
+    (calm,) = ranks.run(train_with_slow_ranks, 1, [], num_steps)
+    assert len(calm["history"]) == num_steps
+    for answer in answers:
+        assert (answer["state"], answer["history"]) == (calm["state"], calm["history"])
+        assert answer["shares"] == answers[0]["shares"]
+    for slow_rank, shares in zip(slow_ranks, answers[0]["shares"], strict=True):
+        assert sum(shares) == 8
+        assert shares[slow_rank] == 1 < even_shares(8, 3)[slow_rank]
+        assert answers[slow_rank]["num_slow"] > 0
+    assert sum(answer["num_computed"] for answer in answers) == 8 * num_steps, "each was computed once"
 
 
 WORKLOADS = [

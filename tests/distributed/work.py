@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from tests.unit.odd_recipes import Odd
+from tests.unit.shares import all_shares
 from tests.unit.tiny import MemoryReader, Tiny, make_trainer, tiny_preset, tiny_reader
+from training.arithmetic.balance import Shares, even_shares, ranges
 from training.arithmetic.exact import ExactReducer
 from training.checkpoints.state import tensors_sha256
 from training.config import EvaluateConfig, LaunchConfig, Preset, load_preset
@@ -19,6 +22,8 @@ from training.loop import Trainer
 from training.recipe import Recipe
 from training.recipes.digits import Digits
 from training.recipes.stdlib import ByteTransformer
+
+SLOW_SECONDS = 0.03
 
 
 class Gives(nn.Module):
@@ -41,26 +46,35 @@ def wild_leaf(seed: int, leaf: int, num_elements: int) -> Tensor:
 
 def sum_digests(rank: int, world_size: int, sizes: list[tuple[int, int]], bucket_bytes: int) -> list[str]:
     """A digest of the mean gradient and the sum of extras for each (virtual workers, elements)."""
-    digests = []
-    for seed, (virtual_workers, num_elements) in enumerate(sizes):
-        model = nn.ModuleList([Gives(num_elements), Gives(3)])
-        reducer = ExactReducer(
-            _Both(model),
-            num_extras=2,
-            virtual_workers=virtual_workers,
-            rank=rank,
-            world_size=world_size,
-            bucket_bytes=bucket_bytes,
-        )
-        for worker in reducer.owned:
-            leaf = wild_leaf(seed, worker, num_elements + 5)
-            loss = reducer.forward(worker, {"gradient": leaf[:-5], "other": leaf[-5:-2]})
-            reducer.backward(worker, loss, leaf[-2:].clone())
-        extras = reducer.finish()
-        gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-        assert len(gradients) == 2
-        digests.append(tensors_sha256({"extras": extras, **gradients}))
-    return digests
+    return [
+        _sum_digest(rank, even_shares(virtual_workers, world_size), seed, num_elements, bucket_bytes)
+        for seed, (virtual_workers, num_elements) in enumerate(sizes)
+    ]
+
+
+def sum_digests_of_shares(
+    rank: int, world_size: int, virtual_workers: int, num_elements: int, bucket_bytes: int
+) -> list[str]:
+    """The same of one size, for all ways to share the virtual workers out."""
+    return [
+        _sum_digest(rank, shares, virtual_workers, num_elements, bucket_bytes)
+        for shares in all_shares(virtual_workers, world_size)
+    ]
+
+
+def _sum_digest(rank: int, shares: Shares, seed: int, num_elements: int, bucket_bytes: int) -> str:
+    model = nn.ModuleList([Gives(num_elements), Gives(3)])
+    reducer = ExactReducer(_Both(model), num_extras=2, ranges=ranges(shares), rank=rank, bucket_bytes=bucket_bytes)
+    for worker in reducer.owned:
+        leaf = wild_leaf(seed, worker, num_elements + 5)
+        loss = reducer.forward(worker, {"gradient": leaf[:-5], "other": leaf[-5:-2]})
+        reducer.backward(worker, loss, leaf[-2:].clone())
+    extras = reducer.finish().clone()
+    gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    assert len(gradients) == 2
+    digest = tensors_sha256({"extras": extras, **gradients})
+    reducer.close()
+    return digest
 
 
 class _Both(nn.Module):
@@ -123,4 +137,50 @@ def train_digests(
         "losses": [(outcome.loss, outcome.grad_norm) for outcome in outcomes],
         "ledger": [outcome.samples for outcome in outcomes],
         "validation": [dict(outcome.validation) for outcome in outcomes],
+    }
+
+
+@dataclass(frozen=True, kw_only=True)
+class Slowed(Tiny):
+    """Takes its time with each virtual worker."""
+
+    seconds: list[float] = field(default_factory=lambda: [0.0], compare=False)
+    """What is in here now."""
+    pauses: list[float] = field(default_factory=list, compare=False)
+    """All that were made."""
+
+    def loss(self, model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
+        time.sleep(self.seconds[0])
+        self.pauses.append(self.seconds[0])
+        return super().loss(model, batch)
+
+
+def train_with_slow_ranks(rank: int, world_size: int, slow_ranks: list[int], min_steps: int) -> dict[str, Any]:
+    """One rank is slow until it has a single virtual worker, then another, and so on; and so many steps at least."""
+    recipe = Slowed()
+    preset = tiny_preset(steps=1 << 20, batch_size=32, virtual_workers=8, checkpoint_every_steps=1 << 20)
+    preset = replace(preset, launch=LaunchConfig(nodes=1, balance_seconds=0.05))
+    trainer = make_trainer(preset=preset, recipe=recipe, rank=rank, world_size=world_size)
+    history: list[tuple[float, float, str]] = []
+    shares: list[Shares] = []
+
+    def step() -> None:
+        outcome = trainer.train_step()
+        history.append((outcome.loss, outcome.grad_norm, outcome.samples))
+        trainer.after_step(outcome.control)
+
+    for slow_rank in slow_ranks:
+        recipe.seconds[0] = SLOW_SECONDS if rank == slow_rank else SLOW_SECONDS / 10
+        while trainer.balance.shares[slow_rank] > 1:
+            step()
+        shares.append(trainer.balance.shares)
+    recipe.seconds[0] = 0.0
+    while len(history) < min_steps:
+        step()
+    return {
+        "state": trainer.state.state_sha256(),
+        "history": history,
+        "shares": shares,
+        "num_slow": recipe.pauses.count(SLOW_SECONDS),
+        "num_computed": len(recipe.pauses),
     }

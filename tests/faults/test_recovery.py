@@ -63,6 +63,7 @@ def begin(store: Store, cluster: Cluster, folder: Path, *, num_nodes: int = 3) -
         silence_seconds=2.0,
         hang_seconds=2.0,
         join_seconds=60.0,
+        balance_seconds=1.0,
     )
 
 
@@ -170,12 +171,15 @@ def slow_nodes(agents: Agents) -> set[int]:
     return {straggler["node"] for event in told(agents, "pace") if (straggler := event.values["straggler"])}
 
 
-def test_a_slow_node_is_named_and_a_preempted_one_leaves_a_checkpoint_and_says_so(
+def test_a_slow_node_gets_less_and_is_named_and_a_preempted_one_leaves_a_checkpoint_and_says_so(
     store: Store, cluster: Cluster, hosts: Sequence[Host], tmp_path: Path, calm: Agents
 ) -> None:
     agents = begin(store, cluster, tmp_path)
     started = start_all(agents, hosts)
+    assert not told(agents, "balance")
     agents.slower(hosts[1]).touch()
+    wait_until(lambda: told(agents, "balance"), what="the slow node to get fewer virtual workers")
+    assert [event.values["shares"] for event in told(agents, "balance")] == [[2, 1, 2]]
     wait_until(lambda: slow_nodes(agents), what="the slow node to be named")
     assert slow_nodes(agents) == {1}
     agents.slower(hosts[1]).unlink()

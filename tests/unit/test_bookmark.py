@@ -65,6 +65,9 @@ def a_history(chance: random.Random) -> Iterator[tuple[int, list[Event]]]:
             chunk.append(step_event(token, step, time))
             if chance.random() < 0.3:
                 chunk.append(Event(kind="pace", time=time, token=token, step=step, values={"straggler": None}))
+            if chance.random() < 0.2:
+                shares = {"shares": [chance.randint(1, 9), chance.randint(1, 9)]}
+                chunk.append(Event(kind="balance", time=time, token=token, step=step, values=shares))
             if chance.random() < 0.4:
                 yield token, chunk
                 chunk = []

@@ -30,3 +30,16 @@ def test_progress_names_the_slow_node_until_it_is_slow_no_more() -> None:
         progress = _after(progress, Event(kind="pace", time=0.0, token=1, step=4, values=values))
         assert progress.slow == shown
         assert shown in progress.line()
+
+
+def test_progress_shows_shares_that_are_not_even_until_the_group_ends() -> None:
+    progress = Progress(num_steps=9)
+    for kind, values, shown in (
+        ("balance", {"shares": [6, 2, 4]}, "2 to 6 virtual workers per rank"),
+        ("balance", {"shares": [3, 3, 2]}, ""),
+        ("balance", {"shares": [1, 3]}, "1 to 3 virtual workers per rank"),
+        ("attempt", {"world_size": 2}, ""),
+    ):
+        progress = _after(progress, Event(kind=kind, time=0.0, token=1, step=4, values=values))
+        assert progress.balance == shown
+        assert shown in progress.line()

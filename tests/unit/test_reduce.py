@@ -10,6 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from tests.unit.shares import all_shares
+from training.arithmetic.balance import Shares, even_shares, ranges
 from training.arithmetic.reduce import Subtree, TreeSum, fold, owned_range, places, subtrees
 
 groups = st.integers(1, 33).flatmap(lambda v: st.tuples(st.just(v), st.integers(1, v)))
@@ -41,13 +43,19 @@ def rank_sums(leaves: list[Tensor], owned: range) -> list[Tensor]:
     return sums
 
 
-def sum_on_ranks(leaves: list[Tensor], world_size: int) -> Tensor:
-    """What W ranks do, in one process: each adds its own leaves, slices change hands, each folds its slice."""
-    ranges = [owned_range(rank, world_size, len(leaves)) for rank in range(world_size)]
-    plan = [subtree for owned in ranges for subtree in subtrees(owned)]
-    rows = [row for owned in ranges for row in rank_sums(leaves, owned)]
-    slices = zip(*(row.tensor_split(world_size) for row in rows), strict=True)
+def sum_on_ranks(leaves: list[Tensor], shares: Shares) -> Tensor:
+    """What ranks do, in one process: each adds its own leaves, slices change hands, each folds its slice."""
+    plan = [subtree for owned in ranges(shares) for subtree in subtrees(owned)]
+    rows = [row for owned in ranges(shares) for row in rank_sums(leaves, owned)]
+    slices = zip(*(row.tensor_split(len(shares)) for row in rows), strict=True)
     return torch.cat([fold(plan, [piece.clone() for piece in pieces]) for pieces in slices])
+
+
+def root(leaves: list[Tensor]) -> Tensor:
+    tree = TreeSum()
+    for leaf in leaves:
+        tree.push(0, leaf.clone())
+    return tree.total()
 
 
 def bits(tensor: Tensor) -> list[int]:
@@ -58,9 +66,10 @@ def bits(tensor: Tensor) -> list[int]:
 @settings(derandomize=True, max_examples=200)
 def test_ranges_are_contiguous_complete_and_balanced(group: tuple[int, int]) -> None:
     virtual_workers, world_size = group
-    ranges = [owned_range(rank, world_size, virtual_workers) for rank in range(world_size)]
-    assert [leaf for owned in ranges for leaf in owned] == list(range(virtual_workers))
-    sizes = {len(owned) for owned in ranges}
+    shares = even_shares(virtual_workers, world_size)
+    assert [leaf for owned in ranges(shares) for leaf in owned] == list(range(virtual_workers))
+    assert list(ranges(shares)) == [owned_range(rank, world_size, virtual_workers) for rank in range(world_size)]
+    sizes = set(shares)
     assert max(sizes) - min(sizes) <= 1
     assert min(sizes) >= 1
 
@@ -107,10 +116,17 @@ def test_the_right_edge_is_folded_from_the_right() -> None:
 def test_the_sum_has_the_same_bits_on_any_number_of_ranks(group: tuple[int, int], seed: int) -> None:
     virtual_workers, world_size = group
     leaves = wild_leaves(virtual_workers, seed)
-    tree = TreeSum()
-    for leaf in leaves:
-        tree.push(0, leaf.clone())
-    assert bits(sum_on_ranks(leaves, world_size)) == bits(tree.total())
+    assert bits(sum_on_ranks(leaves, even_shares(virtual_workers, world_size))) == bits(root(leaves))
+
+
+@pytest.mark.parametrize("virtual_workers", range(1, 11))
+def test_the_sum_has_the_same_bits_however_the_leaves_are_shared_out(virtual_workers: int) -> None:
+    """Of all ways to share them out, on any number of ranks."""
+    leaves = wild_leaves(virtual_workers, seed=virtual_workers)
+    worlds = [all_shares(virtual_workers, world_size) for world_size in range(1, virtual_workers + 1)]
+    found = [bits(sum_on_ranks(leaves, shares)) for world in worlds for shares in world]
+    assert len(found) == 2 ** (virtual_workers - 1)
+    assert all(one == bits(root(leaves)) for one in found)
 
 
 def test_plain_sums_on_ranks_give_other_bits() -> None:

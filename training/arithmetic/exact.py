@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from training.arithmetic.reduce import Place, TreeSum, fold, owned_range, places, subtrees
+from training.arithmetic.reduce import Place, TreeSum, fold, places, subtrees
 from training.errors import UserError
 
 BUCKET_BYTES = 25 << 20
@@ -46,22 +46,22 @@ class ExactReducer:
         objective: nn.Module,
         *,
         num_extras: int,
-        virtual_workers: int,
+        ranges: Sequence[range],
         rank: int,
-        world_size: int,
         bucket_bytes: int = BUCKET_BYTES,
     ) -> None:
         """`objective` gives the loss of a batch; `num_extras` more numbers per virtual worker are summed alike.
+        `ranges` are the virtual workers of each rank, from the first to the last.
 
         Raises `UserError` if a parameter is not float32.
         """
         parameters = [p for p in objective.parameters() if p.requires_grad]
         _require_float32(parameters)
-        self.owned = owned_range(rank, world_size, virtual_workers)
+        self.owned = ranges[rank]
         self._objective = objective
-        self._virtual_workers = virtual_workers
+        self._virtual_workers = ranges[-1].stop
         self._places = places(self.owned)
-        group = _Group(virtual_workers, world_size, rank, parameters[0].device)
+        group = _Group(ranges, rank, parameters[0].device)
         planned = plan_buckets([p.numel() for p in parameters], bucket_bytes // 4)
         self._buckets = [
             _Bucket(
@@ -106,16 +106,16 @@ class ExactReducer:
 class _Group:
     """The ranks, and which subtrees each of them adds up."""
 
-    def __init__(self, virtual_workers: int, world_size: int, rank: int, device: torch.device) -> None:
-        self.world_size = world_size
+    def __init__(self, ranges: Sequence[range], rank: int, device: torch.device) -> None:
+        self.world_size = len(ranges)
         self.device = device
-        self.plans = [subtrees(owned_range(r, world_size, virtual_workers)) for r in range(world_size)]
+        self.plans = [subtrees(owned) for owned in ranges]
         self.own_plan = self.plans[rank]
         self.num_rows = max(n + max(1, subtree.level) for n, subtree in enumerate(self.own_plan))
         """Of sums at a time: the subtrees before, and those on the way in this one."""
         self.is_pair = [len(plan) for plan in self.plans] == [1, 1]
         """The root has two terms, and a + b is b + a to the last bit: any all-reduce adds them up as the tree does."""
-        self.is_in_place = world_size == 1 or self.is_pair
+        self.is_in_place = self.world_size == 1 or self.is_pair
         """The sum over all virtual workers takes the place of this rank's first subtree's."""
 
     def exchange(self, rows: Tensor, received: Tensor, flat: Tensor) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -44,16 +45,18 @@ class Control:
         )
 
 
-NO_WORDS = [0.0] * len(Control().words())
+NUM_CONTROL_WORDS = len(Control().words())
 
 
 class Extras:
-    """Changes of float buffers, the loss, control words, and entries of the ledger, as one vector."""
+    """Changes of float buffers, the loss, words (those of `Control` first), and entries of the ledger, as one
+    vector."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, *, num_words: int = NUM_CONTROL_WORDS) -> None:
+        self._num_words = num_words
         self._buffers = Buffers(model)
         self._num_changes = self._buffers.num_float_elements
-        self.num_elements = self._num_changes + 1 + len(NO_WORDS) + ledger.NUM_ENTRIES
+        self.num_elements = self._num_changes + 1 + num_words + ledger.NUM_ENTRIES
         self._before: list[Tensor] | None = None
 
     def hold(self) -> None:
@@ -79,11 +82,13 @@ class Extras:
         assert self._before is not None
         self._buffers.put_back(self._before)
 
-    def gather(self, loss: Tensor, words: list[float], entries: NDArray[np.float32]) -> Tensor:
-        """One virtual worker's, shape [num_elements]."""
+    def gather(self, loss: Tensor, words: Sequence[float], entries: NDArray[np.float32]) -> Tensor:
+        """One virtual worker's, shape [num_elements]. Without words it says 0 in their places."""
         assert self._before is not None
         changes = self._buffers.changes(self._before)
-        rest = torch.from_numpy(np.concatenate([np.array(words, np.float32), entries]))
+        said = np.zeros(self._num_words, np.float32)
+        said[: len(words)] = words
+        rest = torch.from_numpy(np.concatenate([said, entries]))
         return torch.cat([*changes, loss.reshape(1), rest.to(loss.device)])
 
     def hand_out(self, mean: Tensor) -> float:
@@ -94,7 +99,15 @@ class Extras:
 
     def control(self, total: Tensor) -> Control:
         """From the sum over all virtual workers."""
-        return Control.decided(total[self._num_changes + 1 : -ledger.NUM_ENTRIES].tolist())
+        return Control.decided(self._words(total)[:NUM_CONTROL_WORDS])
+
+    def other_words(self, total: Tensor) -> list[float]:
+        """From the sum over all virtual workers."""
+        return self._words(total)[NUM_CONTROL_WORDS:]
+
+    def _words(self, total: Tensor) -> list[float]:
+        words: list[float] = total[self._num_changes + 1 : -ledger.NUM_ENTRIES].tolist()
+        return words
 
     def ledger_line(self, total: Tensor) -> str:
         """From the sum over all virtual workers."""

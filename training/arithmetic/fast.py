@@ -2,26 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from training.arithmetic.reduce import owned_range
 from training.errors import UserError
 
 
 class FastReducer:
     """Mean gradients over all virtual workers, summed as the backend likes. Used like `ExactReducer`."""
 
-    def __init__(self, objective: nn.Module, *, virtual_workers: int, rank: int, world_size: int) -> None:
-        self.owned = owned_range(rank, world_size, virtual_workers)
+    def __init__(self, objective: nn.Module, *, ranges: Sequence[range], rank: int) -> None:
+        world_size = len(ranges)
+        self.owned = ranges[rank]
         self._parameters = [p for p in objective.parameters() if p.requires_grad]
         self._objective = objective
         if world_size > 1:  # buffers are averaged with the extras, and the gradients may stay where they were summed
             self._objective = DistributedDataParallel(objective, broadcast_buffers=False, gradient_as_bucket_view=True)
-        self._scale = world_size / virtual_workers  # DDP takes the mean over ranks
+        self._scale = world_size / ranges[-1].stop  # DDP takes the mean over ranks
         self._is_alone = world_size == 1
         self._extras: Tensor | None = None
         self._maybe_summing: dist.Work | None = None

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from training.arithmetic.extras import NO_WORDS, Extras
+from training.arithmetic.extras import Extras
 from training.arithmetic.objective import Objective, is_lack_of_memory, seed_streams, stream_seed
 from training.checkpoints.state import TrainState
 from training.data import ledger
@@ -152,7 +152,7 @@ class Replay:
             loss = self._objective(batch)
             if not torch.isfinite(loss):
                 return "the loss is not finite"
-            self._extras.gather(loss.detach(), NO_WORDS, NO_ENTRIES)
+            self._extras.gather(loss.detach(), (), NO_ENTRIES)
             gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
         except Exception as error:
             if is_lack_of_memory(error):

@@ -1,4 +1,5 @@
-"""Who is slow. In synchronous training a step takes all ranks equally long; they differ in how much of it they wait."""
+"""Who is slow. In synchronous training a step takes all ranks equally long; they differ in how much of it they wait,
+and in how many virtual workers they have."""
 
 from __future__ import annotations
 
@@ -13,7 +14,7 @@ MAX_COMPARED_STEPS = 1000
 
 @dataclass(frozen=True, kw_only=True)
 class Straggler:
-    """A rank that all others wait for."""
+    """A rank that all others would wait for, if it had as many virtual workers."""
 
     rank: int
     factor: float
@@ -21,7 +22,8 @@ class Straggler:
 
 
 def maybe_straggler(outside_seconds: Sequence[float]) -> Straggler | None:
-    """The slowest rank, if it is far from the others. `outside_seconds`: what a step takes without waiting, by rank."""
+    """The slowest rank, if it is far from the others. `outside_seconds`: what a step takes without waiting, by rank, if
+    all have as many virtual workers."""
     if len(outside_seconds) < 2:
         return None
     slowest = max(range(len(outside_seconds)), key=outside_seconds.__getitem__)
@@ -32,7 +34,7 @@ def maybe_straggler(outside_seconds: Sequence[float]) -> Straggler | None:
 
 
 class Pace:
-    """What this rank's newest steps took without waiting, since it was last asked."""
+    """What this rank's newest steps took, since it was last asked."""
 
     def __init__(self) -> None:
         self._seconds: deque[float] = deque(maxlen=MAX_COMPARED_STEPS)
