@@ -119,10 +119,14 @@ class Logged(ABC):
 class Unbroken(Logged):
     """An agent per host."""
 
+    recipe: str = "Sized"
+    virtual_workers: int = MICROBATCHES
+    balance_seconds: float = LaunchConfig.balance_seconds
+
     def __post_init__(self) -> None:
         (self.folder / "raw").mkdir()
         (self.folder / "raw" / "numbers.csv").write_text("".join(f"{number}\n" for number in range(NUM_RECORDS)))
-        preset = _preset(self.num_bytes, num_nodes=len(self.cluster.hosts), min_nodes=min_hosts(self.cluster.hosts))
+        preset = self._preset()
         recipe = load_recipe(preset)
         store = Store(
             StoreLocation(endpoint=os.environ["AWS_ENDPOINT_URL"], bucket=BUCKET, prefix=f"{self.folder.name}/")
@@ -142,6 +146,8 @@ class Unbroken(Logged):
         self._num_ranks = 0
         self._numbers: set[int] = set()
         self._steps: list[Step] = []
+        self.shares: list[Sequence[int]] = []
+        """Of virtual workers, in the order in which they were changed to."""
 
     def start(self, host: Host) -> None:
         command = [part.replace("{node}", str(host.number)) for part in agent_command(self._run.run_key, self._job)]
@@ -153,11 +159,37 @@ class Unbroken(Logged):
             if event.kind == "attempt":
                 self._begun, self._num_ranks = event.token, event.values["world_size"]
                 self._numbers &= set(range(event.values["resumed_from"] + 1))
+            if event.kind == "balance":
+                self.shares.append(event.values["shares"])
             if event.kind == "step" and event.step not in self._numbers:
                 self._numbers.add(event.step)
                 group = str(self._begun)
                 self._steps.append(Step(time=event.time, number=event.step, num_ranks=self._num_ranks, group=group))
         return self._steps
+
+    def _preset(self) -> Preset:
+        return Preset(
+            name="sized",
+            recipe=f"benchmarks.recovery.contestants.unbroken:{self.recipe}",
+            data=DataConfig(name="sized", source="raw", format="csv"),
+            train=TrainConfig(
+                steps=MANY,
+                batch_size=self.virtual_workers * SAMPLES_PER_MICROBATCH,
+                virtual_workers=self.virtual_workers,
+                checkpoint_every_steps=CHECKPOINT_EVERY_STEPS,
+            ),
+            launch=LaunchConfig(
+                nodes=len(self.cluster.hosts),
+                min_nodes=min_hosts(self.cluster.hosts),
+                join_seconds=60.0,
+                silence_seconds=DETECTION_SECONDS,
+                hang_seconds=DETECTION_SECONDS,
+                max_restarts=MANY,
+                keep_spares=True,
+                balance_seconds=self.balance_seconds,
+            ),
+            hyperparameters={"num_bytes": self.num_bytes},
+        )
 
     def coordinator(self) -> Host:
         first = self._run.read().members[0].node
@@ -214,30 +246,6 @@ class Torchft(Logged):
 
     def _is_rank(self, process: psutil.Process) -> bool:
         return RANK_OF_TORCHFT in process.cmdline()
-
-
-def _preset(num_bytes: int, *, num_nodes: int, min_nodes: int) -> Preset:
-    return Preset(
-        name="sized",
-        recipe="benchmarks.recovery.contestants.unbroken:Sized",
-        data=DataConfig(name="sized", source="raw", format="csv"),
-        train=TrainConfig(
-            steps=MANY,
-            batch_size=MICROBATCHES * SAMPLES_PER_MICROBATCH,
-            virtual_workers=MICROBATCHES,
-            checkpoint_every_steps=CHECKPOINT_EVERY_STEPS,
-        ),
-        launch=LaunchConfig(
-            nodes=num_nodes,
-            min_nodes=min_nodes,
-            join_seconds=60.0,
-            silence_seconds=DETECTION_SECONDS,
-            hang_seconds=DETECTION_SECONDS,
-            max_restarts=MANY,
-            keep_spares=True,
-        ),
-        hyperparameters={"num_bytes": num_bytes},
-    )
 
 
 SYSTEMS: Mapping[str, Callable[[Cluster, Path, int], System]] = MappingProxyType(

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import os
+import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.optim import Optimizer
 
 from benchmarks.recovery.workload import WIDTH, Model, loss_of, optimizer_of
 from training.recipe import Recipe, Record, Sample, Table
+
+PACE_FILE = "BENCH_PACE_FILE"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,3 +45,13 @@ class Sized(Recipe):
 
     def optimizer(self, model: nn.Module) -> Optimizer:
         return optimizer_of(model)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Paced(Sized):
+    """Takes as long for a microbatch as the host's file says, in seconds, and next to no processor time."""
+
+    def loss(self, model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
+        time.sleep(float(Path(os.environ[PACE_FILE]).read_text()))
+        assert isinstance(model, Model)
+        return F.mse_loss(model.narrow(model.wide(batch["x"])), batch["x"])
