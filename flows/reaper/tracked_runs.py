@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import logging
+import time
 
+from flows.reaper.attempt import attempt
 from flows.reaper.decide import TrackedSight, TrackedVerdict, judge_tracked
 from flows.reaper.signs import Signs
+from infra.engines import make_launcher
 from infra.launcher import Launcher
+from infra.settings import Settings
 from tasks import tracking
 from tasks.unfollowed import Found, close, look
 from training.s3.objectstore import Store
 
 log = logging.getLogger(__name__)
+
+LOOK_SECONDS = 10.0
 
 
 class TrackedRuns:
@@ -52,3 +58,11 @@ class TrackedRuns:
             has_failed=record.failure is not None,
             job=status.state if status else None,
         )
+
+
+def watch_tracked_runs(settings: Settings, store: Store) -> None:
+    """Look at them for ever. In a thread: an MLflow that hangs keeps nobody from looking at flow runs."""
+    tracked_runs = TrackedRuns(settings.mlflow_uri, store, make_launcher(settings))
+    while True:
+        attempt("MLflow", lambda: tracked_runs.set_right(now=time.monotonic()))
+        time.sleep(LOOK_SECONDS)

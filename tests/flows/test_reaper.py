@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import subprocess
 import sys
+import threading
 import uuid
 from collections.abc import Iterator
 from dataclasses import asdict, replace
 from typing import Any
 
 import pytest
+from prefect.client import orchestration
 from prefect.client.orchestration import SyncPrefectClient
 from prefect.client.schemas.objects import FlowRun
 from prefect.states import Cancelled, Pending, Running
 
+import flows.reaper.__main__ as reaper
 from flows.publish import MACHINE_LABEL, machine_label
+from flows.reaper import sources
 from flows.reaper.attempt import attempt
 from flows.reaper.decide import GONE_SECONDS, QUIET_SECONDS, SILENT_SECONDS
 from flows.reaper.engine_jobs import end_unwanted
@@ -243,3 +248,31 @@ def test_server_that_is_away_stops_nothing(
         attempt("Prefect", lambda: FlowRuns(client, launcher).set_right(now=0.0))
     told = [record.getMessage().split()[0] for record in caplog.records if record.name == "flows.reaper"]
     assert told == ["MLflow", "Prefect"]
+
+
+class LookedTwiceError(Exception):
+    """Ends the reaper."""
+
+
+def test_mlflow_that_hangs_keeps_nobody_from_looking_at_flow_runs(
+    client: SyncPrefectClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else it would look at them so seldom that it takes itself for one that slept, and never sees a death."""
+    hangs, never, looks = threading.Event(), threading.Event(), iter((True, False))
+
+    def hang(_: TrackedRuns, *, now: float) -> None:
+        hangs.set()
+        never.wait()
+
+    def look(_: FlowRuns, *, now: float) -> None:
+        assert hangs.wait(60), "MLflow was never asked"
+        if not next(looks):
+            raise LookedTwiceError
+
+    monkeypatch.setattr(TrackedRuns, "set_right", hang)
+    monkeypatch.setattr(FlowRuns, "set_right", look)
+    monkeypatch.setattr(sources, "watch_sources", never.wait)
+    monkeypatch.setattr(orchestration, "get_client", lambda *, sync_client: contextlib.nullcontext(client))
+    monkeypatch.setattr(reaper, "LOOK_SECONDS", 0.0)
+    with pytest.raises(LookedTwiceError):
+        reaper.main()
