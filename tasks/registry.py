@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
 DRILL_TAG = "unbroken.drill"
 """On a version: "green" or "red". With .id, .subject, .code, .faults and .report_sha256 (docs/drill.md)."""
+ALIASES_DUE_TAG = "unbroken.aliases_due"
+"""On a version that has not been given its aliases yet: its maker is about to, or has died."""
 
 
 def ensure_model_version(
@@ -71,7 +73,7 @@ def ensure_model_version(
         source=f"models:/{model.model_id}",
         run_id=tracker.run_id,
         model_id=model.model_id,
-        tags={**identity, **tags},
+        tags={**identity, **tags, ALIASES_DUE_TAG: "true"},
     )
     first = _first_version(client, name, by_key) or made
     if str(first.version) != str(made.version):  # a racing starter was first; all agree on the lowest number

@@ -18,7 +18,7 @@ from flows.cli.follow import _Watcher
 from infra.local.ports import free_port
 from tasks import mlflow_client, registry, tracking
 from tasks.forward import Forwarder
-from tasks.mlflow_client import connect
+from tasks.mlflow_client import RUN_KEY_TAG, WEIGHTS_TAG, connect
 from tasks.register import set_aliases
 from tasks.results import Dataset
 from tests.conftest import Stack
@@ -104,19 +104,40 @@ def test_racing_registrations_make_one_version(stack: Stack, run: RunRecord) -> 
     assert left == [min(versions)]
 
 
-def test_an_older_version_registered_again_is_not_the_challenger(stack: Stack, run: RunRecord) -> None:
-    """It is found, not made; `dvc repro` of an older run would else move the alias back."""
-    tracker = ensure(stack, run)
+@pytest.fixture
+def model(stack: Stack) -> str:
+    """A registered model without versions."""
     name = f"model-{uuid.uuid4().hex}"
-    tracker.client.create_registered_model(name)
-    first, second = (
-        str(tracker.client.create_model_version(name, source="s3://bucket/anywhere", run_id=tracker.run_id).version)
-        for _ in range(2)
-    )
-    assert set_aliases(stack.store, tracker, name, first, "key 1") == ("champion",)
-    assert set_aliases(stack.store, tracker, name, second, "key 2") == ("challenger",)
-    assert set_aliases(stack.store, tracker, name, first, "key 1") == ("champion",)
-    assert registry.aliases_of(tracker.client, name, second) == ("challenger",)
+    connect(stack.settings.mlflow_uri).create_registered_model(name)
+    return name
+
+
+def make_version(tracker: tracking.Tracker, model: str, run_key: str) -> str:
+    """As `registry.ensure_model_version` leaves it."""
+    tags = {RUN_KEY_TAG: run_key, WEIGHTS_TAG: "w", registry.ALIASES_DUE_TAG: "true"}
+    made = tracker.client.create_model_version(model, source="s3://bucket/model", run_id=tracker.run_id, tags=tags)
+    return str(made.version)
+
+
+def test_registering_again_moves_no_alias_that_a_person_moved(stack: Stack, run: RunRecord, model: str) -> None:
+    """The version is found, not made; `dvc repro` of an older run would else move the aliases back."""
+    tracker = ensure(stack, run)
+    first, second = make_version(tracker, model, "key 1"), make_version(tracker, model, "key 2")
+    assert set_aliases(stack.store, tracker, model, first, "key 1") == ("champion",)
+    assert set_aliases(stack.store, tracker, model, second, "key 2") == ("challenger",)
+    tracker.client.set_registered_model_alias(model, "champion", second)
+    tracker.client.set_registered_model_alias(model, "challenger", first)
+    assert set_aliases(stack.store, tracker, model, first, "key 1") == ("challenger",)
+    assert set_aliases(stack.store, tracker, model, second, "key 2") == ("champion",)
+
+
+def test_aliases_that_are_due_are_given_but_no_champion_is_replaced(stack: Stack, run: RunRecord, model: str) -> None:
+    """Whoever made the version died before; meanwhile a person named a champion."""
+    tracker = ensure(stack, run)
+    chosen, version = make_version(tracker, model, "key 1"), make_version(tracker, model, "key 2")
+    tracker.client.set_registered_model_alias(model, "champion", chosen)
+    assert set_aliases(stack.store, tracker, model, version, "key 2") == ("challenger",)
+    assert registry.aliases_of(tracker.client, model, chosen) == ("champion",)
 
 
 def test_progress_is_that_of_the_generation_that_trains(stack: Stack, run: RunRecord) -> None:
