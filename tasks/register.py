@@ -92,10 +92,10 @@ def set_aliases(store: Store, tracker: tracking.Tracker, name: str, version: str
     """Once for each version: `challenger` is the newest; `champion` the model's first one, as one create-only write
     decides. From then on they are a person's to move."""
     client = tracker.client
-    if registry.ALIASES_DUE_TAG not in client.get_model_version(name, version).tags:
+    known = client.get_model_version(name, version)
+    if registry.ALIASES_DUE_TAG not in known.tags:
         return registry.aliases_of(client, name, version)
-    newest = max(int(found.version) for found in client.search_model_versions(f"name = '{name}'"))
-    if int(version) == newest:
+    if registry.is_newest(client, name, known):
         client.set_registered_model_alias(name, CHALLENGER, version)
     champion_key = f"models/{name}/champion.json"
     store.create_versioned(

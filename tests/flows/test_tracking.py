@@ -104,6 +104,57 @@ def test_racing_registrations_make_one_version(stack: Stack, run: RunRecord) -> 
     assert left == [min(versions)]
 
 
+def register_found(stack: Stack, tracker: tracking.Tracker, model: str, run_key: str) -> str:
+    """Register weights of which there is a version: nothing is saved."""
+
+    def save(folder: Path, model: Any) -> None:
+        pytest.fail("it was made again")
+
+    version = registry.ensure_model_version(
+        stack.settings.mlflow_uri, model, tracker, run_key=run_key, weights_sha256="w", tags={}, save=save
+    )
+    return str(version.version)
+
+
+def versions_of(tracker: tracking.Tracker, model: str) -> list[str]:
+    return sorted(str(version.version) for version in tracker.client.search_model_versions(f"name = '{model}'"))
+
+
+def test_twin_of_a_killed_starter_is_deleted_and_no_obstacle(stack: Stack, run: RunRecord, model: str) -> None:
+    """Two raced, and one was killed before it could delete its own."""
+    tracker = ensure(stack, run)
+    first, twin = make_version(tracker, model, "key"), make_version(tracker, model, "key")
+    assert set_aliases(stack.store, tracker, model, first, "key") == ("challenger", "champion"), "the twin is not newer"
+    assert versions_of(tracker, model) == [first, twin]
+    assert register_found(stack, tracker, model, "key") == first
+    assert versions_of(tracker, model) == [first]
+
+
+def test_twin_that_a_person_named_is_left(stack: Stack, run: RunRecord, model: str) -> None:
+    tracker = ensure(stack, run)
+    first, twin = make_version(tracker, model, "key"), make_version(tracker, model, "key")
+    tracker.client.set_registered_model_alias(model, "mine", twin)
+    assert register_found(stack, tracker, model, "key") == first
+    assert versions_of(tracker, model) == [first, twin]
+
+
+def test_two_may_delete_one_twin_at_once(
+    stack: Stack, run: RunRecord, model: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tracker = ensure(stack, run)
+    first, twin = make_version(tracker, model, "key"), make_version(tracker, model, "key")
+    delete = tracker.client.delete_model_version
+
+    def delete_after_another(name: str, version: str) -> None:
+        connect(stack.settings.mlflow_uri).delete_model_version(name, version)
+        delete(name, version)
+
+    monkeypatch.setattr(tracker.client, "delete_model_version", delete_after_another)
+    assert register_found(stack, tracker, model, "key") == first
+    assert versions_of(tracker, model) == [first]
+    assert twin != first
+
+
 @pytest.fixture
 def model(stack: Stack) -> str:
     """A registered model without versions."""
