@@ -18,7 +18,7 @@ from tasks.mlflow_client import (
     connect,
 )
 from training.config import Preset
-from training.errors import FencedError, InfrastructureError
+from training.errors import FencedError, InfrastructureError, UserError
 from training.runs.events import Event
 from training.runs.record import Record, RunRecord
 from training.runs.system import Sample
@@ -154,7 +154,7 @@ def ensure_run(
     """The MLflow run that the run record names, made if there is none, or if somebody deleted it in MLflow.
 
     Racing makers: the record decides, and the losers delete theirs. Raises `InfrastructureError` if MLflow is away,
-    `FencedError` if a newer generation than `record`'s owns the run.
+    `FencedError` if a newer generation than `record`'s owns the run, `UserError` if somebody deleted the experiment.
     """
     client = connect(uri)
     run_id = record.tracking_run_id
@@ -266,15 +266,19 @@ def _experiment_id(client: MlflowClient, name: str) -> str:
     from mlflow.exceptions import MlflowException
 
     found = client.get_experiment_by_name(name)
-    if found is not None:
-        return str(found.experiment_id)
-    try:
-        return str(client.create_experiment(name))
-    except MlflowException:  # another starter was first
-        found = client.get_experiment_by_name(name)
-        if found is None:
-            raise
-        return str(found.experiment_id)
+    if found is None:
+        try:
+            return str(client.create_experiment(name))
+        except MlflowException:  # another starter was first
+            found = client.get_experiment_by_name(name)
+            if found is None:
+                raise
+    if found.lifecycle_stage == "deleted":
+        raise UserError(
+            f"somebody deleted the experiment {name!r} in MLflow, where the preset's runs are shown: restore it with"
+            f" `mlflow experiments restore --experiment-id {found.experiment_id}`, or give the preset another name"
+        )
+    return str(found.experiment_id)
 
 
 def _flat(document: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, Any]]:

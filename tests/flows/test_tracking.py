@@ -25,7 +25,7 @@ from tests.conftest import Stack
 from tests.flows.runs import mlflow_runs
 from tests.unit.tiny import tiny_preset
 from training.config import load_preset
-from training.errors import FencedError
+from training.errors import FencedError, UserError
 from training.runs.events import Event, EventWriter
 from training.runs.record import CheckpointRef, Departure, Record, Result, RunRecord, start_fresh, with_resume_step
 from training.runs.system import SampleWriter, take_sample
@@ -286,3 +286,18 @@ def test_attempts_are_a_table_beside_the_run(stack: Stack, run: RunRecord) -> No
             "why_it_ended": "",
         },
     ]
+
+
+def test_deleted_experiment_is_named_and_how_to_restore_it(stack: Stack, run: RunRecord) -> None:
+    """To have deleted it is a person's decision: nobody undoes it, and nobody calls it a server that is away."""
+    uri, preset = stack.settings.mlflow_uri, replace(tiny_preset(), name=f"preset-{uuid.uuid4().hex}")
+
+    def ensure_shown() -> tracking.Tracker:
+        return tracking.ensure_run(uri, run, run.read(), preset, dataset=asdict(DATASET), tags={})
+
+    tracker = ensure_shown()
+    tracker.client.delete_experiment(tracker.experiment_id)
+    with pytest.raises(UserError, match=f"{preset.name}.*restore --experiment-id {tracker.experiment_id}`"):
+        ensure_shown()
+    tracker.client.restore_experiment(tracker.experiment_id)
+    assert ensure_shown().run_id == tracker.run_id
