@@ -123,13 +123,16 @@ class Tracker:
     def log_evaluation(
         self, metrics: Mapping[str, float], figures: Mapping[str, Figure], report: dict[str, Any]
     ) -> None:
-        """Held-out metrics, the figures that a person looks at, and the whole report."""
+        """Held-out metrics, the figures that a person looks at, and the whole report. The same again adds no point; of
+        several evaluations at one step, MLflow shows the one with the latest time: the newest."""
         from mlflow.entities import Metric
 
-        step = self.last_step
-        time_ms = int(ask(lambda: self.client.get_run(self.run_id)).info.start_time)  # fixed: a rerun adds no point
-        points = [Metric(name, value, time_ms, step) for name, value in metrics.items()]
-        ask(lambda: self.client.log_batch(self.run_id, metrics=points))
+        known = ask(lambda: self.client.get_run(self.run_id))
+        if any(known.data.metrics.get(name) != value for name, value in metrics.items()):
+            earlier = ask(lambda: self.client.get_metric_history(self.run_id, next(iter(metrics))))
+            time_ms = max((point.timestamp + 1 for point in earlier), default=int(known.info.start_time))
+            points = [Metric(name, value, time_ms, self.last_step) for name, value in metrics.items()]
+            ask(lambda: self.client.log_batch(self.run_id, metrics=points))
         for name, figure in figures.items():
             self.client.log_figure(self.run_id, figure, f"figures/{name}.png")
         self.client.log_dict(self.run_id, report, "evaluation.json")

@@ -301,3 +301,16 @@ def test_deleted_experiment_is_named_and_how_to_restore_it(stack: Stack, run: Ru
         ensure_shown()
     tracker.client.restore_experiment(tracker.experiment_id)
     assert ensure_shown().run_id == tracker.run_id
+
+
+def test_newest_evaluation_is_shown_although_it_is_lower(stack: Stack, run: RunRecord) -> None:
+    """With another [evaluate], of the same model, and so at the same step; each of them may be told twice."""
+    tracker = ensure(stack, run)
+    told = [{"test.accuracy": 0.9, "test.accuracy.low": 0.8}, {"test.accuracy": 0.9, "test.accuracy.low": 0.7}]
+    for metrics in told:
+        for _ in range(2):
+            tracker.log_evaluation(metrics, {}, {})
+        assert tracker.client.get_run(tracker.run_id).data.metrics == metrics
+    for name in told[0]:
+        values = [point.value for point in tracker.client.get_metric_history(tracker.run_id, name)]
+        assert sorted(values) == sorted(metrics[name] for metrics in told)
