@@ -80,16 +80,16 @@ class Tracker:
 
         begun = int(ask(lambda: self.client.get_run(self.run_id)).info.start_time) / 1000
         points = []
-        for node, sample in samples:
-            step = int(sample.time - begun)
-            if step > self._last_sample(node):
-                self._last_samples[node] = step
-                points += [
-                    Metric(f"system/node{node}/{name}", value, int(sample.time * 1000), step)
-                    for name, value in asdict(sample).items()
-                    if name != "time"
-                ]
         try:
+            for node, sample in samples:
+                step = int(sample.time - begun)
+                if step > self._last_sample(node):
+                    self._last_samples[node] = step
+                    points += [
+                        Metric(f"system/node{node}/{name}", value, int(sample.time * 1000), step)
+                        for name, value in asdict(sample).items()
+                        if name != "time"
+                    ]
             for batch in _batches(points):
                 ask(lambda: self.client.log_batch(self.run_id, metrics=batch))  # noqa: B023
         except InfrastructureError:

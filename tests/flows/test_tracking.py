@@ -25,7 +25,7 @@ from tests.conftest import Stack
 from tests.flows.runs import mlflow_runs
 from tests.unit.tiny import tiny_preset
 from training.config import load_preset
-from training.errors import FencedError, UserError
+from training.errors import FencedError, InfrastructureError, UserError
 from training.runs.events import Event, EventWriter
 from training.runs.record import CheckpointRef, Departure, Record, Result, RunRecord, start_fresh, with_resume_step
 from training.runs.system import SampleWriter, take_sample
@@ -314,3 +314,24 @@ def test_newest_evaluation_is_shown_although_it_is_lower(stack: Stack, run: RunR
     for name in told[0]:
         values = [point.value for point in tracker.client.get_metric_history(tracker.run_id, name)]
         assert sorted(values) == sorted(metrics[name] for metrics in told)
+
+
+def test_no_samples_are_lost_if_mlflow_fails_between_two_nodes(
+    stack: Stack, run: RunRecord, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first node's are counted as sent by then."""
+    tracker = ensure(stack, run)
+    history, failures = tracker.client.get_metric_history, [MlflowException("away")]
+
+    def fail_once(run_id: str, name: str) -> Any:
+        if "node1" in name and failures:
+            raise failures.pop()
+        return history(run_id, name)
+
+    monkeypatch.setattr(tracker.client, "get_metric_history", fail_once)
+    samples = [(node, take_sample()) for node in (0, 1)]
+    with pytest.raises(InfrastructureError, match="away"):
+        tracker.forward_samples(samples)
+    tracker.forward_samples(samples)
+    names = [f"system/node{node}/cpu_utilization_percentage" for node in (0, 1)]
+    assert [len(history(tracker.run_id, name)) for name in names] == [1, 1]
