@@ -112,6 +112,10 @@ class Tracker:
         document = {"columns": columns, "data": [[row[name] for name in columns] for row in table]}
         ask(lambda: self.client.log_dict(self.run_id, document, ATTEMPTS_FILE))
 
+    def is_deleted(self) -> bool:
+        """Whether somebody deleted the run in MLflow. Raises as `forward`."""
+        return not _is_there(self.client, self.run_id)
+
     def finish(self, status: str) -> None:
         """Set the run's status ("FINISHED", "FAILED", "KILLED") unless it has it."""
         if ask(lambda: self.client.get_run(self.run_id)).info.status != status:
@@ -160,10 +164,13 @@ def ensure_run(
     `FencedError` if a newer generation than `record`'s owns the run, `UserError` if somebody deleted the experiment.
     """
     client = connect(uri)
-    run_id = record.tracking_run_id
+    seen = run.read()
+    run_id = seen.tracking_run_id
+    if seen.generation != record.generation:
+        raise FencedError(f"run {run.run_key[:12]} was begun anew by somebody else")
     if run_id is None or not _is_there(client, run_id):
         made = ask(lambda: _create_run(client, run, preset, dataset=dataset, tags=tags))
-        named = run.update(lambda newest: _with_tracking_run(newest, made, instead_of=record))
+        named = run.update(lambda newest: _with_tracking_run(newest, made, instead_of=seen))
         run_id = named.tracking_run_id
         if run_id != made:
             ask(lambda: client.delete_run(made))

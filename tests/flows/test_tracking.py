@@ -17,12 +17,13 @@ from mlflow.exceptions import MlflowException
 from flows.cli.follow import _Watcher
 from infra.local.ports import free_port
 from tasks import mlflow_client, registry, tracking
+from tasks.follow import Follower
 from tasks.forward import Forwarder
 from tasks.mlflow_client import RUN_KEY_TAG, WEIGHTS_TAG, connect
 from tasks.register import set_aliases
 from tasks.results import Dataset
 from tests.conftest import Stack
-from tests.flows.runs import mlflow_runs
+from tests.flows.runs import loss_history, mlflow_runs
 from tests.unit.tiny import tiny_preset
 from training.config import load_preset
 from training.errors import FencedError, InfrastructureError, UserError
@@ -212,6 +213,7 @@ def test_closing_a_run_does_not_hide_what_happened_before(stack: Stack, run: Run
     forwarder = Forwarder(run, run.read(), lambda: ensure(stack, run))
     tracker = forwarder.tracker()
     tracker.client = mlflow_client.connect(f"http://127.0.0.1:{free_port()}")
+    assert not forwarder.send(run.read(), [])
     forwarder.close("FAILED")
     tracker.client = mlflow_client.connect(stack.settings.mlflow_uri)
     assert mlflow_runs(stack, run.run_key)[0].info.status == "RUNNING"
@@ -263,6 +265,30 @@ def test_what_mlflow_missed_is_sent_when_it_is_back_and_only_once(stack: Stack, 
         assert [point.step for point in client.get_metric_history(tracked.info.run_id, name)] == list(range(1, 700))
     for name in ("cpu_utilization_percentage", "network_receive_megabytes"):
         assert len(client.get_metric_history(tracked.info.run_id, f"system/node1/{name}")) == 3
+
+
+def test_run_that_is_deleted_while_it_is_followed_is_told_anew_from_the_start(stack: Stack, run: RunRecord) -> None:
+    record = run.update(lambda record: with_resume_step(replace(record, token=1), 0, token=1))
+    writer = EventWriter(stack.store, run.prefix(record), 1)
+    SampleWriter(stack.store, run.prefix(record), node=0, incarnation="a").send(take_sample())
+    follower = Follower(run, generation=record.generation, num_steps=0)
+    forwarder = Forwarder(run, record, lambda: ensure(stack, run, record))
+
+    def forward(step: int) -> bool:
+        writer.add("step", step=step, **dict.fromkeys(tracking.METRICS, float(step)))
+        writer.flush()
+        return forwarder.send(record, follower.look()[1])
+
+    assert [forward(step) for step in (1, 2)] == [True, True]
+    deleted = forwarder.tracker()
+    deleted.client.delete_run(deleted.run_id)
+    assert [forward(step) for step in (3, 4)] == [False, True]
+    writer.close()
+    (shown,) = mlflow_runs(stack, run.run_key)
+    assert shown.info.run_id != deleted.run_id
+    assert loss_history(stack, shown.info.run_id) == [(step, float(step)) for step in (1, 2, 3, 4)]
+    name = "system/node0/cpu_utilization_percentage"
+    assert len(deleted.client.get_metric_history(shown.info.run_id, name)) == 1
 
 
 def test_attempts_are_a_table_beside_the_run(stack: Stack, run: RunRecord) -> None:
