@@ -8,6 +8,9 @@ from enum import Enum
 from pathlib import Path
 from typing import Protocol
 
+CANCELLED = "cancelled"
+"""Among a job's owners: it was cancelled, but who did so may have died amid that. `reap` does the rest."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Needs:
@@ -78,7 +81,8 @@ class Launcher(Protocol):
         """The log of each of the job's nodes."""
 
     def reap(self, key: str) -> None:
-        """Stop what is left of a job that has ended. It stays known as ended; one that runs is left alone."""
+        """Stop what is left of a job that has ended, which stays known as ended, or that was being cancelled; one that
+        runs is left alone."""
 
     def cancel(self, key: str) -> None:
         """Have no process of the job left, and know it no more. No such job: nothing to do."""

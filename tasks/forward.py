@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import time
 from collections.abc import Callable
 
 from tasks.attempts import attempt_tags, attempts_table, begun_by_token
+from tasks.follow import Follower
 from tasks.tracking import Tracker
 from training.errors import InfrastructureError
 from training.runs.events import Event
@@ -25,6 +27,7 @@ class Forwarder:
     """
 
     def __init__(self, run: RunRecord, record: Record, open_tracker: Callable[[], Tracker]) -> None:
+        self._run = run
         self._open_tracker = open_tracker
         self._maybe_tracker: Tracker | None = None
         self._samples = SampleReader(run.store, run.prefix(record))
@@ -47,6 +50,8 @@ class Forwarder:
             self._send(record)
         except InfrastructureError as error:
             log.warning("%s", error)
+            with contextlib.suppress(InfrastructureError):  # the next time, then
+                self._begin_anew_if_deleted(record)
             return False
         return True
 
@@ -64,6 +69,16 @@ class Forwarder:
             self._maybe_tracker = self._open_tracker()
             log.info("MLflow run %s", self._maybe_tracker.url)
         return self._maybe_tracker
+
+    def _begin_anew_if_deleted(self, record: Record) -> None:
+        """Somebody deleted the MLflow run: the next one is told all, from the start."""
+        if self._maybe_tracker is None or not self._maybe_tracker.is_deleted():
+            return
+        _, self._waiting = Follower(self._run, generation=record.generation, num_steps=0).look()
+        self._samples, self._waiting_samples = SampleReader(self._run.store, self._run.prefix(record)), []
+        self._next_samples = 0.0
+        self._maybe_tracker = self._told = None
+        log.warning("the MLflow run was deleted: another one takes its place")
 
     def _send(self, record: Record) -> None:
         tracker = self.tracker()

@@ -52,7 +52,7 @@ def register_cache_key(context: Any, arguments: dict[str, Any]) -> str:
 
 @task(name="register", cache_key_fn=register_cache_key, **stage_options(timeout_seconds=3600))
 def register(preset: Preset, dataset: Dataset, model: TrainedModel, evaluation: Evaluation) -> Registration:
-    """Make the registry's version of this run, once. It is the challenger; the very first is the champion too."""
+    """Make the registry's version of this run, once. Then it is the challenger; the very first is the champion too."""
     settings, store = open_stack()
     record = RunRecord(store, model.run_key).read()
     assert record.tracking_run_id is not None
@@ -89,17 +89,22 @@ def register(preset: Preset, dataset: Dataset, model: TrainedModel, evaluation: 
 
 
 def set_aliases(store: Store, tracker: tracking.Tracker, name: str, version: str, run_key: str) -> tuple[str, ...]:
-    """`challenger` is the newest version; `champion` the model's first one, as one create-only write decides."""
+    """Once for each version: `challenger` is the newest; `champion` the model's first one, as one create-only write
+    decides. From then on they are a person's to move."""
     client = tracker.client
-    newest = max(int(found.version) for found in client.search_model_versions(f"name = '{name}'"))
-    if int(version) == newest:  # or to register an older one again would move the alias back
+    known = client.get_model_version(name, version)
+    if registry.ALIASES_DUE_TAG not in known.tags:
+        return registry.aliases_of(client, name, version)
+    if registry.is_newest(client, name, known):
         client.set_registered_model_alias(name, CHALLENGER, version)
     champion_key = f"models/{name}/champion.json"
     store.create_versioned(
         champion_key, {"format": 1, "model": name, "version_of_registry": version, "run_key": run_key}
     )
-    if store.read_versioned(champion_key).document["run_key"] == run_key:
+    is_first = store.read_versioned(champion_key).document["run_key"] == run_key
+    if is_first and CHAMPION not in client.get_registered_model(name).aliases:
         client.set_registered_model_alias(name, CHAMPION, version)
+    client.delete_model_version_tag(name, version, registry.ALIASES_DUE_TAG)
     return registry.aliases_of(client, name, version)
 
 

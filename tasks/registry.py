@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
 DRILL_TAG = "unbroken.drill"
 """On a version: "green" or "red". With .id, .subject, .code, .faults and .report_sha256 (docs/drill.md)."""
+ALIASES_DUE_TAG = "unbroken.aliases_due"
+"""On a version that has not been given its aliases yet: its maker is about to, or has died."""
 
 
 def ensure_model_version(
@@ -46,7 +48,7 @@ def ensure_model_version(
         if error.error_code != "RESOURCE_ALREADY_EXISTS":
             raise InfrastructureError(f"MLflow refused to make model {name!r}: {error}") from error
     by_key = _by_key(run_key, weights_sha256)
-    existing = _first_version(client, name, by_key)
+    existing = _only_version(client, name, by_key)
     if existing is not None:
         return existing
     found = client.search_logged_models([tracker.experiment_id], filter_string=by_key)
@@ -71,17 +73,47 @@ def ensure_model_version(
         source=f"models:/{model.model_id}",
         run_id=tracker.run_id,
         model_id=model.model_id,
-        tags={**identity, **tags},
+        tags={**identity, **tags, ALIASES_DUE_TAG: "true"},
     )
-    first = _first_version(client, name, by_key) or made
-    if str(first.version) != str(made.version):  # a racing starter was first; all agree on the lowest number
-        client.delete_model_version(name, str(made.version))
+    return _only_version(client, name, by_key) or made
+
+
+def _only_version(client: MlflowClient, name: str, by_key: str) -> ModelVersion | None:
+    """Racing starters make twins. All agree on the lowest number and delete the others, whoever made them: that one may
+    be dead. One that a person has given an alias meanwhile is left."""
+    first, *twins = _versions(client, name, by_key) or (None,)
+    named = {str(number) for number in client.get_registered_model(name).aliases.values()} if twins else ()
+    for twin in twins:
+        if str(twin.version) not in named:
+            _delete_version(client, name, str(twin.version))
     return first
 
 
-def _first_version(client: MlflowClient, name: str, by_key: str) -> ModelVersion | None:
-    versions = client.search_model_versions(f"name = '{name}' and {by_key}")
-    return min(versions, key=lambda version: int(version.version), default=None)
+def _versions(client: MlflowClient, name: str, by_key: str) -> list[ModelVersion]:
+    found = client.search_model_versions(f"name = '{name}' and {by_key}")
+    return sorted(found, key=lambda version: int(version.version))
+
+
+def _delete_version(client: MlflowClient, name: str, version: str) -> None:
+    from mlflow.exceptions import MlflowException
+
+    try:
+        client.delete_model_version(name, version)
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_DOES_NOT_EXIST":  # a racing starter was first
+            raise
+
+
+def is_newest(client: MlflowClient, name: str, version: ModelVersion) -> bool:
+    """Whether no other weights were registered after these. A twin of this version is about to go."""
+    return all(
+        int(other.version) <= int(version.version) or _identity(other) == _identity(version)
+        for other in client.search_model_versions(f"name = '{name}'")
+    )
+
+
+def _identity(version: ModelVersion) -> tuple[str | None, str | None]:
+    return version.tags.get(RUN_KEY_TAG), version.tags.get(WEIGHTS_TAG)
 
 
 def versions_trained_on(uri: str, dataset_digests: Collection[str]) -> list[str]:
@@ -104,7 +136,7 @@ def aliases_of(client: MlflowClient, name: str, version: str) -> tuple[str, ...]
 def has_version(uri: str, name: str, *, run_key: str, weights_sha256: str) -> bool:
     """Whether the registry has a version of these weights of this run."""
     by_key = _by_key(run_key, weights_sha256)
-    return ask(lambda: _first_version(connect(uri), name, by_key)) is not None
+    return bool(ask(lambda: _versions(connect(uri), name, by_key)))
 
 
 def _by_key(run_key: str, weights_sha256: str) -> str:

@@ -18,7 +18,7 @@ from tasks.mlflow_client import (
     connect,
 )
 from training.config import Preset
-from training.errors import FencedError, InfrastructureError
+from training.errors import FencedError, InfrastructureError, UserError
 from training.runs.events import Event
 from training.runs.record import Record, RunRecord
 from training.runs.system import Sample
@@ -80,16 +80,16 @@ class Tracker:
 
         begun = int(ask(lambda: self.client.get_run(self.run_id)).info.start_time) / 1000
         points = []
-        for node, sample in samples:
-            step = int(sample.time - begun)
-            if step > self._last_sample(node):
-                self._last_samples[node] = step
-                points += [
-                    Metric(f"system/node{node}/{name}", value, int(sample.time * 1000), step)
-                    for name, value in asdict(sample).items()
-                    if name != "time"
-                ]
         try:
+            for node, sample in samples:
+                step = int(sample.time - begun)
+                if step > self._last_sample(node):
+                    self._last_samples[node] = step
+                    points += [
+                        Metric(f"system/node{node}/{name}", value, int(sample.time * 1000), step)
+                        for name, value in asdict(sample).items()
+                        if name != "time"
+                    ]
             for batch in _batches(points):
                 ask(lambda: self.client.log_batch(self.run_id, metrics=batch))  # noqa: B023
         except InfrastructureError:
@@ -112,6 +112,10 @@ class Tracker:
         document = {"columns": columns, "data": [[row[name] for name in columns] for row in table]}
         ask(lambda: self.client.log_dict(self.run_id, document, ATTEMPTS_FILE))
 
+    def is_deleted(self) -> bool:
+        """Whether somebody deleted the run in MLflow. Raises as `forward`."""
+        return not _is_there(self.client, self.run_id)
+
     def finish(self, status: str) -> None:
         """Set the run's status ("FINISHED", "FAILED", "KILLED") unless it has it."""
         if ask(lambda: self.client.get_run(self.run_id)).info.status != status:
@@ -123,13 +127,16 @@ class Tracker:
     def log_evaluation(
         self, metrics: Mapping[str, float], figures: Mapping[str, Figure], report: dict[str, Any]
     ) -> None:
-        """Held-out metrics, the figures that a person looks at, and the whole report."""
+        """Held-out metrics, the figures that a person looks at, and the whole report. The same again adds no point; of
+        several evaluations at one step, MLflow shows the one with the latest time: the newest."""
         from mlflow.entities import Metric
 
-        step = self.last_step
-        time_ms = int(ask(lambda: self.client.get_run(self.run_id)).info.start_time)  # fixed: a rerun adds no point
-        points = [Metric(name, value, time_ms, step) for name, value in metrics.items()]
-        ask(lambda: self.client.log_batch(self.run_id, metrics=points))
+        known = ask(lambda: self.client.get_run(self.run_id))
+        if any(known.data.metrics.get(name) != value for name, value in metrics.items()):
+            earlier = ask(lambda: self.client.get_metric_history(self.run_id, next(iter(metrics))))
+            time_ms = max((point.timestamp + 1 for point in earlier), default=int(known.info.start_time))
+            points = [Metric(name, value, time_ms, self.last_step) for name, value in metrics.items()]
+            ask(lambda: self.client.log_batch(self.run_id, metrics=points))
         for name, figure in figures.items():
             self.client.log_figure(self.run_id, figure, f"figures/{name}.png")
         self.client.log_dict(self.run_id, report, "evaluation.json")
@@ -154,13 +161,16 @@ def ensure_run(
     """The MLflow run that the run record names, made if there is none, or if somebody deleted it in MLflow.
 
     Racing makers: the record decides, and the losers delete theirs. Raises `InfrastructureError` if MLflow is away,
-    `FencedError` if a newer generation than `record`'s owns the run.
+    `FencedError` if a newer generation than `record`'s owns the run, `UserError` if somebody deleted the experiment.
     """
     client = connect(uri)
-    run_id = record.tracking_run_id
+    seen = run.read()
+    run_id = seen.tracking_run_id
+    if seen.generation != record.generation:
+        raise FencedError(f"run {run.run_key[:12]} was begun anew by somebody else")
     if run_id is None or not _is_there(client, run_id):
         made = ask(lambda: _create_run(client, run, preset, dataset=dataset, tags=tags))
-        named = run.update(lambda newest: _with_tracking_run(newest, made, instead_of=record))
+        named = run.update(lambda newest: _with_tracking_run(newest, made, instead_of=seen))
         run_id = named.tracking_run_id
         if run_id != made:
             ask(lambda: client.delete_run(made))
@@ -266,15 +276,19 @@ def _experiment_id(client: MlflowClient, name: str) -> str:
     from mlflow.exceptions import MlflowException
 
     found = client.get_experiment_by_name(name)
-    if found is not None:
-        return str(found.experiment_id)
-    try:
-        return str(client.create_experiment(name))
-    except MlflowException:  # another starter was first
-        found = client.get_experiment_by_name(name)
-        if found is None:
-            raise
-        return str(found.experiment_id)
+    if found is None:
+        try:
+            return str(client.create_experiment(name))
+        except MlflowException:  # another starter was first
+            found = client.get_experiment_by_name(name)
+            if found is None:
+                raise
+    if found.lifecycle_stage == "deleted":
+        raise UserError(
+            f"somebody deleted the experiment {name!r} in MLflow, where the preset's runs are shown: restore it with"
+            f" `mlflow experiments restore --experiment-id {found.experiment_id}`, or give the preset another name"
+        )
+    return str(found.experiment_id)
 
 
 def _flat(document: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, Any]]:

@@ -14,8 +14,7 @@ from tasks.stack import open_stack
 
 log = logging.getLogger("flows.reaper")
 
-FLOW_RUNS_SECONDS = 2.0
-TRACKED_RUNS_SECONDS = 10.0
+LOOK_SECONDS = 2.0
 
 
 def main() -> None:
@@ -27,26 +26,25 @@ def main() -> None:
     from flows.reaper.engine_jobs import end_unwanted
     from flows.reaper.flow_runs import FlowRuns
     from flows.reaper.sources import watch_sources
-    from flows.reaper.tracked_runs import TrackedRuns
+    from flows.reaper.tracked_runs import watch_tracked_runs
     from infra.engines import make_launcher
 
     launcher = make_launcher(settings)
-    tracked_runs = TrackedRuns(settings.mlflow_uri, store, launcher)
-    watching = threading.Thread(target=watch_sources, daemon=True)
-    watching.start()
+    beside = [
+        threading.Thread(name="sources", target=watch_sources, daemon=True),
+        threading.Thread(name="runs in MLflow", target=watch_tracked_runs, args=(settings, store), daemon=True),
+    ]
+    for watching in beside:
+        watching.start()
     with get_client(sync_client=True) as client:
         flow_runs = FlowRuns(client, launcher)
-        next_tracked = 0.0
         while True:
-            now = time.monotonic()
-            attempt("Prefect", lambda: flow_runs.set_right(now=now))  # noqa: B023
+            attempt("Prefect", lambda: flow_runs.set_right(now=time.monotonic()))
             attempt("the engine", lambda: end_unwanted(launcher, flow_runs))
-            if now >= next_tracked:
-                attempt("MLflow", lambda: tracked_runs.set_right(now=now))  # noqa: B023
-                next_tracked = now + TRACKED_RUNS_SECONDS
-            if not watching.is_alive():  # a bug; a new process begins anew
-                raise RuntimeError("the thread that watches the sources has died: see above")
-            time.sleep(FLOW_RUNS_SECONDS)
+            for watching in beside:
+                if not watching.is_alive():  # a bug; a new process begins anew
+                    raise RuntimeError(f"the thread that watches the {watching.name} has died: see above")
+            time.sleep(LOOK_SECONDS)
 
 
 if __name__ == "__main__":

@@ -5,16 +5,17 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 
-from training.errors import InfrastructureError, UserError
+from training.errors import UnbrokenError
 
 log = logging.getLogger("flows.reaper")
 
 
 def attempt(part: str, work: Callable[[], None]) -> None:
-    """Do one part's work; if a server is away, or the settings are wrong, the next look makes up for it."""
+    """Do one part's work; if a server is away, the settings are wrong or something stored is damaged, that is told, and
+    the next look tries again."""
     from httpx import HTTPError
 
     try:
         work()
-    except (InfrastructureError, UserError, HTTPError) as error:
+    except (UnbrokenError, HTTPError) as error:
         log.warning("%s could not be looked after: %s", part, error)

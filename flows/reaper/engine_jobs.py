@@ -1,4 +1,4 @@
-"""The engine's jobs: those whose flow run was cancelled are ended, although its hook failed or its process died."""
+"""The engine's jobs: those that were cancelled, or whose flow run was, are ended, although who should have died."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from uuid import UUID
 
 from flows.reaper.decide import is_job_unwanted
 from flows.reaper.flow_runs import FlowRuns
-from infra.launcher import Launcher
+from infra.launcher import CANCELLED, Launcher
 
 log = logging.getLogger(__name__)
 
@@ -17,7 +17,10 @@ def end_unwanted(launcher: Launcher, flow_runs: FlowRuns) -> None:
     owned = {key: owners for key, owners in launcher.jobs().items() if owners}
     states = flow_runs.states({owner for owners in owned.values() for owner in owners if _is_flow_run(owner)})
     for key, owners in owned.items():
-        if is_job_unwanted([states.get(owner) for owner in owners]):
+        if CANCELLED in owners:
+            log.info("job %s: it was cancelled, and something of it is left: ended", key[:12])
+            launcher.reap(key)  # not `cancel`: it may have been submitted again since
+        elif is_job_unwanted([states.get(owner) for owner in owners]):
             log.info("job %s: its flow run was cancelled: ended", key[:12])
             launcher.cancel(key)
 

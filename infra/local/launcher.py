@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 from xmlrpc.client import Fault
 
-from infra.launcher import JobSpec, JobState, JobStatus
+from infra.launcher import CANCELLED, JobSpec, JobState, JobStatus
 from infra.local import supervisor
 from infra.local.files import locked, write_whole
 from infra.local.node import job_path
@@ -43,6 +43,7 @@ class LocalLauncher:
     def submit(self, spec: JobSpec) -> None:
         require_room(spec)
         with self._lock(spec.key):
+            self._finish_cancelling(spec.key)
             status = self.find(spec.key)
             is_at_work = status is not None and status.state is JobState.RUNNING and self._is_same(spec)
             self._add_owner(spec)  # before the job runs: an owner who is cancelled meanwhile must find it
@@ -72,14 +73,17 @@ class LocalLauncher:
         return JobStatus(state=state, nodes={info["name"]: info["statename"] for info in infos})
 
     def jobs(self) -> Mapping[str, Sequence[str]]:
-        configs = (self._home / "jobs").glob("*.conf")
-        return {path.stem: self._owners(path.stem) for path in sorted(configs)}
+        folder = self._home / "jobs"
+        known = {path.stem: self._owners(path.stem) for path in sorted(folder.glob("*.conf"))}
+        cancelled = {path.stem: [*self._owners(path.stem), CANCELLED] for path in folder.glob("*.cancelled")}
+        return known | cancelled
 
     def logs(self, key: str) -> Sequence[Path]:
         return sorted(self._log_folder(key).glob("*.log"))
 
     def reap(self, key: str) -> None:
         with self._lock(key):
+            self._finish_cancelling(key)
             status = self.find(key)
             if status is not None and status.state is JobState.ENDED:
                 with supervisor.calls(), contextlib.suppress(Fault):  # the engine knows it no more
@@ -88,8 +92,17 @@ class LocalLauncher:
 
     def cancel(self, key: str) -> None:
         with self._lock(key):
-            self._forget(key)  # first: a supervisor that starts again must not start the job again
+            with contextlib.suppress(FileNotFoundError):  # first: a supervisor that starts again must not start the job
+                self._config(key).replace(self._cancelled(key))
+            job_path(self._home, key).unlink(missing_ok=True)  # nor a node that is started again do anything
             self._stop_and_remove(key)
+            self._forget(key)
+
+    def _finish_cancelling(self, key: str) -> None:
+        """If whoever cancelled the job died amid that."""
+        if self._cancelled(key).exists():
+            self._stop_and_remove(key)
+            self._forget(key)
 
     def _start(self, spec: JobSpec) -> None:
         self._stop_and_remove(spec.key)
@@ -153,11 +166,16 @@ class LocalLauncher:
 
     def _forget(self, key: str) -> None:
         self._config(key).unlink(missing_ok=True)
-        for path in self._files(f"{key}."):
+        for path in {*self._files(f"{key}.")} - {self._cancelled(key)}:
             path.unlink(missing_ok=True)
+        self._cancelled(key).unlink(missing_ok=True)  # last: until then there is something left to do
 
     def _config(self, key: str) -> Path:
         return self._home / "jobs" / f"{key}.conf"
+
+    def _cancelled(self, key: str) -> Path:
+        """Its configuration under a name that the supervisor does not read."""
+        return self._home / "jobs" / f"{key}.cancelled"
 
     def _owners_file(self, key: str) -> Path:
         return self._home / "jobs" / f"{key}.owners"

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import urllib.error
+import urllib.request
 from collections.abc import Callable
 
 from infra.local.services import MAX_RUNS_AT_ONCE, WORK_POOL, WORK_QUEUES
@@ -13,6 +15,7 @@ from training.errors import InfrastructureError
 from training.s3.objectstore import Store, StoreLocation
 
 DEPLOYMENTS = PROJECT_ROOT / "infra" / "prefect.yaml"
+FLOW = "pipeline"
 
 
 def create_bucket(settings: Settings) -> None:
@@ -23,7 +26,7 @@ def create_bucket(settings: Settings) -> None:
 
 
 def provision(settings: Settings, report: Callable[[str], None]) -> None:
-    """Make Prefect's objects, unless they are as they were made last. Safe to repeat."""
+    """Make Prefect's objects, unless they are there as they were made last. Safe to repeat."""
     mark = settings.home / "provisioned"
     wanted = digest_of(
         {
@@ -34,12 +37,32 @@ def provision(settings: Settings, report: Callable[[str], None]) -> None:
             "s3": [settings.s3_endpoint, settings.s3_bucket, settings.s3_prefix],
         }
     )
-    if mark.exists() and mark.read_text() == wanted:
+    if mark.exists() and mark.read_text() == wanted and not are_gone(settings.prefect_api_url):
         return
     report("registering the work pool, the result storage and the deployments")
     _register_pool_and_storage(settings)
     _deploy()
     mark.write_text(wanted)
+
+
+def are_gone(api_url: str) -> bool:
+    """Whether Prefect's server lacks the work pool or a deployment: its database may be older than these."""
+    import yaml
+
+    names = [each["name"] for each in yaml.safe_load(DEPLOYMENTS.read_text())["deployments"]]
+    paths = [f"work_pools/{WORK_POOL}", *(f"deployments/name/{FLOW}/{name}" for name in names)]
+    return any(_is_missing(f"{api_url}/{path}") for path in paths)
+
+
+def _is_missing(url: str) -> bool:
+    """A server that does not answer, or not to strangers, does not say so."""
+    try:
+        with urllib.request.urlopen(url, timeout=10):
+            return False
+    except urllib.error.HTTPError as error:
+        return error.code == 404
+    except OSError:
+        return False
 
 
 def _register_pool_and_storage(settings: Settings) -> None:

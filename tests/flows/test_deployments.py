@@ -10,6 +10,8 @@ from prefect.client.orchestration import SyncPrefectClient
 from prefect.exceptions import PrefectHTTPStatusError
 from prefect.states import Scheduled
 
+from infra.local.ports import free_port
+from infra.local.provision import are_gone
 from infra.local.services import MAX_RUNS_AT_ONCE, WORK_POOL, WORK_QUEUES
 from tests.conftest import Stack
 
@@ -62,3 +64,18 @@ def test_runs_wait_by_the_priority_of_their_queue(client: SyncPrefectClient) -> 
     for run in runs:
         client.delete_flow_run(run.id)
     assert [answer.flow_run.work_queue_name for answer in found] == list(WORK_QUEUES)
+
+
+def test_up_brings_back_what_the_server_has_lost(stack: Stack, client: SyncPrefectClient) -> None:
+    """As if its database were an older one's: what the stack noted of the time before says nothing then."""
+    deployment = client.read_deployment_by_name("pipeline/custom")
+    assert not are_gone(stack.settings.prefect_api_url)
+    client.delete_deployment(deployment.id)
+    assert are_gone(stack.settings.prefect_api_url)
+    done = stack.command("up")
+    assert done.returncode == 0, done.stderr
+    assert client.read_deployment_by_name("pipeline/custom").id != deployment.id
+
+
+def test_server_that_does_not_answer_is_not_one_that_has_lost_anything() -> None:
+    assert not are_gone(f"http://127.0.0.1:{free_port()}/api")

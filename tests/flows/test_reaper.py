@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import subprocess
 import sys
+import threading
 import uuid
 from collections.abc import Iterator
 from dataclasses import asdict, replace
 from typing import Any
 
 import pytest
+from prefect.client import orchestration
 from prefect.client.orchestration import SyncPrefectClient
 from prefect.client.schemas.objects import FlowRun
 from prefect.states import Cancelled, Pending, Running
 
+import flows.reaper.__main__ as reaper
 from flows.publish import MACHINE_LABEL, machine_label
+from flows.reaper import sources
 from flows.reaper.attempt import attempt
 from flows.reaper.decide import GONE_SECONDS, QUIET_SECONDS, SILENT_SECONDS
 from flows.reaper.engine_jobs import end_unwanted
@@ -32,6 +37,7 @@ from tasks.results import Dataset
 from tests.conftest import Stack
 from tests.flows.runs import loss_history, mlflow_runs
 from tests.unit.tiny import tiny_preset
+from training.errors import DamagedError
 from training.runs.events import EventWriter
 from training.runs.record import CheckpointRef, Failure, Record, Result, RunRecord, start_fresh, with_resume_step
 
@@ -142,6 +148,23 @@ def test_run_whose_maker_died_before_it_was_named_is_deleted(
     assert [found.info.run_id for found in mlflow_runs(stack, run.run_key)] == [named.run_id] != [provisional.run_id]
 
 
+def test_damaged_record_is_told_once_and_keeps_nobody_from_looking_at_the_others(
+    stack: Stack, launcher: LocalLauncher, caplog: pytest.LogCaptureFixture
+) -> None:
+    runs = [RunRecord(stack.store, f"test-{uuid.uuid4().hex}") for _ in range(3)]
+    for run in runs:
+        run.create_if_missing()
+    first, _, last = (ensure(stack, run) for run in runs)
+    for damaged in (runs[0], runs[2]):  # before and after the whole one, in whichever order MLflow names them
+        stack.store.put(damaged.object_key, b"{}")
+    look_until_quiet(stack, launcher)
+    assert [status(stack, run) for run in runs] == ["RUNNING", "KILLED", "RUNNING"]
+    told = [record.getMessage() for record in caplog.records if "damaged" in record.getMessage()]
+    assert [sum(tracker.run_id in line for line in told) for tracker in (first, last)] == [1, 1]
+    for tracker in (first, last):
+        tracker.client.delete_run(tracker.run_id)
+
+
 def test_job_of_a_cancelled_flow_run_is_ended_although_no_hook_did(
     client: SyncPrefectClient, launcher: LocalLauncher
 ) -> None:
@@ -243,3 +266,39 @@ def test_server_that_is_away_stops_nothing(
         attempt("Prefect", lambda: FlowRuns(client, launcher).set_right(now=0.0))
     told = [record.getMessage().split()[0] for record in caplog.records if record.name == "flows.reaper"]
     assert told == ["MLflow", "Prefect"]
+
+
+def test_damage_stops_nothing(caplog: pytest.LogCaptureFixture) -> None:
+    def read() -> None:
+        raise DamagedError("runs/key/record.json is damaged")
+
+    attempt("MLflow", read)
+    assert "runs/key/record.json is damaged" in caplog.text
+
+
+class LookedTwiceError(Exception):
+    """Ends the reaper."""
+
+
+def test_mlflow_that_hangs_keeps_nobody_from_looking_at_flow_runs(
+    client: SyncPrefectClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else it would look at them so seldom that it takes itself for one that slept, and never sees a death."""
+    hangs, never, looks = threading.Event(), threading.Event(), iter((True, False))
+
+    def hang(_: TrackedRuns, *, now: float) -> None:
+        hangs.set()
+        never.wait()
+
+    def look(_: FlowRuns, *, now: float) -> None:
+        assert hangs.wait(60), "MLflow was never asked"
+        if not next(looks):
+            raise LookedTwiceError
+
+    monkeypatch.setattr(TrackedRuns, "set_right", hang)
+    monkeypatch.setattr(FlowRuns, "set_right", look)
+    monkeypatch.setattr(sources, "watch_sources", never.wait)
+    monkeypatch.setattr(orchestration, "get_client", lambda *, sync_client: contextlib.nullcontext(client))
+    monkeypatch.setattr(reaper, "LOOK_SECONDS", 0.0)
+    with pytest.raises(LookedTwiceError):
+        reaper.main()

@@ -17,15 +17,16 @@ from mlflow.exceptions import MlflowException
 from flows.cli.follow import _Watcher
 from infra.local.ports import free_port
 from tasks import mlflow_client, registry, tracking
+from tasks.follow import Follower
 from tasks.forward import Forwarder
-from tasks.mlflow_client import connect
+from tasks.mlflow_client import RUN_KEY_TAG, WEIGHTS_TAG, connect
 from tasks.register import set_aliases
 from tasks.results import Dataset
 from tests.conftest import Stack
-from tests.flows.runs import mlflow_runs
+from tests.flows.runs import loss_history, mlflow_runs
 from tests.unit.tiny import tiny_preset
 from training.config import load_preset
-from training.errors import FencedError
+from training.errors import FencedError, InfrastructureError, UserError
 from training.runs.events import Event, EventWriter
 from training.runs.record import CheckpointRef, Departure, Record, Result, RunRecord, start_fresh, with_resume_step
 from training.runs.system import SampleWriter, take_sample
@@ -104,19 +105,91 @@ def test_racing_registrations_make_one_version(stack: Stack, run: RunRecord) -> 
     assert left == [min(versions)]
 
 
-def test_an_older_version_registered_again_is_not_the_challenger(stack: Stack, run: RunRecord) -> None:
-    """It is found, not made; `dvc repro` of an older run would else move the alias back."""
-    tracker = ensure(stack, run)
-    name = f"model-{uuid.uuid4().hex}"
-    tracker.client.create_registered_model(name)
-    first, second = (
-        str(tracker.client.create_model_version(name, source="s3://bucket/anywhere", run_id=tracker.run_id).version)
-        for _ in range(2)
+def register_found(stack: Stack, tracker: tracking.Tracker, model: str, run_key: str) -> str:
+    """Register weights of which there is a version: nothing is saved."""
+
+    def save(folder: Path, model: Any) -> None:
+        pytest.fail("it was made again")
+
+    version = registry.ensure_model_version(
+        stack.settings.mlflow_uri, model, tracker, run_key=run_key, weights_sha256="w", tags={}, save=save
     )
-    assert set_aliases(stack.store, tracker, name, first, "key 1") == ("champion",)
-    assert set_aliases(stack.store, tracker, name, second, "key 2") == ("challenger",)
-    assert set_aliases(stack.store, tracker, name, first, "key 1") == ("champion",)
-    assert registry.aliases_of(tracker.client, name, second) == ("challenger",)
+    return str(version.version)
+
+
+def versions_of(tracker: tracking.Tracker, model: str) -> list[str]:
+    return sorted(str(version.version) for version in tracker.client.search_model_versions(f"name = '{model}'"))
+
+
+def test_twin_of_a_killed_starter_is_deleted_and_no_obstacle(stack: Stack, run: RunRecord, model: str) -> None:
+    """Two raced, and one was killed before it could delete its own."""
+    tracker = ensure(stack, run)
+    first, twin = make_version(tracker, model, "key"), make_version(tracker, model, "key")
+    assert set_aliases(stack.store, tracker, model, first, "key") == ("challenger", "champion"), "the twin is not newer"
+    assert versions_of(tracker, model) == [first, twin]
+    assert register_found(stack, tracker, model, "key") == first
+    assert versions_of(tracker, model) == [first]
+
+
+def test_twin_that_a_person_named_is_left(stack: Stack, run: RunRecord, model: str) -> None:
+    tracker = ensure(stack, run)
+    first, twin = make_version(tracker, model, "key"), make_version(tracker, model, "key")
+    tracker.client.set_registered_model_alias(model, "mine", twin)
+    assert register_found(stack, tracker, model, "key") == first
+    assert versions_of(tracker, model) == [first, twin]
+
+
+def test_two_may_delete_one_twin_at_once(
+    stack: Stack, run: RunRecord, model: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tracker = ensure(stack, run)
+    first, twin = make_version(tracker, model, "key"), make_version(tracker, model, "key")
+    delete = tracker.client.delete_model_version
+
+    def delete_after_another(name: str, version: str) -> None:
+        connect(stack.settings.mlflow_uri).delete_model_version(name, version)
+        delete(name, version)
+
+    monkeypatch.setattr(tracker.client, "delete_model_version", delete_after_another)
+    assert register_found(stack, tracker, model, "key") == first
+    assert versions_of(tracker, model) == [first]
+    assert twin != first
+
+
+@pytest.fixture
+def model(stack: Stack) -> str:
+    """A registered model without versions."""
+    name = f"model-{uuid.uuid4().hex}"
+    connect(stack.settings.mlflow_uri).create_registered_model(name)
+    return name
+
+
+def make_version(tracker: tracking.Tracker, model: str, run_key: str) -> str:
+    """As `registry.ensure_model_version` leaves it."""
+    tags = {RUN_KEY_TAG: run_key, WEIGHTS_TAG: "w", registry.ALIASES_DUE_TAG: "true"}
+    made = tracker.client.create_model_version(model, source="s3://bucket/model", run_id=tracker.run_id, tags=tags)
+    return str(made.version)
+
+
+def test_registering_again_moves_no_alias_that_a_person_moved(stack: Stack, run: RunRecord, model: str) -> None:
+    """The version is found, not made; `dvc repro` of an older run would else move the aliases back."""
+    tracker = ensure(stack, run)
+    first, second = make_version(tracker, model, "key 1"), make_version(tracker, model, "key 2")
+    assert set_aliases(stack.store, tracker, model, first, "key 1") == ("champion",)
+    assert set_aliases(stack.store, tracker, model, second, "key 2") == ("challenger",)
+    tracker.client.set_registered_model_alias(model, "champion", second)
+    tracker.client.set_registered_model_alias(model, "challenger", first)
+    assert set_aliases(stack.store, tracker, model, first, "key 1") == ("challenger",)
+    assert set_aliases(stack.store, tracker, model, second, "key 2") == ("champion",)
+
+
+def test_aliases_that_are_due_are_given_but_no_champion_is_replaced(stack: Stack, run: RunRecord, model: str) -> None:
+    """Whoever made the version died before; meanwhile a person named a champion."""
+    tracker = ensure(stack, run)
+    chosen, version = make_version(tracker, model, "key 1"), make_version(tracker, model, "key 2")
+    tracker.client.set_registered_model_alias(model, "champion", chosen)
+    assert set_aliases(stack.store, tracker, model, version, "key 2") == ("challenger",)
+    assert registry.aliases_of(tracker.client, model, chosen) == ("champion",)
 
 
 def test_progress_is_that_of_the_generation_that_trains(stack: Stack, run: RunRecord) -> None:
@@ -140,6 +213,7 @@ def test_closing_a_run_does_not_hide_what_happened_before(stack: Stack, run: Run
     forwarder = Forwarder(run, run.read(), lambda: ensure(stack, run))
     tracker = forwarder.tracker()
     tracker.client = mlflow_client.connect(f"http://127.0.0.1:{free_port()}")
+    assert not forwarder.send(run.read(), [])
     forwarder.close("FAILED")
     tracker.client = mlflow_client.connect(stack.settings.mlflow_uri)
     assert mlflow_runs(stack, run.run_key)[0].info.status == "RUNNING"
@@ -193,6 +267,30 @@ def test_what_mlflow_missed_is_sent_when_it_is_back_and_only_once(stack: Stack, 
         assert len(client.get_metric_history(tracked.info.run_id, f"system/node1/{name}")) == 3
 
 
+def test_run_that_is_deleted_while_it_is_followed_is_told_anew_from_the_start(stack: Stack, run: RunRecord) -> None:
+    record = run.update(lambda record: with_resume_step(replace(record, token=1), 0, token=1))
+    writer = EventWriter(stack.store, run.prefix(record), 1)
+    SampleWriter(stack.store, run.prefix(record), node=0, incarnation="a").send(take_sample())
+    follower = Follower(run, generation=record.generation, num_steps=0)
+    forwarder = Forwarder(run, record, lambda: ensure(stack, run, record))
+
+    def forward(step: int) -> bool:
+        writer.add("step", step=step, **dict.fromkeys(tracking.METRICS, float(step)))
+        writer.flush()
+        return forwarder.send(record, follower.look()[1])
+
+    assert [forward(step) for step in (1, 2)] == [True, True]
+    deleted = forwarder.tracker()
+    deleted.client.delete_run(deleted.run_id)
+    assert [forward(step) for step in (3, 4)] == [False, True]
+    writer.close()
+    (shown,) = mlflow_runs(stack, run.run_key)
+    assert shown.info.run_id != deleted.run_id
+    assert loss_history(stack, shown.info.run_id) == [(step, float(step)) for step in (1, 2, 3, 4)]
+    name = "system/node0/cpu_utilization_percentage"
+    assert len(deleted.client.get_metric_history(shown.info.run_id, name)) == 1
+
+
 def test_attempts_are_a_table_beside_the_run(stack: Stack, run: RunRecord) -> None:
     left = Departure(token=1, node=0, cause="killed", step=3, class_name="Killed")
     run.update(lambda record: with_resume_step(replace(record, token=1, departures=(left,)), 0, token=1))
@@ -214,3 +312,52 @@ def test_attempts_are_a_table_beside_the_run(stack: Stack, run: RunRecord) -> No
             "why_it_ended": "",
         },
     ]
+
+
+def test_deleted_experiment_is_named_and_how_to_restore_it(stack: Stack, run: RunRecord) -> None:
+    """To have deleted it is a person's decision: nobody undoes it, and nobody calls it a server that is away."""
+    uri, preset = stack.settings.mlflow_uri, replace(tiny_preset(), name=f"preset-{uuid.uuid4().hex}")
+
+    def ensure_shown() -> tracking.Tracker:
+        return tracking.ensure_run(uri, run, run.read(), preset, dataset=asdict(DATASET), tags={})
+
+    tracker = ensure_shown()
+    tracker.client.delete_experiment(tracker.experiment_id)
+    with pytest.raises(UserError, match=f"{preset.name}.*restore --experiment-id {tracker.experiment_id}`"):
+        ensure_shown()
+    tracker.client.restore_experiment(tracker.experiment_id)
+    assert ensure_shown().run_id == tracker.run_id
+
+
+def test_newest_evaluation_is_shown_although_it_is_lower(stack: Stack, run: RunRecord) -> None:
+    """With another [evaluate], of the same model, and so at the same step; each of them may be told twice."""
+    tracker = ensure(stack, run)
+    told = [{"test.accuracy": 0.9, "test.accuracy.low": 0.8}, {"test.accuracy": 0.9, "test.accuracy.low": 0.7}]
+    for metrics in told:
+        for _ in range(2):
+            tracker.log_evaluation(metrics, {}, {})
+        assert tracker.client.get_run(tracker.run_id).data.metrics == metrics
+    for name in told[0]:
+        values = [point.value for point in tracker.client.get_metric_history(tracker.run_id, name)]
+        assert sorted(values) == sorted(metrics[name] for metrics in told)
+
+
+def test_no_samples_are_lost_if_mlflow_fails_between_two_nodes(
+    stack: Stack, run: RunRecord, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first node's are counted as sent by then."""
+    tracker = ensure(stack, run)
+    history, failures = tracker.client.get_metric_history, [MlflowException("away")]
+
+    def fail_once(run_id: str, name: str) -> Any:
+        if "node1" in name and failures:
+            raise failures.pop()
+        return history(run_id, name)
+
+    monkeypatch.setattr(tracker.client, "get_metric_history", fail_once)
+    samples = [(node, take_sample()) for node in (0, 1)]
+    with pytest.raises(InfrastructureError, match="away"):
+        tracker.forward_samples(samples)
+    tracker.forward_samples(samples)
+    names = [f"system/node{node}/cpu_utilization_percentage" for node in (0, 1)]
+    assert [len(history(tracker.run_id, name)) for name in names] == [1, 1]

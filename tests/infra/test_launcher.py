@@ -14,7 +14,7 @@ from threading import Barrier
 import psutil
 import pytest
 
-from infra.launcher import JobState, cancel_owned_by
+from infra.launcher import CANCELLED, JobState, cancel_owned_by
 from infra.local.launcher import LocalLauncher
 from tests.conftest import Stack
 from tests.infra.conftest import ToyJob
@@ -188,6 +188,41 @@ def test_cancelled_job_can_be_cancelled_again_and_submitted_again(toy_job: MakeJ
     job.submit()
     job.wait_for_starts(2)
     assert job.launcher.jobs()[job.spec.key] == []
+
+
+def half_cancelled(toy_job: MakeJob) -> tuple[ToyJob, int]:
+    """A job that whoever cancelled it left at work, and its node's process."""
+    job = toy_job()
+    job.submit(owner="before")
+    (pid,) = job.wait_for_starts(1)
+    program = (
+        "import os, pathlib, sys; from infra.local.launcher import LocalLauncher;"
+        "LocalLauncher._stop_and_remove = lambda *_: os.kill(os.getpid(), 9);"
+        "LocalLauncher(pathlib.Path(sys.argv[1])).cancel(sys.argv[2])"
+    )
+    command = [sys.executable, "-c", program, str(job.home), job.spec.key]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    assert is_alive(pid)
+    return job, pid
+
+
+def test_job_whose_canceller_was_killed_is_seen_and_can_be_ended(toy_job: MakeJob) -> None:
+    job, pid = half_cancelled(toy_job)
+    assert job.state() is None
+    assert job.launcher.jobs()[job.spec.key] == ["before", CANCELLED]
+    job.launcher.reap(job.spec.key)
+    assert not is_alive(pid)
+    assert job.spec.key not in job.launcher.jobs()
+
+
+def test_half_cancelled_job_that_is_submitted_again_is_a_new_one(toy_job: MakeJob) -> None:
+    job, pid = half_cancelled(toy_job)
+    job.submit(owner="after")
+    (new,) = job.wait_for_starts(2)[1:]
+    job.launcher.reap(job.spec.key)
+    assert (is_alive(pid), is_alive(new)) == (False, True)
+    assert job.launcher.jobs()[job.spec.key] == ["after"]
 
 
 def test_cancelled_job_is_never_seen_as_ended(toy_job: MakeJob) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -22,8 +23,9 @@ from flows.reaper.decide import (
     judge_flow,
     judge_tracked,
 )
+from flows.reaper.engine_jobs import end_unwanted
 from flows.reaper.signs import MAX_GAP_SECONDS, Signs
-from infra.launcher import JobState
+from infra.launcher import CANCELLED, JobState
 
 LONG = 1e6
 
@@ -91,6 +93,24 @@ def test_cancelling_is_left_to_its_process_and_then_not() -> None:
 )
 def test_job_is_unwanted_when_who_wanted_it_was_cancelled(owners: list[str | None], is_unwanted: bool) -> None:
     assert is_job_unwanted(owners) is is_unwanted
+
+
+class OneCancelled:
+    """An engine with a job, of which whoever cancelled it died amid that."""
+
+    def __init__(self) -> None:
+        self.reaped: list[str] = []
+        self.reap = self.reaped.append
+
+    def jobs(self) -> dict[str, list[str]]:
+        return {"half cancelled": ["somebody", CANCELLED], "at work": ["somebody"]}
+
+
+def test_job_that_was_half_cancelled_is_ended_whoever_owns_it() -> None:
+    launcher: Any = OneCancelled()
+    nobody: Any = SimpleNamespace(states=lambda ids: {})
+    end_unwanted(launcher, nobody)
+    assert launcher.reaped == ["half cancelled"]
 
 
 def tracked(**seen: Any) -> TrackedVerdict:
