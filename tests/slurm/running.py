@@ -22,7 +22,7 @@ from training.s3.objectstore import Store
 
 ROOT = Path(__file__).parents[2]
 NUM_NODES = 4
-STEPS = 400
+STEPS = 1000
 SITE = {"low": "partition=low", "high": "partition=high"}
 
 
