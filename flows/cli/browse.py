@@ -9,12 +9,13 @@ from cyclopts import App, Parameter
 
 from flows.cli.output import print_json, print_table
 from flows.cli.stack import Json, open_store
-from training.errors import UserError
+from training.errors import DamagedError, UserError
 
 if TYPE_CHECKING:
     from training.runs.record import Record, RunRecord
     from training.s3.objectstore import Store
 
+COLUMNS = ("key", "state", "checkpoint_step", "attempts", "tracking_run_id", "weights_sha256", "failure")
 Key = Annotated[str, Parameter(help="A run key, or the beginning of one.")]
 
 runs = App(name="runs", help="Look at runs and their logs, cancel or remove them; manifests for a cluster.")
@@ -29,7 +30,7 @@ def add_to(app: App) -> None:
 @runs.command(name="ls")
 def runs_ls(*, json: Json = False) -> None:
     """Every run: its key, state, steps and restarts."""
-    rows = [_summary(run.read()) for run in _all_runs(open_store())]
+    rows = list(filter(None, map(_row, _all_runs(open_store()))))
     if json:
         print_json(rows)
         return
@@ -142,22 +143,31 @@ def models_ls(*, json: Json = False) -> None:
     )
 
 
-def _all_runs(store: Store) -> list[RunRecord]:
+def _all_runs(store: Store, beginning: str = "") -> list[RunRecord]:
+    """Those of which something is left, be it that their record was removed."""
     from training.runs.record import RunRecord
 
-    found = [RunRecord(store, key) for key in store.list_folders("runs/")]
-    return [run for run in found if run.find() is not None]
+    return [RunRecord(store, key) for key in store.list_folders("runs/") if key.startswith(beginning)]
 
 
 def find_run(store: Store, beginning: str) -> RunRecord:
     if not beginning:
         raise UserError("a run key must not be empty: see `unbroken runs ls`")
-    matches = [run for run in _all_runs(store) if run.run_key.startswith(beginning)]
+    matches = [run for run in _all_runs(store, beginning) if run.find() is not None]
     if len(matches) != 1:
         some = "no run" if not matches else f"{len(matches)} runs"
         which = f" ({', '.join(run.run_key[:12] for run in matches[:8])})" if matches else ""
         raise UserError(f"{some} with a key that begins with {beginning!r}{which}: see `unbroken runs ls`")
     return matches[0]
+
+
+def _row(run: RunRecord) -> dict[str, Any] | None:
+    """One damaged record hides no other run."""
+    try:
+        record = run.find()
+    except DamagedError as error:
+        return {**dict.fromkeys(COLUMNS), "key": run.run_key, "state": "damaged", "failure": str(error)}
+    return _summary(record) if record is not None else None
 
 
 def _summary(record: Record) -> dict[str, Any]:

@@ -74,6 +74,16 @@ def test_empty_key_is_refused_even_if_there_is_just_one_run(corner: Corner) -> N
     assert corner.num_objects() == 2
 
 
+def test_a_damaged_record_hides_no_other_run(corner: Corner) -> None:
+    corner.add_run("aa11")
+    damaged = corner.add_run("bb22")
+    corner.store.put(damaged.object_key, b"{}")
+    listed = unbroken(corner.stack, "runs", "ls", "--json", variables={"UNBROKEN_S3_PREFIX": corner.prefix})
+    assert {row["key"]: row["state"] for row in json.loads(listed.stdout)} == {"aa11": "open", "bb22": "damaged"}
+    assert "run aa11 left no log" in _refused(corner, "logs", "aa")
+    assert "damaged" in _refused(corner, "logs", "bb")
+
+
 def test_run_without_logs_on_this_machine_says_so(corner: Corner) -> None:
     corner.add_run("aa11")
     assert "run aa11 left no log on this machine" in _refused(corner, "logs", "aa")

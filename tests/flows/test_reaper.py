@@ -161,8 +161,9 @@ def test_damaged_record_is_told_once_and_keeps_nobody_from_looking_at_the_others
     assert [status(stack, run) for run in runs] == ["RUNNING", "KILLED", "RUNNING"]
     told = [record.getMessage() for record in caplog.records if "damaged" in record.getMessage()]
     assert [sum(tracker.run_id in line for line in told) for tracker in (first, last)] == [1, 1]
-    for tracker in (first, last):
+    for run, tracker in ((runs[0], first), (runs[2], last)):
         tracker.client.delete_run(tracker.run_id)
+        stack.store.delete(run.object_key)
 
 
 def test_job_of_a_cancelled_flow_run_is_ended_although_no_hook_did(

@@ -126,7 +126,7 @@ def test_what_a_drill_changes_is_not_what_it_speaks_for() -> None:
 
 
 def test_as_many_steps_as_fill_a_moment_and_let_a_node_come_back() -> None:
-    assert steps_for(0.1, start_seconds=4.0) == 90
+    assert steps_for(0.1, start_seconds=4.0) == 120
     assert steps_for(0.1, start_seconds=10.0) == 200
     assert steps_for(0.1, start_seconds=600.0) == 600
     assert steps_for(60.0, start_seconds=4.0) == MIN_STEPS
