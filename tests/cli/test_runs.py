@@ -81,7 +81,9 @@ def test_a_damaged_record_hides_no_other_run(corner: Corner) -> None:
     listed = unbroken(corner.stack, "runs", "ls", "--json", variables={"UNBROKEN_S3_PREFIX": corner.prefix})
     assert {row["key"]: row["state"] for row in json.loads(listed.stdout)} == {"aa11": "open", "bb22": "damaged"}
     assert "run aa11 left no log" in _refused(corner, "logs", "aa")
-    assert "damaged" in _refused(corner, "logs", "bb")
+    refused = unbroken(corner.stack, "runs", "logs", "bb", variables={"UNBROKEN_S3_PREFIX": corner.prefix})
+    assert (refused.returncode, refused.stderr.splitlines()[-1]) == (6, refused.stderr.strip())
+    assert "damaged" in refused.stderr
 
 
 def test_run_without_logs_on_this_machine_says_so(corner: Corner) -> None:
