@@ -8,6 +8,8 @@ from enum import Enum
 from pathlib import Path
 from typing import Protocol
 
+from training.config import LaunchConfig
+
 CANCELLED = "cancelled"
 """Among a job's owners: it was cancelled, but who did so may have died amid that. `reap` does the rest."""
 
@@ -23,6 +25,16 @@ class Needs:
     """After which a node is taken away, and asked for again."""
     priority: str = ""
     """One of the names that the site gave its priorities."""
+
+    @staticmethod
+    def of(launch: LaunchConfig) -> Needs:
+        return Needs(
+            num_cpus=launch.cpus_per_node,
+            memory_bytes=launch.memory_bytes_per_node,
+            num_gpus=launch.gpus_per_node,
+            time_limit_seconds=launch.time_limit_seconds,
+            priority=launch.priority,
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from dataclasses import replace
 
 from infra.launcher import JobSpec, JobState, Launcher, Needs
 from tasks.nodes import Nodes
@@ -27,12 +28,7 @@ def write_on_nodes(launcher: Launcher, store: Store, preset: Preset, *, owner: s
     spec = JobSpec(
         key=key,
         num_nodes=launch.shard_nodes,
-        needs=Needs(
-            num_cpus=launch.cpus_per_node,
-            memory_bytes=launch.memory_bytes_per_node,
-            time_limit_seconds=launch.time_limit_seconds,
-            priority=launch.priority,
-        ),
+        needs=replace(Needs.of(launch), num_gpus=0),
         command=node_command(preset.data.name, digest),
         environment=agent_environment(location),
         store=location.uri(),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from functools import partial
-from pathlib import Path
 
 from flows.cli.doctor import Check, check
 from infra.settings import load_settings
@@ -18,7 +17,7 @@ def run_checks() -> list[Check]:
     """Every check, in order; without an answer from Slurm, only that one."""
     try:
         site = load_settings().slurm
-        commands = Commands(folder=Path(site.commands) if site.commands else None)
+        commands = Commands.at(site.commands)
         config = parse_config(commands.run("scontrol", "show", "config"))
     except UnbrokenError as error:
         return [Check(name="Slurm", is_good=False, found=str(error))]

@@ -34,6 +34,11 @@ class Commands:
 
     folder: Path | None = None
 
+    @staticmethod
+    def at(folder: str) -> Commands:
+        """As settings name it: empty if they are on PATH."""
+        return Commands(folder=Path(folder) if folder else None)
+
     def run(self, command: str, *arguments: str, environment: Mapping[str, str] | None = None, given: str = "") -> str:
         """What the command prints; `given` is its standard input.
 

@@ -37,7 +37,7 @@ class SlurmLauncher:
         self._store = store
         self._site = site
         self._mark = store_mark(store.location)
-        self._commands = Commands(folder=Path(site.commands) if site.commands else None)
+        self._commands = Commands.at(site.commands)
 
     def submit(self, spec: JobSpec) -> None:
         if spec.store != self._store.location.uri():

@@ -13,7 +13,6 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TypeVar
 
 import psutil
@@ -44,7 +43,7 @@ def main() -> None:
         ours = f"job {claim.job_id} trains it" if claim.job_id else "it was cancelled"
         _say(f"job {job_id} has nothing to do for run {key[:12]}: {ours}")
         sys.exit(0)
-    commands = Commands(folder=Path(os.environ[COMMANDS]) if COMMANDS in os.environ else None)
+    commands = Commands.at(os.environ.get(COMMANDS, ""))
     job = Job(commands=commands, name=f"{job_id}_{node}")
     command = [part.replace("{node}", node) for part in command]
     place = patiently(lambda: place_of(commands, os.environ["SLURMD_NODENAME"]))
