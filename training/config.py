@@ -33,7 +33,9 @@ class DataConfig:
     """Folders, by name, that do not count."""
     test_percent: int = 10
     """Share of the records held out, chosen by a hash of each record's bytes: equal records never part."""
-    shard_bytes: int = 8 * 2**20
+    shard_bytes: int = 8 * 2**20 - 2**16
+    """About how many bytes of samples make a shard. With its header it then fits one chunk of 8 MiB, as many stores cut
+    objects."""
     partition_bytes: int = 32 * 2**20
 
     def __post_init__(self) -> None:
