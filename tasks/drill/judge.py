@@ -137,12 +137,17 @@ def _broken_promises(watch: Watch, struck: Struck) -> list[str]:
     if fault.leaves_memory and (redone := measure.num_redone(watch.events)) > fault.max_redone:
         found.append(f"{redone} steps were done again, although a process held the state")
     if not fault.ends_group and watch.record.token > struck.token:
-        found.append("ranks regrouped, although all were well")
+        found.append(f"ranks regrouped, although all were well; what the record says of it: {_causes(watch, struck)}")
     departures = {departure.class_name for departure in watch.record.departures if departure.token >= struck.token}
     if fault.departure and fault.evidence and fault.departure not in departures:
         noted = ", ".join(sorted(departures)) or "nothing"
         found.append(f"the record should say {fault.departure}, and says {noted}")
     return found
+
+
+def _causes(watch: Watch, struck: Struck) -> str:
+    departures = [departure for departure in watch.record.departures if departure.token >= struck.token]
+    return "; ".join(f"node {departure.node}: {departure.cause}" for departure in departures) or "nothing"
 
 
 def always_promised(watch: Watch, *, num_nodes: int, num_returns: int = 0) -> list[str]:

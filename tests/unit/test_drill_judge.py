@@ -88,8 +88,11 @@ def test_a_checkpoint_that_was_passed_over() -> None:
 
 def test_ranks_that_regroup_for_nothing() -> None:
     seen = watched(record(), STARTED, attempt(2, 24, "memory"))
+    said = "ranks regrouped, although all were well; what the record says of it: "
     with Gate("127.0.0.1", 1) as gate:
-        assert _broken_promises(seen, struck(StoreAway(gate))) == ["ranks regrouped, although all were well"]
+        assert _broken_promises(seen, struck(StoreAway(gate))) == [f"{said}nothing"]
+        lost = watched(record(departures=(departure("NodeLost"),)), *seen.events)
+        assert _broken_promises(lost, struck(StoreAway(gate))) == [f"{said}node 1: gone"]
     assert always_promised(seen, num_nodes=2) == ["ranks regrouped 1 times, and had reason to 0 times"]
     assert always_promised(seen, num_nodes=2, num_returns=1) == []
     replaced = (member(0, "a"), member(1, "b"), member(1, "c"))
