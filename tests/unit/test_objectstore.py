@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from threading import Barrier
+from socketserver import BaseRequestHandler, ThreadingTCPServer
+from threading import Barrier, Thread
 from typing import Any
 
 import pytest
@@ -314,6 +315,24 @@ def test_a_store_that_is_away_is_an_infrastructure_error(monkeypatch: pytest.Mon
 
 
 # ---- the probe -------------------------------------------------------------------------------------------------------
+
+
+class HangsUp(BaseRequestHandler):
+    """Takes a request, and closes the connection without a word."""
+
+    def handle(self) -> None:
+        self.request.recv(1)
+
+
+@pytest.mark.usefixtures("quick_retries")
+def test_a_store_that_hangs_up_is_an_infrastructure_error(store: Store) -> None:
+    with ThreadingTCPServer(("127.0.0.1", 0), HangsUp) as server:
+        Thread(target=server.serve_forever, daemon=True).start()
+        location = replace(store.location, endpoint=f"http://127.0.0.1:{server.server_address[1]}")
+        for operation in operations(Store(location)).values():
+            with pytest.raises(InfrastructureError, match=f"the store at {location.endpoint} failed"):
+                operation()
+        server.shutdown()
 
 
 def test_the_real_store_passes_the_probe_and_nothing_is_left(store: Store) -> None:

@@ -25,7 +25,7 @@ def typed_errors(location: StoreLocation, key: str) -> Iterator[None]:
 
 def translated(error: Exception, location: StoreLocation, key: str) -> UnbrokenError:
     uri, store = location.uri(key), location.endpoint or "AWS"
-    response: dict[str, Any] = getattr(error, "response", {})
+    response: dict[str, Any] = getattr(error, "response", None) or {}  # None, of a connection that was closed
     code = str(response.get("Error", {}).get("Code", type(error).__name__))
     status = response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
     if code == "NoSuchBucket":
