@@ -70,20 +70,29 @@ class Run:
         return self.agents.wait_for_group(num_nodes=num_nodes, after=after)
 
     def wait_for_more_steps(self, number: int) -> None:
-        goal = self.num_steps() + number
-        wait_until(lambda: self.num_steps() >= goal, what=f"{goal} steps")
+        goal = self.last_step() + number
+        wait_until(lambda: self.last_step() >= goal, what=f"step {goal}")
 
-    def num_steps(self) -> int:
-        return sum(event.kind == "step" for event in events_of(self.agents.run, self.record()))
+    def last_step(self) -> int:
+        """Of those told of."""
+        steps = (event.step for event in events_of(self.agents.run, self.record()) if event.kind == "step")
+        return max(steps, default=0)
 
-    def first_step(self, *, since: float, after_token: int = 0) -> Event:
-        """Of a later group, which also tells of steps that the one before had no time to tell."""
+    def first_step(self, *, after_token: int = 0) -> Event:
+        """That a group of a later token did itself: it also tells again of what the one before had done."""
 
         def look() -> Event | None:
-            found = [event for event in events_of(self.agents.run, self.record()) if event.kind == "step"]
-            return next((event for event in found if event.token > after_token and event.time > since), None)
+            found = [event for event in events_of(self.agents.run, self.record()) if event.token > after_token]
+            began = next((event.time for event in found if event.kind == "attempt"), None)
+            return next((event for event in found if began and event.kind == "step" and event.time > began), None)
 
         return wait_until(look, what=f"a step after token {after_token}")
+
+    def num_requeued(self) -> dict[str, int]:
+        """How often Slurm has requeued each node's job of this run, by the job's name."""
+        jobs = [f"{task.job_id}_{task.node}" for task in self.tasks()]
+        shown = {job: self.cluster.run("scontrol", "--oneliner", "show", "job", job) for job in jobs}
+        return {job: int(text.partition("Restarts=")[2].split()[0]) for job, text in shown.items()}
 
     def finish(self) -> None:
         self.agents.hurry()
@@ -109,30 +118,34 @@ def kill_and_return(run: Run, *, node: int) -> dict[str, float]:
     run.cluster.kill_node(host)
     record = run.wait_for_group(num_nodes=NUM_NODES - 1, after=before.token)
     assert node not in [member.node for member in record.members]
-    going = run.first_step(since=began, after_token=before.token)
+    going = run.first_step(after_token=before.token)
     back = time.time()
     run.cluster.boot_node(host)
     whole = run.wait_for_group(num_nodes=NUM_NODES, after=record.token)
     return {
         "training_again_seconds": round(going.time - began, 2),
-        "whole_again_seconds": round(run.first_step(since=back, after_token=whole.token - 1).time - back, 2),
+        "whole_again_seconds": round(run.first_step(after_token=whole.token - 1).time - back, 2),
     }
 
 
 def take_and_give_back(low: Run, high: Run) -> dict[str, float]:
     """A more urgent run takes all nodes: seconds until its first step; and what the other one lost."""
     low.wait_for_more_steps(2)
+    requeued = low.num_requeued()
     began = time.time()
     high.submit()
     high.wait_for_group(num_nodes=NUM_NODES)
     assert {task.state for task in low.tasks()} == {"PENDING"}
-    before, num_steps = low.record(), low.num_steps()
+    before, last_step = low.record(), low.last_step()
     high.finish()
     low.wait_for_group(num_nodes=NUM_NODES, after=before.token)
-    assert len({task.job_id for task in low.tasks()}) == 1, "requeued, not submitted again"
+    again = low.num_requeued()
+    assert again.keys() == requeued.keys(), "requeued, not submitted again"
+    assert all(again[job] > number for job, number in requeued.items())
     return {
-        "started_seconds": round(high.first_step(since=began).time - began, 2),
-        "steps_lost": num_steps - before.checkpoints[-1].step,
+        "started_seconds": round(high.first_step().time - began, 2),
+        "steps_lost": last_step - before.checkpoints[-1].step,
+        "nodes_requeued": len(requeued),
     }
 
 

@@ -90,7 +90,8 @@ def shard(stack: Stack, folder: Path, *, name: str, launch: str) -> str:
 
 
 def test_what_never_fits_is_said_before_anything_waits(stack: Stack, on_slurm: None) -> None:
-    never_run = ("--set", "train.steps=40", "--set", "seed=72")  # what a run is needs no engine: a finished one ends with 0
+    # what a run is needs no engine: a finished one ends with 0
+    never_run = ("--set", "train.steps=40", "--set", "seed=72")
     done = stack.command("train", "digits", *never_run, "--set", "launch.gpus_per_node=3")
     assert done.returncode == 2, done.stdout + done.stderr
     assert "Slurm refused the job" in done.stderr

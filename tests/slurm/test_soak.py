@@ -18,6 +18,8 @@ from training.s3.objectstore import Store
 
 pytestmark = [pytest.mark.soak, pytest.mark.timeout(1800)]
 NUM_TIMES = 5
+SETTINGS = {"SlurmdTimeout": 5, "cred_expire": 5, "GraceTime": 15, "KillWait": 5, "silence_seconds": 2.0}
+"""Of the cluster (cluster.py) and the runs (running.py)."""
 
 
 @pytest.fixture(scope="module")
@@ -32,9 +34,11 @@ def rows() -> Iterator[list[dict[str, Any]]]:
 def test_nodes_die_and_come_back(run: Run, calm: Run, rows: list[dict[str, Any]]) -> None:
     run.submit()
     run.wait_for_group(num_nodes=NUM_NODES)
-    times = [kill_and_return(run, node=number % NUM_NODES) for number in range(NUM_TIMES)]
+    nodes = [number % NUM_NODES for number in range(NUM_TIMES)]
+    times = [kill_and_return(run, node=node) for node in nodes]
     require_same(run, calm)
-    rows.append({"case": "node killed, and back", **medians(times), "same_bits": True, "SlurmdTimeout": 5})
+    assert run.sources() == ["start"] + ["memory"] * (len(run.sources()) - 1), "no step was done again"
+    rows.append({"case": "node killed, and back", "nodes": nodes, **medians(times), "same_bits": True, **SETTINGS})
 
 
 def test_more_urgent_runs(
@@ -48,4 +52,4 @@ def test_more_urgent_runs(
         times.append(take_and_give_back(run, Run(cluster, corner, tmp_path / f"urgent{number}", priority="high")))
     require_same(run, calm)
     assert all(row["steps_lost"] == 0 for row in times)
-    rows.append({"case": "preempted by a more urgent run", **medians(times), "same_bits": True, "GraceTime": 15})
+    rows.append({"case": "preempted by a more urgent run", **medians(times), "same_bits": True, **SETTINGS})
