@@ -157,7 +157,8 @@ def always_promised(watch: Watch, *, num_nodes: int, num_returns: int = 0) -> li
     causes = {departure.token for departure in record.departures}
     incarnations = {member.incarnation for _, seen in watch.changes for member in seen.members}
     num_causes = len(causes) + max(0, len(incarnations) - num_nodes) + num_returns
-    num_regroups = (len(begun) if num_causes else record.token) - 1  # undisturbed, no group ends before it has begun
+    num_groups = record.token - watch.trial.token_before
+    num_regroups = (len(begun) if num_causes else num_groups) - 1  # undisturbed, no group ends before it has begun
     if num_regroups > num_causes:
         found.append(f"ranks regrouped {num_regroups} times, and had reason to {num_causes} times")
     told = max((event.step for event in watch.events if event.kind == "checkpoint"), default=0)

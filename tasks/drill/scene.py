@@ -37,6 +37,8 @@ class Trial:
 
     run: RunRecord
     generation: int
+    token_before: int
+    """The record's before there is any group: a fresh run goes on from the tokens of the one before it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,7 +86,7 @@ class Scene:
                 generation=record.generation,
             )
         )
-        return Trial(run=run, generation=record.generation)
+        return Trial(run=run, generation=record.generation, token_before=record.token)
 
     def end(self) -> None:
         """Have no process of the run left."""

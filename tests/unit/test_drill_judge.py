@@ -29,10 +29,11 @@ def departure(class_name: str, token: int = 1) -> Departure:
     return Departure(token=token, node=1, cause="gone", step=24, class_name=class_name)
 
 
-def watched(record: Record, *events: Event, members: tuple[Member, ...] = ()) -> Any:
+def watched(record: Record, *events: Event, members: tuple[Member, ...] = (), token_before: int = 0) -> Any:
     """A run, as far as it is judged."""
     named = Record(key="k", members=members or (member(0, "a"), member(1, "b")))
-    return SimpleNamespace(record=record, events=list(events), changes=[(0.0, named)])
+    trial = SimpleNamespace(token_before=token_before)
+    return SimpleNamespace(trial=trial, record=record, events=list(events), changes=[(0.0, named)])
 
 
 def struck(fault: Any) -> Struck:
@@ -105,6 +106,10 @@ def test_a_group_that_ended_before_it_began_is_one_too_many_if_nothing_happened(
     ]
     lost = record(departures=(departure("NodeLost"),))
     assert always_promised(watched(lost, STARTED), num_nodes=2) == []
+
+
+def test_groups_are_counted_from_where_the_run_began() -> None:
+    assert always_promised(watched(record(token=35), STARTED, token_before=34), num_nodes=2) == []
 
 
 def test_a_newest_checkpoint_that_is_named_no_more() -> None:
