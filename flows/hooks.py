@@ -10,7 +10,8 @@ from training.errors import UnbrokenError
 
 
 def cancel_jobs_of(flow: Any, flow_run: Any, state: Any) -> None:
-    """On cancellation: leave no rank of the flow run alive, even if its own process could not see to it."""
+    """On cancellation: leave no rank of the flow run alive, even if its own process could not see to it. A job that
+    another flow run asked for too goes on; if none of those lives, the reaper ends it."""
     from infra.engines import make_launcher
     from infra.launcher import cancel_owned_by
     from infra.settings import load_settings

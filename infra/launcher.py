@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
@@ -54,7 +54,7 @@ class JobSpec:
     generation: int = 0
     """Of the run. An older one's job makes way for a newer one's."""
     owner: str | None = None
-    """Who asked for it. Cancelling an owner cancels its jobs."""
+    """Who asked for it. A job whose last owner is cancelled is cancelled with it."""
 
 
 class JobState(Enum):
@@ -96,13 +96,19 @@ class Launcher(Protocol):
         """Stop what is left of a job that has ended, which stays known as ended, or that was being cancelled; one that
         runs is left alone."""
 
-    def cancel(self, key: str) -> None:
-        """Have no process of the job left, and know it no more. No such job: nothing to do."""
+    def cancel(self, key: str, *, by: str | None = None) -> bool:
+        """Have no process of the job left, and know it no more. No such job: nothing to do.
+
+        `by` one of its owners, it does nothing, and says so (False), if the job has others. Whether these live, an
+        engine does not know: if none does, somebody who knows must cancel it once more (flows/reaper/engine_jobs.py).
+        """
 
 
 def cancel_owned_by(launcher: Launcher, owner: str) -> list[str]:
-    """Cancel every job of an owner; returns their keys."""
-    keys = [key for key, owners in launcher.jobs().items() if owner in owners]
-    for key in keys:
-        launcher.cancel(key)
-    return keys
+    """Cancel every job that has this owner alone; returns their keys."""
+    return [key for key, owners in launcher.jobs().items() if owner in owners and launcher.cancel(key, by=owner)]
+
+
+def is_others(owners: Iterable[str], by: str | None) -> bool:
+    """Whether a job with these owners is not for `by` alone to cancel."""
+    return by is not None and any(owner != by for owner in owners)

@@ -115,10 +115,12 @@ def _shard(folder: _Folder) -> None:
 
 
 def _train(folder: _Folder) -> None:
+    from tasks import tracking
     from tasks.train import train
     from training.runs.history import committed_steps
     from training.runs.record import RunRecord
 
+    tracking.require_shown(open_stack()[0].mlflow_uri, folder.preset)
     model = train.fn(folder.preset, folder.dataset())
     folder.write_json("model.json", asdict(model))
     run = RunRecord(open_stack()[1], model.run_key)

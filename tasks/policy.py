@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -18,6 +17,7 @@ from training.errors import (
     OutOfMemoryError,
     UserError,
 )
+from training.patience import ask_until
 
 if TYPE_CHECKING:
     from prefect import Task
@@ -57,12 +57,10 @@ def patiently(ask: Callable[[], T]) -> T:
     """
     from httpx import HTTPError
 
-    deadline = time.monotonic() + PATIENCE_SECONDS
-    while True:
-        try:
-            return ask()
-        except (InfrastructureError, HTTPError) as error:
-            if time.monotonic() > deadline:
-                raise
-            log.warning("%s", error)
-            time.sleep(PAUSE_SECONDS)
+    return ask_until(
+        ask,
+        seconds=PATIENCE_SECONDS,
+        pause_seconds=PAUSE_SECONDS,
+        errors=(InfrastructureError, HTTPError),
+        tell=lambda error: log.warning("%s", error),
+    )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 
+from tasks import tracking
 from tasks.results import Dataset, TrainedModel
 from tasks.stack import open_stack
 from training.config import Preset
@@ -25,8 +26,10 @@ def trained(
     """Both stages. With `quarantine` they are done again without each record that the training fails by, as long as
     those are no more than `launch.max_quarantined`.
 
-    Raises `DeterministicError` if it fails by none, or by too many.
+    Raises `DeterministicError` if it fails by none, or by too many; `UserError`, before anything is read, if MLflow
+    could not show the run.
     """
+    tracking.require_shown(open_stack()[0].mlflow_uri, preset)
     num_quarantined = 0
     while True:
         dataset = shard()

@@ -20,7 +20,8 @@ LOOK_SECONDS = 0.5
 
 
 def write_on_nodes(launcher: Launcher, store: Store, preset: Preset, *, owner: str | None) -> None:
-    """Until every node has ended, one way or another. Ends the job if this process is told to stop."""
+    """Until every node has ended, one way or another. Ends the job if this process is told to stop, and no other owner
+    has asked for it."""
     launch, location = preset.launch, store.location
     sharing = Sharing(preset=preset, location=location, num_nodes=launch.shard_nodes)
     digest = store_sharing(store, sharing)
@@ -35,12 +36,14 @@ def write_on_nodes(launcher: Launcher, store: Store, preset: Preset, *, owner: s
         owner=owner,
     )
     nodes = Nodes(launcher, key)
+    maybe_canceller = owner
     launcher.submit(spec)
     try:
         while (status := launcher.find(key)) is not None and status.state is not JobState.ENDED:
             nodes.show(status)
             time.sleep(LOOK_SECONDS)
         nodes.show(status)
+        maybe_canceller = None
     finally:
-        launcher.cancel(key)
-        store.delete(sharing_key(preset.data.name, digest))
+        if launcher.cancel(key, by=maybe_canceller):
+            store.delete(sharing_key(preset.data.name, digest))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -27,7 +28,9 @@ from training.s3.objectstore import Store
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from mlflow import MlflowClient
-    from mlflow.entities import Metric
+    from mlflow.entities import Experiment, Metric
+
+log = logging.getLogger(__name__)
 
 BEFORE_ALL = -(1 << 62)
 """A step that no sample has."""
@@ -179,6 +182,18 @@ def ensure_run(
     return ask(lambda: Tracker(client, uri, run_id))
 
 
+def require_shown(uri: str, preset: Preset) -> None:
+    """Before anything expensive starts. Raises `UserError` if somebody deleted the experiment that shows this preset's
+    runs. MLflow being away stops nothing."""
+    try:
+        found = ask(lambda: connect(uri).get_experiment_by_name(preset.name))
+    except InfrastructureError as error:
+        log.warning("%s", error)
+        return
+    if found is not None:
+        _require_kept(found)
+
+
 @dataclass(frozen=True, kw_only=True)
 class OpenRun:
     """An MLflow run that says RUNNING."""
@@ -283,12 +298,17 @@ def _experiment_id(client: MlflowClient, name: str) -> str:
             found = client.get_experiment_by_name(name)
             if found is None:
                 raise
-    if found.lifecycle_stage == "deleted":
-        raise UserError(
-            f"somebody deleted the experiment {name!r} in MLflow, where the preset's runs are shown: restore it with"
-            f" `mlflow experiments restore --experiment-id {found.experiment_id}`, or give the preset another name"
-        )
+    _require_kept(found)
     return str(found.experiment_id)
+
+
+def _require_kept(experiment: Experiment) -> None:
+    if experiment.lifecycle_stage == "deleted":
+        raise UserError(
+            f"somebody deleted the experiment {experiment.name!r} in MLflow, where the preset's runs are shown: restore"
+            f" it with `mlflow experiments restore --experiment-id {experiment.experiment_id}`, or give the preset"
+            " another name"
+        )
 
 
 def _flat(document: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, Any]]:

@@ -72,8 +72,8 @@ def _lost_run(settings: Settings, record: Record) -> str | None:
 def train(preset: Preset, dataset: Dataset, *, owner: str | None = None, fresh: str | None = None) -> TrainedModel:
     """Train on the engine's nodes, or find that it is done.
 
-    `owner` names who started it (a flow run's id), so that cancelling that cancels this. `fresh`, any text, begins a
-    new generation once per text, so that a retry does not begin anew.
+    `owner` names who started it (a flow run's id), so that cancelling the last one cancels this. `fresh`, any text,
+    begins a new generation once per text, so that a retry does not begin anew.
 
     Raises the error class that the run failed with; `InfrastructureError` if the engine lost the job.
     """
@@ -119,8 +119,8 @@ def train(preset: Preset, dataset: Dataset, *, owner: str | None = None, fresh: 
     except (Exception, SystemExit):  # unless it has failed for good, the engine trains on for a retry
         raise
     except BaseException:  # Ctrl-C or a cancelled flow run; kill -9 does not come by here, and the engine trains on
-        _cancel(launcher, run, record)
-        forwarder.close("KILLED")
+        if _cancel(launcher, run, record, by=owner):
+            forwarder.close("KILLED")
         raise
     log.info("step %d/%d  weights %s", preset.train.steps, preset.train.steps, record.result.weights_sha256[:12])
     forwarder.tracker().finish("FINISHED")
@@ -142,15 +142,15 @@ def _tags(store: Store, dataset: Dataset, preset: Preset, record: Record) -> dic
     return tags
 
 
-def _cancel(launcher: Launcher, run: RunRecord, record: Record) -> None:
-    """Leave no process of this generation. The job of a newer one, begun by somebody else, is not ours to stop."""
+def _cancel(launcher: Launcher, run: RunRecord, record: Record, *, by: str | None = None) -> bool:
+    """Leave no process of this generation, unless it has owners besides `by`: False, then. The job of a newer one,
+    begun by somebody else, is not ours to stop."""
     try:
         newest = run.read()
         is_ours = (newest.instance, newest.generation) == (record.instance, record.generation)
     except InfrastructureError:  # nobody can begin a new one either while the store is away
         is_ours = True
-    if is_ours:
-        launcher.cancel(run.run_key)
+    return not is_ours or launcher.cancel(run.run_key, by=by)
 
 
 def job_spec(

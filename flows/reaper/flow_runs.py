@@ -13,7 +13,7 @@ from uuid import UUID
 import psutil
 
 from flows.publish import MACHINE_LABEL, machine_label
-from flows.reaper.decide import FlowSight, FlowVerdict, judge_flow
+from flows.reaper.decide import MAX_CRASHES_IN_AN_HOUR, FlowSight, FlowVerdict, judge_flow
 from flows.reaper.signs import Signs
 from infra.launcher import Launcher, cancel_owned_by
 from infra.local.services import WORK_POOL
@@ -52,14 +52,20 @@ class FlowRuns:
             self._act(run, judge_flow(self._sight(run, now)))
 
     def states(self, ids: Iterable[str]) -> Mapping[str, str]:
-        """The state type of each flow run that Prefect knows."""
+        """The state type of each flow run that Prefect knows; of one that crashed and is to be resumed, SCHEDULED."""
         from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterId
 
         known = [UUID(text) for text in ids]
         if not known:
             return {}
         found = self._client.read_flow_runs(flow_run_filter=FlowRunFilter(id=FlowRunFilterId(any_=known)))
-        return {str(run.id): _state_type(run) for run in found}
+        return {str(run.id): "SCHEDULED" if self._is_to_be_resumed(run) else _state_type(run) for run in found}
+
+    def _is_to_be_resumed(self, run: FlowRun) -> bool:
+        if _state_type(run) != "CRASHED" or run.end_time is None:
+            return False
+        is_recent = run.end_time > datetime.now(UTC) - CRASHES_TO_LOOK_AT
+        return is_recent and self._num_crashes(run) <= MAX_CRASHES_IN_AN_HOUR
 
     def _open_and_crashed(self) -> list[FlowRun]:
         from prefect.client.schemas import filters

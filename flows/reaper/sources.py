@@ -6,6 +6,7 @@ import logging
 import time
 from dataclasses import asdict
 from typing import TYPE_CHECKING
+from uuid import UUID
 
 from flows.deployments import deployment_of
 from flows.reaper.attempt import attempt
@@ -19,6 +20,7 @@ from training.errors import UnbrokenError
 
 if TYPE_CHECKING:
     from prefect.client.orchestration import SyncPrefectClient
+    from prefect.client.schemas.objects import FlowRun
 
 log = logging.getLogger(__name__)
 
@@ -30,7 +32,8 @@ MAX_SHARE = 0.1
 
 class Sources:
     """The sources of some presets. What was run for is Prefect's to remember, not ours: a flow run's idempotency key
-    names the listing, so that two reapers, or one that was killed, start one flow run for it."""
+    names the listing and the flow run before it, so that two reapers, or one that was killed, start one flow run for a
+    change, and a source that goes back to what it was is run for once more."""
 
     def __init__(self, client: SyncPrefectClient) -> None:
         self._client = client
@@ -54,13 +57,32 @@ class Sources:
             self._seen[preset] = listing
 
     def _start(self, preset: str, listing: str) -> None:
+        deployment, key = deployment_of(self._client, preset), f"{NEW_DATA_TAG} {preset} {listing}"
+        last = self._last_run(deployment.id, preset)
+        if last is not None and (last.idempotency_key or "").startswith(key):
+            return
         run = self._client.create_flow_run_from_deployment(
-            deployment_of(self._client, preset).id,
+            deployment.id,
             parameters={"preset": preset},
             tags=[NEW_DATA_TAG],
-            idempotency_key=f"{NEW_DATA_TAG} {preset} {listing}",
+            idempotency_key=key if last is None else f"{key} after {last.id}",
         )
         log.info("the source of preset %s is at %s: flow run %s", preset, listing[:12], run.name)
+
+    def _last_run(self, deployment_id: UUID, preset: str) -> FlowRun | None:
+        """The newest that was started so for this preset, of those that Prefect still has."""
+        from prefect.client.schemas import filters
+        from prefect.client.schemas.sorting import FlowRunSort
+
+        found = self._client.read_flow_runs(
+            flow_run_filter=filters.FlowRunFilter(
+                deployment_id=filters.FlowRunFilterDeploymentId(any_=[deployment_id]),
+                tags=filters.FlowRunFilterTags(all_=[NEW_DATA_TAG]),
+            ),
+            sort=FlowRunSort.EXPECTED_START_TIME_DESC,
+        )
+        ours = (run for run in found if run.parameters.get("preset") == preset)
+        return max(ours, key=lambda run: str(run.created), default=None)
 
 
 def watch_sources() -> None:

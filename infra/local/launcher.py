@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 from xmlrpc.client import Fault
 
-from infra.launcher import CANCELLED, JobSpec, JobState, JobStatus
+from infra.launcher import CANCELLED, JobSpec, JobState, JobStatus, is_others
 from infra.local import supervisor
 from infra.local.files import locked, write_whole
 from infra.local.node import job_path
@@ -90,13 +90,16 @@ class LocalLauncher:
                     self._remote().stopProcessGroup(key)
                 supervisor.kill_group(supervisor.stack_id(self._home), key)
 
-    def cancel(self, key: str) -> None:
+    def cancel(self, key: str, *, by: str | None = None) -> bool:
         with self._lock(key):
+            if is_others(self._owners(key), by):
+                return False
             with contextlib.suppress(FileNotFoundError):  # first: a supervisor that starts again must not start the job
                 self._config(key).replace(self._cancelled(key))
             job_path(self._home, key).unlink(missing_ok=True)  # nor a node that is started again do anything
             self._stop_and_remove(key)
             self._forget(key)
+        return True
 
     def _finish_cancelling(self, key: str) -> None:
         """If whoever cancelled the job died amid that."""

@@ -6,13 +6,14 @@ A run has one array at most that is released, from however many hosts it was sub
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-from infra.launcher import JobSpec, JobState, JobStatus
+from infra.launcher import JobSpec, JobState, JobStatus, is_others
 from infra.slurm.batch import sbatch_arguments, script
 from infra.slurm.claims import Claim, change_claim, read_claim
 from infra.slurm.commands import Commands, Refusal
@@ -31,13 +32,17 @@ LOOK_SECONDS = 0.25
 class SlurmLauncher:
     """Implements `infra.launcher.Launcher` with Slurm's commands."""
 
-    def __init__(self, home: Path, store: Store, site: Site) -> None:
-        """`home` must be the same folder on all nodes: logs are written there."""
+    def __init__(self, home: Path, store: Store, site: Site, *, max_age_seconds: float = 0.0) -> None:
+        """`home` must be the same folder on all nodes: logs are written there. `find` and `jobs`, which are asked all
+        the time, may answer by a queue that was seen so long ago."""
         self._home = home
         self._store = store
         self._site = site
         self._mark = store_mark(store.location)
         self._commands = Commands.at(site.commands)
+        self._max_age_seconds = max_age_seconds
+        self._seen: list[Task] = []
+        self._seen_at = -math.inf
 
     def submit(self, spec: JobSpec) -> None:
         if spec.store != self._store.location.uri():
@@ -52,19 +57,21 @@ class SlurmLauncher:
     def find(self, key: str) -> JobStatus | None:
         try:
             claim = read_claim(self._store, key)
-            tasks = self._tasks_of(key, claim)
+            if not claim.job_id:
+                return None
+            tasks = _of_claim(self._recent_tasks(), claim)
+            if not tasks:  # that it has ended is not said by what was seen before it began
+                tasks = _of_claim(self.tasks(key), claim)
         except InfrastructureError as error:
             log.warning("%s", error)
             return JobStatus(state=JobState.UNKNOWN, nodes={})
-        if not claim.job_id:
-            return None
         return JobStatus(
             state=JobState.RUNNING if tasks else JobState.ENDED,
             nodes={f"node{task.node}": task.describe() for task in tasks},
         )
 
     def jobs(self) -> Mapping[str, Sequence[str]]:
-        keys = sorted({task.key for task in list_tasks(self._commands, self._mark)})
+        keys = sorted({task.key for task in self._recent_tasks()})
         claims = {key: read_claim(self._store, key) for key in keys}
         return {key: claim.owners for key, claim in claims.items() if claim.job_id}
 
@@ -74,11 +81,17 @@ class SlurmLauncher:
     def reap(self, key: str) -> None:
         """Nothing: a node's processes end with its job, and `ENDED` says that none is left."""
 
-    def cancel(self, key: str) -> None:
+    def cancel(self, key: str, *, by: str | None = None) -> bool:
+        def without_array(claim: Claim) -> Claim:
+            return claim if is_others(claim.owners, by) else Claim(generation=claim.generation)
+
+        is_kept = by is not None  # while the store is away, nobody knows whether there are others
         try:
-            change_claim(self._store, key, lambda claim: Claim(generation=claim.generation))
+            is_kept = bool(change_claim(self._store, key, without_array).job_id)
         finally:  # also while the store is away: who waits in the queue then finds an array that is not there
-            self._end_all(key)
+            if not is_kept:
+                self._end_all(key)
+        return not is_kept
 
     def tasks(self, key: str) -> list[Task]:
         """All that the queue has of a run, the claim's array or not."""
@@ -147,11 +160,19 @@ class SlurmLauncher:
         if job_ids:
             self._commands.run("scancel", "--quiet", *sorted(job_ids))  # one that has ended is no error
 
-    def _tasks_of(self, key: str, claim: Claim) -> list[Task]:
-        return [task for task in self.tasks(key) if task.job_id == claim.job_id]
+    def _recent_tasks(self) -> list[Task]:
+        """All runs'."""
+        now = time.monotonic()
+        if now - self._seen_at >= self._max_age_seconds:
+            self._seen, self._seen_at = list_tasks(self._commands, self._mark), now
+        return self._seen
 
     def _log_folder(self, key: str) -> Path:
         return self._home / "logs" / "jobs" / key
+
+
+def _of_claim(tasks: Sequence[Task], claim: Claim) -> list[Task]:
+    return [task for task in tasks if task.job_id == claim.job_id]
 
 
 def _require_not_newer(claim: Claim, spec: JobSpec) -> None:

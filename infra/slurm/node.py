@@ -22,6 +22,7 @@ from infra.slurm.claims import read_claim
 from infra.slurm.commands import Commands
 from training.cluster.agent import EXIT_PREEMPTED
 from training.errors import InfrastructureError
+from training.patience import ask_until
 from training.runs.job import location_from
 from training.s3.objectstore import Store
 
@@ -132,15 +133,13 @@ def place_of(commands: Commands, node: str) -> dict[str, str]:
 def patiently(ask: Callable[[], T]) -> T:
     """The controller or the store may be away just now, and what ends for that is not started again. Raises
     `InfrastructureError` if it stays away."""
-    deadline = time.monotonic() + PATIENCE_SECONDS
-    while True:
-        try:
-            return ask()
-        except InfrastructureError as error:
-            if time.monotonic() > deadline:
-                raise
-            _say(str(error))
-            time.sleep(PAUSE_SECONDS)
+    return ask_until(
+        ask,
+        seconds=PATIENCE_SECONDS,
+        pause_seconds=PAUSE_SECONDS,
+        errors=(InfrastructureError,),
+        tell=lambda error: _say(str(error)),
+    )
 
 
 def _say(words: str) -> None:

@@ -14,6 +14,7 @@ from prefect.client.orchestration import SyncPrefectClient
 from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterId
 
 from infra.local import supervisor
+from infra.local.launcher import LocalLauncher
 from infra.local.node import job_path
 from tasks.mlflow_client import connect
 from tasks.tracking import METRICS
@@ -185,6 +186,30 @@ def test_cancelling_leaves_no_rank_and_the_next_run_goes_on(stack: Stack) -> Non
     command.send_signal(signal.SIGINT)
     command.communicate(timeout=60)
     assert not processes(stack, "training.cluster.worker")
+
+
+def test_training_of_two_flow_runs_ends_with_the_last_one(stack: Stack) -> None:
+    before, launcher = run_keys(stack), LocalLauncher(stack.home)
+    arguments = ("run", "digits", "--set", "seed=18", *ENDLESS, *ONE_NODE)
+    first = stack.start(*arguments)
+    run = wait_for_step(stack, before, step=20)
+    second = stack.start(*arguments)
+    wait_until(lambda: len(launcher.jobs()[run.run_key]) == 2, what="the second to ask for it", timeout_seconds=60)
+    agents = processes(stack, "training.cluster.agent")
+
+    def cancel(command: subprocess.Popen[str]) -> None:
+        command.send_signal(signal.SIGINT)
+        output, _ = command.communicate(timeout=60)
+        assert command.returncode == 130, output
+
+    cancel(first)
+    before_that = run.read().signs_of_life
+    wait_until(lambda: run.read().signs_of_life > before_that, what="a sign of life since")
+    assert processes(stack, "training.cluster.agent") == agents != []
+    (tracked,) = mlflow_runs(stack, run.run_key)
+    assert tracked.info.status == "RUNNING"
+    cancel(second)
+    wait_until(lambda: not processes(stack, "training.cluster.agent"), what="the agent to be gone", timeout_seconds=20)
 
 
 def test_runs_cancel_cancels_whoever_follows(stack: Stack) -> None:

@@ -48,13 +48,15 @@ def test_new_file_makes_a_new_version_and_nothing_else_does(
         both = wait_until(lambda: _versions(stack) - first, what="one of the new data", timeout_seconds=200) | first
         assert len(both) == 2
         wait_until(lambda: _states(client) == ["COMPLETED"] * 2, what="both flow runs to end")
+        (preset.parent / "raw/more0.jsonl").unlink()
+        wait_until(lambda: _states(client) == ["COMPLETED"] * 3, what="one of the data that was there before")
     finally:
         settings.unlink()
     receipts = [entry.modified for entry in stack.store.list_entries("datasets/arms/")]
     begun_anew = Sources(client)
     for _ in range(3):
         begun_anew.look([str(preset)])
-    assert _states(client) == ["COMPLETED"] * 2, "a flow run of the same listing"
+    assert _states(client) == ["COMPLETED"] * 3, "a flow run of the same listing"
     assert _versions(stack) == both
     assert [entry.modified for entry in stack.store.list_entries("datasets/arms/")] == receipts
 

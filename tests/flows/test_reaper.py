@@ -16,7 +16,7 @@ import pytest
 from prefect.client import orchestration
 from prefect.client.orchestration import SyncPrefectClient
 from prefect.client.schemas.objects import FlowRun
-from prefect.states import Cancelled, Pending, Running
+from prefect.states import Cancelled, Crashed, Failed, Pending, Running
 
 import flows.reaper.__main__ as reaper
 from flows.publish import MACHINE_LABEL, machine_label
@@ -170,22 +170,31 @@ def test_job_of_a_cancelled_flow_run_is_ended_although_no_hook_did(
     client: SyncPrefectClient, launcher: LocalLauncher
 ) -> None:
     deployment = client.read_deployment_by_name("pipeline/digits")
-    gone, here = (
-        client.create_flow_run_from_deployment(deployment.id, state=Cancelled(), name="gone"),
-        client.create_flow_run_from_deployment(deployment.id, state=Running(), name="here"),
+    gone, here, lost, over = (
+        client.create_flow_run_from_deployment(deployment.id, state=state, name=name)
+        for name, state in {"gone": Cancelled(), "here": Running(), "lost": Crashed(), "over": Failed()}.items()
     )
-    jobs = {uuid.uuid4().hex: owners for owners in ([gone.id], [here.id, gone.id], ["somebody"])}
+    owned = {
+        "gone": [gone.id],
+        "of two that are over": [gone.id, over.id],
+        "and of one that nobody knows": [uuid.uuid4(), gone.id],
+        "here": [here.id, gone.id],
+        "to be resumed": [lost.id, gone.id],
+        "a person's": ["somebody"],
+    }
+    jobs = {uuid.uuid4().hex: owners for owners in owned.values()}
     try:
         for key, owners in jobs.items():
             for owner in owners:
                 waiting = (sys.executable, "-c", "import signal; signal.pause()")
                 launcher.submit(JobSpec(key=key, num_nodes=1, command=waiting, environment={}, owner=str(owner)))
         end_unwanted(launcher, FlowRuns(client, launcher))
-        assert [launcher.find(key) is None for key in jobs] == [True, False, False]
+        assert [launcher.find(key) is None for key in jobs] == [True, True, True, False, False, False]
     finally:
         for key in jobs:
             launcher.cancel(key)
-        client.delete_flow_run(here.id)
+        for run in (here, lost):
+            client.delete_flow_run(run.id)
 
 
 def test_flow_run_without_process_or_heartbeat_is_crashed_and_scheduled_again(

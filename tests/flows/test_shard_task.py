@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 import tasks.shard
+from infra.launcher import JobSpec, JobState, JobStatus
 from tasks.shard import shard, shard_cache_key
+from tasks.shard_nodes import write_on_nodes
 from tests.conftest import Stack
 from tests.unit.data_source import data_config, write_csv
 from training.config import Preset, TrainConfig
@@ -50,6 +54,35 @@ def test_what_was_removed_withdrawn_or_damaged_is_not_taken_for_finished(stack: 
     remove_version(stack.store, name, digest)
     assert digest not in versions(stack.store, name)
     assert len({fresh, damaged, withdrawn, key()}) == 4
+
+
+class TwoOwners:
+    """An engine whose job another one owns, too; who follows it is told to stop."""
+
+    def __init__(self, *, status: JobStatus | None = None) -> None:
+        self._status = status
+
+    def submit(self, spec: JobSpec) -> None:
+        assert spec.owner == "me"
+
+    def find(self, key: str) -> JobStatus:
+        if self._status is None:
+            raise KeyboardInterrupt
+        return self._status
+
+    def cancel(self, key: str, *, by: str | None = None) -> bool:
+        return by is None
+
+
+def test_nodes_that_others_want_too_shard_on_without_one_of_their_owners(stack: Stack, preset: Preset) -> None:
+    preset = replace(preset, launch=replace(preset.launch, shard_nodes=1))
+    left: list[int] = []
+    for status in (None, JobStatus(state=JobState.ENDED, nodes={})):
+        engine: Any = TwoOwners(status=status)
+        with pytest.raises(KeyboardInterrupt) if status is None else nullcontext():
+            write_on_nodes(engine, stack.store, preset, owner="me")
+        left.append(len(list(stack.store.list_keys(f"datasets/{preset.data.name}/sharing/"))))
+    assert left == [1, 0], "what its nodes read is there as long as they are"
 
 
 def test_source_that_is_as_it_was_is_not_read(stack: Stack, preset: Preset, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,6 +20,7 @@ from tasks import mlflow_client, registry, tracking
 from tasks.follow import Follower
 from tasks.forward import Forwarder
 from tasks.mlflow_client import RUN_KEY_TAG, WEIGHTS_TAG, connect
+from tasks.quarantine import trained
 from tasks.register import set_aliases
 from tasks.results import Dataset
 from tests.conftest import Stack
@@ -325,8 +326,17 @@ def test_deleted_experiment_is_named_and_how_to_restore_it(stack: Stack, run: Ru
     tracker.client.delete_experiment(tracker.experiment_id)
     with pytest.raises(UserError, match=f"{preset.name}.*restore --experiment-id {tracker.experiment_id}`"):
         ensure_shown()
+    with pytest.raises(UserError, match="restore --experiment-id"):
+        trained(preset, shard=nothing, train=nothing, quarantine=False)
     tracker.client.restore_experiment(tracker.experiment_id)
     assert ensure_shown().run_id == tracker.run_id
+    tracking.require_shown(uri, preset)
+    tracking.require_shown(f"http://127.0.0.1:{free_port()}", preset)  # away: it is shown later
+
+
+def nothing(*_: object) -> Any:
+    """A stage that costs much."""
+    raise AssertionError("it was begun")
 
 
 def test_newest_evaluation_is_shown_although_it_is_lower(stack: Stack, run: RunRecord) -> None:

@@ -302,7 +302,7 @@ def test_job_whose_program_moved_begins_again(toy_job: MakeJob) -> None:
     assert (is_alive(old), is_alive(new)) == (False, True)
 
 
-def test_cancelling_an_owner_cancels_its_jobs_alone(toy_job: MakeJob) -> None:
+def test_cancelling_an_owner_cancels_the_jobs_that_are_its_alone(toy_job: MakeJob) -> None:
     mine, shared, other = toy_job(), toy_job(), toy_job()
     mine.submit(owner="flow-1")
     shared.submit(owner="flow-2")
@@ -311,8 +311,12 @@ def test_cancelling_an_owner_cancels_its_jobs_alone(toy_job: MakeJob) -> None:
     for job in (mine, shared, other):
         job.wait_for_starts(1)
     cancelled = cancel_owned_by(mine.launcher, "flow-1")
-    assert set(cancelled) == {mine.spec.key, shared.spec.key}
-    assert [is_alive(job.starts()[0]) for job in (mine, shared, other)] == [False, False, True]
+    assert cancelled == [mine.spec.key]
+    assert [is_alive(job.starts()[0]) for job in (mine, shared, other)] == [False, True, True]
+    assert not shared.launcher.cancel(shared.spec.key, by="flow-1")
+    assert shared.launcher.jobs()[shared.spec.key] == ["flow-2", "flow-1"], "whether one of them lives, others know"
+    assert shared.launcher.cancel(shared.spec.key)
+    assert not is_alive(shared.starts()[0])
 
 
 def test_one_key_submitted_at_once_is_one_job(toy_job: MakeJob) -> None:

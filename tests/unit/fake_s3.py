@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import threading
+from datetime import UTC, datetime
+from email.utils import format_datetime
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import TracebackType
 
@@ -20,6 +22,10 @@ class FakeS3:
         self._create_only = create_only
         self._if_match = if_match
         self.has_bucket = has_bucket
+        self.refuses: tuple[int, str] | None = None
+        """Each request: with this status and code."""
+        self.tokens: list[str | None] = []
+        """The session token of each request."""
         self._lock = threading.Lock()
         self._environment = pytest.MonkeyPatch()
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), self._handler_class())
@@ -71,7 +77,10 @@ class FakeS3:
                 self.reply(204)
 
             def reply(self, status: int, body: bytes = b"") -> None:
-                if not fake.has_bucket:
+                fake.tokens.append(self.headers.get("X-Amz-Security-Token"))
+                if fake.refuses is not None:
+                    status, body = fake.refuses[0], f"<Error><Code>{fake.refuses[1]}</Code></Error>".encode()
+                elif not fake.has_bucket:
                     status, body = 404, b"<Error><Code>NoSuchBucket</Code></Error>"
                 elif status == 412:
                     body = b"<Error><Code>PreconditionFailed</Code></Error>"
@@ -79,6 +88,7 @@ class FakeS3:
                     body = b"<Error><Code>NoSuchKey</Code></Error>"
                 self.send_response_only(status)
                 self.send_header("ETag", _etag(body))
+                self.send_header("Date", format_datetime(datetime(2001, 9, 9, tzinfo=UTC), usegmt=True))
                 self.send_header("Content-Length", str(len(body)))
                 self.end_headers()
                 self.wfile.write(body)

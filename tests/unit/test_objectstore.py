@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from pathlib import Path
 from socketserver import BaseRequestHandler, ThreadingTCPServer
 from threading import Barrier, Thread
 from typing import Any
@@ -312,6 +313,51 @@ def test_a_store_that_is_away_is_an_infrastructure_error(monkeypatch: pytest.Mon
     for operation in operations(Store(location)).values():
         with pytest.raises(InfrastructureError, match=f"s3://bucket/x?: the store at {location.endpoint} failed"):
             operation()
+
+
+@pytest.mark.parametrize(("status", "code"), [(400, "ExpiredToken"), (403, "TokenRefreshRequired")])
+def test_a_session_token_that_was_renewed_is_taken_up(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, status: int, code: str
+) -> None:
+    """Until then it is no mistake in the input: who asks again may get an answer."""
+    credentials = tmp_path / "credentials"
+
+    def renew(token: str) -> None:
+        credentials.write_text(
+            f"[default]\naws_access_key_id = a\naws_secret_access_key = s\naws_session_token = {token}\n"
+        )
+
+    with FakeS3() as server:
+        for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+            monkeypatch.delenv(name)
+        monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(credentials))
+        renew("old")
+        store = Store(server.location)
+        store.create_versioned("x", {})
+        server.refuses = (status, code)
+        for name, operation in operations(store).items():
+            if name != "list":
+                with pytest.raises(
+                    InfrastructureError, match=rf"x: the session token has expired \({code}\): renew it"
+                ):
+                    operation()
+        assert set(server.tokens) == {"old"}
+        renew("new")
+        server.refuses = None
+        server.tokens.clear()
+        store.get("x")
+        store.create_versioned("y", {})
+        assert set(server.tokens) == {"new"}
+
+
+def test_a_wrong_clock_is_called_that() -> None:
+    with FakeS3() as server:
+        server.refuses = (403, "RequestTimeTooSkewed")
+        for operation in operations(Store(server.location)).values():
+            with pytest.raises(
+                InfrastructureError, match=r"this machine's clock .* there Sun, 09 Sep 2001 00:00:00 GMT"
+            ):
+                operation()
 
 
 # ---- the probe -------------------------------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from random import Random
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 from tests.unit.attempts import step_through
 from tests.unit.tiny import MemoryReader, Tiny, make_trainer, tiny_preset, tiny_reader
 from training.diagnosis import poison
-from training.diagnosis.poison import MAX_ALONE, Replay, Search, keeping, max_replays
+from training.diagnosis.poison import MAX_ALONE, NUM_CONFIRMATIONS, Replay, Search, keeping, max_replays
 from training.errors import DeterministicError
 
 NUMBERS = st.integers(1, 300)
@@ -36,7 +37,7 @@ def test_one_record_is_found_in_as_many_replays_as_its_number_has_bits(number: i
     bad = data.draw(st.sampled_from(records))
     found = search(records, lambda some: bad in some)
     assert (found.poison, found.together) == ((bad,), ())
-    assert found.num_replays <= max_replays(number) == math.ceil(math.log2(number)) + 3
+    assert found.num_replays <= max_replays(number) == math.ceil(math.log2(number)) + 3 + NUM_CONFIRMATIONS
 
 
 @given(NUMBERS, st.data())
@@ -63,6 +64,56 @@ def test_whatever_fails_the_search_ends_and_what_it_names_fails(number: int, dat
     assert found.num_replays <= 12 * max_replays(number)
     assert all(fails({record}) for record in found.alone)
     assert not found.together or fails(set(found.together))
+
+
+@given(st.integers(1, 40), st.data())
+@settings(derandomize=True, max_examples=300)
+def test_what_is_named_did_the_same_in_each_replay(number: int, data: st.DataObject) -> None:
+    """Whenever a record makes it fail, and whenever not."""
+    records = [f"r{k}" for k in range(number)]
+    bad = data.draw(st.sampled_from(records))
+    coins = data.draw(st.lists(st.booleans(), max_size=60))
+    seen: dict[frozenset[str], list[bool]] = {}
+
+    def fails(some: Sequence[str]) -> bool:
+        does = bad in some and (coins.pop() if coins else True)
+        seen.setdefault(frozenset(some), []).append(does)
+        return does
+
+    found = Search(fails).run(records)
+    if found is None:
+        return
+    assert found.num_replays == sum(map(len, seen.values())) <= 12 * max_replays(number)
+    for named in [{record} for record in found.alone] + ([set(found.together)] if found.together else []):
+        replays = seen[frozenset(named)]
+        assert (replays == [True] * (1 + NUM_CONFIRMATIONS)) or not found.repeats
+        assert bad in named
+    if not found.repeats:
+        assert found.poison == ()
+        assert not any(record in str(found) for record in records)
+
+
+def test_innocent_records_are_hardly_ever_named_for_a_flaky_one() -> None:
+    """Without confirmation, most of these searches named them."""
+    chance = Random(7)
+    records = [f"r{k}" for k in range(32)]
+
+    def fails(some: Sequence[str]) -> bool:
+        return "r5" in some and chance.random() < 0.5
+
+    found = [found for _ in range(2000) if (found := Search(fails).run(records)) is not None]
+    misled = [one for one in found if one.repeats and {*one.alone, *one.together} != {"r5"}]
+    unconfirmed = [one for one in found if not one.repeats and {*one.alone, *one.together} != {"r5"}]
+    assert len(unconfirmed) > len(found) / 2, "the fault strikes"
+    assert len(misled) < len(found) / 50
+
+
+def test_a_failure_that_does_not_repeat_is_an_ordinary_one_and_says_so() -> None:
+    """The group begins again."""
+    replays = iter([True, False, True, False])
+    found = poison.told(DeterministicError("it fails"), lambda some: next(replays), ["a", "b"], seconds=3.0)
+    assert type(found) is RuntimeError
+    assert "it fails; the failure does not repeat: " in str(found)
 
 
 def test_what_fails_on_everything_is_blamed_on_nobody() -> None:

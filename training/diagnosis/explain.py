@@ -39,8 +39,9 @@ class Explainer:
 
     def of_worker(
         self, error: DeterministicError, worker: int, samples: Samples, state: TrainState, extras: Extras
-    ) -> DeterministicError | None:
-        """The error with the records that cause it; None if it does not come again when the microbatch is replayed."""
+    ) -> DeterministicError | RuntimeError | None:
+        """The error with the records that cause it; an ordinary one if it comes now and then when the microbatch is
+        replayed, None if it does not."""
         train = self._preset.train
         replay = Replay(self._recipe, state, extras, seed=self._preset.seed, precision=train.precision)
         other_step = state.step + 1 if state.step + 1 < train.steps else max(0, state.step - 1)
@@ -55,7 +56,7 @@ class Explainer:
 
     def of_ranks(
         self, error: DeterministicError, workers: Sequence[int], state: TrainState, extras: Extras
-    ) -> DeterministicError:
+    ) -> DeterministicError | RuntimeError:
         """What all ranks found wrong at once: whether it is one of these virtual workers'. Collective: who finds
         nothing waits for who does."""
         found = (

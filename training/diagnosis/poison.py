@@ -9,7 +9,7 @@ import math
 import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -27,6 +27,8 @@ MAX_ALONE = 3
 """So many records that each fail by themselves are looked for; if it fails without them too, it is for no record."""
 MAX_TOGETHER = 4
 """So many records are looked for that fail only together."""
+NUM_CONFIRMATIONS = 3
+"""So often what was found must fail once more before it is named."""
 
 Batch = Mapping[str, Tensor]
 Samples = tuple[Sequence[str], Batch]
@@ -46,14 +48,18 @@ class Finding:
     """These do, but not without any of them; or, of many, the fewest that were found."""
     fails_without: bool = False
     """It fails without those `alone`, too."""
+    repeats: bool = True
+    """Replays on the same records did the same each time; if not, nobody is to blame."""
     num_replays: int
 
     @property
     def poison(self) -> tuple[str, ...]:
         """Records that are to blame, each by itself."""
-        return () if self.fails_without else self.alone
+        return self.alone if self.repeats and not self.fails_without else ()
 
     def __str__(self) -> str:
+        if not self.repeats:
+            return "the failure does not repeat: a replay on the same records fails now and then, so none is named"
         told = []
         if self.alone:
             each = "record {} makes" if len(self.alone) == 1 else "each of the records {} makes"
@@ -69,7 +75,7 @@ class Finding:
 
 def max_replays(num_records: int) -> int:
     """How many replays a search takes at most that finds one record."""
-    return math.ceil(math.log2(max(1, num_records))) + 3
+    return math.ceil(math.log2(max(1, num_records))) + 3 + NUM_CONFIRMATIONS
 
 
 class Search:
@@ -79,6 +85,7 @@ class Search:
         """`fails` may raise `TimeoutError`."""
         self._fails = fails
         self._known: dict[frozenset[str], bool] = {}
+        self._num_replays = 0
 
     @property
     def has_failed(self) -> bool:
@@ -88,11 +95,29 @@ class Search:
     def fails(self, records: Sequence[str]) -> bool:
         key = frozenset(records)
         if key not in self._known:
-            self._known[key] = self._fails(records)
+            self._known[key] = self._fails_anew(records)
         return self._known[key]
+
+    def _fails_anew(self, records: Sequence[str]) -> bool:
+        self._num_replays += 1
+        return self._fails(records)
 
     def run(self, records: Sequence[str]) -> Finding | None:
         """None if they do not fail again at all."""
+        found = self._find(records)
+        if found is None:
+            return None
+        return replace(found, repeats=self._is_confirmed(found), num_replays=self._num_replays)
+
+    def _is_confirmed(self, found: Finding) -> bool:
+        """A record that makes it fail now and then misleads a bisection, to records that are not to blame."""
+        together = found.together
+        fail = [[record] for record in found.alone] + ([together] if together else [])
+        fewer = [[record for record in together if record != left_out] for left_out in together[:MAX_TOGETHER]]
+        expected = [(records, True) for records in fail] + [(records, False) for records in fewer]
+        return all(self._fails_anew(records) is fails for records, fails in expected * NUM_CONFIRMATIONS)
+
+    def _find(self, records: Sequence[str]) -> Finding | None:
         rest = list(dict.fromkeys(records))
         if not self.fails(rest):
             return None
@@ -100,10 +125,10 @@ class Search:
         while len(alone) < MAX_ALONE and rest and self.fails(rest):
             fewest = self._fewest(rest)
             if len(fewest) > 1:
-                return Finding(alone=tuple(alone), together=tuple(fewest), num_replays=len(self._known))
+                return Finding(alone=tuple(alone), together=tuple(fewest), num_replays=self._num_replays)
             alone += fewest
             rest = [record for record in rest if record not in fewest]
-        return Finding(alone=tuple(alone), fails_without=self.fails(rest), num_replays=len(self._known))
+        return Finding(alone=tuple(alone), fails_without=self.fails(rest), num_replays=self._num_replays)
 
     def _fewest(self, records: list[str]) -> list[str]:
         """Of records that fail: those of which none can be left out, one after another by its place. With those that
@@ -174,8 +199,9 @@ def explained(
     others: Callable[[], Samples],
     *,
     seconds: float,
-) -> DeterministicError | None:
-    """The error, with the records of its microbatch that cause it; None if it does not come again.
+) -> DeterministicError | RuntimeError | None:
+    """The error, with the records of its microbatch that cause it; an ordinary one if it comes again now and then, None
+    if it does not.
 
     `failure` is the replay's, `others` gives a microbatch that the step did not read. After so many seconds the search
     is given up.
@@ -202,8 +228,9 @@ def _part(batch: Batch, places: Sequence[int]) -> Batch:
 
 def told(
     error: DeterministicError, fails: Fails, records: Sequence[str], *, seconds: float
-) -> DeterministicError | None:
-    """The error, with what a search among the records finds; None if it fails no more, as far as could be seen."""
+) -> DeterministicError | RuntimeError | None:
+    """The error, with what a search among the records finds: an ordinary one, which is tried again, if it fails now and
+    then; None if it fails no more, as far as could be seen."""
     search = Search(fails)
     try:
         finding = search.run(records)
@@ -211,4 +238,7 @@ def told(
         if not search.has_failed:
             return None
         return DeterministicError(f"{error}; which record it is was not found within {seconds:.0f} s of replays")
-    return None if finding is None else DeterministicError(f"{error}; {finding}", records=finding.poison)
+    if finding is None:
+        return None
+    words = f"{error}; {finding}"
+    return DeterministicError(words, records=finding.poison) if finding.repeats else RuntimeError(words)

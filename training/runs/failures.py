@@ -43,7 +43,7 @@ OUT_OF_MEMORY = FailureClass(
 
 CRASHED = "Crashed"
 NOT_FOUND = (
-    ". Replays before the last time died of no record, or had too little time: half of"
+    ". Replays before the last time died of no record, or not each time, or had too little time: half of"
     " launch.collective_timeout_seconds, of which a slow machine needs more"
 )
 """Of a worker that died of itself, and nobody saw why."""

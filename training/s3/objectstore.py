@@ -17,9 +17,9 @@ from functools import cache, cached_property
 from typing import TYPE_CHECKING, Any
 
 from training.documents import canonical_json, sha256_hex
-from training.errors import DamagedError, InfrastructureError, MissingError, UserError
+from training.errors import DamagedError, InfrastructureError, MissingError, UnbrokenError, UserError
 from training.s3.clients import Clients
-from training.s3.errors import cut_short, ignores, translated, typed_errors
+from training.s3.errors import cut_short, has_expired, ignores, translated, typed_errors
 from training.s3.quickrequests import (
     CHECKED,
     CONNECT_SECONDS,
@@ -125,7 +125,7 @@ class Store:
         try:
             return self._client.generate_presigned_url("get_object", Params=request, ExpiresIn=3600)
         except BotoCoreError as error:  # no credentials
-            raise translated(error, self.location, key) from error
+            raise self._translated(error, key) from error
 
     def _key(self, key: str) -> str:
         return self.location.prefix + key
@@ -357,9 +357,9 @@ class Store:
                 raise ignores(self.location, "conditional writes (it answers 501)") from error
             if status >= 500:
                 return "unknown"
-            raise translated(error, self.location, key) from error
+            raise self._translated(error, key) from error
         except NoCredentialsError as error:
-            raise translated(error, self.location, key) from error
+            raise self._translated(error, key) from error
         except BotoCoreError:
             return "unknown"
         return "written"
@@ -416,7 +416,12 @@ class Store:
             raise ignores(self.location, feature)
 
     def _typed_errors(self, key: str) -> AbstractContextManager[None]:
-        return typed_errors(self.location, key)
+        return typed_errors(lambda error: self._translated(error, key))
+
+    def _translated(self, error: Exception, key: str) -> UnbrokenError:
+        if has_expired(error):
+            self.__dict__.pop("_clients", None)  # who asks next finds credentials that were renewed meanwhile
+        return translated(error, self.location, key)
 
 
 def _are_pieces_of(data: bytes | bytearray, pieces: Iterable[bytes]) -> bool:
