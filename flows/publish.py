@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 RUN_KEY_LABEL = "unbroken.run_key"
 MACHINE_LABEL = "unbroken.machine"
 WARM_START_LABEL = "unbroken.warm_start"
+JUDGED_LABEL = "unbroken.judged"
 RESULTS_ARTIFACT = "results"
 LINKS_ARTIFACT = "links"
 BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
@@ -51,6 +52,24 @@ def pinned_once(settings: Settings, preset: Preset) -> Preset:
         known = patiently(lambda: pinned(settings, preset)).train.warm_start
         _label(WARM_START_LABEL, str(known))
     return replace(preset, train=replace(preset.train, warm_start=str(known)))
+
+
+def judged_once(version: str, replaces: int) -> tuple[str, int]:
+    """The version that this flow run is to make champion, and the change that it replaces, as they were when the flow
+    run first began: while it waits for a person, or to be tried again, another may become champion."""
+    known = (_flow_run().labels or {}).get(JUDGED_LABEL)
+    if known is None:
+        known = f"{version} {replaces}"
+        _label(JUDGED_LABEL, known)
+    version, _, sequence = str(known).rpartition(" ")
+    return version, int(sequence)
+
+
+def flow_run_name() -> str:
+    """What Prefect calls the flow run that this process executes."""
+    from prefect.runtime import flow_run
+
+    return str(flow_run.get_name())
 
 
 def machine() -> None:

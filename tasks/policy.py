@@ -15,6 +15,8 @@ from training.errors import (
     FencedError,
     InfrastructureError,
     OutOfMemoryError,
+    OvertakenError,
+    RefusedError,
     UserError,
 )
 from training.patience import ask_until
@@ -28,7 +30,16 @@ T = TypeVar("T")
 
 PATIENCE_SECONDS = 300.0
 PAUSE_SECONDS = 2.0
-NOT_WORTH_A_RETRY = (UserError, DeterministicError, FencedError, DamagedError, OutOfMemoryError, CancelledError)
+NOT_WORTH_A_RETRY = (
+    UserError,
+    DeterministicError,
+    FencedError,
+    DamagedError,
+    OutOfMemoryError,
+    OvertakenError,
+    RefusedError,
+    CancelledError,
+)
 
 
 async def worth_a_retry(task: Task[..., Any], task_run: TaskRun, state: State[Any]) -> bool:

@@ -11,6 +11,9 @@ from typing import TYPE_CHECKING, Any
 from prefect import task
 
 from tasks import mlflow_client, registry, tracking
+from tasks.lifecycle import champions, model_file, projection
+from tasks.lifecycle.champion import Change
+from tasks.lifecycle.model_file import KeptVersion, Program, Signature, Tensor
 from tasks.models import load_model
 from tasks.policy import patiently, stage_options
 from tasks.provenance import commit_of
@@ -27,12 +30,12 @@ from training.s3.objectstore import Store
 
 if TYPE_CHECKING:
     import numpy as np
+    from mlflow.entities.model_registry import ModelVersion
     from torch import nn
 
 log = logging.getLogger(__name__)
 
 CHALLENGER = "challenger"
-CHAMPION = "champion"
 
 
 def register_cache_key(context: Any, arguments: dict[str, Any]) -> str:
@@ -42,6 +45,7 @@ def register_cache_key(context: Any, arguments: dict[str, Any]) -> str:
     return digest_of(
         {
             "stage": "register",
+            "keeps": "model file",
             "registry": settings.mlflow_uri,
             "name": preset.name,
             "run": model.run_key,
@@ -76,34 +80,66 @@ def register(preset: Preset, dataset: Dataset, model: TrainedModel, evaluation: 
             load_model(store, recipe, model.run_key), example_inputs(store, preset, dataset), path, mlflow_model
         ),
     )
-    aliases = set_aliases(store, tracker, preset.name, str(version.version), model.run_key)
+    kept = model_file.keep(
+        store,
+        preset.name,
+        str(version.version),
+        run_key=model.run_key,
+        weights_sha256=model.weights_sha256,
+        dataset_digest=dataset.digest,
+        fetch=lambda: registered_program(settings.mlflow_uri, version),
+    )
+    tag_with_file(settings.mlflow_uri, version, kept)
+    aliases = set_aliases(settings.mlflow_uri, store, kept)
     log.info("model %s version %s: %s", preset.name, version.version, ", ".join(aliases))
     return Registration(
         name=preset.name,
         version=str(version.version),
         run_key=model.run_key,
         weights_sha256=model.weights_sha256,
+        model_sha256=kept.model_sha256,
+        model_bytes=kept.num_bytes,
         aliases=aliases,
         url=registry.version_url(settings.mlflow_uri, preset.name, str(version.version)),
     )
 
 
-def set_aliases(store: Store, tracker: tracking.Tracker, name: str, version: str, run_key: str) -> tuple[str, ...]:
+def registered_program(uri: str, version: ModelVersion) -> Program:
+    """The bytes that MLflow has: another maker's may have come first."""
+    data, found = registry.program_of(uri, version)
+    inputs, outputs = (
+        Tensor(dtype=spec.inputs[0].type.name, shape=tuple(spec.inputs[0].shape))
+        for spec in (found.inputs, found.outputs)
+    )
+    return Program(data=data, signature=Signature(inputs=inputs, outputs=outputs))
+
+
+def tag_with_file(uri: str, version: ModelVersion, kept: KeptVersion) -> None:
+    tags = {registry.MODEL_TAG: kept.model_sha256, registry.MODEL_BYTES_TAG: str(kept.num_bytes)}
+    for name, value in tags.items():
+        if version.tags.get(name) != value:
+            registry.tag_version(uri, kept.model, kept.version, name, value)
+
+
+def set_aliases(uri: str, store: Store, kept: KeptVersion) -> tuple[str, ...]:
     """Once for each version: `challenger` is the newest; `champion` the model's first one, as one create-only write
-    decides. From then on they are a person's to move."""
-    client = tracker.client
+    decides (docs/lifecycle.md)."""
+    client, name, version = mlflow_client.connect(uri), kept.model, kept.version
     known = client.get_model_version(name, version)
     if registry.ALIASES_DUE_TAG not in known.tags:
         return registry.aliases_of(client, name, version)
     if registry.is_newest(client, name, known):
         client.set_registered_model_alias(name, CHALLENGER, version)
-    champion_key = f"models/{name}/champion.json"
-    store.create_versioned(
-        champion_key, {"format": 1, "model": name, "version_of_registry": version, "run_key": run_key}
+    first = Change(
+        action="first",
+        version=version,
+        run_key=kept.run_key,
+        model_sha256=kept.model_sha256,
+        by="registration",
     )
-    is_first = store.read_versioned(champion_key).document["run_key"] == run_key
-    if is_first and CHAMPION not in client.get_registered_model(name).aliases:
-        client.set_registered_model_alias(name, CHAMPION, version)
+    current = champions.begin(store, name, first).current
+    if (current.version, current.run_key) == (version, kept.run_key):
+        projection.show_first(uri, store, name, current)
     client.delete_model_version_tag(name, version, registry.ALIASES_DUE_TAG)
     return registry.aliases_of(client, name, version)
 
@@ -132,7 +168,8 @@ def example_inputs(store: Store, preset: Preset, dataset: Dataset) -> np.ndarray
 def save_model(module: nn.Module, inputs: np.ndarray[Any, Any], path: Path, mlflow_model: Any) -> None:
     """An MLflow model folder holding a torch.export program of any batch size: it needs no recipe to be loaded.
 
-    MLflow's own export keeps the example as a pickle inside; the program is written again without it.
+    MLflow's own export keeps the example as a pickle inside; the program is written again without it, and without the
+    recipe's source lines and where they lay: so its bytes are a function of model and release of torch alone.
     """
     import mlflow
     import mlflow.pytorch
@@ -160,4 +197,7 @@ def save_model(module: nn.Module, inputs: np.ndarray[Any, Any], path: Path, mlfl
     batch = torch.export.Dim("batch", min=1)
     program = torch.export.export(module, (example,), dynamic_shapes=({0: batch},))
     program._example_inputs = ((None,), {})
+    for graph in program.graph_module.modules():
+        for node in graph.graph.nodes if isinstance(graph, torch.fx.GraphModule) else ():
+            node.meta.pop("stack_trace", None)
     torch.export.save(program, path / "data" / "model.pt2")

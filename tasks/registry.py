@@ -20,6 +20,9 @@ DRILL_TAG = "unbroken.drill"
 """On a version: "green" or "red". With .id, .subject, .code, .faults and .report_sha256 (docs/drill.md)."""
 ALIASES_DUE_TAG = "unbroken.aliases_due"
 """On a version that has not been given its aliases yet: its maker is about to, or has died."""
+MODEL_TAG = "unbroken.model_sha256"
+"""On a version: of its model file on the store. With unbroken.model_bytes."""
+MODEL_BYTES_TAG = "unbroken.model_bytes"
 
 
 def ensure_model_version(
@@ -200,6 +203,39 @@ def origin_of(uri: str, name: str, version: str) -> tuple[str, str]:
     if not {RUN_KEY_TAG, WEIGHTS_TAG} <= found.tags.keys():
         raise UserError(f"model {name!r} version {version} was not made by Unbroken: it has no tag {RUN_KEY_TAG}")
     return str(found.tags[RUN_KEY_TAG]), str(found.tags[WEIGHTS_TAG])
+
+
+def require_run_key(uri: str, name: str, version: str, run_key: str) -> None:
+    """Raises `UserError` if MLflow has no such version, or another run's of that number."""
+    _, found = find_version(uri, f"{name}/{version}", what="VERSION")
+    if origin_of(uri, name, found)[0] != run_key:
+        raise UserError(
+            f"model {name!r} version {version} is of another run in MLflow than on the store ({run_key[:12]}): the"
+            " registry was emptied, and numbers its versions anew"
+        )
+
+
+def tag_version(uri: str, name: str, version: str, tag: str, value: str | None) -> None:
+    """Set a version's tag, or delete it if `value` is None."""
+    client = connect(uri)
+    if value is None:
+        ask(lambda: client.delete_model_version_tag(name, version, tag))
+    else:
+        ask(lambda: client.set_model_version_tag(name, version, tag, value))
+
+
+def program_of(uri: str, version: ModelVersion) -> tuple[bytes, Any]:
+    """The exported program among a version's files, and MLflow's signature of it."""
+    import mlflow
+    from mlflow.models import Model
+
+    with tempfile.TemporaryDirectory() as folder:
+        path = ask(
+            lambda: mlflow.artifacts.download_artifacts(
+                artifact_uri=str(version.source), dst_path=folder, tracking_uri=uri
+            )
+        )
+        return (Path(path) / "data" / "model.pt2").read_bytes(), Model.load(path).signature
 
 
 def version_url(uri: str, name: str, version: str) -> str:

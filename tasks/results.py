@@ -56,6 +56,9 @@ class Registration:
     version: str
     run_key: str
     weights_sha256: str
+    model_sha256: str
+    """Of the model file on the store (tasks.lifecycle.model_file)."""
+    model_bytes: int
     aliases: tuple[str, ...]
     url: str
 

@@ -63,6 +63,18 @@ class RedDrillError(UnbrokenError):
     exit_code = 8
 
 
+class OvertakenError(UnbrokenError):
+    """Somebody else changed first what this was judged against. Nothing was done; the message says who."""
+
+    exit_code = 9
+
+
+class RefusedError(UnbrokenError):
+    """The gate refused a model. The message has its reasons."""
+
+    exit_code = 10
+
+
 class CancelledError(UnbrokenError):
     """A person asked the run to stop."""
 

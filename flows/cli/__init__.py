@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from cyclopts import App
 
-from flows.cli import browse, checkpoints, data, drill, kubernetes, run, scaffold, stack
+from flows.cli import browse, checkpoints, data, drill, kubernetes, lifecycle, run, scaffold, stack
 from training.errors import UnbrokenError
 
 app = App(
@@ -23,6 +23,7 @@ run.add_to(app)
 drill.add_to(app)
 data.add_to(app)
 browse.add_to(app)
+lifecycle.add_to(browse.models)
 checkpoints.add_to(app)
 kubernetes.add_to(app)
 

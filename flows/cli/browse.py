@@ -19,7 +19,7 @@ COLUMNS = ("key", "state", "checkpoint_step", "attempts", "tracking_run_id", "we
 Key = Annotated[str, Parameter(help="A run key, or the beginning of one.")]
 
 runs = App(name="runs", help="Look at runs and their logs, cancel or remove them; manifests for a cluster.")
-models = App(name="models", help="Look at registered models.")
+models = App(name="models", help="Look at registered models, and say which one is champion.")
 
 
 def add_to(app: App) -> None:

@@ -23,6 +23,7 @@ def main() -> None:
     settings, store = open_stack()  # before Prefect is imported, which reads its settings then
     from prefect.client.orchestration import get_client
 
+    from flows.reaper.champions import watch_champions
     from flows.reaper.engine_jobs import end_unwanted
     from flows.reaper.flow_runs import FlowRuns
     from flows.reaper.sources import watch_sources
@@ -33,6 +34,7 @@ def main() -> None:
     beside = [
         threading.Thread(name="sources", target=watch_sources, daemon=True),
         threading.Thread(name="runs in MLflow", target=watch_tracked_runs, args=(settings, store), daemon=True),
+        threading.Thread(name="champions", target=watch_champions, args=(settings, store), daemon=True),
     ]
     for watching in beside:
         watching.start()

@@ -15,7 +15,7 @@ from training.errors import InfrastructureError
 from training.s3.objectstore import Store, StoreLocation
 
 DEPLOYMENTS = PROJECT_ROOT / "infra" / "prefect.yaml"
-FLOW = "pipeline"
+FLOWS = ("pipeline.py", "lifecycle.py")
 
 
 def create_bucket(settings: Settings) -> None:
@@ -31,7 +31,7 @@ def provision(settings: Settings, report: Callable[[str], None]) -> None:
     wanted = digest_of(
         {
             "deployments": DEPLOYMENTS.read_text(),
-            "flow": (PROJECT_ROOT / "flows" / "pipeline.py").read_text(),
+            "flows": [(PROJECT_ROOT / "flows" / name).read_text() for name in FLOWS],
             "pool": [WORK_POOL, *WORK_QUEUES, MAX_RUNS_AT_ONCE],
             "prefect": settings.prefect_api_url,
             "s3": [settings.s3_endpoint, settings.s3_bucket, settings.s3_prefix],
@@ -49,8 +49,9 @@ def are_gone(api_url: str) -> bool:
     """Whether Prefect's server lacks the work pool or a deployment: its database may be older than these."""
     import yaml
 
-    names = [each["name"] for each in yaml.safe_load(DEPLOYMENTS.read_text())["deployments"]]
-    paths = [f"work_pools/{WORK_POOL}", *(f"deployments/name/{FLOW}/{name}" for name in names)]
+    wanted = yaml.safe_load(DEPLOYMENTS.read_text())["deployments"]
+    names = [f"{each['entrypoint'].rpartition('.')[2]}/{each['name']}" for each in wanted]
+    paths = [f"work_pools/{WORK_POOL}", *(f"deployments/name/{name}" for name in names)]
     return any(_is_missing(f"{api_url}/{path}") for path in paths)
 
 

@@ -24,6 +24,9 @@ HELPS: tuple[list[str], ...] = (
         ["data", "ls"],
         ["ckpt", "ls"],
         ["models", "ls"],
+        ["models", "promote"],
+        ["models", "rollback"],
+        ["models", "history"],
     ),
     *(["data", verb] for verb in ("show", "diff", "verify", "withdraw", "rm", "gc", "export", "import")),
 )

@@ -16,11 +16,13 @@ from uuid import UUID
 import numpy as np
 import pytest
 import requests
+import torch
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.filters import ArtifactFilter, ArtifactFilterFlowRunId
 
 from infra.local.ports import LOOPBACK, free_port
 from tasks.initial import initial_weights
+from tasks.lifecycle import champions, model_file
 from tasks.mlflow_client import connect
 from tasks.registry import find_version
 from tests.conftest import Stack
@@ -76,8 +78,21 @@ def test_first_version_is_champion_and_newest_challenger(stack: Stack, digits: d
     versions = [int(version.version) for version in client.search_model_versions("name = 'digits'")]
     assert int(client.get_model_version_by_alias("digits", "champion").version) == min(versions)
     assert int(client.get_model_version_by_alias("digits", "challenger").version) == max(versions)
-    document = stack.store.read_versioned("models/digits/champion.json").document
-    assert document["run_key"] == client.get_model_version_by_alias("digits", "champion").tags["unbroken.run_key"]
+    first = champions.read(stack.store, "digits").entries[0]
+    assert first.run_key == client.get_model_version_by_alias("digits", "champion").tags["unbroken.run_key"]
+
+
+def test_model_file_is_on_the_store_and_needs_nothing_else(stack: Stack, digits: dict[str, Any]) -> None:
+    registration = digits["registration"]
+    kept = model_file.find(stack.store, "digits", registration["version"])
+    assert (kept.run_key, kept.weights_sha256) == (digits["model"]["run_key"], digits["model"]["weights_sha256"])
+    assert (kept.model_sha256, kept.num_bytes) == (registration["model_sha256"], registration["model_bytes"])
+    assert kept.signature.inputs.shape == (-1, 1, 8, 8)
+    tags = connect(stack.settings.mlflow_uri).get_model_version("digits", kept.version).tags
+    assert tags["unbroken.model_sha256"] == kept.model_sha256
+    program = torch.export.load(io.BytesIO(model_file.prove(stack.store, kept))).module()
+    for batch in (1, 3):
+        assert program(torch.zeros(batch, 1, 8, 8)).shape == (batch, *kept.signature.outputs.shape[1:])
 
 
 def test_second_run_reuses_every_stage(stack: Stack, digits: dict[str, Any]) -> None:

@@ -20,7 +20,7 @@ from prefect.states import Cancelled, Crashed, Failed, Pending, Running
 
 import flows.reaper.__main__ as reaper
 from flows.publish import MACHINE_LABEL, machine_label
-from flows.reaper import sources
+from flows.reaper import champions, sources
 from flows.reaper.attempt import attempt
 from flows.reaper.decide import GONE_SECONDS, QUIET_SECONDS, SILENT_SECONDS
 from flows.reaper.engine_jobs import end_unwanted
@@ -308,6 +308,7 @@ def test_mlflow_that_hangs_keeps_nobody_from_looking_at_flow_runs(
     monkeypatch.setattr(TrackedRuns, "set_right", hang)
     monkeypatch.setattr(FlowRuns, "set_right", look)
     monkeypatch.setattr(sources, "watch_sources", never.wait)
+    monkeypatch.setattr(champions, "watch_champions", lambda *_: never.wait())
     monkeypatch.setattr(orchestration, "get_client", lambda *, sync_client: contextlib.nullcontext(client))
     monkeypatch.setattr(reaper, "LOOK_SECONDS", 0.0)
     with pytest.raises(LookedTwiceError):

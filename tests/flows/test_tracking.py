@@ -19,6 +19,7 @@ from infra.local.ports import free_port
 from tasks import mlflow_client, registry, tracking
 from tasks.follow import Follower
 from tasks.forward import Forwarder
+from tasks.lifecycle.model_file import KeptVersion, Signature, Tensor
 from tasks.mlflow_client import RUN_KEY_TAG, WEIGHTS_TAG, connect
 from tasks.quarantine import trained
 from tasks.register import set_aliases
@@ -126,7 +127,7 @@ def test_twin_of_a_killed_starter_is_deleted_and_no_obstacle(stack: Stack, run: 
     """Two raced, and one was killed before it could delete its own."""
     tracker = ensure(stack, run)
     first, twin = make_version(tracker, model, "key"), make_version(tracker, model, "key")
-    assert set_aliases(stack.store, tracker, model, first, "key") == ("challenger", "champion"), "the twin is not newer"
+    assert aliases_given(stack, model, first, "key") == ("challenger", "champion"), "the twin is not newer"
     assert versions_of(tracker, model) == [first, twin]
     assert register_found(stack, tracker, model, "key") == first
     assert versions_of(tracker, model) == [first]
@@ -172,16 +173,31 @@ def make_version(tracker: tracking.Tracker, model: str, run_key: str) -> str:
     return str(made.version)
 
 
+def aliases_given(stack: Stack, model: str, version: str, run_key: str) -> tuple[str, ...]:
+    tensor = Tensor(dtype="float32", shape=(-1, 2))
+    kept = KeptVersion(
+        model=model,
+        version=version,
+        run_key=run_key,
+        weights_sha256="w",
+        dataset_digest="d",
+        model_sha256="m",
+        num_bytes=1,
+        signature=Signature(inputs=tensor, outputs=tensor),
+    )
+    return set_aliases(stack.settings.mlflow_uri, stack.store, kept)
+
+
 def test_registering_again_moves_no_alias_that_a_person_moved(stack: Stack, run: RunRecord, model: str) -> None:
     """The version is found, not made; `dvc repro` of an older run would else move the aliases back."""
     tracker = ensure(stack, run)
     first, second = make_version(tracker, model, "key 1"), make_version(tracker, model, "key 2")
-    assert set_aliases(stack.store, tracker, model, first, "key 1") == ("champion",)
-    assert set_aliases(stack.store, tracker, model, second, "key 2") == ("challenger",)
+    assert aliases_given(stack, model, first, "key 1") == ("champion",)
+    assert aliases_given(stack, model, second, "key 2") == ("challenger",)
     tracker.client.set_registered_model_alias(model, "champion", second)
     tracker.client.set_registered_model_alias(model, "challenger", first)
-    assert set_aliases(stack.store, tracker, model, first, "key 1") == ("challenger",)
-    assert set_aliases(stack.store, tracker, model, second, "key 2") == ("champion",)
+    assert aliases_given(stack, model, first, "key 1") == ("challenger",)
+    assert aliases_given(stack, model, second, "key 2") == ("champion",)
 
 
 def test_aliases_that_are_due_are_given_but_no_champion_is_replaced(stack: Stack, run: RunRecord, model: str) -> None:
@@ -189,7 +205,7 @@ def test_aliases_that_are_due_are_given_but_no_champion_is_replaced(stack: Stack
     tracker = ensure(stack, run)
     chosen, version = make_version(tracker, model, "key 1"), make_version(tracker, model, "key 2")
     tracker.client.set_registered_model_alias(model, "champion", chosen)
-    assert set_aliases(stack.store, tracker, model, version, "key 2") == ("challenger",)
+    assert aliases_given(stack, model, version, "key 2") == ("challenger",)
     assert registry.aliases_of(tracker.client, model, chosen) == ("champion",)
 
 

@@ -1,0 +1,94 @@
+"""`models promote | rollback | history`: who is champion, and who was."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Annotated
+
+from cyclopts import App, Parameter
+
+from flows.cli.output import print_json, print_table
+from flows.cli.stack import Json, open_store
+
+if TYPE_CHECKING:
+    from tasks.lifecycle.promotion import Outcome
+
+Reason = Annotated[str, Parameter(help="Why, for the history.")]
+
+
+def add_to(models: App) -> None:
+    for verb in (promote, rollback, history):
+        models.command(verb)
+
+
+def promote(version: str, /, *, reason: Reason = "", json: Json = False) -> None:
+    """Make VERSION (NAME/VERSION or NAME@ALIAS) champion, once its bytes are proven and the gate lets it through.
+
+    Exit code 9 if another became champion meanwhile, 10 if the gate refuses it; then nothing is changed.
+    """
+    from infra.settings import load_settings
+    from tasks.lifecycle import promotion
+
+    store = open_store()
+    _tell(promotion.promote(load_settings(), store, version, by=_whom(), reason=reason), json)
+
+
+def rollback(
+    model: str,
+    /,
+    *,
+    to: Annotated[str | None, Parameter(help="An earlier champion's version, if not the one before.")] = None,
+    reason: Reason = "",
+    json: Json = False,
+) -> None:
+    """Make the champion before the current one champion again. Refused if its bytes are damaged (exit code 6)."""
+    from infra.settings import load_settings
+    from tasks.lifecycle import promotion
+
+    store = open_store()
+    _tell(promotion.roll_back(load_settings(), store, model, to=to, by=_whom(), reason=reason), json)
+
+
+def history(
+    model: str,
+    /,
+    *,
+    at: Annotated[
+        str | None, Parameter(help="Only who it was then: 2026-11-27T08:00, UTC if it names no zone.")
+    ] = None,
+    json: Json = False,
+) -> None:
+    """Who was champion of MODEL, since when, by whom and why; the newest last."""
+    from tasks.lifecycle import champions
+    from tasks.lifecycle.champion import moment
+
+    time = moment(at) if at is not None else None
+    champion = champions.read(open_store(), model)
+    entries = champion.entries if time is None else (champion.at(time),)
+    if json:
+        print_json([{**asdict(entry), "when": entry.when} for entry in entries])
+        return
+    columns = ["change", "since", "action", "version", "run key", "by", "reason"]
+    print_table(
+        columns,
+        [[e.sequence, e.when, e.action, e.version, e.run_key[:12], e.by, e.reason] for e in entries],
+    )
+
+
+def _tell(outcome: Outcome, json: bool) -> None:
+    entry = outcome.entry
+    if json:
+        print_json(asdict(outcome))
+        return
+    word = "is" if outcome.is_new else "was already"
+    print(f"{outcome.model} version {entry.version} {word} champion (change {entry.sequence})")
+    if not outcome.is_shown:
+        print("MLflow is away: its alias follows once it is back")
+
+
+def _whom() -> str:
+    """Who gives this command: user and machine."""
+    import getpass
+    import socket
+
+    return f"{getpass.getuser()}@{socket.gethostname()}"
