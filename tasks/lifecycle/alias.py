@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Collection
+from dataclasses import dataclass, replace
 
 from tasks.mlflow_client import STORE_TAG, ask, connect
 from tasks.registry import tag_version
@@ -11,8 +12,8 @@ from training.errors import UserError
 CHAMPION = "champion"
 SHOWN_TAG = "unbroken.champion_change"
 """On a registered model: the change of champion that its alias shows."""
-POINTING_TAG = "unbroken.champion_due"
-"""On a version that somebody is about to point the alias at: the change of champion that asks for it."""
+POINTING_TAG = "unbroken.champion_due."
+"""With a mark of whoever is at work, on a version that the alias is about to point at: for which change of champion."""
 NOT_ADOPTED_TAG = "unbroken.not_adopted"
 """On a version that a person pointed the alias at, and that could not become champion: why."""
 
@@ -25,28 +26,40 @@ class ChampionAlias:
     """Where the alias points, if there is one."""
     shown: int
     """The newest change that somebody noted as shown; 0 if nobody did."""
-    is_being_pointed: bool
-    """Somebody was about to point it there, and has not noted yet that it was done."""
+    pointing_tags: tuple[str, ...]
+    """On the version that it points at: of those who were about to point it there, and are not done."""
     owner: str | None
     """The store whose champion it shows."""
 
 
 def look_at(uri: str, name: str) -> ChampionAlias | None:
-    """Raises `InfrastructureError` if MLflow is away; None if it has no such model."""
+    """Raises `InfrastructureError` if MLflow is away; None if it has no such model.
+
+    Model and version are two answers: they are asked for until nothing has moved in between.
+    """
     client = connect(uri)
-    found = ask(lambda: client.search_registered_models(f"name = '{name}'"))
-    if not found:
-        return None
-    model = found[0]
-    version = model.aliases.get(CHAMPION)
-    shown = str(model.tags.get(SHOWN_TAG, ""))
-    pointing = version is not None and POINTING_TAG in ask(lambda: client.get_model_version(name, str(version))).tags
-    return ChampionAlias(
-        version=str(version) if version is not None else None,
-        shown=int(shown) if shown.isdecimal() else 0,  # a person may write there
-        is_being_pointed=pointing,
-        owner=model.tags.get(STORE_TAG),
-    )
+    before: ChampionAlias | None = None
+    while True:
+        found = ask(lambda: client.search_registered_models(f"name = '{name}'"))
+        if not found:
+            return None
+        version, shown = found[0].aliases.get(CHAMPION), str(found[0].tags.get(SHOWN_TAG, ""))
+        seen = ChampionAlias(
+            version=str(version) if version is not None else None,
+            shown=int(shown) if shown.isdecimal() else 0,  # a person may write there
+            pointing_tags=before.pointing_tags if before is not None else (),
+            owner=found[0].tags.get(STORE_TAG),
+        )
+        if seen == before:
+            return seen
+        before = replace(seen, pointing_tags=_pointing_tags(uri, name, seen.version))
+
+
+def _pointing_tags(uri: str, name: str, version: str | None) -> tuple[str, ...]:
+    if version is None:
+        return ()
+    tags = ask(lambda: connect(uri).get_model_version(name, version)).tags
+    return tuple(tag for tag in tags if tag.startswith(POINTING_TAG))
 
 
 def require_owner(uri: str, name: str, owner: str) -> None:
@@ -56,13 +69,18 @@ def require_owner(uri: str, name: str, owner: str) -> None:
         raise UserError(f"the champion of model {name!r} is kept at {alias.owner}, and this is {owner}")
 
 
-def point(uri: str, name: str, version: str, change: int, *, owner: str) -> None:
-    """Move the alias, and note that it shows this change. Who is killed in between leaves a tag that tells of it."""
+def point(uri: str, name: str, version: str, change: int, *, owner: str, mark: str) -> None:
+    """Move the alias, and note that it shows this change. `mark` says on the version who is at work, until `leave`."""
     client = connect(uri)
-    tag_version(uri, name, version, POINTING_TAG, str(change))
+    tag_version(uri, name, version, POINTING_TAG + mark, str(change))
     ask(lambda: client.set_registered_model_alias(name, CHAMPION, version))
     note_shown(uri, name, change, owner=owner)
-    tag_version(uri, name, version, POINTING_TAG, None)
+
+
+def leave(uri: str, name: str, version: str, tags: Collection[str]) -> None:
+    """Take such marks off a version."""
+    for tag in tags:
+        tag_version(uri, name, version, tag, None)
 
 
 def note_shown(uri: str, name: str, change: int, *, owner: str) -> None:

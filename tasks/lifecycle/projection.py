@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import time
+import uuid
 from enum import Enum
 
 from tasks import registry
@@ -35,9 +36,9 @@ class AliasVerdict(Enum):
 def judge_alias(alias: ChampionAlias, current: Entry) -> AliasVerdict:
     if alias.version == current.version:
         return AliasVerdict.LEAVE if alias.shown == current.sequence else AliasVerdict.NOTE
-    if current.sequence == 1 and alias.shown == 0 and alias.version is not None and not alias.is_being_pointed:
+    if current.sequence == 1 and alias.shown == 0 and alias.version is not None and not alias.pointing_tags:
         return AliasVerdict.MOVED  # a person gave it before the first champion was shown
-    if alias.shown != current.sequence or alias.is_being_pointed:
+    if alias.shown != current.sequence or alias.pointing_tags:
         return AliasVerdict.PROJECT
     return AliasVerdict.MOVED
 
@@ -52,12 +53,15 @@ def project(uri: str, store: Store, name: str) -> None:
 
     Raises `InfrastructureError` if MLflow is away, `UserError` if its version of that number is another run's.
     """
-    while True:
-        current = champions.read(store, name).current
+    mark, pointed = uuid.uuid4().hex, set[str]()
+    current: Entry | None = None
+    while (newest := champions.read(store, name).current) != current:
+        current = newest
         registry.require_run_key(uri, name, current.version, current.run_key)
-        alias_in_mlflow.point(uri, name, current.version, current.sequence, owner=store.location.uri())
-        if champions.read(store, name).current == current:
-            return
+        pointed.add(current.version)
+        alias_in_mlflow.point(uri, name, current.version, current.sequence, owner=store.location.uri(), mark=mark)
+    for version in pointed:  # not before: until then it may be a newer champion's alias that was moved
+        alias_in_mlflow.leave(uri, name, version, [POINTING_TAG + mark])
 
 
 def show_first(uri: str, store: Store, name: str, current: Entry) -> None:
@@ -87,8 +91,7 @@ def set_right(uri: str, store: Store, name: str, policy: MovedByHand) -> str:
         return ""
     if verdict is AliasVerdict.PROJECT:
         project(uri, store, name)
-        if alias.is_being_pointed:  # that was it: from now on an alias there is a person's
-            registry.tag_version(uri, name, str(alias.version), POINTING_TAG, None)
+        alias_in_mlflow.leave(uri, name, str(alias.version), alias.pointing_tags)  # from now on it is a person's there
         return f"its alias was due: version {current.version}"
     if policy == "revert" or alias.version is None:
         project(uri, store, name)

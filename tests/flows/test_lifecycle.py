@@ -251,6 +251,28 @@ def test_alias_of_an_older_promotion_that_was_killed_is_no_persons(stack: Stack,
     assert (model.history[-1], model.alias) == (("adopt", "2"), "2"), "from then on it is a person's"
 
 
+def test_look_amid_two_promotions_adopts_nothing(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The older one points last, and the newer one notes after that: only the mark tells whose alias it is."""
+    point, pointed = alias.point, []
+
+    def point_late(uri: str, name: str, version: str, change: int, **values: Any) -> None:
+        pointed.append(version)
+        if pointed == ["2"]:
+            model.promote("3")
+            point(uri, name, version, change, **values)
+            alias.note_shown(uri, name, change + 1, owner=values["owner"])
+            assert model.alias == "2"
+            model.look()
+        point(uri, name, version, change, **values)
+
+    monkeypatch.setattr(alias, "point", point_late)
+    model.promote("2")
+    assert pointed == ["2", "3", "3", "3"]
+    assert (model.history, model.alias) == ([("first", "1"), ("promote", "2"), ("promote", "3")], "3")
+    marked = [model.client.get_model_version(model.name, version).tags for version in "23"]
+    assert [tag for tags in marked for tag in tags if tag.startswith(alias.POINTING_TAG)] == []
+
+
 def test_alias_moved_by_hand_is_adopted_once(model: Model) -> None:
     for _ in range(2):
         model.client.set_registered_model_alias(model.name, "champion", "3")
@@ -365,28 +387,43 @@ def client(stack: Stack) -> Iterator[SyncPrefectClient]:
         yield client
 
 
+def start(client: SyncPrefectClient, name: str, **parameters: Any) -> FlowRun:
+    deployment = client.read_deployment_by_name(f"{name}/models")
+    return client.create_flow_run_from_deployment(deployment.id, parameters=parameters)
+
+
+def wait_for(client: SyncPrefectClient, run: FlowRun, *names: str) -> str:
+    """Until the flow run is in one of these states; says what it tells then."""
+
+    def look() -> str | None:
+        state = client.read_flow_run(run.id).state
+        return f"{state.name}: {state.message}" if state is not None and state.name in names else None
+
+    return wait_until(look, what=f"a flow run to be {names}", timeout_seconds=120)
+
+
 def test_promotion_waits_for_approval_and_loses_if_the_champion_changed(
     known: Model, client: SyncPrefectClient
 ) -> None:
-    deployment = client.read_deployment_by_name("promote/models")
-
-    def start(version: str) -> FlowRun:
-        parameters = {"version": f"{known.name}/{version}", "approve": True}
-        return client.create_flow_run_from_deployment(deployment.id, parameters=parameters)
-
-    def wait_for(run: FlowRun, *names: str) -> str:
-        def look() -> str | None:
-            state = client.read_flow_run(run.id).state
-            return str(state.message) if state is not None and state.name in names else None
-
-        return wait_until(lambda: look() or None, what=f"a flow run to be {names}", timeout_seconds=120)
-
-    first, second = start("2"), start("3")
-    for run in (first, second):
-        wait_for(run, "Suspended")
+    runs = [start(client, "promote", version=f"{known.name}/{version}", approve=True) for version in "23"]
+    for run in runs:
+        wait_for(client, run, "Suspended", "Failed")
     assert known.history == [("first", "1")]
-    for run, ends in ((first, "Completed"), (second, "Failed")):
+    told = []
+    for run in runs:
         client.resume_flow_run(run.id)
-        message = wait_for(run, ends, "Failed", "Crashed")
-    assert "version 2 has become champion meanwhile" in message
+        told.append(wait_for(client, run, "Completed", "Failed", "Crashed"))
+    assert told[0].startswith("Completed")
+    assert told[1].startswith("Failed")
+    assert "version 2 has become champion meanwhile" in told[1]
     assert (known.history, known.alias) == ([("first", "1"), ("promote", "2")], "2")
+
+
+def test_rollback_and_history_are_deployments_too(known: Model, client: SyncPrefectClient) -> None:
+    known.promote("2")
+    runs = [start(client, "rollback", model=known.name, reason="worse"), start(client, "history", model=known.name)]
+    assert [wait_for(client, run, "Completed", "Failed", "Crashed").split(":")[0] for run in runs] == ["Completed"] * 2
+    newest = champions.read(known.store, known.name).current
+    assert (newest.action, newest.version, newest.reason) == ("rollback", "1", "worse")
+    assert newest.by.startswith("flow run ")
+    assert known.alias == "1"

@@ -133,7 +133,8 @@ def test_of_changes_that_race_one_wins(store: Store) -> None:
 
 
 def alias(version: str | None, shown: int, *, is_being_pointed: bool = False) -> ChampionAlias:
-    return ChampionAlias(version=version, shown=shown, is_being_pointed=is_being_pointed, owner=None)
+    tags = ("unbroken.champion_due.somebody",) if is_being_pointed else ()
+    return ChampionAlias(version=version, shown=shown, pointing_tags=tags, owner=None)
 
 
 @pytest.mark.parametrize(
