@@ -34,11 +34,10 @@ def promote(version: str, reason: str = "", approve: bool = False) -> dict[str, 
     _begin()
     settings, store = open_stack()
     name, number = patiently(lambda: registry.find_version(settings.mlflow_uri, version, what="version"))
-    pinned, replaces = publish.judged_once(
-        f"{name}/{number}", patiently(lambda: champions.read(store, name).current.sequence)
-    )
+    current = patiently(lambda: champions.read(store, name).current)
+    pinned, replaces = publish.judged_once(f"{name}/{number}", current.sequence)
     if approve:
-        patiently(lambda: promotion.check(settings, store, *pinned.split("/"), by=_whom()))
+        patiently(lambda: promotion.check(settings, store, *pinned.split("/"), against=current.version, by=_whom()))
         suspend_flow_run(key="approval", timeout=APPROVAL_SECONDS)
     return _told(
         patiently(lambda: promotion.promote(settings, store, pinned, by=_whom(), reason=reason, replaces=replaces))

@@ -79,9 +79,17 @@ def begun(model: str, change: Change, *, now: float) -> Champion:
 def with_change(champion: Champion, change: Change, *, replaces: int, now: float) -> Champion:
     """The document after a change that was judged against entry `replaces`.
 
-    Raises `OvertakenError`, which says who was first, if another entry is the newest by now. `now` is in seconds since
-    1970; a clock that goes back makes no entry older than the one before.
+    Raises as `require_current` does. `now` is in seconds since 1970; a clock that goes back makes no entry older than
+    the one before.
     """
+    require_current(champion, replaces)
+    last = champion.current
+    entry = Entry(sequence=last.sequence + 1, time=max(now, last.time), **asdict(change))
+    return replace(champion, entries=(*champion.entries, entry))
+
+
+def require_current(champion: Champion, replaces: int) -> None:
+    """Raises `OvertakenError`, which says who was first, if entry `replaces` is no more the newest."""
     last = champion.current
     if last.sequence != replaces:
         raise OvertakenError(
@@ -89,8 +97,6 @@ def with_change(champion: Champion, change: Change, *, replaces: int, now: float
             f" {last.by}, {last.when}, change {last.sequence}), and this was judged against change {replaces}: nothing"
             " was changed; judge it against the new champion by giving the command again"
         )
-    entry = Entry(sequence=last.sequence + 1, time=max(now, last.time), **asdict(change))
-    return replace(champion, entries=(*champion.entries, entry))
 
 
 def predecessor(champion: Champion) -> Entry:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -12,9 +12,8 @@ from infra.settings import Settings
 from tasks import registry
 from tasks.lifecycle import champions, model_file, projection
 from tasks.lifecycle.alias import require_owner
-from tasks.lifecycle.champion import Change, Entry, earlier, predecessor, with_change
+from tasks.lifecycle.champion import Change, Entry, earlier, predecessor, require_current, with_change
 from tasks.lifecycle.model_file import KeptVersion
-from training.documents import digest_of
 from training.errors import InfrastructureError, RefusedError, UserError
 from training.s3.objectstore import Store
 
@@ -30,9 +29,14 @@ class Decision(Protocol):
     @property
     def reasons(self) -> Sequence[str]: ...
 
+    @property
+    def sha256(self) -> str: ...
 
-Judge = Callable[[Settings, Store, str, str], Decision]
-"""A gate: `judge(settings, store, name, version)`, against the champion of that moment."""
+
+class Judge(Protocol):
+    """A gate: may `version` of model `name` follow `champion`, the version that it is now?"""
+
+    def __call__(self, settings: Settings, store: Store, name: str, version: str, *, champion: str) -> Decision: ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,19 +68,31 @@ def promote(
     changed.
     """
     name, version = registry.find_version(settings.mlflow_uri, text, what="VERSION")
-    before = champions.read(store, name).current
-    if before.version == version:
-        return _settled(settings, store, name, before)
-    change = check(settings, store, name, version, by=by, reason=reason, judge=judge)
-    return _replace(settings, store, name, change, replaces=before.sequence if replaces is None else replaces)
+    champion = champions.read(store, name)
+    current = champion.current
+    if current.version == version:
+        return _settled(settings, store, name, current)
+    if replaces is not None:
+        require_current(champion, replaces)
+    change = check(settings, store, name, version, against=current.version, by=by, reason=reason, judge=judge)
+    return _replace(settings, store, name, change, replaces=current.sequence)
 
 
 def check(
-    settings: Settings, store: Store, name: str, version: str, *, by: str, reason: str = "", judge: Judge | None = None
+    settings: Settings,
+    store: Store,
+    name: str,
+    version: str,
+    *,
+    against: str,
+    by: str,
+    reason: str = "",
+    judge: Judge | None = None,
 ) -> Change:
-    """The change that would make this version champion: its bytes are proven, and the gate lets it through."""
+    """The change that would make this version champion: its bytes are proven, and the gate lets it follow version
+    `against`."""
     kept = _proven(settings, store, name, version)
-    decision = judge(settings, store, name, version) if judge is not None else None
+    decision = judge(settings, store, name, version, champion=against) if judge is not None else None
     if decision is not None and not decision.passed:
         raise RefusedError(f"the gate refuses model {name!r} version {version}: {'; '.join(decision.reasons)}")
     return Change(
@@ -86,7 +102,7 @@ def check(
         model_sha256=kept.model_sha256,
         by=by,
         reason=reason,
-        decision_sha256=digest_of([decision.passed, list(decision.reasons)]) if decision is not None else None,
+        decision_sha256=decision.sha256 if decision is not None else None,
     )
 
 

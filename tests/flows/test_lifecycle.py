@@ -34,6 +34,7 @@ from training.s3.objectstore import Store
 class Verdict:
     passed: bool
     reasons: tuple[str, ...]
+    sha256: str = "decision"
 
 
 class Model:
@@ -118,12 +119,18 @@ def test_damaged_versions_are_refused_and_the_champion_stays(model: Model) -> No
 
 def test_gate_refuses_with_its_reasons_and_its_decision_is_kept(model: Model) -> None:
     with pytest.raises(RefusedError, match="accuracy is lower; slice 3 is worse"):
-        model.promote("2", judge=lambda *_: Verdict(False, ("accuracy is lower", "slice 3 is worse")))
+        model.promote("2", judge=lambda *_, **__: Verdict(False, ("accuracy is lower", "slice 3 is worse")))
     assert model.alias == "1"
-    model.promote("2", judge=lambda *_: Verdict(True, ("accuracy is higher",)))
+    asked: list[Any] = []
+
+    def judge(*question: Any, **against: Any) -> Verdict:
+        asked.append((question, against))
+        return Verdict(True, ("accuracy is higher",))
+
+    model.promote("2", judge=judge)
+    assert asked == [((model.settings, model.store, model.name, "2"), {"champion": "1"})]
     newest = champions.read(model.store, model.name).current
-    assert newest.version == "2"
-    assert newest.decision_sha256 is not None
+    assert (newest.version, newest.decision_sha256) == ("2", "decision")
 
 
 def test_what_cannot_be_champion_is_named(model: Model) -> None:
@@ -169,7 +176,7 @@ def race(model: Model, num_rounds: int) -> list[dict[str, Any]]:
         racers = sorted({"1", "2", "3"} - {before.version})
         together = threading.Barrier(2)
 
-        def judge(*_: Any, together: threading.Barrier = together) -> Verdict:
+        def judge(*_: Any, together: threading.Barrier = together, **__: Any) -> Verdict:
             together.wait(60)
             return Verdict(True, ())
 
