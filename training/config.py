@@ -135,7 +135,7 @@ class LaunchConfig:
     time_limit_seconds: int = 0
     """After which a node is given back, and asked for again: for engines that want to know."""
     priority: str = ""
-    """A name of the engine's: one in [slurm.priorities] of unbroken.toml, or a PriorityClass of Kubernetes."""
+    """One in [slurm.priorities] of unbroken.toml; in manifests for Kubernetes (`runs render`), a PriorityClass."""
     join_seconds: float = 10.0
     """How long the first group waits for nodes beyond `min_nodes`."""
     silence_seconds: float = 3.0

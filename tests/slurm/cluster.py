@@ -126,13 +126,23 @@ class SlurmCluster:
         log = str(self.folder / "slurmctld.out")
         self.slurmctld = self._daemon(self.controller, "ctl", "slurmctld -D", log)
 
+    def kill_controller(self) -> None:
+        for process in self.controller.processes():
+            if process.name() == "slurmctld":
+                process.kill()
+        assert self.slurmctld.wait(timeout=30) != 0
+
+    def reach(self, host: Host, endpoint: str) -> None:
+        """A server on this machine's loopback is found at the same address by that host, until that is switched off."""
+        where = urlsplit(endpoint)
+        address = (str(where.hostname), int(where.port or 80))
+        listener = host.namespace.inside(lambda: socket.create_server(address, backlog=128))
+        self._relays.append(Relay(listener, upstream=address))
+
     def _boot(self, number: int) -> None:
         host = self._cluster.hosts[number]
         if self._store is not None:
-            where = urlsplit(self._store)
-            address = (str(where.hostname), int(where.port or 80))
-            listener = host.namespace.inside(lambda: socket.create_server(address, backlog=128))
-            self._relays.append(Relay(listener, upstream=address))
+            self.reach(host, self._store)
         self._daemon(host, f"n{number}", f"slurmd -D -N n{number}", str(self.folder / f"slurmd-n{number}.out"))
 
     def _daemon(self, host: Host, name: str, command: str, log: str) -> subprocess.Popen[str]:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
-import signal
 import subprocess
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -18,7 +19,9 @@ from infra.slurm.claims import Claim, change_claim, read_claim
 from infra.slurm.launcher import SlurmLauncher
 from infra.slurm.site import Site
 from infra.slurm.tasks import Task, job_name
+from tasks.nodes import describe
 from tests.slurm.cluster import SlurmCluster
+from tests.slurm.running import ROOT, SITE
 from tests.waiting import wait_until
 from training.errors import FencedError, UserError
 from training.runs.job import agent_environment
@@ -26,21 +29,27 @@ from training.s3.objectstore import Store
 
 NUM_NODES = 2
 NUM_SUBMITTERS = 8
+OUTRANKED = "Nodes required for job are DOWN, DRAINED or reserved for jobs in higher priority partitions"
+TOO_LARGE = """Slurm refused the job: allocation failure: Requested node configuration is not available
+what the cluster has:
+  partition low (up): 4 nodes, each with 4 CPUs, 4000 MiB and gpu:fake:2, for at most 1:00:00
+  partition high (up): 4 nodes, each with 4 CPUs, 4000 MiB and gpu:fake:2, for at most 1:00:00"""
 
 
 class Launched(SlurmLauncher):
     """Whose job is a process that says that it is there, and waits."""
 
-    def __init__(self, home: Path, store: Store, site: Site) -> None:
+    def __init__(self, home: Path, store: Store, site: Site, *, num_nodes: int = NUM_NODES) -> None:
         super().__init__(home, store, site)
         self.key = os.urandom(32).hex()
         self.folder = home
+        self.num_nodes = num_nodes
 
     def spec(self, *, owner: str | None = None, generation: int = 0, needs: Needs | None = None) -> JobSpec:
         says = f"import pathlib, time; pathlib.Path('{self.folder}/{{node}}').touch(); time.sleep(600)"
         return JobSpec(
             key=self.key,
-            num_nodes=NUM_NODES,
+            num_nodes=self.num_nodes,
             command=(sys.executable, "-c", says),
             environment=agent_environment(self._store.location),
             store=self._store.location.uri(),
@@ -55,10 +64,17 @@ class Launched(SlurmLauncher):
     def wait_until_running(self) -> JobStatus:
         def look() -> JobStatus | None:
             status = self.find(self.key)
-            at_work = list(self.folder.glob("[0-9]"))
-            return status if status and status.state is JobState.RUNNING and len(at_work) == NUM_NODES else None
+            is_running = status is not None and status.state is JobState.RUNNING
+            return status if is_running and len(self.nodes_at_work()) == self.num_nodes else None
 
         return wait_until(look, what="the job to run")
+
+    def nodes_at_work(self) -> list[Path]:
+        return list(self.folder.glob("[0-9]"))
+
+    def wait_until_told(self, words: str) -> None:
+        """Who follows it, of its nodes."""
+        wait_until(lambda: describe(self.find(self.key)) == words, what=f"the nodes to be {words}")
 
 
 @pytest.fixture
@@ -165,10 +181,7 @@ def test_without_a_controller_nothing_is_known_and_nothing_is_lost(launcher: Lau
     launcher.wait_until_running()
     before = launcher.own_tasks()
     cluster.wait_until_saved(before[0].job_id)
-    for process in cluster.controller.processes():
-        if process.name() == "slurmctld":
-            process.send_signal(signal.SIGKILL)
-    assert cluster.slurmctld.wait(timeout=30) != 0
+    cluster.kill_controller()
     status = launcher.find(launcher.key)
     assert status is not None
     assert status.state is JobState.UNKNOWN
@@ -206,3 +219,37 @@ def test_what_will_never_fit_is_refused_with_what_would(
 def test_a_priority_that_the_site_does_not_have_is_refused(launcher: Launched) -> None:
     with pytest.raises(UserError, match=r"launch.priority = 'high' is not one of this site's"):
         launcher.submit(launcher.spec(needs=Needs(priority="high")))
+
+
+def test_the_more_urgent_one_goes_first_and_one_too_large_does_not_wait(
+    cluster: SlurmCluster, store: Store, tmp_path: Path
+) -> None:
+    """While a run has all nodes, which nobody may take from it, two of different priority wait for all of them."""
+    at = Site(commands=str(cluster.commands), priorities=SITE)
+    runs = [Launched(tmp_path / name, store, at, num_nodes=4) for name in ("holder", "first", "second", "large")]
+    holder, first, second, large = runs
+    low, high = (Needs(priority=priority, num_cpus=4) for priority in ("low", "high"))
+    with ExitStack() as stack:
+        for run in runs:
+            run.folder.mkdir()
+            stack.callback(run.cancel, run.key)
+        holder.submit(holder.spec(needs=high))
+        holder.wait_until_running()
+        first.submit(first.spec(needs=low))
+        first.wait_until_told("4 PENDING (Resources)")
+        second.submit(second.spec(needs=high))
+        second.wait_until_told("4 PENDING (Resources)")
+        first.wait_until_told(f"4 PENDING ({OUTRANKED})")
+        with pytest.raises(UserError) as raised:
+            large.submit(large.spec(needs=replace(low, num_gpus=3)))
+        assert str(raised.value) == TOO_LARGE
+        assert large.own_tasks() == []
+
+        holder.cancel(holder.key)
+        second.wait_until_running()
+        first.wait_until_told("4 PENDING (Resources)")
+        assert first.nodes_at_work() == []
+        second.cancel(second.key)
+        first.wait_until_running()
+    page = (ROOT / "docs/slurm.md").read_text()
+    assert all(words in page for words in ("4 PENDING (Resources)", OUTRANKED, TOO_LARGE))
