@@ -19,7 +19,7 @@ DEFAULT_BUCKET = "unbroken"
 RESULTS_BLOCK = "unbroken-results"
 KNOWN: dict[str, tuple[str, ...]] = {
     "s3": ("endpoint", "bucket", "prefix", "region"),
-    "mlflow": ("uri",),
+    "mlflow": ("uri", "gate"),
     "prefect": ("api_url",),
     "ports": ("s3", "mlflow", "prefect"),
     "watch": ("presets",),
@@ -230,6 +230,15 @@ def watched_presets() -> list[str]:
     presets = read_settings_file().get("watch", {}).get("presets", [])
     path = settings_path()
     return [str(path.parent / name) if path is not None and name.endswith(".toml") else name for name in presets]
+
+
+def gate_policy_path() -> Path:
+    """What a model must show to become champion: $UNBROKEN_MLFLOW_GATE, `[mlflow] gate` (a path beside the settings
+    file), else mlflow/gate.toml."""
+    named, path = read_settings_file().get("mlflow", {}).get("gate"), settings_path()
+    if os.environ.get("UNBROKEN_MLFLOW_GATE"):
+        return Path(os.environ["UNBROKEN_MLFLOW_GATE"])
+    return path.parent / named if named and path is not None else PROJECT_ROOT / "mlflow" / "gate.toml"
 
 
 def settings_path() -> Path | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from tasks.results import Calibration
 from training.runs.events import Event
 
 if TYPE_CHECKING:
@@ -34,6 +35,19 @@ def confusion_figure(counts: Sequence[Sequence[int]]) -> Figure:
                 axes.text(predicted, label, str(count), ha="center", va="center", color=color, fontsize=8)
     ticks = range(len(counts))
     axes.set(xlabel="predicted", ylabel="label", xticks=ticks, yticks=ticks)
+    return figure
+
+
+def reliability_figure(calibration: Calibration) -> Figure:
+    """The share that the model got right by how sure it was; a calibrated model lies on the diagonal. Under it, how
+    many samples each point stands for."""
+    figure, (above, below) = _canvas(rows=2, height=6.0)
+    said = [one.confidence for one in calibration.bins]
+    above.plot([0, 1], [0, 1], linewidth=1, color="gray", linestyle="dashed")
+    above.plot(said, [one.accuracy for one in calibration.bins], marker="o", linewidth=1)
+    above.set(ylabel="share right", title=f"expected calibration error {calibration.error:.4f}")
+    below.bar(said, [one.num_samples for one in calibration.bins], width=0.02)
+    below.set(xlabel="confidence", ylabel="samples", xlim=(0, 1))
     return figure
 
 

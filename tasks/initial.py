@@ -46,8 +46,9 @@ def initial_weights(settings: Settings, store: Store, preset: Preset) -> Initial
     )
 
 
-def require_fitting(store: Store, recipe: Recipe, initial: InitialWeights) -> None:
-    """Raises `UserError` naming a weight of the recipe's model that has another shape there: before anything starts."""
+def require_fitting(store: Store, recipe: Recipe, initial: InitialWeights, *, what: str = "train.warm_start") -> None:
+    """Raises `UserError`, which says for what, naming a weight of the recipe's model that has another shape there:
+    before anything starts."""
     from training.checkpoints.checkpoint import load_manifest
     from training.checkpoints.state import require_fit
 
@@ -55,4 +56,4 @@ def require_fitting(store: Store, recipe: Recipe, initial: InitialWeights) -> No
     weights = {
         name.removeprefix("model."): i.shape for name, i in manifest.tensors.items() if name.startswith("model.")
     }
-    require_fit(recipe.model(), weights)
+    require_fit(recipe.model(), weights, what=what)

@@ -238,5 +238,10 @@ def program_of(uri: str, version: ModelVersion) -> tuple[bytes, Any]:
         return (Path(path) / "data" / "model.pt2").read_bytes(), Model.load(path).signature
 
 
+def tags_of(uri: str, name: str, version: str) -> dict[str, str]:
+    """All tags of a version. Raises `InfrastructureError` if MLflow is away."""
+    return dict(ask(lambda: connect(uri).get_model_version(name, version)).tags)
+
+
 def version_url(uri: str, name: str, version: str) -> str:
     return f"{uri}/#/models/{name}/versions/{version}{MACHINE_LEARNING}"

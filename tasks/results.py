@@ -37,6 +37,34 @@ class Estimate:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Slice:
+    """The held-out samples that have one value of a score, such as `label=3`."""
+
+    name: str
+    num_samples: int
+    metrics: dict[str, Estimate]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bin:
+    """The samples of which the model was about equally sure."""
+
+    num_samples: int
+    confidence: float
+    """The mean of what the model said, and the share that it got right."""
+    accuracy: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Calibration:
+    """Whether a classifier is as often right as it says."""
+
+    error: float
+    """The expected calibration error, from 0 (as it says) to 1."""
+    bins: tuple[Bin, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
 class Evaluation:
     """How good the model is. A function of the run key and the `[evaluate]` table alone."""
 
@@ -46,6 +74,11 @@ class Evaluation:
     metrics: dict[str, Estimate]
     confusion: tuple[tuple[int, ...], ...] | None = None
     """Counts [label][predicted], if the recipe scores `label` and `predicted`."""
+    slices: tuple[Slice, ...] = ()
+    calibration: Calibration | None = None
+    """If the recipe scores `confidence` beside these."""
+    scores_sha256: str
+    """Of the Parquet file that holds each sample's scores, `runs/KEY/results/SHA256.parquet`."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,8 +5,10 @@ from __future__ import annotations
 import itertools
 import json
 import logging
+import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from tasks.mlflow_client import (
@@ -38,6 +40,7 @@ T = TypeVar("T")
 
 METRICS = ("loss", "grad_norm", "learning_rate", "samples_per_second")
 ATTEMPTS_FILE = "attempts.json"
+SCORES_FILE = "scores.parquet"
 BATCH_METRICS = 1000
 MAX_TAG_CHARACTERS = 4000
 DATASET_DIGEST_CHARACTERS = 36  # MLflow takes no more; the whole digest is in a tag
@@ -128,10 +131,11 @@ class Tracker:
         ask(lambda: self.client.update_run(self.run_id, status="RUNNING"))
 
     def log_evaluation(
-        self, metrics: Mapping[str, float], figures: Mapping[str, Figure], report: dict[str, Any]
+        self, metrics: Mapping[str, float], figures: Mapping[str, Figure], report: dict[str, Any], scores: bytes
     ) -> None:
-        """Held-out metrics, the figures that a person looks at, and the whole report. The same again adds no point; of
-        several evaluations at one step, MLflow shows the one with the latest time: the newest."""
+        """Held-out metrics, the figures that a person looks at, the whole report, and each sample's scores as Parquet.
+        The same again adds no point; of several evaluations at one step, MLflow shows the one with the latest time: the
+        newest."""
         from mlflow.entities import Metric
 
         known = ask(lambda: self.client.get_run(self.run_id))
@@ -143,6 +147,10 @@ class Tracker:
         for name, figure in figures.items():
             self.client.log_figure(self.run_id, figure, f"figures/{name}.png")
         self.client.log_dict(self.run_id, report, "evaluation.json")
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / SCORES_FILE
+            path.write_bytes(scores)
+            self.client.log_artifact(self.run_id, str(path))
 
 
 def _batches(points: Sequence[Metric]) -> Iterator[list[Metric]]:

@@ -157,6 +157,8 @@ class LaunchConfig:
     another one, of another dataset version.)"""
     data_workers: int = 0
     """Processes per rank that read and decode (0: threads of the rank itself)."""
+    evaluate_processes: int = 1
+    """So many processes of the evaluate stage's machine share the scoring of the held-out samples."""
     cache_memory_bytes: int = 1 << 30
     """Shards kept in memory by a rank, or by each of its `data_workers`."""
     cache_disk_bytes: int = 16 << 30
@@ -177,6 +179,7 @@ class LaunchConfig:
         _require(self.max_restarts >= 0, "launch.max_restarts", "must not be negative")
         _require(self.max_quarantined >= 0, "launch.max_quarantined", "must not be negative")
         _require(self.data_workers >= 0, "launch.data_workers", "must not be negative")
+        _require(self.evaluate_processes >= 1, "launch.evaluate_processes", "must be at least 1")
         _require(self.cache_memory_bytes >= 0, "launch.cache_memory_bytes", "must not be negative")
         _require(self.cache_disk_bytes >= 0, "launch.cache_disk_bytes", "must not be negative")
 

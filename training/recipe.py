@@ -87,6 +87,10 @@ class Recipe(ABC):
     metrics: ClassVar[Mapping[str, str]] = {"loss": "min"}
     """The scores to report, and whether a greater ("max") or a smaller ("min") one is better."""
 
+    slices: ClassVar[tuple[str, ...] | None] = None
+    """Scores, of whole numbers, by whose values samples are judged separately as well. None: by `label`, if that is
+    scored and whole."""
+
     ragged: ClassVar[frozenset[str]] = frozenset()
     """Fields that `encode` gives with a first length that differs from sample to sample (text, compressed images)."""
 
@@ -114,7 +118,8 @@ class Recipe(ABC):
 
     @abstractmethod
     def scores(self, model: nn.Module, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """One number per sample (shape [batch]) for each metric; `label` and `predicted` give a confusion matrix."""
+        """One number per sample (shape [batch]) for each metric; `label` and `predicted` give a confusion matrix, and
+        `confidence` (the probability of what is predicted) how well that is calibrated."""
 
     @abstractmethod
     def inputs(self, batch: Mapping[str, Tensor]) -> Tensor:

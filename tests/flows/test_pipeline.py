@@ -8,12 +8,14 @@ import signal
 import subprocess
 import sysconfig
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from uuid import UUID
 
 import numpy as np
+import psutil
 import pytest
 import requests
 import torch
@@ -21,6 +23,8 @@ from prefect.client.orchestration import get_client
 from prefect.client.schemas.filters import ArtifactFilter, ArtifactFilterFlowRunId
 
 from infra.local.ports import LOOPBACK, free_port
+from tasks.evaluation.samples import from_parquet, scores_key, to_parquet
+from tasks.evaluation.scoring import score_samples
 from tasks.initial import initial_weights
 from tasks.lifecycle import champions, model_file
 from tasks.mlflow_client import connect
@@ -31,7 +35,7 @@ from tests.unit.reading import make_reader
 from tests.waiting import wait_until
 from training.config import load_preset
 from training.data.manifest import load_manifest
-from training.errors import UserError
+from training.errors import InfrastructureError, UserError
 from training.runs.job import read_jobs
 from training.runs.record import RunRecord
 from training.s3.objectstore import Store
@@ -51,6 +55,55 @@ def test_digits_are_learned(digits: dict[str, Any]) -> None:
     assert accuracy["low"] <= accuracy["value"] <= accuracy["high"]
     assert sum(map(sum, digits["evaluation"]["confusion"])) == digits["evaluation"]["num_samples"]
     assert set(digits["links"]) == {"s3", "mlflow", "prefect", "registry"}
+
+
+def test_any_number_of_processes_gives_the_same_scores(stack: Stack, digits: dict[str, Any]) -> None:
+    """And each sample's scores are beside the run, on the store and in MLflow."""
+    model, dataset = digits["model"], digits["dataset"]["digest"]
+    (job,) = read_jobs(stack.store, model["run_key"])
+    small = replace(job.preset, evaluate=replace(job.preset.evaluate, batch_size=50))
+    found = [
+        to_parquet(
+            score_samples(
+                stack.store,
+                replace(small, launch=replace(small.launch, evaluate_processes=n)),
+                dataset,
+                model["run_key"],
+            )
+        )
+        for n in (1, 2, 3)
+    ]
+    assert found[0] == found[1] == found[2]
+    kept = stack.store.get(scores_key(model["run_key"], digits["evaluation"]["scores_sha256"]))
+    assert from_parquet(kept).ids == from_parquet(found[0]).ids
+    (run,) = mlflow_runs(stack, model["run_key"])
+    client = connect(stack.settings.mlflow_uri)
+    names = {one.path for one in client.list_artifacts(run.info.run_id)}
+    assert {"scores.parquet", "evaluation.json"} <= names
+    assert "figures/reliability.png" in {one.path for one in client.list_artifacts(run.info.run_id, "figures")}
+    assert run.data.metrics["test.calibration_error"] == digits["evaluation"]["calibration"]["error"] < 0.1
+    assert [one["name"] for one in digits["evaluation"]["slices"]] == [f"label={digit}" for digit in range(10)]
+
+
+def parts() -> list[psutil.Process]:
+    """The processes of ours that score."""
+    found = psutil.Process().children()
+    return [process for process in found if "tasks.evaluation.part" in process.cmdline()]
+
+
+def test_a_process_that_fails_or_dies_is_told(stack: Stack, digits: dict[str, Any]) -> None:
+    model, dataset = digits["model"], digits["dataset"]["digest"]
+    (job,) = read_jobs(stack.store, model["run_key"])
+    shared = replace(job.preset, launch=replace(job.preset.launch, evaluate_processes=2))
+    with pytest.raises(UserError, match="recipe"):
+        score_samples(stack.store, replace(shared, recipe="training.recipes.digits:Nobody"), dataset, model["run_key"])
+    with ThreadPoolExecutor() as pool:
+        scoring = pool.submit(score_samples, stack.store, shared, dataset, model["run_key"])
+        processes = wait_until(lambda: parts() if len(parts()) == 2 else None, what="two processes that score")
+        processes[1].kill()
+        with pytest.raises(InfrastructureError, match=r"process . of 2 .* died with code -9"):
+            scoring.result()
+    assert not parts()
 
 
 def test_mlflow_has_one_run_and_one_point_per_step(stack: Stack, digits: dict[str, Any]) -> None:

@@ -361,7 +361,7 @@ def test_newest_evaluation_is_shown_although_it_is_lower(stack: Stack, run: RunR
     told = [{"test.accuracy": 0.9, "test.accuracy.low": 0.8}, {"test.accuracy": 0.9, "test.accuracy.low": 0.7}]
     for metrics in told:
         for _ in range(2):
-            tracker.log_evaluation(metrics, {}, {})
+            tracker.log_evaluation(metrics, {}, {}, b"")
         assert tracker.client.get_run(tracker.run_id).data.metrics == metrics
     for name in told[0]:
         values = [point.value for point in tracker.client.get_metric_history(tracker.run_id, name)]

@@ -11,7 +11,11 @@ from tasks.results import Estimate, Evaluation
 from training.s3.objectstore import Store
 
 EVALUATION = Evaluation(
-    run_key="k", num_samples=3, confidence=0.9, metrics={"loss": Estimate(value=0.5, low=0.25, high=1.0)}
+    run_key="k",
+    num_samples=3,
+    confidence=0.9,
+    metrics={"loss": Estimate(value=0.5, low=0.25, high=1.0)},
+    scores_sha256="s",
 )
 
 

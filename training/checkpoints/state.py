@@ -129,13 +129,13 @@ def _require_module(made: object) -> nn.Module:
     return made
 
 
-def require_fit(model: nn.Module, shapes: Mapping[str, tuple[int, ...]]) -> None:
-    """Raises `UserError` naming a weight that a model of these shapes does not have alike."""
+def require_fit(model: nn.Module, shapes: Mapping[str, tuple[int, ...]], *, what: str = "train.warm_start") -> None:
+    """Raises `UserError`, which says for what, naming a weight that a model of these shapes does not have alike."""
     own = _shapes(model.state_dict())
     for name in sorted({*own, *shapes}):
         if own.get(name) != shapes.get(name):
             theirs, mine = _shown(shapes.get(name)), _shown(own.get(name))
-            raise UserError(f"train.warm_start: {name} has shape {theirs} there, and {mine} here")
+            raise UserError(f"{what}: {name} has shape {theirs} there, and {mine} here")
 
 
 def _below(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

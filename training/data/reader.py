@@ -148,15 +148,15 @@ class Reader:
     def _maybe_random(self, indices: Integers, maybe_epochs: Integers | None, k: int) -> np.random.Generator | None:
         return None if maybe_epochs is None else sample_random(self._seed, int(maybe_epochs[k]), int(indices[k]))
 
-    def read_all(self, *, batch_size: int, num_samples: int | None = None) -> Iterator[Rows]:
-        """The samples in the manifest's order, the next shards being fetched meanwhile."""
-        stop = min(len(self), num_samples or len(self))
+    def read_all(self, *, batch_size: int, first: int = 0, num_samples: int | None = None) -> Iterator[Rows]:
+        """The samples in the manifest's order from number `first` on, the next shards being fetched meanwhile."""
+        stop = len(self) if num_samples is None else min(len(self), first + num_samples)
         block = batch_size * max(1, BLOCK_BYTES // (batch_size * max(1, self.sample_bytes)))
-        for start in range(0, stop, block):
+        for start in range(first, stop, block):
             end = min(start + block, stop)
-            first = int(np.searchsorted(self._starts, start, side="right")) - 1
+            head = int(np.searchsorted(self._starts, start, side="right")) - 1
             last = int(np.searchsorted(self._starts, end - 1, side="right")) - 1
-            self.cache.prefetch(range(first, min(last + NUM_SHARDS_AHEAD, len(self._starts) - 2) + 1))
+            self.cache.prefetch(range(head, min(last + NUM_SHARDS_AHEAD, len(self._starts) - 2) + 1))
             rows = self.read(np.arange(start, end))
             for offset in range(0, end - start, batch_size):
                 yield rows.part(offset, min(offset + batch_size, end - start))

@@ -65,6 +65,7 @@ class Digits(Recipe):
             "accuracy": (predicted == batch["label"]).to(torch.float32),
             "label": batch["label"],
             "predicted": predicted,
+            "confidence": logits.softmax(dim=1).amax(dim=1),
         }
 
     def optimizer(self, model: nn.Module) -> Optimizer:

@@ -51,6 +51,7 @@ class Recipe(BaseRecipe):
             "accuracy": (predicted == batch["label"]).to(torch.float32),
             "label": batch["label"],
             "predicted": predicted,
+            "confidence": logits.softmax(dim=1).amax(dim=1),
         }
 
     def optimizer(self, model: nn.Module) -> Optimizer:
