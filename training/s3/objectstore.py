@@ -311,6 +311,14 @@ class Store:
             reply = self._client.get_object(Bucket=self.location.bucket, Key=self._key(key))
             return Versioned(document=_parse(self.location.uri(key), reply["Body"].read()), etag=reply["ETag"])
 
+    def read_if_changed(self, key: str, *, etag: str) -> Versioned | None:
+        """The document, or None if it still has this ETag; a store that honours If-None-Match then sends nothing."""
+        quick = self._quick_reply("GET", key, headers={**CHECKED, "if-none-match": etag})
+        if quick is not None and quick.status == 304:
+            return None
+        found = self.read_versioned(key)
+        return found if found.etag != etag else None
+
     def create_versioned(self, key: str, document: dict[str, Any]) -> bool:
         """Create a JSON document; False if another writer's is there."""
         return self._write_once(key, {**document, "version": 1}, IfNoneMatch="*")

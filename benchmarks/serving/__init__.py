@@ -1,0 +1,1 @@
+"""Requests per second and their latency, beside `mlflow models serve` (docs/benchmarks.md)."""
