@@ -46,7 +46,7 @@ test: check ## All checks and tests that this machine can run
 soak: install ## The full counts; writes evidence under docs/evidence
 	$(BIN)/python -m pytest -m soak
 
-bench: install ## Data, training, checkpoints, recovery and the chain beside other libraries (their environments in .bench)
+bench: install ## Data, training, checkpoints, recovery, serving and the chain beside other libraries (their environments in .bench)
 	$(BIN)/python -m benchmarks.data
 	$(BIN)/python -m benchmarks.data.scale
 	$(BIN)/python -m benchmarks.training
@@ -55,6 +55,7 @@ bench: install ## Data, training, checkpoints, recovery and the chain beside oth
 	$(BIN)/python -m benchmarks.recovery.kills
 	$(BIN)/python -m benchmarks.recovery.goodput
 	$(BIN)/python -m benchmarks.scale
+	$(BIN)/python -m benchmarks.serving
 	$(BIN)/unbroken up && $(BIN)/python -m benchmarks.orchestration
 
 screenshots: install ## Take the README's screenshots with a headless Chromium

@@ -13,9 +13,9 @@ from tests.cli.commands import complaint
 from tests.conftest import UNBROKEN
 
 DVC = str(Path(UNBROKEN).parent / "dvc")
-HEAVY = ("torch", "prefect", "mlflow", "boto3", "botocore", "sklearn", "matplotlib")
+HEAVY = ("torch", "prefect", "mlflow", "boto3", "botocore", "sklearn", "matplotlib", "starlette", "uvicorn")
 HELPS: tuple[list[str], ...] = (
-    *([], ["up"], ["down"], ["status"], ["doctor"], ["init"], ["run"], ["train"], ["drill"]),
+    *([], ["up"], ["down"], ["status"], ["doctor"], ["init"], ["run"], ["train"], ["drill"], ["serve"]),
     *(
         ["runs"],
         ["runs", "ls"],
@@ -53,7 +53,7 @@ def test_help_imports_nothing_heavy() -> None:
 def test_help_lists_the_verbs() -> None:
     done = subprocess.run([UNBROKEN, "--help"], capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 0, done.stderr
-    for verb in ("up", "down", "status", "doctor", "init", "run", "train", "drill", "runs", "data", "ckpt", "models"):
+    for verb in ("up", "down", "status", "doctor", "init", "run", "train", "drill", "runs", "data", "ckpt", "models", "serve"):
         assert f" {verb} " in done.stdout
 
 
