@@ -145,12 +145,19 @@ class Front:
         num_failures = 0
         while True:
             await asyncio.sleep(PAUSES_SECONDS[min(num_failures, len(PAUSES_SECONDS) - 1)])
-            link = self._links[slot] = await self._start_link()
+            try:
+                link = self._links[slot] = await self._start_link()
+            except OSError as error:
+                log.warning("a server process cannot be started, which is tried again: %s", error)
+                num_failures += 1
+                continue
             for offer in (self._current, self._coming):
                 if offer is not None:
                     with suppress(ReplicaGoneError, DamagedError):
                         await self._load(link, offer)
             num_failures = 0 if link.ready else num_failures + 1
+            if not link.ready:  # memory may have been short
+                link.kill()
             await link.gone.wait()
             del self._links[slot]
             log.warning("server process %d ended (%s): another takes its place", link.process.pid, await link.end())
@@ -172,8 +179,9 @@ class Front:
             await self._tell_change()
 
     async def _refuse(self, offer: Offer, why: str) -> None:
-        self._refusals[offer.identity] = why
-        await self._tell_change()
+        if offer is self._current or offer is self._coming:
+            self._refusals[offer.identity] = why
+            await self._tell_change()
 
     def _drop(self, offer: Offer) -> None:
         """What was asked of it before is answered still: a replica reads in order."""
@@ -185,7 +193,7 @@ class Front:
     async def _pick(self) -> tuple[Link, Offer]:
         """The replica with the fewest requests, and the version for it to use. Nothing may be awaited between this and
         the request, or the version might be dropped in between."""
-        if not self._ready_links():
+        while not self._ready_links():
             try:
                 await asyncio.wait_for(self._wait_ready(), READY_SECONDS)
             except TimeoutError:

@@ -5,7 +5,6 @@ One thread reads requests and checks them, one loads programs, and the main one 
 
 from __future__ import annotations
 
-import contextlib
 import os
 import signal
 import socket
@@ -19,6 +18,7 @@ import numpy as np
 import orjson
 
 from tasks.serving.batching import Request, Waiting
+from tasks.serving.computing import Computed, compute
 from tasks.serving.frames import Frame, packed, receive
 from tasks.serving.program import Program, load, prepare
 from tasks.serving.published import Signature
@@ -61,7 +61,8 @@ class Replica:
         threading.Thread(target=self._read, name="read", daemon=True).start()
         threading.Thread(target=self._load_all, name="load", daemon=True).start()
         while True:
-            self._compute(self._waiting.take())
+            for computed in compute(self._waiting.take()):
+                self._give(computed)
 
     def _read(self) -> None:
         stream = self._connection.makefile("rb")
@@ -105,41 +106,24 @@ class Replica:
             return
         self._waiting.put(Request(frame.number, program, inputs))
 
-    def _compute(self, batch: list[Request]) -> None:
-        program = batch[0].program
-        inputs = batch[0].inputs if len(batch) == 1 else np.concatenate([request.inputs for request in batch])
-        try:
-            outputs = program.run(inputs)
-        except Exception as error:  # a model may raise whatever it likes for one row: then that request fails alone
-            if len(batch) > 1:
-                for request in batch:
-                    self._compute([request])
-                return
-            first_line = next(iter(str(error).splitlines()), "")
-            self._fail(batch[0].number, 500, f"version {program.version} raised {type(error).__name__}: {first_line}")
-            return
-        start = 0
-        for request in batch:
-            self._give(request, outputs[start : start + request.num_rows], len(inputs))
-            start += request.num_rows
-
-    def _give(self, request: Request, outputs: np.ndarray[Any, Any], batch_rows: int) -> None:
-        version = request.program.version
-        if outputs.dtype.kind == "f" and not np.isfinite(outputs).all():
-            row = int(np.argwhere(~np.isfinite(outputs))[0][0])
-            self._fail(request.number, 500, f"version {version} gave no finite number for row {row}")
+    def _give(self, computed: Computed) -> None:
+        request = computed.request
+        if computed.failure:
+            self._fail(request.number, 500, computed.failure)
             return
         body = orjson.dumps(
-            {"predictions": np.ascontiguousarray(outputs), "model_version": version}, option=orjson.OPT_SERIALIZE_NUMPY
+            {"predictions": np.ascontiguousarray(computed.outputs), "model_version": request.program.version},
+            option=orjson.OPT_SERIALIZE_NUMPY,
         )
-        self._answer(request.number, {"status": 200, "rows": request.num_rows, "batch_rows": batch_rows}, body)
+        head = {"status": 200, "rows": request.num_rows, "batch_rows": computed.batch_rows}
+        self._answer(request.number, head, body)
 
     def _fail(self, number: int, status: int, message: str) -> None:
         code = "BAD_REQUEST" if status == 400 else "INTERNAL_ERROR"
         self._answer(number, {"status": status}, orjson.dumps({"error_code": code, "message": message}))
 
     def _answer(self, number: int, head: dict[str, Any], body: bytes = b"") -> None:
-        with self._one_writes, contextlib.suppress(BrokenPipeError):  # the front has gone, and so will this process
+        with self._one_writes:
             self._connection.sendall(packed(number, head, body))
 
 

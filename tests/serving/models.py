@@ -1,14 +1,10 @@
-"""Tiny exported programs, put on the store as registration and promotion leave them."""
+"""A model on the store, as registration and promotion leave it."""
 
 from __future__ import annotations
 
-import io
 import time
 from dataclasses import asdict
 from typing import Any
-
-import torch
-from torch import nn
 
 from tasks.serving.published import KeptVersion, Signature, Tensor, champion_key, file_key, version_key
 from training.documents import digest_of, sha256_hex
@@ -18,30 +14,6 @@ NUM_FIELDS = 3
 SIGNATURE = Signature(
     inputs=Tensor(dtype="float32", shape=(-1, NUM_FIELDS)), outputs=Tensor(dtype="float32", shape=(-1, NUM_FIELDS))
 )
-
-
-class Adder(nn.Module):
-    """Adds a constant, so that an answer proves which version it came from. Above 1000 it raises."""
-
-    def __init__(self, constant: float) -> None:
-        super().__init__()
-        self.constant = nn.Parameter(torch.tensor(constant))
-        self.register_buffer("table", torch.zeros(1001))
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return x + self.constant + self.table[x.long().clamp(min=0)]
-
-
-def program(constant: float) -> bytes:
-    """The file of a version, without an example inside, as `tasks.register` writes it."""
-    example = (torch.zeros(2, NUM_FIELDS),)
-    exported = torch.export.export(
-        Adder(constant).eval(), example, dynamic_shapes=({0: torch.export.Dim("batch", min=1)},)
-    )
-    exported._example_inputs = ((None,), {})
-    file = io.BytesIO()
-    torch.export.save(exported, file)
-    return file.getvalue()
 
 
 def keep(store: Store, model: str, version: str, data: bytes, signature: Signature = SIGNATURE) -> KeptVersion:

@@ -205,3 +205,47 @@ def test_a_first_program_that_kills_is_an_error_at_the_start() -> None:
         await played.front.close()
 
     run(work())
+
+
+def test_a_process_that_cannot_be_started_is_tried_again() -> None:
+    class Short(Played):
+        num_tries = 0
+
+        async def _start(self) -> Link:
+            self.num_tries += 1
+            if self.num_tries == 1:
+                raise BlockingIOError("too many processes")
+            return await super()._start()
+
+    async def work() -> None:
+        played = Short(good, num_replicas=1)
+        await played.front.start(played.offer("1"))
+        assert played.num_tries == 2
+        assert (await played.front.predict(b"")).version == "1"
+        await played.front.close()
+
+    run(work())
+
+
+def test_a_replica_that_could_not_load_is_replaced() -> None:
+    """Its memory may have been short; the others serve on."""
+
+    async def second_refuses_once(link: PlayedLink, head: dict[str, Any]) -> dict[str, Any]:
+        if head["do"] == "load" and len(played.links) == 2 and link is played.links[1]:
+            return {"refused": "no memory"}
+        return await good(link, head)
+
+    played: Played
+
+    async def work() -> None:
+        nonlocal played
+        played = Played(good, num_replicas=1)
+        await played.front.start(played.offer("1"))
+        played.behaviour = second_refuses_once
+        played.links[0].kill()
+        while len(played.links) < 3 or played.front.num_ready == 0:
+            await asyncio.sleep(0)
+        assert played.links[1].gone.is_set()
+        await played.front.close()
+
+    run(work())

@@ -16,7 +16,8 @@ import pytest
 from tasks.serving.published import KeptVersion, Signature, Tensor, file_key
 from tests.conftest import Stack
 from tests.faults.proxy import LosingProxy
-from tests.serving.models import NUM_FIELDS, SIGNATURE, keep, program, promote
+from tests.serving.models import NUM_FIELDS, SIGNATURE, keep, promote
+from tests.serving.programs import program
 from tests.serving.servers import Server, is_alive
 from tests.waiting import wait_until
 from training.s3.objectstore import Store, StoreLocation
