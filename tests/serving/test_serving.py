@@ -6,57 +6,16 @@ import os
 import signal
 import socket
 import threading
-import time
-from collections.abc import Iterator
-from dataclasses import dataclass
 from urllib.parse import urlsplit
 
-import pytest
-
-from tasks.serving.published import KeptVersion, Signature, Tensor, file_key
+from tasks.serving.published import Signature, Tensor, file_key
 from tests.conftest import Stack
-from tests.faults.proxy import LosingProxy
+from tests.serving.load import NUM_CLIENTS, ROW, Corner, under_load
 from tests.serving.models import NUM_FIELDS, SIGNATURE, keep, promote
 from tests.serving.programs import program
 from tests.serving.servers import Server, is_alive
 from tests.waiting import wait_until
-from training.s3.objectstore import Store, StoreLocation
-
-CONSTANTS = {"1": 1.0, "2": 2.0, "3": 3.0}
-ROW = [0.0] * NUM_FIELDS
-NUM_CLIENTS = 4
-
-
-@dataclass(frozen=True)
-class Corner:
-    """Three versions of a model, the first one champion; and a server of it, before a proxy."""
-
-    store: Store
-    kept: dict[str, KeptVersion]
-    server: Server
-    proxy: LosingProxy
-
-    def become_champion(self, version: str) -> float:
-        """And be served."""
-        began = promote(self.store, self.kept[version])
-        self.server.wait_for_version(version)
-        return began
-
-
-@pytest.fixture(scope="module")
-def corner(stack: Stack) -> Iterator[Corner]:
-    where = stack.location
-    store = Store(
-        StoreLocation(endpoint=where.endpoint, bucket=where.bucket, prefix=f"tests/serving-{os.urandom(4).hex()}/")
-    )
-    kept = {version: keep(store, "adder", version, program(constant)) for version, constant in CONSTANTS.items()}
-    promote(store, kept["1"])
-    assert where.endpoint is not None
-    with (
-        LosingProxy(where.endpoint) as proxy,
-        Server(stack, store, "adder@champion", endpoint=proxy.endpoint) as server,
-    ):
-        yield Corner(store, kept, server, proxy)
+from training.s3.objectstore import Store
 
 
 def test_protocol(corner: Corner) -> None:
@@ -125,84 +84,8 @@ def test_what_a_model_cannot_compute_fails_alone(corner: Corner) -> None:
     assert statuses == [[500] * 20] + [[200] * 20] * (NUM_CLIENTS - 1)
 
 
-@dataclass(frozen=True)
-class Seen:
-    """An answer, and when its request was sent and it came (monotonic, in seconds)."""
-
-    status: int
-    version: str | None
-    predictions: list[list[float]]
-    sent: float
-    came: float
-
-
-class Load:
-    """Clients that ask without a pause, while a `with` lasts."""
-
-    def __init__(self, server: Server) -> None:
-        self._server = server
-        self._stop = threading.Event()
-        self.seen: list[Seen] = []
-        self._threads = [threading.Thread(target=self._ask) for _ in range(NUM_CLIENTS)]
-        self.failures: list[str] = []
-
-    def _ask(self) -> None:
-        client = self._server.client()
-        try:
-            while not self._stop.is_set():
-                sent = time.monotonic()
-                reply = client.predict({"inputs": [ROW, ROW]})
-                self.seen.append(
-                    Seen(reply.status, reply.version, reply.document.get("predictions"), sent, time.monotonic())
-                )
-                time.sleep(0.005)
-        except Exception as error:  # a connection that broke is what this is to find
-            self.failures.append(repr(error))
-        client.close()
-
-    def __enter__(self) -> Load:
-        for thread in self._threads:
-            thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._stop.set()
-        for thread in self._threads:
-            thread.join()
-
-
 def test_promotions_and_a_kill_under_load(corner: Corner) -> None:
-    corner.become_champion("1")
-    order = [str(1 + step % 3) for step in range(1, 11)]
-    served: list[tuple[str, float, float]] = [("1", 0.0, 0.0)]
-    """Version, promoted at, known to be served at."""
-    deaths = corner.server.metric("unbroken_serving_replica_deaths_total")
-    with Load(corner.server) as load:
-        for step, version in enumerate(order):
-            if step == 4:
-                killed = corner.server.get("/version")["replicas"]["pids"][0]
-                os.kill(killed, signal.SIGKILL)
-            promoted = corner.become_champion(version)
-            served.append((version, promoted, time.monotonic()))
-        wait_until(lambda: corner.server.get("/version")["replicas"]["ready"] == 2, what="the replica to be replaced")
-    assert load.failures == []
-    assert {seen.status for seen in load.seen} == {200}
-    assert corner.server.metric("unbroken_serving_replica_deaths_total") == deaths + 1
-    assert not is_alive(killed)
-    for seen in load.seen:
-        assert seen.version is not None
-        assert seen.predictions == [[CONSTANTS[seen.version]] * NUM_FIELDS] * 2, "mixed"
-        assert _could_be_served(seen, served), (seen, served)
-    assert {seen.version for seen in load.seen} == set(CONSTANTS)
-
-
-def _could_be_served(seen: Seen, served: list[tuple[str, float, float]]) -> bool:
-    """Promoted before the answer came, and its successor not known to be served when the request was sent."""
-    ends = [known for _, _, known in served[1:]] + [float("inf")]
-    return any(
-        version == seen.version and promoted <= seen.came and seen.sent <= end
-        for (version, promoted, _), end in zip(served, ends, strict=True)
-    )
+    under_load(corner, num_clients=NUM_CLIENTS, every_seconds=0.005, promotion_seconds=0.0)
 
 
 def test_damaged_files_are_refused(corner: Corner) -> None:
