@@ -114,8 +114,8 @@ def test_damaged_files_are_refused(corner: Corner) -> None:
         reply = client.predict({"inputs": [ROW]})
         assert (reply.version, reply.document["predictions"]) == ("1", [[1.0] * NUM_FIELDS])
     corner.become_champion("2")
-    assert server.get("/version")["refused"] is None
-    assert server.metric("unbroken_serving_refused") == 0
+    wait_until(lambda: server.get("/version")["refused"] is None, what="the refusal to be forgotten")
+    wait_until(lambda: server.metric("unbroken_serving_refused") == 0, what="the refusal to be forgotten")
     client.close()
 
 
