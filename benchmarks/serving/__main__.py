@@ -26,8 +26,8 @@ import numpy as np
 from benchmarks.data.store import make_bucket, running_store
 from benchmarks.environments import ENVIRONMENTS, ROOT
 from infra.local.ports import free_port
+from tasks.lifecycle.model_file import KeptVersion, Signature, Tensor, file_key, version_key
 from tasks.register import save_model
-from tasks.serving.published import KeptVersion, Signature, Tensor, file_key, version_key
 from training.config import load_preset
 from training.documents import digest_of, sha256_hex
 from training.recipe import load_recipe

@@ -28,7 +28,7 @@ def begin(store: Store, model: str, change: Change) -> Champion:
 def find(store: Store, model: str) -> Champion | None:
     """Raises `DamagedError` if what is there is no such document."""
     try:
-        return _parsed(store, model, store.read_versioned(champion_key(model)))
+        return parsed(store, model, store.read_versioned(champion_key(model)))
     except MissingError:
         return None
 
@@ -46,14 +46,15 @@ def change(store: Store, model: str, make: Callable[[Champion], Champion]) -> Ch
     key = champion_key(model)
     for attempt in range(200):
         read = store.read_versioned(key)
-        after = make(_parsed(store, model, read))
+        after = make(parsed(store, model, read))
         if store.replace_versioned(key, to_json(after), read=read):
             return after
         time.sleep(0.01 * min(attempt, 20))
     raise InfrastructureError(f"{store.location.uri(key)} could not be updated: too many writers")
 
 
-def _parsed(store: Store, model: str, found: Versioned) -> Champion:
+def parsed(store: Store, model: str, found: Versioned) -> Champion:
+    """Raises `DamagedError`, which names the object."""
     try:
         return from_json(found.document)
     except DamagedError as error:

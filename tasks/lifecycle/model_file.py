@@ -46,6 +46,11 @@ class KeptVersion:
     num_bytes: int
     signature: Signature
 
+    @property
+    def identity(self) -> str:
+        """Whose bytes these are: a registry that was emptied numbers its versions anew."""
+        return f"{self.version}:{self.model_sha256}"
+
 
 @dataclass(frozen=True, kw_only=True)
 class Program:

@@ -11,7 +11,7 @@ from concurrent.futures import CancelledError
 from tasks.serving import published
 from tasks.serving.metrics import Metrics
 from tasks.serving.offer import Offer, fetch
-from tasks.serving.published import Champion
+from tasks.serving.published import SeenChampion
 from training.errors import InfrastructureError, UnbrokenError
 from training.s3.objectstore import Store
 
@@ -32,7 +32,7 @@ class Follower:
         store: Store,
         model: str,
         *,
-        champion: Champion,
+        champion: SeenChampion,
         served: str,
         switch: Callable[[Offer], None],
         metrics: Metrics,

@@ -6,8 +6,8 @@ import os
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from tasks.serving import published
-from tasks.serving.published import KeptVersion
+from tasks.lifecycle import model_file
+from tasks.lifecycle.model_file import KeptVersion
 from training.s3.objectstore import Store
 
 
@@ -39,7 +39,7 @@ class Offer:
 
 def fetch(store: Store, kept: KeptVersion) -> Offer:
     """Raises `DamagedError` if the file is missing or damaged, `InfrastructureError` if the store is away."""
-    data = published.read_file(store, kept)
+    data = model_file.prove(store, kept)
     descriptor = os.memfd_create(f"model-{kept.version}")
     with os.fdopen(os.dup(descriptor), "wb") as file:
         file.write(data)

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from tasks.serving.published import Signature, Tensor
+from tasks.lifecycle.model_file import Signature, Tensor
 from training.documents import sha256_hex
 from training.errors import DamagedError
 

@@ -17,11 +17,11 @@ from typing import Any
 import numpy as np
 import orjson
 
+from tasks.lifecycle.model_file import Signature
 from tasks.serving.batching import Request, Waiting
 from tasks.serving.computing import Computed, compute
 from tasks.serving.frames import Frame, packed, receive
 from tasks.serving.program import Program, load, prepare
-from tasks.serving.published import Signature
 from tasks.serving.requests import BadRequestError, array_of
 from training.documents import parse
 from training.errors import DamagedError

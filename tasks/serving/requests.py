@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import orjson
 
-from tasks.serving.published import Tensor
+from tasks.lifecycle.model_file import Tensor
 from training.errors import UserError
 
 TABLES = ("dataframe_split", "dataframe_records")

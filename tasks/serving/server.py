@@ -20,7 +20,7 @@ from tasks.serving.follow import Follower
 from tasks.serving.front import Front
 from tasks.serving.metrics import Metrics
 from tasks.serving.offer import Offer
-from tasks.serving.published import Champion
+from tasks.serving.published import SeenChampion
 from training.errors import InfrastructureError, UserError
 from training.s3.objectstore import Store
 
@@ -93,7 +93,7 @@ class _Serving:
         self._poll_seconds = poll_seconds
         self._tell = tell
 
-    async def run(self, first: Offer, maybe_champion: Champion | None) -> None:
+    async def run(self, first: Offer, maybe_champion: SeenChampion | None) -> None:
         stopping = asyncio.Event()
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
@@ -114,7 +114,7 @@ class _Serving:
             await front.close()
 
     def _follower(
-        self, front: Front, metrics: Metrics, first: Offer, maybe_champion: Champion | None
+        self, front: Front, metrics: Metrics, first: Offer, maybe_champion: SeenChampion | None
     ) -> Follower | None:
         if maybe_champion is None:
             return None

@@ -9,7 +9,7 @@ import time
 from dataclasses import dataclass
 from types import TracebackType
 
-from tasks.serving.published import KeptVersion
+from tasks.lifecycle.model_file import KeptVersion
 from tests.faults.proxy import LosingProxy
 from tests.serving.models import NUM_FIELDS, promote
 from tests.serving.servers import Server, is_alive

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import pytest
 
+from tasks.lifecycle.champions import champion_key
+from tasks.lifecycle.model_file import KeptVersion, file_key
 from tasks.serving import follow, published
 from tasks.serving.follow import Follower
 from tasks.serving.metrics import Metrics
 from tasks.serving.offer import Offer
-from tasks.serving.published import KeptVersion, champion_key, file_key
 from tests.faults.proxy import LosingProxy
 from tests.serving.models import keep, promote
 from training.errors import DamagedError

@@ -9,13 +9,13 @@ from typing import Any, cast
 
 import pytest
 
+from tasks.lifecycle.model_file import KeptVersion
 from tasks.serving import front as front_module
 from tasks.serving.frames import Frame
 from tasks.serving.front import MAX_TRIES, Front
 from tasks.serving.link import Link, ReplicaGoneError
 from tasks.serving.metrics import Metrics
 from tasks.serving.offer import Offer
-from tasks.serving.published import KeptVersion
 from tests.serving.models import SIGNATURE
 from training.errors import DamagedError, InfrastructureError
 

@@ -7,7 +7,7 @@ import json
 import numpy as np
 import pytest
 
-from tasks.serving.published import Tensor
+from tasks.lifecycle.model_file import Tensor
 from tasks.serving.requests import BadRequestError, array_of
 
 FLOATS = Tensor(dtype="float32", shape=(-1, 2))

@@ -8,7 +8,7 @@ import socket
 import threading
 from urllib.parse import urlsplit
 
-from tasks.serving.published import Signature, Tensor, file_key
+from tasks.lifecycle.model_file import Signature, Tensor, file_key
 from tests.conftest import Stack
 from tests.serving.load import NUM_CLIENTS, ROW, Corner, under_load
 from tests.serving.models import NUM_FIELDS, SIGNATURE, keep, promote
