@@ -12,6 +12,7 @@ from prefect.flow_runs import suspend_flow_run
 from flows import publish
 from flows.hooks import log_user_errors_in_one_line, outlive_the_worker
 from tasks import registry
+from tasks.gate.judge import judge
 from tasks.lifecycle import champions, promotion
 from tasks.lifecycle.champion import moment
 from tasks.lifecycle.promotion import Outcome
@@ -23,25 +24,25 @@ OPTIONS: dict[str, Any] = {"persist_result": True, "result_serializer": "json"}
 
 
 @flow(name="promote", **OPTIONS)
-def promote(version: str, reason: str = "", approve: bool = False) -> dict[str, Any]:
+def promote(version: str, reason: str = "", approve: bool = False, gate: bool = True) -> dict[str, Any]:
     """Make a registered version champion. It loses if another becomes champion since this flow run began.
 
     Args:
         version: NAME/VERSION or NAME@ALIAS.
         reason: for the history.
         approve: once the version is proven and the gate lets it through, wait until a person resumes this flow run.
+        gate: without it nothing is judged; the history shows that no decision was.
     """
     _begin()
     settings, store = open_stack()
+    ask: dict[str, Any] = {"by": _whom(), "judge": judge if gate else None}
     name, number = patiently(lambda: registry.find_version(settings.mlflow_uri, version, what="version"))
     current = patiently(lambda: champions.read(store, name).current)
     pinned, replaces = publish.judged_once(f"{name}/{number}", current.sequence)
     if approve:
-        patiently(lambda: promotion.check(settings, store, *pinned.split("/"), against=current.version, by=_whom()))
+        patiently(lambda: promotion.check(settings, store, *pinned.split("/"), against=current.version, **ask))
         suspend_flow_run(key="approval", timeout=APPROVAL_SECONDS)
-    return _told(
-        patiently(lambda: promotion.promote(settings, store, pinned, by=_whom(), reason=reason, replaces=replaces))
-    )
+    return _told(patiently(lambda: promotion.promote(settings, store, pinned, reason=reason, replaces=replaces, **ask)))
 
 
 @flow(name="rollback", **OPTIONS)

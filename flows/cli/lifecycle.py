@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from tasks.lifecycle.promotion import Outcome
 
 Reason = Annotated[str, Parameter(help="Why, for the history.")]
+Gate = Annotated[bool, Parameter(help="Without it nothing is judged; the history shows that no decision was.")]
 
 
 def add_to(models: App) -> None:
@@ -21,16 +22,27 @@ def add_to(models: App) -> None:
         models.command(verb)
 
 
-def promote(version: str, /, *, reason: Reason = "", json: Json = False) -> None:
+def promote(
+    version: str,
+    /,
+    *,
+    reason: Reason = "",
+    gate: Annotated[
+        bool, Parameter(help="Without it nothing is judged; the history shows that no decision was.")
+    ] = True,
+    json: Json = False,
+) -> None:
     """Make VERSION (NAME/VERSION or NAME@ALIAS) champion, once its bytes are proven and the gate lets it through.
 
     Exit code 9 if another became champion meanwhile, 10 if the gate refuses it; then nothing is changed.
     """
     from infra.settings import load_settings
+    from tasks.gate.judge import judge
     from tasks.lifecycle import promotion
 
-    store = open_store()
-    _tell(promotion.promote(load_settings(), store, version, by=_whom(), reason=reason), json)
+    settings, store = load_settings(), open_store()
+    maybe_judge = judge if gate else None
+    _tell(promotion.promote(settings, store, version, by=_whom(), reason=reason, judge=maybe_judge), json)
 
 
 def rollback(

@@ -11,11 +11,12 @@ import pytest
 
 from tasks.gate import judge as module
 from tasks.gate.judge import judge
+from tasks.lifecycle import champions
 from tasks.mlflow_client import connect
 from tests.conftest import Stack
 from tests.flows.runs import last_json
 from training.documents import sha256_hex
-from training.errors import UserError
+from training.errors import RefusedError, UserError
 
 SHORT = ("--set", "name=judged", "--set", "launch.nodes=1")
 
@@ -56,6 +57,14 @@ def test_a_worse_challenger_is_refused_with_reasons_where_people_look(stack: Sta
     assert str(client.get_registered_model("judged").aliases["challenger"]) == poor, "it stays what it is"
     again = judge(stack.settings, stack.store, "judged", poor, champion=good)
     assert again == judgement
+
+
+def test_promotion_asks_the_gate(stack: Stack, versions: tuple[str, str]) -> None:
+    good, poor = versions
+    refused = stack.command("models", "promote", f"judged/{poor}")
+    assert refused.returncode == RefusedError.exit_code, refused.stdout + refused.stderr
+    assert tags_of(stack, poor)["unbroken.gate.reason"] in refused.stderr
+    assert champions.read(stack.store, "judged").current.version == good
 
 
 def test_the_better_one_passes_with_the_proof_of_its_ledger(
