@@ -36,11 +36,16 @@ def promote(version: str, reason: str = "", approve: bool = False, gate: bool = 
     _begin()
     settings, store = open_stack()
     ask: dict[str, Any] = {"by": _whom(), "judge": judge if gate else None}
-    name, number = patiently(lambda: registry.find_version(settings.mlflow_uri, version, what="version"))
+
+    def find() -> tuple[str, int]:
+        name, number = registry.find_version(settings.mlflow_uri, version, what="version")
+        return f"{name}/{number}", champions.read(store, name).current.sequence
+
+    pinned, replaces = publish.judged_once(find)
+    name, number = pinned.split("/")
     current = patiently(lambda: champions.read(store, name).current)
-    pinned, replaces = publish.judged_once(f"{name}/{number}", current.sequence)
-    if approve:
-        patiently(lambda: promotion.check(settings, store, *pinned.split("/"), against=current.version, **ask))
+    if approve and current.version != number:
+        patiently(lambda: promotion.check(settings, store, name, number, against=current.version, **ask))
         suspend_flow_run(key="approval", timeout=APPROVAL_SECONDS)
     return _told(patiently(lambda: promotion.promote(settings, store, pinned, reason=reason, replaces=replaces, **ask)))
 
@@ -56,7 +61,7 @@ def rollback(model: str, to: str | None = None, reason: str = "") -> dict[str, A
     """
     _begin()
     settings, store = open_stack()
-    target, replaces = publish.judged_once(*patiently(lambda: promotion.way_back(store, model, to)))
+    target, replaces = publish.judged_once(lambda: promotion.way_back(store, model, to))
     return _told(
         patiently(
             lambda: promotion.roll_back(settings, store, model, to=target, by=_whom(), reason=reason, replaces=replaces)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -54,12 +55,13 @@ def pinned_once(settings: Settings, preset: Preset) -> Preset:
     return replace(preset, train=replace(preset.train, warm_start=str(known)))
 
 
-def judged_once(version: str, replaces: int) -> tuple[str, int]:
-    """The version that this flow run is to make champion, and the change that it replaces, as they were when the flow
-    run first began: while it waits for a person, or to be tried again, another may become champion."""
+def judged_once(find: Callable[[], tuple[str, int]]) -> tuple[str, int]:
+    """The version that this flow run is to make champion, and the change that it replaces: what `find` gave when the
+    flow run first began. While it waits for a person, or to be tried again, another may become champion."""
     known = (_flow_run().labels or {}).get(JUDGED_LABEL)
     if known is None:
-        known = f"{version} {replaces}"
+        found, replaces = patiently(find)
+        known = f"{found} {replaces}"
         _label(JUDGED_LABEL, known)
     version, _, sequence = str(known).rpartition(" ")
     return version, int(sequence)
