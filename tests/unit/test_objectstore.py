@@ -316,9 +316,7 @@ def test_a_store_that_is_away_is_an_infrastructure_error(monkeypatch: pytest.Mon
 
 
 @pytest.mark.parametrize(("status", "code"), [(400, "ExpiredToken"), (403, "TokenRefreshRequired")])
-def test_a_session_token_that_was_renewed_is_taken_up(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, status: int, code: str
-) -> None:
+def test_a_session_token_that_was_renewed_is_taken_up(tmp_path: Path, status: int, code: str) -> None:
     """Until then it is no mistake in the input: who asks again may get an answer."""
     credentials = tmp_path / "credentials"
 
@@ -327,10 +325,10 @@ def test_a_session_token_that_was_renewed_is_taken_up(
             f"[default]\naws_access_key_id = a\naws_secret_access_key = s\naws_session_token = {token}\n"
         )
 
-    with FakeS3() as server:
+    with FakeS3() as server, pytest.MonkeyPatch.context() as environment:  # the fake sets some, too
         for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
-            monkeypatch.delenv(name)
-        monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(credentials))
+            environment.delenv(name)
+        environment.setenv("AWS_SHARED_CREDENTIALS_FILE", str(credentials))
         renew("old")
         store = Store(server.location)
         store.create_versioned("x", {})
