@@ -115,7 +115,7 @@ def test_mlflow_has_one_run_and_one_point_per_step(stack: Stack, digits: dict[st
     assert run.data.tags["unbroken.commit"]
     assert run.inputs.dataset_inputs[0].dataset.digest == digits["dataset"]["digest"][:36]
     files = {item.path for item in connect(stack.settings.mlflow_uri).list_artifacts(run.info.run_id, "figures")}
-    assert files == {"figures/loss.png", "figures/confusion.png"}
+    assert files == {"figures/loss.png", "figures/confusion.png", "figures/reliability.png"}
 
 
 def test_version_says_where_it_came_from(stack: Stack, digits: dict[str, Any]) -> None:
