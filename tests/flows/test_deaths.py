@@ -203,8 +203,8 @@ def test_training_of_two_flow_runs_ends_with_the_last_one(stack: Stack) -> None:
         assert command.returncode == 130, output
 
     cancel(first)
-    before_that = run.read().signs_of_life
-    wait_until(lambda: run.read().signs_of_life > before_that, what="a sign of life since")
+    before_that = run.read().checkpoints[-1].step
+    wait_until(lambda: run.read().checkpoints[-1].step > before_that, what="a checkpoint since", timeout_seconds=60)
     assert processes(stack, "training.cluster.agent") == agents != []
     (tracked,) = mlflow_runs(stack, run.run_key)
     assert tracked.info.status == "RUNNING"
