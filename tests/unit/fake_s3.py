@@ -51,6 +51,8 @@ class FakeS3:
 
     def _put(self, path: str, body: bytes, must_be_new: bool, maybe_etag: str | None) -> int:
         with self._lock:
+            if self.refuses is not None:
+                return self.refuses[0]
             if self._create_only and must_be_new and path in self.objects:
                 return 412
             if self._if_match and maybe_etag is not None and maybe_etag != _etag(self.objects.get(path, b"")):
@@ -73,7 +75,8 @@ class FakeS3:
                 self.reply(fake._put(self.path, body, "If-None-Match" in self.headers, self.headers.get("If-Match")))
 
             def do_DELETE(self) -> None:
-                fake.objects.pop(self.path, None)
+                if fake.refuses is None:  # what is refused changes nothing
+                    fake.objects.pop(self.path, None)
                 self.reply(204)
 
             def reply(self, status: int, body: bytes = b"") -> None:

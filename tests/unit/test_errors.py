@@ -21,6 +21,8 @@ def test_every_error_has_an_exit_code_of_its_own() -> None:
         "DamagedError": 6,
         "OutOfMemoryError": 7,
         "RedDrillError": 8,
+        "OvertakenError": 9,
+        "RefusedError": 10,
         "CancelledError": 130,
     }
 
