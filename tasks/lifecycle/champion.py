@@ -15,12 +15,9 @@ Action = Literal["first", "promote", "rollback", "adopt"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Entry:
-    """One change of champion: which version has been it from then on."""
+class Change:
+    """What somebody wants of a model's champion."""
 
-    sequence: int
-    time: float
-    """In seconds since 1970; 0 where a document of format 1 does not tell. Never before the entry before it."""
     action: Action
     version: str
     """Its number in the registry, which is a projection: run key and digest say whose bytes these are."""
@@ -32,23 +29,19 @@ class Entry:
     decision_sha256: str | None = None
     """Of the gate's decision, if one was asked."""
 
+
+@dataclass(frozen=True, kw_only=True)
+class Entry(Change):
+    """A change that was made: its version has been champion from then on."""
+
+    sequence: int
+    time: float
+    """In seconds since 1970; 0 where a document of format 1 does not tell. Never before the entry before it."""
+
     @property
     def when(self) -> str:
         """For a reader."""
         return datetime.fromtimestamp(self.time, UTC).isoformat(timespec="seconds") if self.time else "unknown"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Change:
-    """What somebody wants of a model's champion."""
-
-    action: Action
-    version: str
-    run_key: str
-    model_sha256: str
-    by: str
-    reason: str = ""
-    decision_sha256: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
