@@ -15,6 +15,7 @@ from training.cluster.protocol import (
     Preempted,
     Propose,
     RecordSeen,
+    StartWorkers,
     Status,
     Tell,
     Tick,
@@ -126,6 +127,54 @@ def test_a_member_starts_even_if_another_is_not_there_so_that_no_port_serves_two
     actions = driver.send(WorkersEnded(me=member(0, port=2)))
     [proposal] = [action.proposal for action in actions if isinstance(action, Propose)]
     assert proposal.members[0].port == 2
+
+
+# ---- news of a group -------------------------------------------------------------------------------------------------
+
+
+def news_told(actions: list[Action]) -> list[Record]:
+    told = [action.status.maybe_news for action in actions if isinstance(action, Tell)]
+    return [news for news in told if news is not None]
+
+
+def test_the_first_member_of_a_new_group_tells_it_once_without_the_secret_and_no_other_does() -> None:
+    for number, num_told in ((0, 1), (1, 0)):
+        driver = Driver(number)
+        driver.links(str(1 - number))
+        driver.sees(replace(group(0), secret="s"))
+        after = driver.sees(replace(group(1, member(0), member(1)), secret="s"))
+        assert [news.secret for news in news_told(after)] == [""] * num_told
+        assert not news_told(driver.send(Tick(), after=TIMING.beat))
+
+
+def test_who_hears_of_its_group_starts_without_reading_the_record() -> None:
+    driver = Driver(1)
+    driver.links("0")
+    driver.sees(replace(group(0), secret="s"))
+    news = group(1, member(0), member(1))
+    actions = driver.hears(member(0), phase="training", token=1, maybe_news=news)
+    assert [a.record for a in actions if isinstance(a, StartWorkers)] == [replace(news, secret="s")]
+    assert "ReadRecord" not in kinds(actions)
+
+
+def test_neither_old_news_nor_a_read_that_was_under_way_bring_an_older_record_back() -> None:
+    driver = Driver(2)
+    driver.links("0")
+    newest = group(3, member(0), member(1))
+    driver.sees(newest)
+    driver.hears(member(0), token=2, maybe_news=group(2, member(0), member(2)))
+    assert driver.node.maybe_record == newest
+    driver.sees(group(2, member(0), member(2)))
+    assert driver.node.maybe_record == newest
+
+
+def test_news_of_another_generation_or_for_who_knows_no_record_count_nothing() -> None:
+    news = replace(group(1, member(0), member(1)), generation=1)
+    driver = Driver(1)
+    driver.links("0")
+    for known in (None, group(0)):
+        driver.sees(known)
+        assert "StartWorkers" not in kinds(driver.hears(member(0), token=1, maybe_news=news))
 
 
 # ---- newcomers -------------------------------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ with sockets, processes and S3 (training.cluster.agent), the simulation without 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from training.cluster.membership import Proposal, is_over
@@ -119,6 +119,8 @@ class Node:
                     peer.heard_at, peer.maybe_status = now, event.status
                     if event.status.is_leaving:
                         self.preempted.add(event.status.member.incarnation)
+                    if event.status.maybe_news is not None:
+                        self._take_news(event.status.maybe_news, now)
             case RecordSeen():
                 self._take_record(event.maybe_record, now)
             case WorkersEnded():
@@ -138,8 +140,19 @@ class Node:
         self._read_at = now
         if maybe_record is not None and self.maybe_record is None:
             self._first_token = maybe_record.token
-        if maybe_record is not None and maybe_record != self.maybe_record:
+        if maybe_record is not None and maybe_record != self.maybe_record and not self._is_known_better(maybe_record):
             self.maybe_record = maybe_record
+            self._changed_at = now
+
+    def _is_known_better(self, record: Record) -> bool:
+        """A read that was under way when news came says less than they did."""
+        return self.maybe_record is not None and record.token < self.maybe_record.token
+
+    def _take_news(self, news: Record, now: float) -> None:
+        """As if read, but for whether S3 answers. Only for who knows the run's secret already."""
+        own = self.maybe_record
+        if own is not None and news.generation == own.generation and news.token > own.token:
+            self.maybe_record = replace(news, secret=own.secret)
             self._changed_at = now
 
     def _drop_silent_peers(self, now: float) -> None:
@@ -381,8 +394,16 @@ class Node:
     def _tell(self, now: float) -> None:
         status = self._status()
         if status != self._maybe_told or now - self._told_at >= self.timing.beat:
+            news = self._news(self._maybe_told)
             self._maybe_told, self._told_at = status, now
-            self._actions.append(Tell(status=status))
+            self._actions.append(Tell(status=replace(status, maybe_news=news)))
+
+    def _news(self, maybe_told: Status | None) -> Record | None:
+        record = self.maybe_record
+        is_new = record is not None and maybe_told is not None and maybe_told.token < record.token
+        if record is None or not is_new or not record.members or not self._leads_group(record):
+            return None
+        return replace(record, secret="")
 
 
 def _reach(one: Status, other: Status) -> bool:

@@ -55,6 +55,9 @@ class Status:
     """The last that its workers finished when they ended."""
     maybe_departure: Departure | None
     """Why its workers failed last."""
+    maybe_news: Record | None = None
+    """The record as it names a group whose first member this node is, said once and without its secret: the others need
+    not read it."""
 
 
 # ---- events ----------------------------------------------------------------------------------------------------------
