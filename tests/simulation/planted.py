@@ -192,8 +192,8 @@ PLANTED = (
     ),
     node(
         "news are told of a group that nobody began",
-        "        return replace(record, secret=\"\")",
-        "        return replace(record, secret=\"\", token=record.token + 1)",
+        '        return replace(record, secret="")',
+        '        return replace(record, secret="", token=record.token + 1)',
     ),
     node("a member that never comes is waited for", "return now - self.since > self.timing.start", "return False"),
 )
