@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from uuid import UUID
@@ -13,9 +14,11 @@ from infra.settings import Settings, load_settings
 from infra.store import store_location
 from tasks.initial import pinned
 from tasks.policy import patiently
+from tasks.prediction.wanted import Wanted
 from tasks.results import Dataset, Evaluation, Registration
 from tasks.train import links
 from training.config import Preset
+from training.documents import parse
 from training.runs.record import RunRecord
 from training.s3.objectstore import Store
 
@@ -26,6 +29,7 @@ RUN_KEY_LABEL = "unbroken.run_key"
 MACHINE_LABEL = "unbroken.machine"
 WARM_START_LABEL = "unbroken.warm_start"
 JUDGED_LABEL = "unbroken.judged"
+PREDICTED_LABEL = "unbroken.predicted"
 RESULTS_ARTIFACT = "results"
 LINKS_ARTIFACT = "links"
 BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
@@ -58,13 +62,26 @@ def pinned_once(settings: Settings, preset: Preset) -> Preset:
 def judged_once(find: Callable[[], tuple[str, int]]) -> tuple[str, int]:
     """The version that this flow run is to make champion, and the change that it replaces: what `find` gave when the
     flow run first began. While it waits for a person, or to be tried again, another may become champion."""
-    known = (_flow_run().labels or {}).get(JUDGED_LABEL)
-    if known is None:
-        found, replaces = patiently(find)
-        known = f"{found} {replaces}"
-        _label(JUDGED_LABEL, known)
-    version, _, sequence = str(known).rpartition(" ")
+
+    def found() -> str:
+        version, replaces = find()
+        return f"{version} {replaces}"
+
+    version, _, sequence = _found_once(JUDGED_LABEL, found).rpartition(" ")
     return version, int(sequence)
+
+
+def wanted_once(find: Callable[[], Wanted]) -> Wanted:
+    """What this flow run is to predict: what its names meant when it first began, whoever is champion by now."""
+    return parse(Wanted, json.loads(_found_once(PREDICTED_LABEL, lambda: json.dumps(asdict(find())))))
+
+
+def _found_once(label: str, find: Callable[[], str]) -> str:
+    known = (_flow_run().labels or {}).get(label)
+    if known is None:
+        known = patiently(find)
+        _label(label, known)
+    return str(known)
 
 
 def flow_run_name() -> str:

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-FLOW = "pipeline"
+FLOWS = ("pipeline", "predict")
 FLOW_RUN_VARIABLE = "PREFECT__FLOW_RUN_ID"
 OPEN_STATES = ("RUNNING", "PENDING", "CANCELLING")
 CRASHES_TO_LOOK_AT = timedelta(days=1)
@@ -82,7 +82,7 @@ class FlowRuns:
             filters.FlowRunFilter(state=of("CRASHED"), end_time=lately),
         )
         pool = filters.WorkPoolFilter(name=filters.WorkPoolFilterName(any_=[WORK_POOL]))
-        flow = filters.FlowFilter(name=filters.FlowFilterName(any_=[FLOW]))  # others' are theirs to resume
+        flow = filters.FlowFilter(name=filters.FlowFilterName(any_=[*FLOWS]))  # others' are theirs to resume
         return [
             run
             for kind in wanted

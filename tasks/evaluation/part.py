@@ -10,9 +10,9 @@ import sys
 from pathlib import Path
 
 from tasks.evaluation.samples import to_parquet
-from tasks.evaluation.scoring import ERROR, SCORES, Part, score_part
+from tasks.evaluation.scoring import SCORES, Part, score_part
+from tasks.parts import errors_told
 from training.documents import parse
-from training.errors import UnbrokenError
 from training.processes import die_with
 from training.s3.objectstore import Store
 
@@ -22,14 +22,10 @@ def main() -> None:
     part = parse(Part, json.loads(path.read_text()))
     die_with(part.parent_pid)
     store = Store(part.location)
-    try:
+    with errors_told(path):
         samples = score_part(
             store, part.preset, part.dataset_digest, part.run_key, rank=part.rank, world_size=part.world_size
         )
-    except UnbrokenError as error:
-        said = {"kind": type(error).__name__, "message": str(error), "records": getattr(error, "records", ())}
-        path.with_suffix(ERROR).write_text(json.dumps(said))
-        sys.exit(error.exit_code)
     path.with_suffix(SCORES).write_bytes(to_parquet(samples))
 
 

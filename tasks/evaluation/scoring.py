@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from contextlib import closing
@@ -21,10 +19,11 @@ import numpy as np
 
 from tasks.evaluation.samples import ID, POSITION, Samples, from_parquet
 from tasks.models import load_model
+from tasks.parts import run_parts
 from training.config import Preset
 from training.data.manifest import load_manifest
 from training.data.opening import open_reader
-from training.errors import DeterministicError, InfrastructureError, UserError, error_of
+from training.errors import DeterministicError, UserError
 from training.recipe import Recipe, load_recipe
 from training.s3.objectstore import Store, StoreLocation
 
@@ -32,7 +31,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from torch import Tensor
 
-SCORES, ERROR = ".parquet", ".error"
+SCORES = ".parquet"
 """What a process leaves beside the file that tells it its part."""
 
 
@@ -71,7 +70,7 @@ def score_samples(store: Store, preset: Preset, dataset_digest: str, run_key: st
                 parent_pid=os.getpid(),
             )
             path.write_text(json.dumps(asdict(part)))
-        _run(paths)
+        run_parts("tasks.evaluation.part", paths, what="score the held-out samples")
         return joined([from_parquet(path.with_suffix(SCORES).read_bytes()) for path in paths])
 
 
@@ -155,22 +154,3 @@ def _checked(recipe: Recipe, scores: Mapping[str, Tensor], ids: list[str]) -> di
             place = int(wrong[0])
             raise DeterministicError(f"sample {ids[place]}: the recipe's {name!r} is {float(scores[name][place])}")
     return {name: score.numpy() for name, score in scores.items()}
-
-
-def _run(paths: Sequence[Path]) -> None:
-    """One process for each part, until all are done, or one has failed."""
-    processes = [subprocess.Popen([sys.executable, "-P", "-m", "tasks.evaluation.part", str(path)]) for path in paths]
-    try:
-        for path, process in zip(paths, processes, strict=True):
-            if process.wait() == 0:
-                continue
-            if path.with_suffix(ERROR).exists():
-                raise error_of(**json.loads(path.with_suffix(ERROR).read_text()))
-            raise InfrastructureError(
-                f"process {path.stem} of {len(paths)} that score the held-out samples died with code"
-                f" {process.returncode}"
-            )
-    finally:
-        for process in processes:
-            process.kill()
-            process.wait()

@@ -27,6 +27,8 @@ HELPS: tuple[list[str], ...] = (
         ["models", "promote"],
         ["models", "rollback"],
         ["models", "history"],
+        ["models", "predict"],
+        ["models", "export"],
     ),
     *(["data", verb] for verb in ("show", "diff", "verify", "withdraw", "rm", "gc", "export", "import")),
 )

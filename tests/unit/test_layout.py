@@ -31,6 +31,7 @@ def test_deployments_name_the_flow_by_module_path() -> None:
     assert named == {
         "flows.pipeline.pipeline": {"digits", "stdlib", "custom"},
         **{f"flows.lifecycle.{name}": {"models"} for name in ("promote", "rollback", "history")},
+        "flows.predict.predict": {"models"},
     }
 
 

@@ -215,7 +215,7 @@ def _write_parquet(path: Path, shard: Shard, fields: Fields) -> None:
     import pyarrow as pa
     from pyarrow import parquet
 
-    arrays = [pa.array(shard.ids, pa.string()), *(_to_arrow(shard.columns[name]) for name in sorted(fields))]
+    arrays = [pa.array(shard.ids, pa.string()), *(to_arrow(shard.columns[name]) for name in sorted(fields))]
     about = [
         pa.field(name, array.type, metadata={"shape": json.dumps(fields[name].shape)} if name in fields else None)
         for name, array in zip(["id", *sorted(fields)], arrays, strict=True)
@@ -223,7 +223,8 @@ def _write_parquet(path: Path, shard: Shard, fields: Fields) -> None:
     parquet.write_table(pa.Table.from_arrays(arrays, schema=pa.schema(about)), path)
 
 
-def _to_arrow(column: Column) -> pyarrow.Array:
+def to_arrow(column: Column) -> pyarrow.Array:
+    """Scalars as they are, arrays as flat lists."""
     import pyarrow as pa
 
     flat = column.flat if isinstance(column, Ragged) else column

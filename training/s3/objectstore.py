@@ -247,6 +247,17 @@ class Store:
             self.send(key, *pieces, sha256=sha256)
         return True
 
+    def create_immutable(self, key: str, data: bytes) -> bool:
+        """The same for what several may make at once: one of them writes it, and the others get False."""
+        for attempt in range(NUM_TRIES):
+            outcome = self._try_write(key, data, {"IfNoneMatch": "*"})
+            if outcome == "written":
+                return True
+            if outcome == "refused":
+                return self.put_immutable(key, data)
+            time.sleep(FIRST_PAUSE_SECONDS * 2**attempt)
+        return self.put_immutable(key, data)
+
     def exists(self, key: str) -> bool:
         """Exactly this key (a listing by prefix would also find its longer neighbours)."""
         reply = self._quick_reply("HEAD", key)

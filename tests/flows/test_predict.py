@@ -1,0 +1,293 @@
+"""A registered model's predictions for a whole dataset, killed on the way; and its weights in a file for others."""
+
+from __future__ import annotations
+
+import io
+import json
+import signal
+import subprocess
+import uuid
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import pyarrow.parquet as pq
+import pytest
+import safetensors.torch
+import torch
+from prefect.client.orchestration import SyncPrefectClient
+
+from tasks.lifecycle import model_file
+from tasks.lifecycle.interchange import EQUAL, export_weights
+from tasks.lifecycle.model_file import KeptVersion, Program, Signature, Tensor
+from tasks.prediction.kept import predictions_prefix
+from tasks.register import save_model
+from tests.conftest import Stack
+from tests.flows.runs import last_json
+from tests.waiting import wait_until
+from training.config import load_preset
+from training.data.manifest import Manifest, load_manifest, shard_key
+from training.documents import sha256_hex
+from training.errors import DamagedError, InfrastructureError, UserError
+from training.recipe import load_recipe
+from training.runs.job import Job, store_job
+from training.runs.record import run_key
+from training.s3.objectstore import Store
+
+SHARD_BYTES = 1024
+"""Small, so that there are many shards."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Known:
+    """A model of three versions (equal, but for their weights) and a dataset of many shards, on the stack's store."""
+
+    store: Store
+    name: str
+    digest: str
+    kept: dict[str, KeptVersion]
+
+    @property
+    def manifest(self) -> Manifest:
+        return load_manifest(self.store, self.name, self.digest)
+
+    def prefix(self, version: str) -> str:
+        return predictions_prefix(self.name, model_sha256=self.kept[version].model_sha256, dataset_digest=self.digest)
+
+    def objects(self, version: str) -> dict[str, tuple[str, Any]]:
+        """What is there of a version's predictions, by key: its ETag, and when it was written."""
+        return {each.key: (each.etag, each.modified) for each in self.store.list_entries(self.prefix(version))}
+
+    def shards(self, version: str) -> dict[str, tuple[str, Any]]:
+        return {key: found for key, found in self.objects(version).items() if key.endswith(".parquet")}
+
+    def contents(self, version: str) -> dict[str, bytes]:
+        return {key: self.store.get(key) for key in self.objects(version)}
+
+
+@pytest.fixture(scope="module")
+def known(stack: Stack, tmp_path_factory: pytest.TempPathFactory) -> Known:
+    """As the pipeline leaves them, without a training: its bits are not looked at here."""
+    from tasks.shard import shard
+
+    name = f"predicted-{uuid.uuid4().hex[:8]}"
+    preset = load_preset("digits", {"data.name": name, "data.shard_bytes": SHARD_BYTES})
+    dataset = shard.fn(preset)
+    recipe = load_recipe(preset)
+    key = run_key(recipe=recipe, preset=preset, dataset_digest=dataset.digest)
+    store_job(
+        stack.store, Job(key=key, generation=0, preset=preset, dataset_digest=dataset.digest, location=stack.location)
+    )
+    kept = {}
+    for number in range(1, 5):
+        torch.manual_seed(number)
+        folder = tmp_path_factory.mktemp("models") / str(number)
+        save_model(recipe.model().eval(), np.zeros((2, 1, 8, 8), np.float32), folder, None)
+        data = (folder / "data" / "model.pt2").read_bytes()
+        signature = Signature(
+            inputs=Tensor(dtype="float32", shape=(-1, 1, 8, 8)), outputs=Tensor(dtype="float32", shape=(-1, 10))
+        )
+        kept[str(number)] = model_file.keep(
+            stack.store,
+            name,
+            str(number),
+            run_key=key,
+            weights_sha256=str(number) * 64,
+            dataset_digest=dataset.digest,
+            fetch=lambda data=data, signature=signature: Program(data=data, signature=signature),
+        )
+    return Known(store=stack.store, name=name, digest=dataset.digest, kept=kept)
+
+
+@pytest.fixture
+def client(stack: Stack) -> Iterator[SyncPrefectClient]:
+    with SyncPrefectClient(stack.settings.prefect_api_url) as client:
+        yield client
+
+
+def parts_below(process: psutil.Process) -> list[psutil.Process]:
+    return [each for each in process.children(recursive=True) if "tasks.prediction.part" in each.cmdline()]
+
+
+def predict(stack: Stack, known: Known, version: str, processes: int = 1) -> subprocess.CompletedProcess[str]:
+    arguments = ("--data", known.name, "--processes", str(processes), "--json")
+    return stack.command("models", "predict", f"{known.name}/{version}", *arguments)
+
+
+def strike(stack: Stack, known: Known, *, child: bool) -> dict[str, tuple[str, Any]]:
+    """Begin to predict by version 1, and kill -9 the command, or one of its processes, once some shards are finished.
+    Returns what was finished, when nothing is left that could finish more."""
+    before = known.shards("1")
+    started = stack.start("models", "predict", f"{known.name}/1", "--data", known.name, "--processes", "1")
+    process = psutil.Process(started.pid)
+    wait_until(lambda: len(known.shards("1")) >= len(before) + 3, what="shards to be finished", timeout_seconds=120)
+    parts = parts_below(process)
+    assert parts
+    (parts[0] if child else process).send_signal(signal.SIGKILL)
+    out, _ = started.communicate(timeout=120)
+    if child:
+        assert started.returncode == InfrastructureError.exit_code, out
+        assert f"died with code -{signal.SIGKILL.value}" in out
+    else:
+        assert started.returncode == -signal.SIGKILL
+    wait_until(lambda: not any(part.is_running() for part in parts), what="no process to be left")
+    return known.shards("1")
+
+
+def test_killed_twice_it_gives_the_same_bytes_and_writes_no_shard_again(stack: Stack, known: Known) -> None:
+    num_shards = len({info.sha256 for infos in known.manifest.splits.values() for info in infos})
+    finished: list[dict[str, tuple[str, Any]]] = []
+    for child in (False, True):
+        finished.append(strike(stack, known, child=child))
+        assert known.objects("1").keys() == finished[-1].keys()  # no manifest
+    assert 3 <= len(finished[0]) < len(finished[1]) < num_shards
+    done = predict(stack, known, "1")
+    assert done.returncode == 0, done.stderr
+    told = json.loads(done.stdout)
+    assert (told["num_shards"], told["num_shards_found"]) == (num_shards, len(finished[1]))
+    after = known.objects("1")
+    assert len(after) == num_shards + 1
+    for before in finished:
+        assert {key: after[key] for key in before} == before
+
+    contents = known.contents("1")
+    again = predict(stack, known, "1", processes=3)
+    assert json.loads(again.stdout)["num_shards_found"] == num_shards
+    assert known.objects("1") == after
+    for key in after:
+        known.store.delete(key)
+    assert predict(stack, known, "1", processes=3).returncode == 0
+    assert known.contents("1") == contents
+
+
+def test_predictions_are_the_models_and_the_manifest_says_whose(stack: Stack, known: Known) -> None:
+    """Beside it another process at the same work."""
+    both = [
+        stack.start("models", "predict", f"{known.name}/2", "--data", f"{known.name}@{known.digest[:12]}")
+        for _ in range(2)
+    ]
+    for each in both:
+        out, _ = each.communicate(timeout=180)
+        assert each.returncode == 0, out
+    contents = known.contents("2")
+    prefix = known.prefix("2")
+    manifest = json.loads(contents.pop(f"{prefix}manifest.json"))["result"]
+    kept = known.kept["2"]
+    assert (manifest["model"], manifest["version"], manifest["model_sha256"]) == (known.name, "2", kept.model_sha256)
+    assert (manifest["dataset"], manifest["dataset_digest"]) == (known.name, known.digest)
+    program = torch.export.load(io.BytesIO(model_file.prove(known.store, kept))).module()
+    torch.set_num_threads(1)
+    named = set()
+    for split, infos in known.manifest.splits.items():
+        for info, told in zip(infos, manifest["splits"][split], strict=True):
+            key = f"{prefix}shards/{info.sha256}-{told['sha256']}.parquet"
+            named.add(key)
+            assert sha256_hex(contents[key]) == told["sha256"]
+            table = pq.read_table(io.BytesIO(contents[key]))
+            assert (told["shard"], told["num_samples"]) == (info.sha256, table.num_rows)
+            shard = safetensors.torch.load(known.store.get(shard_key(known.name, info.sha256)))
+            inputs = shard["pixels"].clone().unsqueeze(1).to(torch.float32) / 16.0
+            with torch.inference_mode():
+                outputs = torch.cat([program(rows.clone()) for rows in inputs.split(64)])
+            assert np.array_equal(np.stack(table["prediction"].to_numpy()), outputs.numpy())
+    assert named == contents.keys()
+
+
+def test_deployment_whose_process_is_killed_goes_on_by_itself(
+    stack: Stack, known: Known, client: SyncPrefectClient
+) -> None:
+    deployment = client.read_deployment_by_name("predict/models")
+    run = client.create_flow_run_from_deployment(
+        deployment.id, parameters={"model": f"{known.name}/3", "data": known.name, "processes": 1}
+    )
+    wait_until(lambda: known.shards("3"), what="a shard to be finished", timeout_seconds=120)
+    (engine,) = [
+        each
+        for each in psutil.process_iter()
+        if each.name().startswith("python")
+        and f"{run.id}" in each.environ().get("PREFECT__FLOW_RUN_ID", "")
+        and "prefect.engine" in each.cmdline()
+    ]
+    engine.kill()
+    before = known.shards("3")
+
+    def is_over() -> bool:
+        state = client.read_flow_run(run.id).state
+        return state is not None and (state.is_completed() or state.is_failed())
+
+    wait_until(is_over, what="the flow run to be over", timeout_seconds=180)
+    assert client.read_flow_run(run.id).state.is_completed()  # type: ignore[union-attr]
+    after = known.objects("3")
+    assert f"{known.prefix('3')}manifest.json" in after
+    assert {key: after[key] for key in before} == before
+
+
+def test_what_cannot_be_predicted_is_named(stack: Stack, known: Known) -> None:
+    kept = known.kept["4"]
+    key = model_file.file_key(known.name, kept.model_sha256)
+    whole = known.store.get(key)
+    known.store.put(key, b"damaged")
+    refused = predict(stack, known, "4")
+    assert (refused.returncode, key in refused.stderr) == (DamagedError.exit_code, True), refused.stderr
+    known.store.put(key, whole)
+    info = known.manifest.splits["test"][0]
+    shard = known.store.get(shard_key(known.name, info.sha256))
+    known.store.put(shard_key(known.name, info.sha256), shard[:-1] + b"?")
+    refused = predict(stack, known, "4")
+    assert (refused.returncode, info.sha256 in refused.stderr) == (DamagedError.exit_code, True), refused.stderr
+    known.store.put(shard_key(known.name, info.sha256), shard)
+    assert f"{known.prefix('4')}manifest.json" not in known.objects("4")
+    assert predict(stack, known, "4").returncode == 0
+    some, *_ = known.shards("4")
+    known.store.put(some, b"damaged")
+    assert predict(stack, known, "4").returncode == 0
+    assert sha256_hex(known.store.get(some)) == some.rpartition("-")[2].removesuffix(".parquet")
+    for arguments, code, words in (
+        ((f"{known.name}/9", "--data", known.name), UserError.exit_code, "version 9 has no model file"),
+        ((f"{known.name}@champion", "--data", known.name), UserError.exit_code, "has no champion"),
+        (("nobody/1", "--data", known.name), UserError.exit_code, "no model 'nobody'"),
+        ((f"{known.name}/1", "--data", "nothing"), UserError.exit_code, "no dataset version is meant by 'nothing'"),
+    ):
+        refused = stack.command("models", "predict", *arguments)
+        assert (refused.returncode, words in refused.stderr) == (code, True), refused.stderr
+
+
+# ---- weights in a file -----------------------------------------------------------------------------------------------
+
+
+def test_exported_weights_are_the_registered_ones(stack: Stack, known: Known, tmp_path: Path) -> None:
+    path = tmp_path / "digits.safetensors"
+    done = stack.command("models", "export", f"{known.name}/1", "--to", str(path), "--json")
+    assert done.returncode == 0, done.stderr
+    about = last_json(done.stdout)
+    assert (about["version"], about["model_sha256"]) == ("1", known.kept["1"].model_sha256)
+    assert (about["recipe"], about["run"]) == ("training.recipes.digits:Digits", known.kept["1"].run_key)
+    assert about["outputs"] == EQUAL
+    with safetensors.safe_open(path, "pt") as file:
+        assert {"file": str(path), **file.metadata()} == about
+    torch.manual_seed(1)
+    module = load_recipe(load_preset("digits")).model()
+    loaded = safetensors.torch.load_file(path)
+    assert loaded.keys() == module.state_dict().keys()
+    assert all(torch.equal(loaded[name], tensor) for name, tensor in module.state_dict().items())
+    assert [each.name for each in tmp_path.iterdir()] == [path.name]
+
+
+def test_export_replaces_nothing_unless_it_is_told_to(known: Known, tmp_path: Path) -> None:
+    path = tmp_path / "weights.safetensors"
+    path.write_bytes(b"mine")
+    with pytest.raises(UserError, match="exists"):
+        export_weights(known.store, known.kept["2"], path)
+    assert [(each.name, each.read_bytes()) for each in tmp_path.iterdir()] == [(path.name, b"mine")]
+    export_weights(known.store, known.kept["2"], path, force=True)
+    assert safetensors.torch.load_file(path)
+
+
+def test_damaged_model_file_is_not_exported(known: Known, tmp_path: Path) -> None:
+    kept = replace(known.kept["3"], model_sha256="0" * 64)
+    with pytest.raises(DamagedError, match=f"models/{known.name}/files/0000"):
+        export_weights(known.store, kept, tmp_path / "weights.safetensors")
+    assert not list(tmp_path.iterdir())
