@@ -16,6 +16,7 @@ from tasks.gate.judge import judge
 from tasks.lifecycle import champions, promotion
 from tasks.lifecycle.champion import moment
 from tasks.lifecycle.promotion import Outcome
+from tasks.lineage import page
 from tasks.policy import patiently
 from tasks.stack import open_stack
 
@@ -96,6 +97,7 @@ def _whom() -> str:
 
 def _told(outcome: Outcome) -> dict[str, Any]:
     entry = outcome.entry
+    page.renew(*open_stack(), outcome)
     text = f"{outcome.model} version {entry.version} is champion ({entry.action} by {entry.by}, {entry.when})"
     patiently(lambda: create_markdown_artifact(key="champion", markdown=text, description="The champion"))
     return asdict(outcome)

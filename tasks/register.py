@@ -14,6 +14,7 @@ from tasks import mlflow_client, registry, tracking
 from tasks.lifecycle import champions, model_file, projection
 from tasks.lifecycle.champion import Change
 from tasks.lifecycle.model_file import KeptVersion, Program, Signature, Tensor
+from tasks.lineage import page
 from tasks.models import load_model
 from tasks.policy import patiently, stage_options
 from tasks.provenance import commit_of
@@ -91,6 +92,7 @@ def register(preset: Preset, dataset: Dataset, model: TrainedModel, evaluation: 
     )
     tag_with_file(settings.mlflow_uri, version, kept)
     aliases = set_aliases(settings.mlflow_uri, store, kept)
+    page.show(settings, store, kept)
     log.info("model %s version %s: %s", preset.name, version.version, ", ".join(aliases))
     return Registration(
         name=preset.name,

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
 DRILL_TAG = "unbroken.drill"
 """On a version: "green" or "red". With .id, .subject, .code, .faults and .report_sha256 (docs/drill.md)."""
+GATE_TAG = "unbroken.gate"
+"""On a version: "passed" or "refused", as it was judged last. With .decision, .champion and .reason."""
 ALIASES_DUE_TAG = "unbroken.aliases_due"
 """On a version that has not been given its aliases yet: its maker is about to, or has died."""
 MODEL_TAG = "unbroken.model_sha256"
@@ -174,6 +176,18 @@ def attach_files(
         ask(lambda: client.log_artifact(run_id, str(path), folder))  # noqa: B023
     for key, value in tags.items():
         ask(lambda: client.set_model_version_tag(name, version, key, value))  # noqa: B023
+
+
+def describe_version(uri: str, name: str, version: str, text: str, *, heading: str) -> bool:
+    """Set a version's description, which MLflow shows as Markdown; False if there is one that does not begin with
+    `heading`: a person's."""
+    client = connect(uri)
+    found = str(ask(lambda: client.get_model_version(name, version)).description or "")
+    if found and not found.startswith(heading):
+        return False
+    if found != text:
+        ask(lambda: client.update_model_version(name, version, text))
+    return True
 
 
 def find_version(uri: str, text: str, *, what: str = "train.warm_start") -> tuple[str, str]:

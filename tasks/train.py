@@ -21,7 +21,7 @@ from tasks.forward import Forwarder
 from tasks.nodes import Nodes
 from tasks.opening import Identity, identify, open_run
 from tasks.policy import stage_options
-from tasks.provenance import commit_of
+from tasks.provenance import commit_of, keep_start
 from tasks.pulse import Pulse
 from tasks.results import Dataset, TrainedModel
 from tasks.stack import open_stack
@@ -32,6 +32,7 @@ from training.data.withdrawn import quarantined_records
 from training.documents import digest_of
 from training.errors import CancelledError, DamagedError, InfrastructureError
 from training.runs.events import Event
+from training.runs.identity import keep_identity
 from training.runs.job import Job, agent_command, agent_environment, store_job
 from training.runs.record import Record, RunRecord
 from training.s3.objectstore import Store
@@ -103,6 +104,7 @@ def train(preset: Preset, dataset: Dataset, *, owner: str | None = None, fresh: 
         if fresh is not None and not record.attempt_starts:
             _cancel(launcher, run, record)  # the agents of the generation before
         if record.result is None:
+            _keep_origin(store, identity, record, owner=owner)
             if launcher.find(run.run_key) is not None:
                 log.info("it is being trained already, on what it was started with; `unbroken runs cancel` ends that")
             launcher.submit(job_spec(settings, store, identity, record, owner=owner))
@@ -132,6 +134,19 @@ def train(preset: Preset, dataset: Dataset, *, owner: str | None = None, fresh: 
         weights_sha256=result.weights_sha256,
         state_sha256=result.state_sha256,
     )
+
+
+def _keep_origin(store: Store, identity: Identity, record: Record, *, owner: str | None) -> None:
+    """What the run is a function of, and who starts it: `unbroken models why` tells, `verify` compares."""
+    keep_identity(
+        store,
+        record.key,
+        recipe=identity.recipe,
+        preset=identity.preset,
+        dataset_digest=identity.dataset_digest,
+        initial_weights=identity.initial.weights_sha256 if identity.initial else None,
+    )
+    keep_start(store, record.key, identity.preset, generation=record.generation, flow_run=owner)
 
 
 def _tags(store: Store, dataset: Dataset, preset: Preset, record: Record) -> dict[str, str]:

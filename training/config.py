@@ -48,8 +48,8 @@ class DataConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    """What is computed. Everything here decides the result but for when checkpoints and
-    validations are made."""
+    """What is computed. Everything here decides the result but for when checkpoints,
+    digests and validations are made."""
 
     steps: int
     batch_size: int
@@ -72,6 +72,9 @@ class TrainConfig:
     """So many of the newest are kept."""
     keep_every_steps: int | None = None
     """The checkpoints of every so many steps are kept for ever."""
+    digest_every_steps: int | None = None
+    """A digest of the weights is noted every so many steps, in exact mode (0: never; None: as often as costs next to
+    nothing)."""
 
     def __post_init__(self) -> None:
         _require(self.steps >= 1, "train.steps", "must be at least 1")
@@ -91,6 +94,11 @@ class TrainConfig:
             self.validate_every_steps is None or self.validate_every_steps >= 1,
             "train.validate_every_steps",
             "must be at least 1",
+        )
+        _require(
+            self.digest_every_steps is None or self.digest_every_steps >= 0,
+            "train.digest_every_steps",
+            "must not be negative (0: never)",
         )
         _require(self.clip_norm is None or self.clip_norm > 0, "train.clip_norm", "must be positive")
         if self.batch_size < 1 or self.batch_size % self.virtual_workers:
@@ -220,6 +228,7 @@ class Preset:
             "checkpoint_every_steps",
             "keep_checkpoints",
             "keep_every_steps",
+            "digest_every_steps",
             "validate_every_steps",
             "warm_start",
         ):

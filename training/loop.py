@@ -24,7 +24,7 @@ from training.checkpointing import Checkpointing
 from training.checkpoints.checkpoint import load_initial, newest_proven
 from training.checkpoints.saver import CheckpointSaver
 from training.checkpoints.state import TrainState
-from training.config import Preset
+from training.config import Preset, TrainConfig
 from training.control import Note
 from training.data import ledger
 from training.data.stream import Microbatch
@@ -47,6 +47,19 @@ class Rank:
     world_size: int
     token: int
     device: torch.device
+
+
+DIGEST_BYTES_PER_STEP = 4 << 20
+"""So much of the weights is hashed per step on average, unless the preset says how often: 0.3 ms."""
+
+
+def digest_period(train: TrainConfig, num_weight_bytes: int) -> int:
+    """After so many steps the weights' digest is noted; 0: never. Fast mode promises no bits that it could prove."""
+    if train.mode == "fast":
+        return 0
+    if train.digest_every_steps is not None:
+        return train.digest_every_steps
+    return max(1, -(-num_weight_bytes // DIGEST_BYTES_PER_STEP))
 
 
 class Reducer(Protocol):
@@ -156,6 +169,10 @@ class Trainer:
     @cached_property
     def extras(self) -> Extras:
         return Extras(self.state.model, num_words=NUM_CONTROL_WORDS + self.balance.num_words)
+
+    @cached_property
+    def digest_period(self) -> int:
+        return digest_period(self.preset.train, self.state.num_weight_bytes())
 
     @cached_property
     def reducer(self) -> Reducer:
@@ -449,7 +466,7 @@ class Trainer:
 
     def values(self, outcome: StepOutcome, *, seconds: float) -> dict[str, object]:
         """What is told of a step, but for its validation."""
-        return {
+        told: dict[str, object] = {
             "loss": outcome.loss,
             "grad_norm": outcome.grad_norm,
             "samples": outcome.samples,
@@ -457,6 +474,9 @@ class Trainer:
             "samples_per_second": self.preset.train.batch_size / seconds,
             "seconds": seconds,
         }
+        if self.digest_period and self.state.step % self.digest_period == 0:
+            told["weights"] = self.state.weights_digest()
+        return told
 
     def report_step(self, outcome: StepOutcome) -> None:
         if self.maybe_events is not None:

@@ -24,6 +24,7 @@ from training.documents import canonical_json
 from training.errors import UnbrokenError, UserError
 from training.processes import die_with
 from training.runs.events import EventWriter
+from training.runs.identity import keep_identity
 from training.runs.job import Job, read_job, store_job
 from training.runs.record import Record, RunRecord, run_key, trajectory_key, without_failure
 from training.s3.objectstore import Store, StoreLocation
@@ -119,6 +120,7 @@ def begin(store: Store, preset: Preset, dataset: str) -> dict[str, Any]:
     _, digest = find_version(store, dataset)
     recipe = load_recipe(preset)
     key = run_key(recipe=recipe, preset=preset, dataset_digest=digest)
+    keep_identity(store, key, recipe=recipe, preset=preset, dataset_digest=digest)
     run = RunRecord(store, key)
     run.create_if_missing()
     record = run.update(lambda newest: membership.launched_elsewhere(without_failure(newest)))

@@ -220,17 +220,27 @@ def source_closure_digest(recipe: Recipe) -> str:
 
 def module_closure_digest(module_name: str) -> str:
     """The same for an imported module that defines a recipe."""
+    return digest_of({name: sha256 for name, (_, sha256) in _module_closure(module_name).items()})
+
+
+def source_closure(recipe: Recipe) -> dict[str, Path]:
+    """The files whose bytes that digest is of, by the name of the module."""
+    return {name: path for name, (path, _) in _module_closure(type(recipe).__module__).items()}
+
+
+def _module_closure(module_name: str) -> dict[str, tuple[Path, str]]:
+    """Each module's file and its sha256."""
     module = sys.modules[module_name]
     assert module.__file__ is not None
     name, path = module.__name__, Path(module.__file__)
     depth = name.count(".") - (path.name != "__init__.py")
     root = path.parent if name.startswith("training.") else path.parents[max(0, depth)]
-    found: dict[str, str] = {}
+    found: dict[str, tuple[Path, str]] = {}
     _collect(name, root, found)
-    return digest_of(found)
+    return found
 
 
-def _collect(name: str, root: Path, found: dict[str, str]) -> None:
+def _collect(name: str, root: Path, found: dict[str, tuple[Path, str]]) -> None:
     package = name.rpartition(".")[0]
     if package:  # importing a.b runs a/__init__.py too
         _collect(package, root, found)
@@ -240,7 +250,8 @@ def _collect(name: str, root: Path, found: dict[str, str]) -> None:
     path = Path(spec.origin)
     if root not in path.parents or path.suffix != ".py":
         return
-    found[name], imports = _read_source(path, package=spec.parent or "")
+    sha256, imports = _read_source(path, package=spec.parent or "")
+    found[name] = path, sha256
     for imported in imports:
         try:
             _collect(imported, root, found)

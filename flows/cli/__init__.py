@@ -8,7 +8,20 @@ from collections.abc import Sequence
 
 from cyclopts import App
 
-from flows.cli import browse, checkpoints, data, drill, interchange, kubernetes, lifecycle, run, scaffold, serve, stack
+from flows.cli import (
+    browse,
+    checkpoints,
+    data,
+    drill,
+    interchange,
+    kubernetes,
+    lifecycle,
+    lineage,
+    run,
+    scaffold,
+    serve,
+    stack,
+)
 from training.errors import UnbrokenError
 
 app = App(
@@ -25,6 +38,7 @@ data.add_to(app)
 browse.add_to(app)
 lifecycle.add_to(browse.models)
 interchange.add_to(browse.models)
+lineage.add_to(browse.models)
 checkpoints.add_to(app)
 serve.add_to(app)
 kubernetes.add_to(app)

@@ -39,10 +39,13 @@ def promote(
     from infra.settings import load_settings
     from tasks.gate.judge import judge
     from tasks.lifecycle import promotion
+    from tasks.lineage import page
 
     settings, store = load_settings(), open_store()
     maybe_judge = judge if gate else None
-    _tell(promotion.promote(settings, store, version, by=_whom(), reason=reason, judge=maybe_judge), json)
+    outcome = promotion.promote(settings, store, version, by=_whom(), reason=reason, judge=maybe_judge)
+    page.renew(settings, store, outcome)
+    _tell(outcome, json)
 
 
 def rollback(
@@ -56,9 +59,12 @@ def rollback(
     """Make the champion before the current one champion again. Refused if its bytes are damaged (exit code 6)."""
     from infra.settings import load_settings
     from tasks.lifecycle import promotion
+    from tasks.lineage import page
 
-    store = open_store()
-    _tell(promotion.roll_back(load_settings(), store, model, to=to, by=_whom(), reason=reason), json)
+    settings, store = load_settings(), open_store()
+    outcome = promotion.roll_back(settings, store, model, to=to, by=_whom(), reason=reason)
+    page.renew(settings, store, outcome)
+    _tell(outcome, json)
 
 
 def history(

@@ -26,8 +26,6 @@ from training.s3.objectstore import Store
 
 log = logging.getLogger(__name__)
 
-GATE_TAG = "unbroken.gate"
-"""On a version: "passed" or "refused", as it was judged last. With .decision, .champion and .reason."""
 MAX_REASON_CHARACTERS = 1000
 
 
@@ -190,10 +188,10 @@ def _tell(settings: Settings, judgement: Judgement) -> None:
     for reason in judgement.decision.reasons:
         log.info("%s %s", "passed " if reason.passed else "REFUSED", reason.text)
     tags = {
-        GATE_TAG: "passed" if judgement.passed else "refused",
-        f"{GATE_TAG}.decision": judgement.sha256,
-        f"{GATE_TAG}.champion": judgement.champion or "none",
-        f"{GATE_TAG}.reason": ("; ".join(judgement.reasons) or "all rules are met")[:MAX_REASON_CHARACTERS],
+        registry.GATE_TAG: "passed" if judgement.passed else "refused",
+        f"{registry.GATE_TAG}.decision": judgement.sha256,
+        f"{registry.GATE_TAG}.champion": judgement.champion or "none",
+        f"{registry.GATE_TAG}.reason": ("; ".join(judgement.reasons) or "all rules are met")[:MAX_REASON_CHARACTERS],
     }
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / f"{judgement.sha256}.json"

@@ -125,19 +125,25 @@ class EventReader:
         self._prefix = prefix
         self.position = position
 
+    def read_next(self) -> list[Event]:
+        """The events of one chunk. Raises `MissingError` if it is not there yet."""
+        token, chunk = self.position
+        data = self._store.get(chunk_key(self._prefix, token, chunk))
+        self.position = token, chunk + 1
+        return list(_parse(data, token))
+
     def read_new(self, *, newest_token: int) -> Iterator[Event]:
         """Every event of the chunks that appeared since. A token is left once a newer one exists."""
         while True:
-            token, chunk = self.position
+            token, _ = self.position
             try:
-                data = self._store.get(chunk_key(self._prefix, token, chunk))
+                events = self.read_next()
             except MissingError:
                 if token >= newest_token:
                     return
                 self.position = token + 1, 0
                 continue
-            self.position = token, chunk + 1
-            yield from _parse(data, token)
+            yield from events
 
 
 def _parse(data: bytes, token: int) -> Iterator[Event]:

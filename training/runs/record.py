@@ -147,17 +147,18 @@ class Record:
 
 def run_key(*, recipe: Recipe, preset: Preset, dataset_digest: str, initial_weights: str | None = None) -> str:
     """sha256 over the canonical JSON of all that determines the result."""
-    return digest_of(_determining(recipe, preset, dataset_digest, initial_weights))
+    return digest_of(determining(recipe, preset, dataset_digest, initial_weights))
 
 
 def trajectory_key(*, recipe: Recipe, preset: Preset, dataset_digest: str, initial_weights: str | None = None) -> str:
     """What all runs share that differ in their number of steps alone (training.checkpoints.continuation)."""
-    document = _determining(recipe, preset, dataset_digest, initial_weights)
+    document = determining(recipe, preset, dataset_digest, initial_weights)
     del document["preset"]["train"]["steps"]
     return digest_of(document)
 
 
-def _determining(recipe: Recipe, preset: Preset, dataset_digest: str, initial_weights: str | None) -> dict[str, Any]:
+def determining(recipe: Recipe, preset: Preset, dataset_digest: str, initial_weights: str | None) -> dict[str, Any]:
+    """All that determines the result, as a document: its digest is the run key."""
     return {
         "recipe": preset.recipe,
         "recipe_source": source_closure_digest(recipe),
