@@ -84,11 +84,15 @@ class Checkpointing:
                 self.emit("checkpoint_failed", step=step, reason=str(error))
 
     def _save(self, state: TrainState) -> None:
+        figures, started = self._handover.figures, time.monotonic()
         agreed = state.unsummed_digests()
-        self._saver.save(state.step, state.tensors(), agreed=agreed, on_commit=self._note_commit)
+        num_bytes = self._saver.save(state.step, state.tensors(), agreed=agreed, on_commit=self._note_commit)
+        figures.checkpoint_bytes += num_bytes
+        figures.checkpoint_seconds += time.monotonic() - started
 
     def _note_commit(self, checkpoint: CheckpointRef) -> None:
         """On rank 0 only."""
         self._maybe_newest = checkpoint
         self.committed_step = checkpoint.step
+        self._handover.figures.checkpoint_step, self._handover.figures.checkpoint_time = checkpoint.step, time.time()
         self.emit("checkpoint", step=checkpoint.step, sha256=checkpoint.sha256)

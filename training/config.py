@@ -142,6 +142,8 @@ class LaunchConfig:
     """On so many is the source sharded first, by an engine that has more than this machine (0: by the stage itself)."""
     time_limit_seconds: int = 0
     """After which a node is given back, and asked for again: for engines that want to know."""
+    deadline_seconds: int = 0
+    """The run is to be done so long after it began; an alert says when it will not be (0: whenever it is)."""
     priority: str = ""
     """One in [slurm.priorities] of unbroken.toml; in manifests for Kubernetes (`runs render`), a PriorityClass."""
     join_seconds: float = 10.0
@@ -175,7 +177,14 @@ class LaunchConfig:
     def __post_init__(self) -> None:
         _require(self.nodes >= 1, "launch.nodes", "must be at least 1")
         _require(1 <= self.min_nodes <= self.nodes, "launch.min_nodes", "must lie between 1 and launch.nodes")
-        for name in ("cpus_per_node", "memory_bytes_per_node", "gpus_per_node", "shard_nodes", "time_limit_seconds"):
+        for name in (
+            "cpus_per_node",
+            "memory_bytes_per_node",
+            "gpus_per_node",
+            "shard_nodes",
+            "time_limit_seconds",
+            "deadline_seconds",
+        ):
             _require(getattr(self, name) >= 0, f"launch.{name}", "must not be negative")
         _require(self.join_seconds >= 0, "launch.join_seconds", "must not be negative")
         _require(self.silence_seconds >= 0.5, "launch.silence_seconds", "must be at least 0.5")

@@ -55,12 +55,15 @@ class Order:
 @dataclass(frozen=True, kw_only=True)
 class Note:
     """began: training goes on after `step`. step: it was finished. beat: the process is alive, whatever its main thread
-    does. left: it is in no group any more, and waits to be called to another. failed: why the worker ends."""
+    does, and once a second what it has counted. left: it is in no group any more, and waits to be called to another.
+    failed: why the worker ends."""
 
     event: Literal["began", "step", "beat", "left", "failed"]
     step: int = 0
     is_waiting: bool = False
     """Of a beat: the main thread waits for other ranks."""
+    figures: dict[str, float] | None = None
+    """Of a beat: training.runs.figures."""
     class_name: str = ""
     message: str = ""
     records: tuple[str, ...] = ()

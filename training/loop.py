@@ -35,6 +35,7 @@ from training.memory.handover import GroupEnded, GroupLost, Handover
 from training.recipe import Recipe, learning_rate_scale
 from training.runs.events import Entry, EventWriter, json_number
 from training.runs.failures import crash_to_explain
+from training.runs.figures import Figures
 from training.runs.pace import Pace, Straggler, maybe_straggler
 from training.runs.record import InitialWeights, Record, Result, RunRecord, with_result, with_resume_step
 
@@ -139,6 +140,7 @@ class Trainer:
         self.explainer = Explainer(recipe, preset, feed, handover=self.handover, device=rank.device)
         self.state = state or self.new_state()
         self.pace = Pace()
+        self.figures = self.handover.figures = Figures()
         self.balance = Balance(
             preset.train.virtual_workers,
             rank=rank.rank,
@@ -293,11 +295,25 @@ class Trainer:
             self.extras.release()
         self.handover.forget(outcome.control.committed_step)
         outcome = replace(outcome, validation=self.maybe_validate())
-        fixed_seconds = time.monotonic() - started - (self.handover.waited_seconds - waited) - workers_seconds
+        waited_seconds = self.handover.waited_seconds - waited
+        fixed_seconds = time.monotonic() - started - waited_seconds - workers_seconds
         self.pace.add(fixed_seconds + workers_seconds / self.balance.own_part)
+        self.count_step(outcome, fixed_seconds, workers_seconds, waited_seconds)
         self.balance.hear(self.extras.other_words(total))
         self.balance.note(fixed_seconds, workers_seconds)
         return outcome
+
+    def count_step(
+        self, outcome: StepOutcome, fixed_seconds: float, workers_seconds: float, waited_seconds: float
+    ) -> None:
+        """For whoever watches."""
+        figures, share = self.figures, len(self.reducer.owned) / self.preset.train.virtual_workers
+        figures.steps += 1
+        figures.samples += share * self.preset.train.batch_size
+        figures.loss = outcome.loss
+        figures.outside_seconds += fixed_seconds + workers_seconds
+        figures.pace_seconds += self.pace.seconds[-1]
+        figures.collective_seconds += waited_seconds
 
     def reduce(self) -> Tensor:
         """The sums over all virtual workers. Raises `GroupLost` if another rank does not give its part."""
@@ -335,6 +351,7 @@ class Trainer:
         loss = self.extras.hand_out(total / self.preset.train.virtual_workers)
         grad_norm = self.clip()
         if not (math.isfinite(loss) and math.isfinite(grad_norm)):
+            self.figures.losses_not_finite += 1
             error = DeterministicError(f"step {step + 1}: the loss is {loss}, the gradient norm {grad_norm}")
             raise self.explainer.of_ranks(error, self.reducer.owned, self.state, self.extras)
         self.state.set_learning_rate_scale(learning_rate_scale(self.recipe, step, self.preset.train.steps))
@@ -435,6 +452,7 @@ class Trainer:
             with recipe_errors(f"step {self.state.step + 1}, virtual worker {worker}", ids):
                 loss = self.reducer.forward(worker, batch)
                 if not math.isfinite(value := loss.item()):
+                    self.figures.losses_not_finite += 1
                     raise DeterministicError(
                         f"step {self.state.step + 1}, virtual worker {worker}: the loss is {value};"
                         f" samples {', '.join(ids[:8])}{', …' if len(ids) > 8 else ''}"
@@ -451,7 +469,9 @@ class Trainer:
         if self._maybe_microbatches is None:
             self.begin_reading(self.state.step)
         assert self._maybe_microbatches is not None
+        asked = time.monotonic()
         batch = next(self._maybe_microbatches)
+        self.figures.data_wait_seconds += time.monotonic() - asked
         assert (batch.step, batch.worker) == (self.state.step, worker)
         return batch.ids, on_device(batch, self.rank.device)
 

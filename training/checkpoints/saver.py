@@ -81,8 +81,9 @@ class CheckpointSaver:
         *,
         agreed: Mapping[str, str] = NOTHING,
         on_commit: Callable[[CheckpointRef], None],
-    ) -> None:
-        """Copy this rank's share now, and write it in the background. Waits for the one before.
+    ) -> int:
+        """Copy this rank's share now, and write it in the background. Waits for the one before. Returns how many bytes
+        that share has.
 
         `agreed` must be the same on all ranks, or there is no checkpoint, but a `DeterministicError` naming the entry.
         """
@@ -101,6 +102,7 @@ class CheckpointSaver:
             target=self._write, args=(step, part, infos, agreed, on_commit), name="checkpoint", daemon=True
         )
         self._thread.start()
+        return len(part)
 
     def require_agreement(self, resumed_from: int) -> None:
         """Raises `InfrastructureError` if another rank read the store differently, and took up another checkpoint."""

@@ -15,12 +15,14 @@ import socket
 import sys
 import time
 import uuid
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 
 from training import errors
 from training.cluster import membership
 from training.cluster.links import Links, Place
+from training.cluster.metrics import Situation, page_of, usual_port
 from training.cluster.node import Node
 from training.cluster.protocol import (
     Action,
@@ -47,6 +49,7 @@ from training.documents import canonical_json, parse
 from training.errors import InfrastructureError, MissingError, UserError
 from training.memory.slots import create_slots
 from training.processes import die_with
+from training.runs.exposition import serve
 from training.runs.job import Job, location_from, read_job
 from training.runs.record import Member, Record, RunRecord
 from training.runs.system import SampleWriter, keep_sampling
@@ -109,6 +112,9 @@ class _Shell:
         """Processes that wait to be called, by local rank."""
         self._spares: dict[int, Hand] = {}
         self._maybe_code: int | None = None
+        self._moved_at = asyncio.get_running_loop().time()
+        self._num_groups = 0
+        self._departures: Counter[str] = Counter()
         self._pending: set[asyncio.Task[None]] = set()
         self._timing = Timing(silence=launch.silence_seconds, join=launch.join_seconds)
         self._node = Node(
@@ -126,7 +132,9 @@ class _Shell:
         loop = asyncio.get_running_loop()
         loop.add_signal_handler(signal.SIGTERM, self._events.put_nowait, Preempted())
         port = await self._links.listen(self._agent.address)
-        looking = asyncio.create_task(self._keep_looking(port))
+        agent = self._agent
+        metrics = await serve(agent.address, usual_port(agent.job.key, agent.node), self._metrics)
+        looking = asyncio.create_task(self._keep_looking(port, metrics.sockets[0].getsockname()[1]))
         writer = SampleWriter(self._run.store, self._prefix, node=self._agent.node, incarnation=self._incarnation)
         sampling = asyncio.create_task(keep_sampling(writer))
         try:
@@ -145,6 +153,7 @@ class _Shell:
                 hand.end()
             looking.cancel()
             sampling.cancel()
+            metrics.close()
             await self._links.close()
 
     async def _warm_up(self) -> None:
@@ -204,9 +213,15 @@ class _Shell:
             log.warning("%s", error)
             self._events.put_nowait(RecordSeen(maybe_record=None))
 
-    async def _keep_looking(self, port: int) -> None:
+    async def _keep_looking(self, port: int, metrics_port: int) -> None:
         """Say where this agent is, and look for the others as long as some are missing."""
-        own = Place(node=self._agent.node, incarnation=self._incarnation, address=self._agent.address, port=port)
+        own = Place(
+            node=self._agent.node,
+            incarnation=self._incarnation,
+            address=self._agent.address,
+            port=port,
+            metrics_port=metrics_port,
+        )
         is_known = False
         while True:
             try:
@@ -243,11 +258,14 @@ class _Shell:
             hands=self._hands,
             spares=self._spares,
         )
+        self._num_groups += 1
         self._maybe_workers.begin(self._listener)
 
     def _workers_ended(self, outcome: Outcome) -> None:
         assert self._maybe_workers is not None
         log.info("node %d: out of the group of token %d", self._agent.node, self._maybe_workers.record.token)
+        if outcome.maybe_departure is not None:
+            self._departures[outcome.maybe_departure.class_name] += 1
         self._hands = self._maybe_workers.hands
         self._maybe_workers = None
         self._listener, before = self._bind(), self._listener  # in this order, or it might get the same port
@@ -258,6 +276,25 @@ class _Shell:
                 step=outcome.step,
                 is_finished=outcome.is_finished,
                 maybe_departure=outcome.maybe_departure,
+            )
+        )
+
+    def _metrics(self) -> str:
+        now = asyncio.get_running_loop().time()
+        ranks = self._maybe_workers.sights(now) if self._maybe_workers is not None else []
+        moves = [now - rank.seconds_since_step for rank in ranks if rank.figures.get("steps")]
+        self._moved_at = max(self._moved_at, *moves) if moves else self._moved_at
+        return page_of(
+            Situation(
+                run_key=self._agent.job.key,
+                num_goal_steps=self._agent.job.preset.train.steps,
+                node=self._node,
+                ranks=ranks,
+                now=now,
+                wall_time=time.time(),
+                moved_at=self._moved_at,
+                num_groups=self._num_groups,
+                departures=self._departures,
             )
         )
 

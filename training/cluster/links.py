@@ -45,6 +45,8 @@ class Place:
     incarnation: str
     address: str
     port: int
+    metrics_port: int = 0
+    """0: it serves none."""
 
 
 class Links:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import socket
 import sys
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from training.rank import Kit
 
 BEAT_SECONDS = 0.25
+BEATS_PER_FIGURES = 4
 PATIENCE_SECONDS = 0.2
 """How long a worker that is told to stop may take to leave its group and stay, before it ends instead."""
 
@@ -129,9 +131,11 @@ class _Worker:
     def _beat(self) -> None:
         """Tell the agent that this process lives, and whether it waits for others."""
         with suppress(OSError):
-            while True:
+            for number in itertools.count():
                 if self._attendance.is_in:  # else nobody listens
-                    beat = Note(event="beat", step=self._handover.step, is_waiting=self._handover.is_waiting)
+                    handover = self._handover
+                    figures = None if number % BEATS_PER_FIGURES else handover.figures.numbers()
+                    beat = Note(event="beat", step=handover.step, is_waiting=handover.is_waiting, figures=figures)
                     self._channel.send(beat)
                 time.sleep(BEAT_SECONDS)
 

@@ -48,6 +48,20 @@ class Outcome:
 
 
 @dataclass(frozen=True, kw_only=True)
+class RankSight:
+    """A rank, as its agent sees it."""
+
+    rank: int
+    step: int
+    """The last that it finished."""
+    silent_seconds: float
+    """Since it gave a sign of life."""
+    seconds_since_step: float
+    """Or since it came to this group."""
+    figures: Mapping[str, float]
+
+
+@dataclass(frozen=True, kw_only=True)
 class Hand:
     """A process that is in no group, and can be called to one."""
 
@@ -80,6 +94,8 @@ class _Worker:
     """When it last finished a step."""
     slowest_seconds: float = 0.0
     is_waiting: bool = False
+    figures: Mapping[str, float] = field(default_factory=dict)
+    """What it last said that it had counted."""
     is_condemned: bool = False
     """Its agent killed it, for no fault of its own."""
     is_told_to_stop: bool = False
@@ -170,6 +186,19 @@ class Workers:
             store_port=first.port,
             is_host=position == local_rank == 0,
         )
+
+    def sights(self, now: float) -> list[RankSight]:
+        """What is known of each rank here; `now` is the loop's clock."""
+        return [
+            RankSight(
+                rank=self._call(worker.local_rank).seat.rank,
+                step=worker.step,
+                silent_seconds=now - worker.heard_at,
+                seconds_since_step=now - worker.moved_at,
+                figures=worker.figures,
+            )
+            for worker in self._workers
+        ]
 
     def ask(self, order: Order) -> None:
         for worker in self._workers:
@@ -312,6 +341,7 @@ def _take(worker: _Worker, note: Note, now: float) -> None:
             worker.maybe_failure = note if note.class_name else None
         case "beat":
             worker.is_waiting = note.is_waiting
+            worker.figures = worker.figures if note.figures is None else note.figures
         case "began":
             worker.step, worker.moved_at = note.step, now
         case "step":

@@ -31,6 +31,7 @@ from training.memory.slots import (
 )
 from training.memory.transfer import give, take
 from training.runs.events import Entry
+from training.runs.figures import Figures
 
 LOCK_SECONDS = 1.0
 """After which a rank that is stuck in the midst of an update leaves nothing."""
@@ -90,6 +91,8 @@ class Handover:
         """The training thread waits for other ranks."""
         self.waited_seconds = 0.0
         """All in all."""
+        self.figures = Figures()
+        """Of this rank in the newest group that it trained in."""
         self.journal: list[Entry] = []
         self.step = 0
         """The last finished one."""
