@@ -53,6 +53,7 @@ def begin_replay(job: Job, record: Record, *, first: int) -> tuple[int, Iterator
         state=kit.maybe_state,
     )
     start = _load(trainer, job, record, first)
+    trainer.checkpoints.committed_step = start  # or it would forget the steps that a newer one holds
     return start, _steps(trainer)
 
 
