@@ -51,7 +51,7 @@ class Rank:
 
 
 DIGEST_BYTES_PER_STEP = 4 << 20
-"""So much of the weights is hashed per step on average, unless the preset says how often: 0.3 ms."""
+"""So much of the weights is hashed per step on average, unless the preset says how often: less than 0.5 ms."""
 
 
 def digest_period(train: TrainConfig, num_weight_bytes: int) -> int:
