@@ -262,7 +262,7 @@ def test_what_cannot_be_predicted_is_named(stack: Stack, known: Known) -> None:
     for arguments, code, words in (
         ((f"{known.name}/9", "--data", known.name), UserError.exit_code, "version 9 has no model file"),
         ((f"{known.name}@champion", "--data", known.name), UserError.exit_code, "has no champion"),
-        (("nobody/1", "--data", known.name), UserError.exit_code, "no model 'nobody'"),
+        (("nobody/1", "--data", known.name), UserError.exit_code, "model 'nobody' version 1 has no model file"),
         ((f"{known.name}/1", "--data", "nothing"), UserError.exit_code, "no dataset version is meant by 'nothing'"),
     ):
         refused = stack.command("models", "predict", *arguments)
