@@ -16,8 +16,8 @@ from training.s3.objectstore import Store
 def find_kept(settings: Settings, store: Store, text: str) -> KeptVersion:
     """What is kept of `MODEL` (its champion), `MODEL@champion`, `MODEL@VERSION`, `MODEL/VERSION` or `MODEL@ALIAS`.
 
-    Only another alias than `champion` is asked of MLflow. Raises `UserError` if there is no such version, `DamagedError` if
-    the champion's is not the one that became champion.
+    Only another alias than `champion` is asked of MLflow. Raises `UserError` if there is no such version,
+    `DamagedError` if the champion's is not the one that became champion.
     """
     name, sign, which = text.partition("@" if "@" in text else "/")
     if sign and not which:
