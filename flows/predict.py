@@ -23,7 +23,7 @@ def predict(model: str, data: str, processes: int = 2) -> Predicted:
     """Predict every sample of a dataset version; each shard's predictions are one Parquet object.
 
     Args:
-        model: NAME@champion, NAME/VERSION or NAME@ALIAS.
+        model: NAME (its champion), NAME@champion, NAME@VERSION or NAME@ALIAS.
         data: a dataset's name (its newest version), or NAME@DIGEST.
         processes: how many share the shards on this machine.
     """

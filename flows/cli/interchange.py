@@ -8,10 +8,9 @@ from typing import Annotated
 
 from cyclopts import App, Parameter
 
+from flows.cli.lineage import Version
 from flows.cli.output import print_json
 from flows.cli.stack import Json, open_store
-
-Model = Annotated[str, Parameter(help="NAME@champion, NAME/VERSION or NAME@ALIAS.")]
 
 
 def add_to(models: App) -> None:
@@ -20,7 +19,7 @@ def add_to(models: App) -> None:
 
 
 def predict(
-    model: Model,
+    model: Version,
     /,
     *,
     data: Annotated[str, Parameter(help="A dataset's name (its newest version), or NAME@DIGEST.")],
@@ -53,7 +52,7 @@ def predict(
 
 
 def export(
-    model: Model,
+    model: Version,
     /,
     *,
     to: Annotated[Path, Parameter(help="A file, NAME.safetensors.")],
@@ -66,11 +65,11 @@ def export(
     """
     store = open_store()
     from tasks.lifecycle.interchange import export_weights, require_free
-    from tasks.prediction.wanted import find_model
+    from tasks.lineage.named import find_kept
     from tasks.stack import open_stack
 
     require_free(to, force=force)
-    about = export_weights(store, find_model(open_stack()[0], store, model), to, force=force)
+    about = export_weights(store, find_kept(open_stack()[0], store, model), to, force=force)
     if json:
         print_json({"file": str(to), **about})
         return

@@ -5,14 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from infra.settings import Settings
-from tasks import registry
 from tasks.lifecycle.model_file import KeptVersion
-from tasks.serving import published
+from tasks.lineage.named import find_kept
 from training.config import Preset
 from training.data.versions import find_version
 from training.errors import UserError
-from training.recipe import load_recipe
-from training.runs.job import read_jobs
+from training.recipe import Recipe, load_recipe, source_closure_digest
+from training.runs.identity import find_identity
+from training.runs.job import Job, read_jobs
 from training.runs.record import run_key
 from training.s3.objectstore import Store
 
@@ -29,25 +29,9 @@ class Wanted:
 
 def find_wanted(settings: Settings, store: Store, model: str, data: str) -> Wanted:
     """What these names mean now. Raises `UserError` if one of them means nothing."""
-    kept = find_model(settings, store, model)
+    kept = find_kept(settings, store, model)
     dataset, digest = find_version(store, data)
     return Wanted(model=kept.model, version=kept.version, dataset=dataset, dataset_digest=digest)
-
-
-def find_model(settings: Settings, store: Store, text: str) -> KeptVersion:
-    """NAME or NAME@champion (by the store, whatever its alias shows), NAME/VERSION, or NAME@ALIAS.
-
-    Raises `UserError` if there is none, or if its model file was never kept.
-    """
-    name, _, alias = text.partition("@")
-    name, _, version = name.partition("/")
-    if not name or (alias and version) or text[-1:] in "@/":
-        raise UserError(f"{text!r} is no model: give NAME@champion, NAME/VERSION or NAME@ALIAS")
-    if alias not in ("", "champion"):
-        name, version = registry.find_version(settings.mlflow_uri, text, what="MODEL")
-    if version:
-        return published.find_version(store, name, version)
-    return published.of_champion(store, name, published.find_champion(store, name))
 
 
 def preset_of(store: Store, kept: KeptVersion) -> Preset:
@@ -63,16 +47,20 @@ def preset_of(store: Store, kept: KeptVersion) -> Preset:
             " tells how samples become its input; train it again"
         )
     job = jobs[0]
-    found = run_key(
-        recipe=load_recipe(job.preset),
-        preset=job.preset,
-        dataset_digest=job.dataset_digest,
-        initial_weights=job.initial.weights_sha256 if job.initial is not None else None,
-    )
-    if found != kept.run_key:
+    if not _is_trained_with(store, kept, load_recipe(job.preset), job):
         raise UserError(
-            f"model {kept.model!r} version {kept.version}: recipe {job.preset.recipe!r}, or this project's arithmetic,"
-            f" is not what run {kept.run_key[:12]} was trained with: check out the commit that the version's tag"
-            " unbroken.commit names, or train it again"
+            f"model {kept.model!r} version {kept.version}: recipe {job.preset.recipe!r} is another one today than that"
+            f" which run {kept.run_key[:12]} was trained with: check out the commit that `unbroken models why`"
+            " names, or train it again"
         )
     return job.preset
+
+
+def _is_trained_with(store: Store, kept: KeptVersion, recipe: Recipe, job: Job) -> bool:
+    """By its source; of an earlier release's run, which kept no word of that, by the whole run key."""
+    identity = find_identity(store, kept.run_key)
+    if identity is not None:
+        return bool(identity.determining["recipe_source"] == source_closure_digest(recipe))
+    initial = job.initial.weights_sha256 if job.initial is not None else None
+    known = run_key(recipe=recipe, preset=job.preset, dataset_digest=job.dataset_digest, initial_weights=initial)
+    return known == kept.run_key

@@ -22,17 +22,17 @@ from prefect.client.orchestration import SyncPrefectClient
 
 from tasks.lifecycle import model_file
 from tasks.lifecycle.interchange import EQUAL, export_weights
-from tasks.lifecycle.model_file import KeptVersion, Program, Signature, Tensor
+from tasks.lifecycle.model_file import KeptVersion, Program
 from tasks.prediction.kept import predictions_prefix
-from tasks.register import save_model
 from tests.conftest import Stack
 from tests.flows.runs import last_json
+from tests.unit.champions import SIGNATURE
 from tests.waiting import wait_until
 from training.config import load_preset
 from training.data.manifest import Manifest, load_manifest, shard_key
 from training.documents import sha256_hex
 from training.errors import DamagedError, InfrastructureError, UserError
-from training.recipe import load_recipe
+from training.recipe import Recipe, load_recipe
 from training.runs.job import Job, store_job
 from training.runs.record import run_key
 from training.s3.objectstore import Store
@@ -43,7 +43,7 @@ SHARD_BYTES = 1024
 
 @dataclass(frozen=True, kw_only=True)
 class Known:
-    """A model of three versions (equal, but for their weights) and a dataset of many shards, on the stack's store."""
+    """A model of four versions (equal, but for their weights) and a dataset of many shards, on the stack's store."""
 
     store: Store
     name: str
@@ -68,8 +68,23 @@ class Known:
         return {key: self.store.get(key) for key in self.objects(version)}
 
 
+def programs(recipe: Recipe) -> Iterator[tuple[str, Program]]:
+    """Each version's, exported once: to do so takes seconds."""
+    torch.manual_seed(1)
+    exported = torch.export.export(
+        recipe.model().eval(), (torch.zeros(2, 1, 8, 8),), dynamic_shapes=({0: torch.export.Dim("batch", min=1)},)
+    )
+    exported._example_inputs = ((None,), {})
+    for version in "1234":
+        file = io.BytesIO()
+        torch.export.save(exported, file)
+        yield version, Program(data=file.getvalue(), signature=SIGNATURE)
+        with torch.no_grad():
+            exported.state_dict["9.bias"].add_(1.0)
+
+
 @pytest.fixture(scope="module")
-def known(stack: Stack, tmp_path_factory: pytest.TempPathFactory) -> Known:
+def known(stack: Stack) -> Known:
     """As the pipeline leaves them, without a training: its bits are not looked at here."""
     from tasks.shard import shard
 
@@ -81,24 +96,18 @@ def known(stack: Stack, tmp_path_factory: pytest.TempPathFactory) -> Known:
     store_job(
         stack.store, Job(key=key, generation=0, preset=preset, dataset_digest=dataset.digest, location=stack.location)
     )
-    kept = {}
-    for number in range(1, 5):
-        torch.manual_seed(number)
-        folder = tmp_path_factory.mktemp("models") / str(number)
-        save_model(recipe.model().eval(), np.zeros((2, 1, 8, 8), np.float32), folder, None)
-        data = (folder / "data" / "model.pt2").read_bytes()
-        signature = Signature(
-            inputs=Tensor(dtype="float32", shape=(-1, 1, 8, 8)), outputs=Tensor(dtype="float32", shape=(-1, 10))
-        )
-        kept[str(number)] = model_file.keep(
+    kept = {
+        version: model_file.keep(
             stack.store,
             name,
-            str(number),
+            version,
             run_key=key,
-            weights_sha256=str(number) * 64,
+            weights_sha256=version * 64,
             dataset_digest=dataset.digest,
-            fetch=lambda data=data, signature=signature: Program(data=data, signature=signature),
+            fetch=lambda program=program: program,
         )
+        for version, program in programs(recipe)
+    }
     return Known(store=stack.store, name=name, digest=dataset.digest, kept=kept)
 
 
@@ -123,9 +132,14 @@ def strike(stack: Stack, known: Known, *, child: bool) -> dict[str, tuple[str, A
     before = known.shards("1")
     started = stack.start("models", "predict", f"{known.name}/1", "--data", known.name, "--processes", "1")
     process = psutil.Process(started.pid)
-    wait_until(lambda: len(known.shards("1")) >= len(before) + 3, what="shards to be finished", timeout_seconds=120)
-    parts = parts_below(process)
-    assert parts
+    enough = len(before) + 3
+    wait_until(
+        lambda: started.poll() is not None or len(known.shards("1")) >= enough,
+        what="shards to be finished",
+        timeout_seconds=120,
+    )
+    parts = parts_below(process) if started.poll() is None else []
+    assert parts, started.communicate()
     (parts[0] if child else process).send_signal(signal.SIGKILL)
     out, _ = started.communicate(timeout=120)
     if child:
@@ -248,7 +262,7 @@ def test_what_cannot_be_predicted_is_named(stack: Stack, known: Known) -> None:
     for arguments, code, words in (
         ((f"{known.name}/9", "--data", known.name), UserError.exit_code, "version 9 has no model file"),
         ((f"{known.name}@champion", "--data", known.name), UserError.exit_code, "has no champion"),
-        (("nobody/1", "--data", known.name), UserError.exit_code, "no model 'nobody'"),
+        (("nobody/1", "--data", known.name), UserError.exit_code, "model 'nobody' version 1 has no model file"),
         ((f"{known.name}/1", "--data", "nothing"), UserError.exit_code, "no dataset version is meant by 'nothing'"),
     ):
         refused = stack.command("models", "predict", *arguments)

@@ -6,7 +6,7 @@ import io
 import json
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -18,10 +18,15 @@ from tasks.prediction.inputs import _require_fit
 from tasks.prediction.kept import Found, find_shards, predictions_prefix, shard_key, whole_shards
 from tasks.prediction.sharing import _turned
 from tasks.prediction.table import ABOUT, to_parquet
-from tasks.prediction.wanted import find_model, preset_of
+from tasks.prediction.wanted import preset_of
 from tests.unit.champions import keep
+from training.config import load_preset
 from training.documents import sha256_hex
 from training.errors import InfrastructureError, UserError
+from training.recipe import load_recipe
+from training.runs.identity import keep_identity
+from training.runs.job import Job, store_job
+from training.runs.record import run_key
 from training.s3.objectstore import Store
 
 PREFIX = predictions_prefix("m", model_sha256="a" * 64, dataset_digest="b" * 64)
@@ -74,18 +79,27 @@ def test_each_shard_is_dealt_out_once_wherever_one_begins() -> None:
     assert _turned(shards, 0) == shards
 
 
-@pytest.mark.parametrize("text", ["", "@champion", "m@", "m/", "m/1@champion", "/1"])
-def test_names_that_are_no_model_are_refused(store: Store, text: str) -> None:
-    settings: Any = None
-    with pytest.raises(UserError, match="is no model"):
-        find_model(settings, store, text)
-
-
-def test_version_is_found_on_the_store_and_one_without_its_run_is_refused(store: Store) -> None:
-    kept, no_settings = keep(store, "m", "1"), cast(Any, None)
-    assert find_model(no_settings, store, "m/1") == kept
+def test_version_whose_run_was_removed_is_refused(store: Store) -> None:
     with pytest.raises(UserError, match="its run run 1 was removed"):
-        preset_of(store, kept)
+        preset_of(store, keep(store, "m", "1"))
+
+
+@pytest.mark.parametrize("has_identity", [True, False])
+def test_recipe_that_changed_since_is_refused(store: Store, has_identity: bool) -> None:
+    preset = load_preset("digits")
+    run: Any = {"recipe": load_recipe(preset), "preset": preset, "dataset_digest": "d" * 64}
+    key = run_key(**run)
+    if has_identity:
+        keep_identity(store, key, **run)
+    store_job(store, Job(key=key, generation=0, preset=preset, dataset_digest="d" * 64, location=store.location))
+    assert preset_of(store, keep(store, "m", "1", run_key=key)) == preset
+    other: Any = {**run, "recipe": load_recipe(load_preset("stdlib"))}
+    wrong = run_key(**other)
+    if has_identity:
+        keep_identity(store, wrong, **other)
+    store_job(store, Job(key=wrong, generation=0, preset=preset, dataset_digest="d" * 64, location=store.location))
+    with pytest.raises(UserError, match="is another one today"):
+        preset_of(store, keep(store, "m", "2", run_key=wrong))
 
 
 @pytest.mark.parametrize(
