@@ -21,14 +21,19 @@ KNOWN: dict[str, tuple[str, ...]] = {
     "s3": ("endpoint", "bucket", "prefix", "region"),
     "mlflow": ("uri", "gate"),
     "prefect": ("api_url",),
-    "ports": ("s3", "mlflow", "prefect"),
+    "ports": ("s3", "mlflow", "prefect", "monitor", "prometheus", "alertmanager"),
     "watch": ("presets",),
     "engine": ("kind",),
+    "monitoring": (
+        *("windows", "serving", "webhook", "slack_url_file", "slack_channel"),
+        *("email_to", "email_from", "smtp", "smtp_user", "smtp_password_file"),
+    ),
     "slurm": ("partition", "account", "qos", "commands", "priorities"),
 }
 KINDS: dict[str, tuple[type, str]] = {
     "ports": (int, "a number"),
     "watch": (list, "a list of presets"),
+    "monitoring.serving": (list, 'a list of addresses such as "127.0.0.1:8000"'),
     "slurm.priorities": (dict, 'a table such as {high = "partition=NAME", low = "qos=NAME"}'),
 }
 """Of the values of a table, or of one; text if it is not named here."""
@@ -239,6 +244,20 @@ def gate_policy_path() -> Path:
     if os.environ.get("UNBROKEN_MLFLOW_GATE"):
         return Path(os.environ["UNBROKEN_MLFLOW_GATE"])
     return path.parent / named if named and path is not None else PROJECT_ROOT / "mlflow" / "gate.toml"
+
+
+def monitoring_settings() -> dict[str, Any]:
+    """The table `[monitoring]`; UNBROKEN_MONITORING_WEBHOOK and the like go before. Files lie beside the settings
+    file, unless their paths are whole."""
+    found = dict(read_settings_file().get("monitoring", {}))
+    for name in KNOWN["monitoring"]:
+        if value := os.environ.get(f"UNBROKEN_MONITORING_{name}".upper()):
+            found[name] = value.split(",") if name == "serving" else value
+    path = settings_path()
+    for name in ("windows", "slack_url_file", "smtp_password_file"):
+        if name in found and path is not None:
+            found[name] = str(path.parent / found[name])
+    return found
 
 
 def settings_path() -> Path | None:

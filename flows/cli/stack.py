@@ -54,12 +54,22 @@ def status(*, json: Json = False) -> None:
             ["service", "state", "healthy", "url", "log"],
             [[s.name, s.state, "yes" if s.healthy else "no", s.url, s.log] for s in found],
         )
+        _print_runs([service.url for service in found if service.name == "monitor" and service.healthy])
     ill = [service.name for service in found if not service.healthy]
     if ill:
         raise InfrastructureError(
             f"not well: {', '.join(ill)}. What has died is started again by itself, within a minute or so; what stays"
             " away tells why in its log; what is stopped is started by `unbroken up` (or `make up`)"
         )
+
+
+def _print_runs(monitors: list[str]) -> None:
+    """Those of which the monitor knows."""
+    from flows.monitor.reading import COLUMNS, fetch, rows
+
+    if found := [row for url in monitors for row in rows(fetch(url))]:
+        print()
+        print_table(list(COLUMNS), found)
 
 
 def doctor(what: Literal["machine", "slurm"] = "machine", /, *, json: Json = False) -> None:

@@ -13,7 +13,7 @@ import psutil
 from training.errors import UserError
 
 LOOPBACK = "127.0.0.1"
-USUAL = {"s3": 8333, "mlflow": 5000, "prefect": 4200}
+USUAL = {"s3": 8333, "mlflow": 5000, "prefect": 4200, "monitor": 9480, "prometheus": 9090, "alertmanager": 9093}
 INTERNAL = (
     "s3_grpc",
     "master",

@@ -15,7 +15,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from infra.local.ports import LOOPBACK
-from infra.settings import PROJECT_ROOT, Settings, credentials_path, environment, settings_path
+from infra.monitoring.render import write_configs
+from infra.settings import (
+    PROJECT_ROOT,
+    Settings,
+    credentials_path,
+    environment,
+    monitoring_settings,
+    settings_path,
+)
 from training.errors import InfrastructureError
 
 WORK_POOL = "local"
@@ -46,6 +54,8 @@ def local_services(settings: Settings, ports: Mapping[str, int], external: froze
         worker_service(settings),
         reaper_service(settings),
         keeper_service(settings),
+        monitor_service(settings, ports["monitor"]),
+        *monitoring_services(settings, ports),
     ]
     return [service for service in services if service.name not in external]
 
@@ -190,6 +200,56 @@ def keeper_service(settings: Settings) -> Service:
         },
         is_healthy=lambda: True,
         url="",
+    )
+
+
+def monitor_service(settings: Settings, port: int) -> Service:
+    """What Prometheus reads of runs and servers (flows/monitor)."""
+    url = f"http://{LOOPBACK}:{port}"
+    return Service(
+        name="monitor",
+        command=(sys.executable, "-P", "-m", "flows.monitor", str(port)),
+        environment=environment(settings),
+        is_healthy=lambda: answers(f"{url}/metrics"),
+        url=f"{url}/metrics",
+        port=port,
+    )
+
+
+def monitoring_services(settings: Settings, ports: Mapping[str, int]) -> list[Service]:
+    """Prometheus and Alertmanager, where both are installed."""
+    programs = shutil.which("prometheus"), shutil.which("prometheus-alertmanager") or shutil.which("alertmanager")
+    if None in programs:
+        return []
+    folder = settings.home / "monitoring"
+    digests = write_configs(folder, ports, monitoring_settings())
+    commands = {
+        "prometheus": (
+            f"--config.file={folder / 'prometheus.yaml'}",
+            f"--storage.tsdb.path={folder / 'prometheus'}",
+            "--storage.tsdb.retention.size=1GB",
+        ),
+        "alertmanager": (
+            f"--config.file={folder / 'alertmanager.yaml'}",
+            f"--storage.path={folder / 'alertmanager'}",
+            "--cluster.listen-address=",
+        ),
+    }
+    return [
+        _monitoring_service(name, str(program), flags, digests[name], ports[name])
+        for program, (name, flags) in zip(programs, commands.items(), strict=True)
+    ]
+
+
+def _monitoring_service(name: str, program: str, flags: tuple[str, ...], digest: str, port: int) -> Service:
+    url = f"http://{LOOPBACK}:{port}"
+    return Service(
+        name=name,
+        command=(program, *flags, f"--web.listen-address={LOOPBACK}:{port}"),
+        environment={"UNBROKEN_CONFIG": digest},  # another one is another section, with which it is started again
+        is_healthy=lambda: answers(f"{url}/-/healthy"),
+        url=url,
+        port=port,
     )
 
 

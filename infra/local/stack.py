@@ -49,8 +49,8 @@ MIN_FREE_BYTES = 2**30
 MAX_LOST_PORTS = 5
 WANTED = "is_wanted"
 """Noted from `up` to `down`."""
-LATER = ("worker", "reaper")
-"""They would only fail until Prefect's server is there."""
+LATER = ("worker", "reaper", "monitor")
+"""They would only fail until the servers are there."""
 
 
 def up(report: Report) -> Settings:

@@ -16,7 +16,7 @@ from infra.local.ports import is_free, listening_ports
 from infra.local.services import Service
 from training.errors import InfrastructureError
 
-NAMES = frozenset({"s3", "mlflow", "prefect", "worker", "reaper", "keeper"})
+NAMES = frozenset({"s3", "mlflow", "prefect", "worker", "reaper", "keeper", "monitor", "prometheus", "alertmanager"})
 POLL_SECONDS = 0.2
 Report = Callable[[str], None]
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import configparser
 import contextlib
 import json
+import shutil
 import socket
 import stat
 import subprocess
@@ -24,7 +25,8 @@ from tests.infra.probes import environment_for, family, kill_9, listeners, post_
 from tests.waiting import wait_until
 from training.errors import UserError
 
-SERVICES = ("s3", "mlflow", "prefect", "worker", "reaper", "keeper")
+MONITORING = ("prometheus", "alertmanager") if shutil.which("prometheus") and shutil.which("amtool") else ()
+SERVICES = ("s3", "mlflow", "prefect", "worker", "reaper", "keeper", "monitor", *MONITORING)
 
 
 def test_up_again_starts_nothing(stack: Stack) -> None:

@@ -1,0 +1,1 @@
+"""Prometheus and Alertmanager: rules, windows, and how both are configured."""
