@@ -217,7 +217,11 @@ def test_deployment_whose_process_is_killed_goes_on_by_itself(
     run = client.create_flow_run_from_deployment(
         deployment.id, parameters={"model": f"{known.name}/3", "data": known.name, "processes": 1}
     )
-    wait_until(lambda: known.shards("3"), what="a shard to be finished", timeout_seconds=120)
+    wait_until(
+        lambda: known.shards("3") or client.read_flow_run(run.id).end_time is not None,
+        what="a shard to be finished",
+        timeout_seconds=180,
+    )
     (engine,) = [
         each
         for each in psutil.process_iter()
