@@ -36,17 +36,16 @@ def test_each_rule_does_what_it_should(tmp_path: Path) -> None:
 
 
 @needs_promtool
-@pytest.mark.parametrize("alert", ALERTS)
-def test_no_rule_can_be_lost_unnoticed(tmp_path: Path, alert: str) -> None:
-    """One that never fires turns the tests of the rules red."""
+def test_no_rule_can_be_lost_unnoticed(tmp_path: Path) -> None:
+    """If none ever fires, the tests of the rules miss each of them."""
     document = yaml.safe_load(RULES)
     for group in document["groups"]:
         for rule in group["rules"]:
-            if rule.get("alert") == alert:
+            if "alert" in rule:
                 rule["expr"] = "vector(0) > 1"
     done = promtool(tmp_path, yaml.safe_dump(document))
     assert done.returncode != 0
-    assert alert in done.stdout + done.stderr
+    assert [alert for alert in ALERTS if alert not in done.stdout + done.stderr] == []
 
 
 def test_every_alert_says_what_and_why() -> None:
