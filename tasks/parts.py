@@ -18,7 +18,9 @@ ERROR = ".error"
 def run_parts(module: str, paths: Sequence[Path], *, what: str) -> None:
     """`python -m MODULE PATH` for each part at once, until all are done, or one has failed. Raises the error that it
     told of, or `InfrastructureError` if it died."""
-    processes = [subprocess.Popen([sys.executable, "-P", "-m", module, str(path)]) for path in paths]
+    processes = [  # each out of the terminal's group: Ctrl-C is told to this process alone, which then kills them
+        subprocess.Popen([sys.executable, "-P", "-m", module, str(path)], process_group=0) for path in paths
+    ]
     try:
         for path, process in zip(paths, processes, strict=True):
             if process.wait() == 0:

@@ -191,20 +191,20 @@ def describe_version(uri: str, name: str, version: str, text: str, *, heading: s
 
 
 def find_version(uri: str, text: str, *, what: str = "train.warm_start") -> tuple[str, str]:
-    """(name, version) that `NAME@ALIAS` or `NAME/VERSION` means. Raises `UserError`, naming `what` asked for it, if the
-    registry has none."""
+    """(name, version) that `NAME@ALIAS`, `NAME@VERSION` or `NAME/VERSION` means.
+
+    Raises `UserError`, naming `what` asked for it, if the registry has none.
+    """
     from mlflow.exceptions import MlflowException
 
-    name, at, alias = text.partition("@")
-    number = alias
-    if not at:
-        name, _, number = text.partition("/")
-    if not name or not number:
+    name, sign, which = text.partition("@" if "@" in text else "/")
+    if not name or not which:
         raise UserError(f"{what} = {text!r}: must read NAME@ALIAS or NAME/VERSION")
     client = connect(uri)
-    find = client.get_model_version_by_alias if at else client.get_model_version
+    is_alias = sign == "@" and not which.isdecimal()
+    find = client.get_model_version_by_alias if is_alias else client.get_model_version
     try:
-        return name, str(find(name, number).version)
+        return name, str(find(name, which).version)
     except MlflowException as error:
         if error.error_code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
             raise UserError(f"{what} = {text!r}: the registry has no such model version") from error

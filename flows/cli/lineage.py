@@ -56,7 +56,7 @@ def verify(model: Version, /, *, json: Json = False) -> None:
         for number, one in enumerate(module.verify(settings, store, kept), start=1):
             checked.append(one)
             if not json:
-                line.show(f"{number} whole  {one.what}")
+                line.show(f"{number} {'whole' if one.is_whole else 'not compared'}  {one.what}")
     except DamagedError as error:
         damage = error
     if json:

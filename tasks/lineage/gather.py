@@ -32,12 +32,10 @@ def lineage_of(settings: Settings, store: Store, kept: KeptVersion) -> Lineage:
     maybe_champion = champions.find(store, kept.model)
     history = _history(maybe_champion, kept)
     tags, links = _of_mlflow(settings, kept, unknown)
-    record, jobs = RunRecord(store, kept.run_key).find(), read_jobs(store, kept.run_key)
     maybe_training = None
-    if record is None or record.result is None or record.result.weights_sha256 != kept.weights_sha256 or not jobs:
-        unknown.append(f"the run {kept.run_key[:12]} was removed, or trained anew to other weights")
-    else:
-        maybe_training = _training(store, record, jobs[0])
+    record, jobs = _run(store, kept, unknown)
+    if record is not None and jobs:
+        maybe_training = _training(store, record, jobs[0], unknown)
         links |= _link_of_run(settings, record, unknown)
     return Lineage(
         kept=kept,
@@ -79,7 +77,20 @@ def _link_of_run(settings: Settings, record: Record, unknown: list[str]) -> dict
         return {}
 
 
-def _training(store: Store, record: Record, job: Job) -> Training:
+def _run(store: Store, kept: KeptVersion, unknown: list[str]) -> tuple[Record | None, list[Job]]:
+    """The record of the run that gave these weights, and its jobs."""
+    try:
+        record, jobs = RunRecord(store, kept.run_key).find(), read_jobs(store, kept.run_key)
+    except DamagedError as error:
+        unknown.append(str(error))
+        return None, []
+    if record is None or record.result is None or record.result.weights_sha256 != kept.weights_sha256 or not jobs:
+        unknown.append(f"the run {kept.run_key[:12]} was removed, or trained anew to other weights")
+        return None, jobs
+    return record, jobs
+
+
+def _training(store: Store, record: Record, job: Job, unknown: list[str]) -> Training:
     assert record.result is not None
     return Training(
         run_key=record.key,
@@ -87,7 +98,7 @@ def _training(store: Store, record: Record, job: Job) -> Training:
         steps=record.result.step,
         state_sha256=record.result.state_sha256,
         environment=record.environment,
-        attempts=tuple(attempts_table(record, begun_by_token(_beginnings(store, record)))),
+        attempts=tuple(attempts_table(record, begun_by_token(_beginnings(store, record, unknown)))),
         departures=record.departures,
         checkpoints=record.checkpoints,
         quarantined=record.quarantined,
@@ -97,13 +108,16 @@ def _training(store: Store, record: Record, job: Job) -> Training:
     )
 
 
-def _beginnings(store: Store, record: Record) -> list[Event]:
+def _beginnings(store: Store, record: Record, unknown: list[str]) -> list[Event]:
     """The first events of each token: how its group began is among those of its first second."""
     found: list[Event] = []
     prefix = RunRecord(store, record.key).prefix(record)
     for token, step in enumerate(record.resume_steps, start=1):
         if step is not None and store.exists(chunk_key(prefix, token, 0)):
-            found += EventReader(store, prefix, (token, 0)).read_next()
+            try:
+                found += EventReader(store, prefix, (token, 0)).read_next()
+            except DamagedError as error:
+                unknown.append(str(error))
     return found
 
 

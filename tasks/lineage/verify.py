@@ -60,10 +60,13 @@ def verify(settings: Settings, store: Store, kept: KeptVersion) -> Iterator[Chec
 def _in_mlflow(settings: Settings, kept: KeptVersion) -> Iterator[Checked]:
     what = f"MLflow's version {kept.version}"
     try:
+        registry.find_version(settings.mlflow_uri, f"{kept.model}/{kept.version}", what="VERSION")
         tags = registry.tags_of(settings.mlflow_uri, kept.model, kept.version)
     except InfrastructureError as error:
         yield Checked(what=what, is_whole=False, note=str(error))
         return
+    except UserError as error:
+        raise LineageError(f"{what} of model {kept.model!r} is missing: it was deleted there") from error
     for tag, due in ((RUN_KEY_TAG, kept.run_key), (WEIGHTS_TAG, kept.weights_sha256)):
         if tags.get(tag) != due:
             raise LineageError(f"{what} has the tag {tag} = {tags.get(tag)!r}, and the store {due!r}")

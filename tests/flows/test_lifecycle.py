@@ -87,6 +87,7 @@ def test_promotions_and_rollbacks_are_a_history_and_the_alias_follows(model: Mod
     assert model.alias == "1"
     assert model.promote("2", reason="better").is_new
     assert not model.promote("2").is_new
+    assert not promote(model.settings, model.store, f"{model.name}@2", by="test").is_new, "another way to name it"
     model.promote("3")
     assert model.alias == "3"
     model.roll_back()

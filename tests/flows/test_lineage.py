@@ -24,6 +24,7 @@ from training.checkpoints.checkpoint import folder, load_manifest
 from training.data.manifest import load_manifest as load_dataset
 from training.data.manifest import manifest_key, shard_key
 from training.errors import DamagedError, InfrastructureError, UserError
+from training.runs.events import chunk_key
 from training.runs.history import committed_steps
 from training.runs.identity import identity_key
 from training.runs.record import Record, RunRecord
@@ -185,6 +186,29 @@ def test_a_removed_run_is_said_to_be_missing(model: Model) -> None:
         assert "was removed" in model.command("replay", NAME, code=DamagedError.exit_code)
     finally:
         model.store.put(model.run.object_key, whole)
+
+
+def test_why_tells_the_rest_beside_what_is_damaged(model: Model) -> None:
+    settings, prefix = model.stack.settings, model.run.prefix(model.record)
+    for key in (
+        chunk_key(prefix, 1, 0),
+        next(key for key, _ in model.store.list_keys(f"runs/{model.run.run_key}/jobs/")),
+    ):
+        whole = model.store.get(key)
+        model.store.put(key, b"[" + whole[1:])
+        try:
+            found = lineage_of(settings, model.store, find_kept(settings, model.store, NAME))
+        finally:
+            model.store.put(key, whole)
+        assert any(f"{model.store.location.uri(key)} is damaged" in line for line in found.unknown)
+        assert found.history
+
+
+def test_a_version_that_was_deleted_in_mlflow_is_said_to_be_missing(model: Model) -> None:
+    settings = model.stack.settings
+    kept = replace(find_kept(settings, model.store, NAME), version="99")
+    with pytest.raises(DamagedError, match=r"MLflow's version 99 of model .* is missing"):
+        list(verify(settings, model.store, kept))
 
 
 def test_one_rank_replays_what_four_did(model: Model) -> None:

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from tests.unit.fakes import FaultyStore
 from tests.waiting import wait_until
-from training.errors import InfrastructureError
+from training.errors import DamagedError, InfrastructureError
 from training.runs import events as events_module
 from training.runs.events import Event, EventReader, EventWriter, chunk_key, committed
 from training.runs.record import Record, with_resume_step
@@ -57,6 +57,17 @@ def test_events_arrive_once_in_order_with_their_values(store: Store) -> None:
     assert read_steps(reader, newest_token=1) == [(1, 4), (1, 5), (1, 6)]
     assert read_steps(reader, newest_token=1) == []
     assert [key for key, _ in store.list_keys("")] == [chunk_key(PREFIX, 1, number) for number in range(3)]
+
+
+@pytest.mark.parametrize(("was", "now"), [(b'{"kind"', b'["kind"'), (b'"kind"', b'"kine"'), (b'"step"', b'"ste\xf0"')])
+def test_a_damaged_chunk_is_named(store: Store, was: bytes, now: bytes) -> None:
+    writer = EventWriter(store, PREFIX, 1)
+    add_steps(writer, range(1, 3))
+    writer.close()
+    key = chunk_key(PREFIX, 1, 0)
+    store.put(key, store.get(key).replace(was, now, 1))
+    with pytest.raises(DamagedError, match=f"{key} is damaged"):
+        read_steps(EventReader(store, PREFIX), newest_token=1)
 
 
 def test_nothing_to_say_makes_no_chunk(store: Store) -> None:

@@ -127,7 +127,9 @@ def test_identity_is_kept_once_and_proves_itself(store: Store) -> None:
     assert found.determining["dataset"] == "d"
     assert "class Tiny" in found.sources["tests.unit.tiny"].text
     whole = store.get(identity_key(key))
-    for damaged in (whole.replace(b"class Tiny", b"class Tony"), whole.replace(b'"seed":7', b'"seed":8'), b"{", b"[]"):
+    changes = ((b"class Tiny", b"class Tony"), (b'"seed":7', b'"seed":8'), (b'"utf-8"', b'"utf-9"'))
+    for damaged in (*(whole.replace(was, now) for was, now in changes), b"{", b"[]"):
+        assert damaged != whole
         store.put(identity_key(key), damaged)
         with pytest.raises(DamagedError, match=r"identity\.json is damaged"):
             find_identity(store, key)

@@ -12,7 +12,7 @@ import pytest
 
 from tests.unit.tiny import Tiny, tiny_preset
 from training.documents import canonical_json, parse
-from training.errors import FencedError, MissingError
+from training.errors import DamagedError, FencedError, MissingError
 from training.runs.record import (
     CheckpointRef,
     Continued,
@@ -255,3 +255,12 @@ def test_a_default_and_the_same_value_written_out_are_one_run() -> None:
     written_out = replace(preset, hyperparameters={"scale": 1.0})
     keys = {run_key(recipe=Tiny(), preset=p, dataset_digest="d") for p in (preset, written_out)}
     assert len(keys) == 1
+
+
+def test_a_damaged_record_is_named(store: Store) -> None:
+    run = RunRecord(store, "k")
+    run.create_if_missing()
+    store.put(run.object_key, store.get(run.object_key).replace(b'"key"', b'"kez"'))
+    for use in (run.read, lambda: run.update(lambda record: record)):
+        with pytest.raises(DamagedError, match=r"runs/k/record\.json: .*key"):
+            use()

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from training.documents import canonical_json
-from training.errors import MissingError, UnbrokenError
+from training.errors import DamagedError, MissingError, UnbrokenError
 from training.s3.objectstore import Store
 
 FLUSH_SECONDS = 1.0
@@ -126,11 +126,15 @@ class EventReader:
         self.position = position
 
     def read_next(self) -> list[Event]:
-        """The events of one chunk. Raises `MissingError` if it is not there yet."""
+        """The events of one chunk. Raises `MissingError` if it is not there yet, `DamagedError` if it holds none."""
         token, chunk = self.position
-        data = self._store.get(chunk_key(self._prefix, token, chunk))
+        key = chunk_key(self._prefix, token, chunk)
+        data = self._store.get(key)
         self.position = token, chunk + 1
-        return list(_parse(data, token))
+        try:
+            return list(_parse(data, token))
+        except (ValueError, TypeError) as error:  # no JSON, or not the fields of an event
+            raise DamagedError(f"{self._store.location.uri(key)} is damaged: {error}") from error
 
     def read_new(self, *, newest_token: int) -> Iterator[Event]:
         """Every event of the chunks that appeared since. A token is left once a newer one exists."""

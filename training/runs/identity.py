@@ -6,7 +6,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Literal
 
 from training.config import Preset
 from training.documents import canonical_json, digest_of, parse, sha256_hex
@@ -25,7 +25,7 @@ class SourceFile:
     path: str
     """Where it lay when the run was started."""
     text: str
-    encoding: str = "utf-8"
+    encoding: Literal["utf-8", "latin-1"] = "utf-8"
 
     @property
     def sha256(self) -> str:
