@@ -15,7 +15,7 @@ from typing import Any
 from training.config import Preset
 from training.documents import digest_of, parse
 from training.environment import NUMERICS_VERSION
-from training.errors import FencedError, InfrastructureError, MissingError
+from training.errors import DamagedError, FencedError, InfrastructureError, MissingError
 from training.recipe import Recipe, source_closure_digest
 from training.s3.objectstore import Store
 
@@ -192,7 +192,7 @@ class RunRecord:
         return self.read()
 
     def read(self) -> Record:
-        return _from_json(self.store.read_versioned(self.object_key).document)
+        return self._from_json(self.store.read_versioned(self.object_key).document)
 
     def find(self) -> Record | None:
         try:
@@ -207,12 +207,19 @@ class RunRecord:
         """
         for attempt in range(200):
             read = self.store.read_versioned(self.object_key)
-            before = _from_json(read.document)
+            before = self._from_json(read.document)
             after = change(before)
             if after == before or self.store.replace_versioned(self.object_key, _to_json(after), read=read):
                 return after
             time.sleep(0.01 * min(attempt, 20))
         raise InfrastructureError(f"{self.object_key} could not be updated: too many writers")
+
+    def _from_json(self, document: Mapping[str, Any]) -> Record:
+        record = parse(Record, document)
+        if document.get("format") != FORMAT or record.key != self.run_key:
+            uri = self.store.location.uri(self.object_key)
+            raise DamagedError(f"{uri} is of another run, or of another format than {FORMAT}, which this release reads")
+        return record
 
 
 def start_fresh(record: Record) -> Record:
@@ -294,7 +301,3 @@ def with_result(record: Record, result: Result, *, token: int) -> Record:
 
 def _to_json(record: Record) -> dict[str, Any]:
     return {"format": FORMAT, **asdict(record)}
-
-
-def _from_json(document: Mapping[str, Any]) -> Record:
-    return parse(Record, document)
