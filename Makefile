@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 PRESET ?= digits
 
 .DEFAULT_GOAL := help
-.PHONY: help install run up down status check test soak bench screenshots constraints clean
+.PHONY: help install run up down status check test soak bench screenshots constraints sbom clean
 
 help: ## Show this list
 	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -68,6 +68,9 @@ constraints: install ## Resolve constraints.txt for Python 3.11-3.13 (edit a lin
 			--no-header --no-annotate; \
 	done | sort -u > constraints.new
 	(grep '^#' constraints.txt; cat constraints.new) > constraints.both && mv constraints.both constraints.txt && rm constraints.new
+
+sbom: install ## What the environment is made of, as CycloneDX, in sbom.json
+	$(BIN)/python -m infra.sbom > sbom.json
 
 clean: ## Remove the environment (the stack's data stays in .unbroken)
 	rm -rf $(VENV)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from prefect.tasks import exponential_backoff
 
+from tasks.stored_results import read_documents_only
 from training.errors import (
     CancelledError,
     DamagedError,
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
     from prefect.client.schemas.objects import State, TaskRun
 
 log = logging.getLogger(__name__)
+
+read_documents_only()
 T = TypeVar("T")
 
 PATIENCE_SECONDS = 300.0

@@ -17,8 +17,9 @@ import botocore.endpoint
 import pytest
 
 from infra.local import supervisor
-from infra.settings import Settings, activate, load_settings
+from infra.settings import Settings, activate, credentials_path, load_settings
 from tests.faults.proxy import LosingProxy
+from tests.secrets import places_of_secrets
 from tests.waiting import wait_until
 from training.s3 import objectstore
 from training.s3.objectstore import Store, StoreLocation
@@ -26,6 +27,8 @@ from training.s3.objectstore import Store, StoreLocation
 UNBROKEN = str(Path(sysconfig.get_path("scripts")) / "unbroken")
 LONG, QUICK = ("flows", "faults"), ("unit",)
 """Folders of tests, by how long a file of theirs takes."""
+CANARY = os.urandom(16).hex()
+"""A secret of whoever starts the stack."""
 NO_PARTS = ("UNBROKEN_S3_ENDPOINT", "UNBROKEN_MLFLOW_URI", "UNBROKEN_PREFECT_API_URL", "UNBROKEN_SETTINGS")
 
 
@@ -95,16 +98,28 @@ def running_stack(home: Path) -> Iterator[Stack]:
     before = dict(os.environ)
     for name in NO_PARTS:
         os.environ.pop(name, None)
-    os.environ["UNBROKEN_HOME"] = str(home)
+    os.environ |= {"UNBROKEN_HOME": str(home), "SOME_API_KEY": CANARY}
     started = subprocess.run([UNBROKEN, "up"], capture_output=True, text=True, timeout=240, check=False)
     assert started.returncode == 0, started.stdout + started.stderr
     settings = load_settings()
     activate(settings)
-    yield Stack(home=home, settings=settings)
+    running = Stack(home=home, settings=settings)
+    yield running
+    left = _secrets_left(running)
     os.environ.clear()
     os.environ.update(before)
     subprocess.run([UNBROKEN, "down"], check=True, timeout=120, env={**os.environ, "UNBROKEN_HOME": str(home)})
     wait_until(lambda: not supervisor.stack_processes(home), what="every process of the stack to be gone")
+    assert not left, f"secrets lie in {left}"
+
+
+def _secrets_left(stack: Stack) -> list[str]:
+    """Where the keys of the store, or a word of this environment that nobody needs, came to lie."""
+    keys = credentials_path(stack.home)
+    secret = keys.read_text().rpartition("aws_secret_access_key = ")[2].strip()
+    pids = [process.pid for process in supervisor.stack_processes(stack.home)]
+    allowed = (keys, stack.home / "s3-identities.json")
+    return places_of_secrets(stack.home, stack.store, (secret, CANARY), allowed=allowed, processes=pids)
 
 
 @pytest.fixture

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from functools import cache
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
@@ -42,15 +43,42 @@ def sealed(name: str, document: Any) -> bytes:
 
 def unsealed(name: str, data: bytes) -> Any:
     """The inverse. Raises `DamagedError` if that is not what this is."""
-    try:
-        found = json.loads(data)
-        document = found[name]
-        is_whole = digest_of(document) == found["sha256"]
-    except (ValueError, KeyError, TypeError):
-        is_whole = False
-    if not is_whole:
+    found = read_document(data, what=f"a {name}")
+    document = found.get(name)
+    if digest_of(document) != found.get("sha256"):
         raise DamagedError(f"a {name} is damaged")
     return document
+
+
+def read_json(data: bytes | str, *, what: str) -> Any:
+    """What JSON that was stored, or sent, says: however deep or odd it is, it is this or a `DamagedError`."""
+    try:
+        text = data if isinstance(data, str) else data.decode()
+        value = json.loads(text, parse_constant=_refuse_constant, parse_float=_finite)
+        if "\\u" in text:
+            canonical_json(value)  # half of a surrogate pair can be said in JSON, and written nowhere
+    except (ValueError, RecursionError) as error:
+        raise DamagedError(f"{what} is damaged: it is no JSON that this project writes ({error})") from error
+    return value
+
+
+def read_document(data: bytes | str, *, what: str) -> dict[str, Any]:
+    """The same of a JSON object. Raises `DamagedError`."""
+    value = read_json(data, what=what)
+    if not isinstance(value, dict):
+        raise DamagedError(f"{what} is damaged: it holds no JSON document")
+    return value
+
+
+def _finite(text: str) -> float:
+    number = float(text)
+    if not math.isfinite(number):
+        raise ValueError(f"{text} is too large")
+    return number
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is no JSON")
 
 
 def fast_digest(*pieces: bytes | memoryview) -> str:

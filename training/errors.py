@@ -82,8 +82,10 @@ class CancelledError(UnbrokenError):
 
 
 def error_of(kind: str, message: str, records: Sequence[str] = ()) -> UnbrokenError:
-    """The error that a record names by its class."""
+    """The error that a record names by its class; the root of all for a name that is none of them."""
     if kind == DeterministicError.__name__:
         return DeterministicError(message, records=records)
-    found: type[UnbrokenError] = globals()[kind]
-    return found(message)
+    found = globals().get(kind)
+    if isinstance(found, type) and issubclass(found, UnbrokenError):
+        return found(message)
+    return UnbrokenError(f"{kind}: {message}")

@@ -6,7 +6,6 @@ checkpoint, as any other does. The run is the same as that of `unbroken train`, 
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 import time
@@ -20,7 +19,7 @@ from cyclopts import App, Parameter
 from training.cluster import membership
 from training.config import Preset, load_preset, parse_override
 from training.control import Seat
-from training.documents import canonical_json
+from training.documents import canonical_json, read_document
 from training.errors import UnbrokenError, UserError
 from training.processes import die_with
 from training.runs.events import EventWriter
@@ -58,7 +57,7 @@ def train(
     rendezvous = launched.rendezvous()
     if launched.rank == 0:
         rendezvous.set("start", canonical_json(begin(on, config, dataset or config.data.name)))
-    start = json.loads(rendezvous.get("start"))
+    start = read_document(rendezvous.get("start"), what="the start")
     if start["token"] is not None:
         _train(read_job(on, start["run_key"], start["job"]), launched.seat(token=start["token"]), rendezvous)
     if launched.rank == 0:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import json
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from training.documents import canonical_json
+from training.documents import canonical_json, read_document
+from training.errors import DamagedError
 
 if TYPE_CHECKING:
     import torch
@@ -26,6 +27,7 @@ DTYPES = {
     "float64": "F64",
 }
 """The format's names, by those that numpy and torch share."""
+_NAMES = {known: name for name, known in DTYPES.items()}
 _LENGTH_BYTES = 8
 
 
@@ -61,26 +63,34 @@ def head(read: Callable[[int, int], memoryview]) -> memoryview:
 
 
 def layout(head: memoryview) -> Layout:
-    """What it says, in the order of the bytes. As everything read here, it is known to be whole: nothing is checked."""
+    """What it says, in the order of the bytes. Raises `DamagedError` if it says what cannot be."""
+    entries = read_document(bytes(head[_LENGTH_BYTES:]), what="a file of tensors")
+    entries.pop("__metadata__", None)
+    try:
+        places = [(name, _place(entry, len(head))) for name, entry in entries.items()]
+    except (KeyError, TypeError, ValueError) as error:
+        raise DamagedError(f"a file of tensors is damaged: its head says {error}") from error
+    return dict(sorted(places, key=lambda item: (item[1].start, item[1].stop)))
+
+
+def _place(entry: Any, num_head_bytes: int) -> Place:
+    """Raises `KeyError`, `TypeError` and `ValueError`."""
     import torch
 
-    dtypes = {known: getattr(torch, name) for name, known in DTYPES.items()}
-    entries = json.loads(bytes(head[_LENGTH_BYTES:]))
-    entries.pop("__metadata__", None)
-    return {
-        name: Place(
-            dtype=dtypes[entry["dtype"]],
-            shape=tuple(entry["shape"]),
-            start=len(head) + entry["data_offsets"][0],
-            stop=len(head) + entry["data_offsets"][1],
-        )
-        for name, entry in sorted(entries.items(), key=lambda item: item[1]["data_offsets"])
-    }
+    dtype: torch.dtype = getattr(torch, _NAMES[entry["dtype"]])
+    shape, (start, stop) = tuple(entry["shape"]), entry["data_offsets"]
+    if not all(isinstance(number, int) and number >= 0 for number in (*shape, start, stop)):
+        raise ValueError(f"{entry}")
+    if stop - start != math.prod(shape) * dtype.itemsize:
+        raise ValueError(f"{stop - start} bytes for {shape}")
+    return Place(dtype=dtype, shape=shape, start=num_head_bytes + start, stop=num_head_bytes + stop)
 
 
 def tensors(file: memoryview) -> dict[str, Tensor]:
-    """Views of a file's tensors, nothing copied."""
+    """Views of a file's tensors, nothing copied. Raises `DamagedError` if they are not there."""
     places = layout(head(lambda start, stop: file[start:stop]))
+    if any(place.stop > len(file) for place in places.values()):
+        raise DamagedError("a file of tensors is damaged: it is shorter than its head says")
     return {name: _view(file[place.start : place.stop], place) for name, place in places.items()}
 
 

@@ -17,7 +17,7 @@ from infra.local.files import write_whole
 from infra.settings import Settings
 from training.cluster.links import Place
 from training.cluster.metrics import short
-from training.documents import parse
+from training.documents import parse, read_document
 from training.errors import UnbrokenError
 from training.runs.events import Event, EventReader
 from training.runs.exposition import Page
@@ -143,7 +143,7 @@ class Runs:
         entries = list(self._store.list_entries(folder))
         marks = {(entry.key, entry.etag) for entry in entries}
         if marks != run.place_marks:
-            places = [parse(Place, json.loads(self._store.get(entry.key))) for entry in entries]
+            places = [parse(Place, read_document(self._store.get(entry.key), what=entry.key)) for entry in entries]
             run.places, run.place_marks = {place.node: place for place in places}, marks
 
     def _forget(self, now: float) -> None:

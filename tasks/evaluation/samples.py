@@ -14,7 +14,7 @@ import numpy as np
 from tasks.done import find_result, keep_result
 from training.config import EvaluateConfig
 from training.data.withdrawn import record_of
-from training.documents import digest_of, sha256_hex
+from training.documents import digest_of, read_document, sha256_hex
 from training.errors import DamagedError, MissingError
 from training.s3.objectstore import Store
 
@@ -66,19 +66,23 @@ def to_parquet(samples: Samples) -> bytes:
 
 
 def from_parquet(data: bytes) -> Samples:
-    """The inverse. Raises `DamagedError` if it is of another format."""
+    """The inverse. Raises `DamagedError` if it is none, or of another format."""
+    import pyarrow as pa
     import pyarrow.parquet as pq
 
-    table = pq.read_table(io.BytesIO(data))
-    about = json.loads(table.schema.metadata[ABOUT])
-    if about["format"] != FORMAT:
-        raise DamagedError(f"scores of format {about['format']!r}, which this release cannot read")
-    return Samples(
-        ids=tuple(table.column(ID).to_pylist()),
-        scores={name: table.column(name).to_numpy() for name in table.column_names if name not in (POSITION, ID)},
-        metrics=about["metrics"],
-        slices=tuple(about["slices"]),
-    )
+    try:
+        table = pq.read_table(io.BytesIO(data), page_checksum_verification=True)
+        about = read_document(table.schema.metadata[ABOUT], what="its description")
+        if about["format"] != FORMAT:
+            raise DamagedError(f"scores of format {about['format']!r}, which this release cannot read")
+        return Samples(
+            ids=tuple(table.column(ID).to_pylist()),
+            scores={name: table.column(name).to_numpy() for name in table.column_names if name not in (POSITION, ID)},
+            metrics=about["metrics"],
+            slices=tuple(about["slices"]),
+        )
+    except (pa.ArrowException, OSError, OverflowError, ValueError, LookupError, TypeError) as error:
+        raise DamagedError(f"a file of scores is damaged: {error}") from error
 
 
 @dataclass(frozen=True, kw_only=True)

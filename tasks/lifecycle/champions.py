@@ -56,6 +56,9 @@ def change(store: Store, model: str, make: Callable[[Champion], Champion]) -> Ch
 def parsed(store: Store, model: str, found: Versioned) -> Champion:
     """Raises `DamagedError`, which names the object."""
     try:
-        return from_json(found.document)
+        champion = from_json(found.document)
+        if champion.model != model:
+            raise DamagedError(f"it is of model {champion.model!r}")
     except DamagedError as error:
         raise DamagedError(f"{store.location.uri(champion_key(model))}: {error}") from error
+    return champion

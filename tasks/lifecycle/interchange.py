@@ -16,7 +16,7 @@ import safetensors.torch
 import torch
 from safetensors import SafetensorError
 
-from tasks.lifecycle import model_file
+from tasks.lifecycle import model_file, program_file
 from tasks.lifecycle.model_file import KeptVersion
 from tasks.prediction.inputs import input_batches
 from tasks.prediction.wanted import preset_of
@@ -74,7 +74,10 @@ def export_weights(store: Store, kept: KeptVersion, path: Path, *, force: bool =
     data = model_file.prove(store, kept)
     program.prepare()
     model = program.load(data, version=kept.version, sha256=kept.model_sha256, signature=kept.signature)
-    weights = {name: tensor.detach().clone() for name, tensor in torch.export.load(io.BytesIO(data)).state_dict.items()}
+    weights = {
+        name: tensor.detach().clone()
+        for name, tensor in torch.export.load(io.BytesIO(program_file.harmless(data))).state_dict.items()
+    }
     preset = preset_of(store, kept)
     recipe = load_recipe(preset)
     inputs = _held_out(store, kept, preset, recipe)

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import orjson
 from starlette.applications import Starlette
+from starlette.middleware import Middleware
+from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.routing import Route
@@ -46,15 +49,17 @@ class App:
     metrics: Metrics
     follower: Follower | None
 
-    def routes(self) -> Starlette:
+    def routes(self, *, allowed_hosts: Sequence[str]) -> Starlette:
+        """`allowed_hosts`: what a request's Host may be, as Starlette's TrustedHostMiddleware takes it."""
         return Starlette(
+            middleware=[Middleware(TrustedHostMiddleware, allowed_hosts=allowed_hosts, www_redirect=False)],
             routes=[
                 Route("/invocations", self.invocations, methods=["POST"]),
                 Route("/ping", self.ping),
                 Route("/health", self.ping),
                 Route("/version", self.version),
                 Route("/metrics", self.scrape),
-            ]
+            ],
         )
 
     async def invocations(self, request: Request) -> Response:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from tasks.serving.frames import Frame, packed, read_frame
-from training.errors import InfrastructureError
+from training.errors import DamagedError, InfrastructureError
 
 GO_SECONDS = 5.0
 """To end by itself in, once its connection is closed."""
@@ -103,7 +103,7 @@ class Link:
         await self._reading
 
     async def _read(self) -> None:
-        with suppress(asyncio.IncompleteReadError, ConnectionError):
+        with suppress(asyncio.IncompleteReadError, ConnectionError, DamagedError):
             while True:
                 frame = await read_frame(self._reader)
                 self._heard = time.monotonic()

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from tasks.lifecycle.model_file import Signature, Tensor
+from tasks.lifecycle.program_file import harmless
 from training.documents import sha256_hex
 from training.errors import DamagedError
 
@@ -40,22 +41,24 @@ class Program:
 
 def load(data: bytes, *, version: str, sha256: str, signature: Signature) -> Program:
     """Loaded, and warm. Raises `DamagedError`, before torch sees a byte, if these are not the bytes that were kept; or
-    if they are no program, or one of another signature.
+    if they are no program, one that would do more than compute, or one of another signature.
     """
     if sha256_hex(data) != sha256:
         raise DamagedError(f"the model file of version {version} is damaged: its sha256 is not {sha256}")
+    what = f"the model file of version {version} cannot be run by torch {torch.__version__}"
     try:
-        program = Program(version, signature, torch.export.load(io.BytesIO(data)).module())
+        file = io.BytesIO(harmless(data))
+    except DamagedError as error:
+        raise DamagedError(f"{what}: {error}") from error
+    try:
+        program = Program(version, signature, torch.export.load(file).module())
         for num_rows in WARM_ROWS:
             _try(program, num_rows)
     except DamagedError:
         raise
     except Exception as error:  # whatever torch makes of a file that is no program of it, or of another release
         first_line = next(iter(str(error).splitlines()), "")
-        raise DamagedError(
-            f"the model file of version {version} cannot be run by torch {torch.__version__}:"
-            f" {type(error).__name__}: {first_line}"
-        ) from error
+        raise DamagedError(f"{what}: {type(error).__name__}: {first_line}") from error
     return program
 
 

@@ -14,6 +14,8 @@ TABLES = ("dataframe_split", "dataframe_records")
 ARRAYS = ("inputs", "instances")
 ALLOWED_KINDS = {"f": "iuf", "i": "iu", "u": "iu", "b": "b"}
 """By the kind of what is expected: the kinds that JSON's values may have made of themselves."""
+QUOTES = 2
+"""Of a body without text: those of its field's name."""
 KIND_WORDS = {"f": "a number", "i": "a whole number", "u": "a whole number", "b": "true or false"}
 
 
@@ -28,6 +30,8 @@ def array_of(body: bytes, expected: Tensor) -> np.ndarray[Any, Any]:
         raise BadRequestError(f"{name}: expected {described(expected)}, found {_kind(values)}")
     if not values:
         raise BadRequestError(f"{name}: the batch is empty: expected {described(expected)}")
+    if body.count(b'"') > QUOTES:  # numpy would give every item the room of the longest text
+        raise BadRequestError(_explanation(name, values, expected, "text"))
     try:
         array = np.array(values)
     except ValueError:  # rows of different lengths, or too deep

@@ -10,6 +10,7 @@ import socket
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from ipaddress import ip_address
 from typing import Any
 
 import uvicorn
@@ -133,7 +134,7 @@ class _Serving:
     async def _serve(self, app: App, asked_to_stop: asyncio.Task[Any]) -> None:
         server = _Server(
             uvicorn.Config(
-                app.routes(),
+                app.routes(allowed_hosts=_hosts(self._listener)),
                 lifespan="off",
                 log_config=None,
                 access_log=False,
@@ -157,6 +158,13 @@ class _Server(uvicorn.Server):
     def capture_signals(self) -> Iterator[None]:
         """None: replicas must outlive the last answer, so signals are handled where both are known."""
         yield
+
+
+def _hosts(listener: socket.socket) -> tuple[str, ...]:
+    """What a request's Host may be. On loopback only what is loopback: a name that a web page has pointed there (DNS
+    rebinding) would let the page ask in its reader's place."""
+    address = str(listener.getsockname()[0])
+    return ("localhost", "127.0.0.1", "[::1]", address) if ip_address(address).is_loopback else ("*",)
 
 
 @contextlib.contextmanager

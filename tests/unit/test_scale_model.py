@@ -121,7 +121,7 @@ def test_what_the_code_writes_is_as_long_as_the_model_says() -> None:
     for num_nodes in (1, 64, 1024):
         record = Record(key="0" * 64, instance="0" * 32, secret="0" * 64, token=9, num_nodes=num_nodes)
         record = replace(record, members=tuple(map(member, range(num_nodes))))
-        size = len(canonical_json({**asdict(record), "format": 1, "version": 9, "nonce": "0" * 32}))
+        size = len(canonical_json({**asdict(record), "format": 1, "version": 9, "nonce": "0" * 97}))
         assert size == pytest.approx(model.record_bytes(num_nodes), rel=BOUND)
         told = len(canonical_json(asdict(status(0, num_nodes)))) + 66
         assert told == pytest.approx(limits.message_bytes(num_nodes), rel=BOUND)

@@ -6,12 +6,11 @@ as far as any reader is concerned, until the run record names the manifest's dig
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from training.documents import parse
+from training.documents import parse, read_document
 from training.errors import DamagedError, MissingError
 from training.runs.record import CheckpointRef, InitialWeights, Record, RunRecord, generation_prefix, with_quarantined
 from training.s3.objectstore import Store
@@ -72,7 +71,10 @@ def load_manifest(store: Store, prefix: str, reference: CheckpointRef) -> Checkp
         )
     except MissingError as error:
         raise DamagedError(f"checkpoint {reference.step} is not whole: {error}") from error
-    return parse(CheckpointManifest, json.loads(data))
+    manifest = parse(CheckpointManifest, read_document(data, what=f"checkpoint {reference.step}"))
+    if manifest.format != FORMAT:
+        raise DamagedError(f"checkpoint {reference.step} has format {manifest.format}, which this release cannot read")
+    return manifest
 
 
 def load_checkpoint(store: Store, prefix: str, reference: CheckpointRef) -> dict[str, Tensor]:

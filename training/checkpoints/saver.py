@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -16,7 +15,7 @@ from torch import Tensor
 
 from training.checkpoints.checkpoint import CheckpointManifest, PartInfo, Slice, TensorInfo, folder
 from training.checkpoints.snapshot import Snapshot
-from training.documents import canonical_json, parse, sha256_hex
+from training.documents import canonical_json, parse, read_json, sha256_hex
 from training.errors import DeterministicError, InfrastructureError
 from training.runs.record import CheckpointRef, Record, RunRecord, with_checkpoint, with_retention
 
@@ -176,7 +175,7 @@ class CheckpointSaver:
     def _commit(self, step: int, infos: Mapping[str, TensorInfo]) -> tuple[CheckpointRef, Record]:
         receipts = [_part_receipt(step, rank) for rank in range(self._world_size)]
         self._wait_for(receipts, step)
-        documents = [json.loads(self._rendezvous.get(receipt)) for receipt in receipts]
+        documents = [read_json(self._rendezvous.get(receipt), what="a receipt") for receipt in receipts]
         if None in documents:
             raise InfrastructureError(f"checkpoint {step}: rank {documents.index(None)} could not write its part")
         _require_agreed(step, [document["agreed"] for document in documents])

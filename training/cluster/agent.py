@@ -7,7 +7,6 @@ Placed by an engine, one per node. It imports no torch. Exit codes: 0 the run is
 from __future__ import annotations
 
 import asyncio
-import json
 import logging
 import os
 import signal
@@ -45,7 +44,7 @@ from training.cluster.protocol import (
 from training.cluster.workers import Hand, Outcome, Workers, fork
 from training.cluster.zygote import Zygote
 from training.control import Order
-from training.documents import canonical_json, parse
+from training.documents import canonical_json, parse, read_document
 from training.errors import InfrastructureError, MissingError, UserError
 from training.memory.slots import create_slots
 from training.processes import die_with
@@ -240,7 +239,7 @@ class _Shell:
 
     def _find_places(self) -> dict[int, Place]:
         keys = [key for key, _ in self._run.store.list_keys(f"{self._prefix}nodes/")]
-        places = [parse(Place, json.loads(self._run.store.get(key))) for key in keys]
+        places = [parse(Place, read_document(self._run.store.get(key), what=key)) for key in keys]
         return {place.node: place for place in places}
 
     # ---- the workers ---------------------------------------------------------------------------------------------

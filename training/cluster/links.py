@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass
 from hashlib import sha256
 
 from training.cluster.protocol import Event, Heard, Linked, Status, Unlinked
-from training.documents import canonical_json, parse
+from training.documents import canonical_json, parse, read_document
 from training.errors import UnbrokenError
 
 HANDSHAKE_SECONDS = 5.0
@@ -164,7 +164,7 @@ class _Connection:
         """Returns who is at the other end. Raises `ValueError` for somebody who does not know the secret."""
         own = secrets.token_hex(16)
         self._writer.write(json.dumps({"incarnation": incarnation, "nonce": own}).encode() + b"\n")
-        hello = json.loads(await self._reader.readuntil(b"\n"))
+        hello = read_document(await self._reader.readuntil(b"\n"), what="a greeting")
         peer, theirs = str(hello["incarnation"]), str(hello["nonce"])
         ends = [[incarnation, own], [peer, theirs]]
         self._key = hmac.digest(self._secret, json.dumps(ends if self._is_caller else ends[::-1]).encode(), sha256)
@@ -182,8 +182,7 @@ class _Connection:
         if not hmac.compare_digest(proof, self._proof(body, self._num_received, is_callers=not self._is_caller)):
             raise ValueError("a message that does not prove where it comes from")
         self._num_received += 1
-        document: dict[str, object] = json.loads(body)
-        return document
+        return read_document(body, what="a message")
 
     def _proof(self, body: bytes, number: int, *, is_callers: bool) -> bytes:
         text = b"%d %d " % (is_callers, number) + body

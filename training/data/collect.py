@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
@@ -11,7 +10,7 @@ from datetime import UTC, datetime, timedelta
 from training.data.lease import LEASE_SECONDS, collecting
 from training.data.manifest import load_manifest, shard_key
 from training.data.versions import versions
-from training.documents import unsealed
+from training.documents import read_document, unsealed
 from training.errors import DamagedError, MissingError, UserError
 from training.runs.record import RunRecord
 from training.s3.objectstore import Store
@@ -83,9 +82,9 @@ def _garbage(store: Store, dataset: str, newest: datetime) -> Iterator[tuple[str
 def _shards_of(store: Store, dataset: str, receipt: str) -> set[str]:
     """The shards that a receipt names; a damaged one names nothing, and is written anew when it is needed."""
     try:
-        splits = json.loads(store.get(receipt))["receipt"]["splits"]
+        splits = read_document(store.get(receipt), what=receipt)["receipt"]["splits"]
         return {shard_key(dataset, shard["sha256"]) for shards in splits.values() for shard in shards}
-    except (MissingError, ValueError, KeyError, TypeError, AttributeError):
+    except (DamagedError, MissingError, KeyError, TypeError, AttributeError):
         return set()
 
 

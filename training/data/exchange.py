@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import tarfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -30,7 +31,7 @@ from training.data.manifest import (
 )
 from training.data.shard import Array, Column, Ragged, Shard, encode_shard
 from training.data.withdrawn import require_none_withdrawn, require_none_withdrawn_since, withdrawn_records
-from training.documents import parse
+from training.documents import parse, read_document
 from training.errors import DamagedError, InfrastructureError, UserError
 from training.s3.objectstore import Store
 
@@ -143,7 +144,7 @@ def _about(folder: Path) -> About:
     if not path.is_file():
         raise UserError(f"{folder} has no {ABOUT}: name a folder that `unbroken data export` wrote")
     try:
-        about = parse(About, json.loads(path.read_text()))
+        about = parse(About, read_document(path.read_text(), what=ABOUT))
         if any(Path(name).name != name for split in SPLITS for name in about.files[split]):
             raise ValueError("it names files elsewhere")
     except (OSError, ValueError, KeyError, DamagedError) as error:
@@ -195,12 +196,25 @@ def _take_member(
 ) -> None:
     _, _, extension = member.name.partition(".")
     content = archive.extractfile(member)
-    if content is None:
-        raise ValueError("it is no file")
+    if content is None or member.issparse():
+        raise ValueError("it is no file, or one with holes")
     if extension == "id":
         ids.append(content.read().decode())
     else:
-        rows[extension.removesuffix(".npy")].append(np.load(io.BytesIO(content.read()), allow_pickle=False))
+        rows[extension.removesuffix(".npy")].append(_array_of(content.read()))
+
+
+def _array_of(content: bytes) -> Array:
+    """Raises `ValueError` for what is no array, or says that it is larger than it is."""
+    stream = io.BytesIO(content)
+    if np.lib.format.read_magic(stream) != (1, 0):
+        raise ValueError("it is no .npy file of version 1.0")
+    shape, _, dtype = np.lib.format.read_array_header_1_0(stream)
+    if len(content) - stream.tell() != math.prod(shape) * dtype.itemsize:
+        raise ValueError("its length is not what its header says")
+    stream.seek(0)
+    array: Array = np.lib.format.read_array(stream, allow_pickle=False)
+    return array
 
 
 def _column(rows: list[Array], info: FieldInfo) -> Column:

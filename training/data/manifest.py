@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from training.data.shard import Shard, decode_shard
-from training.documents import canonical_json, fast_digest, parse, sha256_hex
+from training.documents import canonical_json, fast_digest, parse, read_document, sha256_hex
 from training.errors import DamagedError, MissingError, UserError
 from training.s3.objectstore import Store
 
@@ -93,7 +92,7 @@ class Manifest:
 
     @staticmethod
     def from_bytes(data: bytes) -> Manifest:
-        document = json.loads(data)
+        document = read_document(data, what="a dataset manifest")
         if document.pop("format", None) != FORMAT:
             raise DamagedError(f"a dataset manifest has another format than {FORMAT}: it needs another release")
         return parse(Manifest, document)

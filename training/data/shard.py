@@ -142,7 +142,7 @@ def decode_shard(data: bytes | memoryview, *, name: str) -> Shard:
         columns = dict(_columns(arrays))
         if any(len(column) != len(ids) for column in columns.values()):
             raise ValueError("its columns differ in length")
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise DamagedError(f"shard {name} is damaged: {error}") from error
     return Shard(ids, columns)
 

@@ -5,7 +5,6 @@ Which partitions are whose is arithmetic. A node that dies leaves nothing half d
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import sys
@@ -19,7 +18,7 @@ from training.data.lease import writing
 from training.data.source import open_source
 from training.data.withdrawn import withdrawn_records
 from training.data.writer import NUM_AT_ONCE, Writer
-from training.documents import canonical_json, parse, sha256_hex
+from training.documents import canonical_json, parse, read_document, sha256_hex
 from training.errors import UnbrokenError
 from training.processes import die_with
 from training.recipe import load_recipe
@@ -85,7 +84,7 @@ def main() -> None:
     store = Store(location)
     try:
         document = store.get_proven(sharing_key(dataset, digest), sha256=digest)
-        write_share(store, parse(Sharing, json.loads(document)), node=node)
+        write_share(store, parse(Sharing, read_document(document, what="a plan of sharding")), node=node)
     except UnbrokenError as error:
         log.error("%s", error)
         sys.exit(error.exit_code)

@@ -5,7 +5,6 @@ runs/KEY/GENERATION/events/TOKEN/N.jsonl: one writer per token (rank 0), chunks 
 
 from __future__ import annotations
 
-import json
 import math
 import threading
 import time
@@ -13,7 +12,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from training.documents import canonical_json
+from training.documents import canonical_json, parse, read_document
 from training.errors import DamagedError, MissingError, UnbrokenError
 from training.s3.objectstore import Store
 
@@ -131,10 +130,7 @@ class EventReader:
         key = chunk_key(self._prefix, token, chunk)
         data = self._store.get(key)
         self.position = token, chunk + 1
-        try:
-            return list(_parse(data, token))
-        except (ValueError, TypeError) as error:  # no JSON, or not the fields of an event
-            raise DamagedError(f"{self._store.location.uri(key)} is damaged: {error}") from error
+        return _parse(data, token, uri=self._store.location.uri(key))
 
     def read_new(self, *, newest_token: int) -> Iterator[Event]:
         """Every event of the chunks that appeared since. A token is left once a newer one exists."""
@@ -150,9 +146,12 @@ class EventReader:
             yield from events
 
 
-def _parse(data: bytes, token: int) -> Iterator[Event]:
-    for line in data.splitlines():
-        yield Event(token=token, **json.loads(line))
+def _parse(data: bytes, token: int, *, uri: str) -> list[Event]:
+    """Raises `DamagedError`, which says what to do, if any line is no event."""
+    try:
+        return [parse(Event, {**read_document(line, what="a line"), "token": token}) for line in data.splitlines()]
+    except DamagedError as error:
+        raise DamagedError(f"{uri}: {error}; put an empty object there, and its events are left out") from error
 
 
 def committed(events: Iterable[Event], resume_steps: Sequence[int | None]) -> list[Event]:

@@ -94,7 +94,7 @@ def find_identity(store: Store, run_key: str) -> Identity | None:
         found = parse(Identity, json.loads(store.get(identity_key(run_key))))
     except MissingError:
         return None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DamagedError(f"{where} is damaged: it holds no JSON document") from error
     except DamagedError as error:
         raise DamagedError(f"{where} is damaged: {error}") from error

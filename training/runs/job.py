@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from training.config import Preset
-from training.documents import canonical_json, parse, sha256_hex
+from training.documents import canonical_json, parse, read_document, sha256_hex
 from training.runs.record import InitialWeights, RunRecord
 from training.s3.objectstore import Store, StoreLocation, shared_store
 
@@ -50,7 +49,8 @@ def store_job(store: Store, job: Job) -> str:
 
 def read_job(store: Store, run_key: str, digest: str) -> Job:
     """Raises `DamagedError` if it is not as it was stored."""
-    return Job.from_json(json.loads(store.get_proven(_job_key(run_key, digest), sha256=digest)))
+    key = _job_key(run_key, digest)
+    return Job.from_json(read_document(store.get_proven(key, sha256=digest), what=store.location.uri(key)))
 
 
 def read_jobs(store: Store, run_key: str) -> list[Job]:

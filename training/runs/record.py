@@ -216,10 +216,14 @@ class RunRecord:
         raise InfrastructureError(f"{self.object_key} could not be updated: too many writers")
 
     def _parsed(self, document: Mapping[str, Any]) -> Record:
+        uri = self.store.location.uri(self.object_key)
         try:
-            return parse(Record, document)
+            record = parse(Record, document)
         except DamagedError as error:
-            raise DamagedError(f"{self.store.location.uri(self.object_key)}: {error}") from error
+            raise DamagedError(f"{uri}: {error}") from error
+        if document.get("format") != FORMAT or record.key != self.run_key:
+            raise DamagedError(f"{uri} is of another run, or of another format than {FORMAT}, which this release reads")
+        return record
 
 
 def start_fresh(record: Record) -> Record:

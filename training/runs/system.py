@@ -6,14 +6,13 @@ runs/KEY/GENERATION/system/NODE-INCARNATION/N.jsonl: one writer per stream (an a
 from __future__ import annotations
 
 import asyncio
-import json
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 
 import psutil
 
-from training.documents import canonical_json
+from training.documents import canonical_json, parse, read_document
 from training.errors import MissingError, UnbrokenError
 from training.s3.objectstore import Store
 
@@ -88,12 +87,14 @@ class SampleReader:
 
     def _read(self, stream: str) -> Iterator[Sample]:
         while True:
+            key = f"{self._folder}{stream}/{self._chunks[stream]:06d}.jsonl"
             try:
-                data = self._store.get(f"{self._folder}{stream}/{self._chunks[stream]:06d}.jsonl")
+                data = self._store.get(key)
             except MissingError:
                 return
             self._chunks[stream] += 1
-            yield from (Sample(**json.loads(line)) for line in data.splitlines())
+            uri = self._store.location.uri(key)
+            yield from (parse(Sample, read_document(line, what=uri)) for line in data.splitlines())
 
 
 def _folder(prefix: str) -> str:

@@ -6,7 +6,7 @@ otherwise come back as a false refusal of one's own write (docs/protocols.md, "C
 
 from __future__ import annotations
 
-import json
+import re
 import time
 import uuid
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -16,7 +16,7 @@ from datetime import datetime
 from functools import cache, cached_property
 from typing import TYPE_CHECKING, Any
 
-from training.documents import canonical_json, sha256_hex
+from training.documents import canonical_json, digest_of, read_document, sha256_hex
 from training.errors import DamagedError, InfrastructureError, MissingError, UnbrokenError, UserError
 from training.s3.clients import Clients
 from training.s3.errors import cut_short, has_expired, ignores, translated, typed_errors
@@ -43,6 +43,8 @@ REQUEST_SECONDS = CONNECT_SECONDS + READ_SECONDS
 """After which a request that is not tried again has ended, one way or another."""
 
 CONDITIONS = {"IfMatch": "if-match", "IfNoneMatch": "if-none-match"}
+_OLD_NONCE = re.compile(r"[0-9a-f]{32}")
+_STEPS = frozenset({".", ".."})
 OUTCOMES = {200: "written", 412: "refused", 409: "again", **dict.fromkeys((500, 502, 503, 504), "unknown")}
 """Of a conditional write, by the reply's status."""
 
@@ -128,6 +130,9 @@ class Store:
             raise self._translated(error, key) from error
 
     def _key(self, key: str) -> str:
+        """Raises `UserError` for a key that a client on the way might take for another one."""
+        if not _STEPS.isdisjoint(key.split("/")):
+            raise UserError(f"{self.location.uri(key)} is no name of an object: it has a step . or .. in it")
         return self.location.prefix + key
 
     # ---- plain objects -------------------------------------------------------------------------------------------
@@ -343,8 +348,7 @@ class Store:
         return self._write_once(key, {**document, "version": version}, IfMatch=read.etag)
 
     def _write_once(self, key: str, document: dict[str, Any], **condition: str) -> bool:
-        nonce = uuid.uuid4().hex
-        body = canonical_json({**document, "nonce": nonce})
+        nonce, body = _with_nonce(document)
         for attempt in range(NUM_TRIES):
             outcome = self._try_write(key, body, condition)
             if outcome == "written" or (outcome != "again" and self._holds_nonce(key, nonce)):
@@ -452,11 +456,21 @@ def _are_pieces_of(data: bytes | bytearray, pieces: Iterable[bytes]) -> bool:
     return start == len(data)
 
 
+def _with_nonce(document: Mapping[str, Any]) -> tuple[str, bytes]:
+    """A nonce, and the document with it. Behind its dot is the digest of all else: what was stored proves itself."""
+    rest = {name: value for name, value in document.items() if name != "nonce"}
+    nonce = f"{uuid.uuid4().hex}.{digest_of(rest)}"
+    return nonce, canonical_json({**rest, "nonce": nonce})
+
+
 def _parse(uri: str, data: bytes) -> dict[str, Any]:
-    try:
-        document = json.loads(data)
-    except ValueError:
-        document = None
-    if not isinstance(document, dict):
-        raise DamagedError(f"{uri} is damaged: it holds no JSON document")
+    """Raises `DamagedError` unless it is what was written. Earlier releases wrote no digest."""
+    document = read_document(data, what=uri)
+    nonce = str(document.get("nonce", ""))
+    _, dot, digest = nonce.partition(".")
+    rest = {name: value for name, value in document.items() if name != "nonce"}
+    if not (digest == digest_of(rest) if dot else _OLD_NONCE.fullmatch(nonce)):
+        raise DamagedError(f"{uri} is damaged: it is not what was written there")
+    if not isinstance(document.get("version"), int):
+        raise DamagedError(f"{uri} is damaged: version: it is no number")
     return document

@@ -106,7 +106,7 @@ class QuickRequests:
         try:
             reply = self._request("GET", url, b"", NOTHING, None, False)
             return list(_entries(reply.data)) if reply.status == 200 else None
-        except (HTTPError, ElementTree.ParseError, TruncatedError):
+        except (HTTPError, ElementTree.ParseError, TruncatedError, ValueError, KeyError):
             return None
 
     def _url(self, key: str) -> str:
@@ -168,6 +168,8 @@ class TruncatedError(Exception):
 
 
 def _entries(page: bytes) -> Iterator[dict[str, Any]]:
+    if b"<!" in page:
+        raise TruncatedError  # entities, which may stand for gigabytes; a listing has none
     root = ElementTree.fromstring(page)
     space = root.tag.partition("}")[0] + "}" if root.tag.startswith("{") else ""
     if root.findtext(f"{space}IsTruncated") != "false" or root.findtext(f"{space}EncodingType") != "url":

@@ -13,7 +13,7 @@ from typing import Any, BinaryIO
 from training.config import DataConfig
 from training.data.source.partition import Partition
 from training.data.source.places import Source, SourceFile
-from training.data.source.tar import WHICH_COUNT, tar_samples
+from training.data.source.tar import MAX_RECORD_BYTES, WHICH_COUNT, tar_samples
 from training.documents import canonical_json
 from training.errors import UserError
 from training.recipe import Record
@@ -74,12 +74,22 @@ def _lines(file: SourceFile, stream: BinaryIO) -> Records:
         stream = gzip.GzipFile(fileobj=stream)  # type: ignore[assignment]  # it is an BinaryIO in all that is used
     number = 0
     try:
-        for number, line in enumerate(stream, start=1):
+        for number, line in enumerate(_limited(file, stream), start=1):
             text = line.rstrip(b"\r\n")
             if text:
                 yield Record(id=f"{file.name}:{number}", data=text)
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise UserError(f"{file.name}: damaged gzip data after line {number}: {error}") from error
+
+
+def _limited(file: SourceFile, stream: BinaryIO) -> Iterator[bytes]:
+    """Its lines. Raises `UserError` for one that would not end, as in a file that unpacks to one of terabytes."""
+    number = 0
+    while line := stream.readline(MAX_RECORD_BYTES + 1):
+        number += 1
+        if len(line) > MAX_RECORD_BYTES:
+            raise UserError(f"{file.name}: line {number} is longer than {MAX_RECORD_BYTES} bytes")
+        yield line
 
 
 def _parquet_rows(file: SourceFile, stream: BinaryIO) -> Records:

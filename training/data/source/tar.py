@@ -6,6 +6,7 @@ https://github.com/webdataset/webdataset, "The WebDataset Format".
 
 from __future__ import annotations
 
+import lzma
 import tarfile
 import zlib
 from collections.abc import Iterator
@@ -21,8 +22,24 @@ WHICH_COUNT = "data.glob says which files count"
 """For whoever has others beside them, such as Spark's _SUCCESS."""
 
 
+MAX_RECORD_BYTES = 1 << 30
+"""Of what is unpacked: a few packed bytes can stand for as many as they like."""
+MAX_EXTRA_BYTES = 1 << 20
+"""Of a header that goes on in a block of its own, which the library reads whole."""
+EXTRA_TYPES = frozenset(
+    {tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE, tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK}
+)
+
+
 class _StrictTarInfo(tarfile.TarInfo):
     """The library takes a cut, or a damaged header, for an archive's end; here it must have its end mark."""
+
+    @classmethod
+    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> Self:
+        made = super().frombuf(buf, encoding, errors)
+        if made.size < 0 or (made.type in EXTRA_TYPES and made.size > MAX_EXTRA_BYTES):
+            raise tarfile.ReadError(f"a member's header says that it has {made.size} bytes")
+        return made
 
     @classmethod
     def fromtarfile(cls, archive: tarfile.TarFile) -> Self:
@@ -49,7 +66,7 @@ def tar_samples(file: SourceFile, stream: BinaryIO) -> Iterator[Record]:
                 if extension in fields:
                     raise UserError(f"{file.name}: member '{name}.{extension}' comes twice in its record")
                 fields[extension] = content
-    except (tarfile.TarError, EOFError, zlib.error, OSError) as error:
+    except (tarfile.TarError, EOFError, zlib.error, lzma.LZMAError, OSError, ValueError, LookupError) as error:
         where = f"{file.name}: not readable as data.format = 'webdataset' " + (
             f"after record {key!r}" if key else "at all"
         )
@@ -79,6 +96,11 @@ def _members(file: SourceFile, archive: tarfile.TarFile) -> Iterator[tuple[str, 
             raise UserError(
                 f"{file.name}: member {member.name!r} is a link, or no file: its bytes are not there. Pack the archive"
                 " again with tar's --dereference and --hard-dereference"
+            )
+        if not 0 <= member.size <= MAX_RECORD_BYTES or member.issparse():
+            raise UserError(
+                f"{file.name}: member {member.name!r} says that it has {member.size} bytes; the most are"
+                f" {MAX_RECORD_BYTES}, and none of them holes: cut it into several, or read it as data.format = 'files'"
             )
         try:
             member.name.encode()

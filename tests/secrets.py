@@ -1,0 +1,45 @@
+"""Looks for secrets in all that a stack leaves: databases, logs, results, reports, checkpoints, command lines."""
+
+from __future__ import annotations
+
+import mmap
+from collections.abc import Collection, Iterator, Sequence
+from pathlib import Path
+
+import psutil
+
+from training.s3.objectstore import Store
+
+MAX_OBJECTS = 300
+"""The newest; the files of the store itself are looked at too, but it packs some of what it keeps."""
+MAX_BYTES = 1 << 20
+
+
+def places_of_secrets(
+    home: Path, store: Store, secrets: Sequence[str], *, allowed: Collection[Path] = (), processes: Sequence[int] = ()
+) -> list[str]:
+    """Files below `home`, objects and processes that hold one of them."""
+    words = [secret.encode() for secret in secrets]
+    return [*_files(home, words, allowed), *_objects(store, words), *_commands(processes, words)]
+
+
+def _files(home: Path, words: Sequence[bytes], allowed: Collection[Path]) -> Iterator[str]:
+    for path in sorted(home.rglob("*")):
+        if path.is_file() and not path.is_symlink() and path not in allowed and path.stat().st_size:
+            with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+                if any(content.find(word) >= 0 for word in words):
+                    yield str(path)
+
+
+def _objects(store: Store, words: Sequence[bytes]) -> Iterator[str]:
+    entries = [entry for entry in store.list_entries("") if entry.num_bytes <= MAX_BYTES]
+    for entry in sorted(entries, key=lambda entry: entry.modified)[-MAX_OBJECTS:]:
+        if any(word in store.get(entry.key) for word in words):
+            yield store.location.uri(entry.key)
+
+
+def _commands(processes: Sequence[int], words: Sequence[bytes]) -> Iterator[str]:
+    for pid in processes:
+        command = " ".join(psutil.Process(pid).cmdline()) if psutil.pid_exists(pid) else ""
+        if any(word.decode() in command for word in words):
+            yield f"process {pid}"

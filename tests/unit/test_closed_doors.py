@@ -1,0 +1,191 @@
+"""Names that lead elsewhere, files that unpack to more than a machine holds, hosts that are others' names."""
+
+from __future__ import annotations
+
+import asyncio
+import gzip
+import io
+import socket
+import tarfile
+from collections import Counter
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
+
+import numpy as np
+import pytest
+from starlette.testclient import TestClient
+
+from tasks.lifecycle.model_file import Tensor
+from tasks.serving.app import App
+from tasks.serving.frames import SIZES, packed
+from tasks.serving.link import Link, ReplicaGoneError
+from tasks.serving.requests import BadRequestError, array_of
+from tasks.serving.server import Wanted, _hosts
+from tests.secrets import places_of_secrets
+from training.data.exchange import _array_of
+from training.data.source import records, tar
+from training.data.source.places import SourceFile
+from training.data.source.records import READERS
+from training.documents import read_json
+from training.errors import DamagedError, UserError
+from training.runs.record import RunRecord
+from training.s3.objectstore import Store, StoreLocation, _parse, _with_nonce
+
+AWAY = Store(StoreLocation(endpoint="http://127.0.0.1:9", bucket="b", prefix="p/"))
+
+
+def read(form: str, name: str, data: bytes) -> int:
+    return sum(1 for _ in READERS[form](SourceFile(name=name, num_bytes=len(data), changed=""), io.BytesIO(data)))
+
+
+@pytest.mark.parametrize("key", ["../x", "runs/../../x", "models/./x", "runs/..", "."])
+def test_no_key_leads_elsewhere(key: str) -> None:
+    for ask in (AWAY.get, AWAY.fetch, AWAY.exists, AWAY.delete, AWAY.read_versioned, lambda key: AWAY.put(key, b"")):
+        with pytest.raises(UserError, match="is no name of an object"):
+            ask(key)
+    with pytest.raises(UserError, match="is no name of an object"):
+        list(AWAY.list_entries(key))
+
+
+def test_no_run_and_no_model_has_a_name_that_leads_elsewhere() -> None:
+    with pytest.raises(UserError, match="is no name of an object"):
+        RunRecord(AWAY, "../..").read()
+    assert Wanted.parse("../x@champion").model == "../x"  # and the store refuses it
+    with pytest.raises(UserError, match="is no name of an object"):
+        AWAY.read_versioned("models/../x/champion.json")
+
+
+def test_a_record_of_another_run_in_its_place_is_refused(store: Store) -> None:
+    RunRecord(store, "one").create_if_missing()
+    store.put("runs/other/record.json", store.get("runs/one/record.json"))
+    with pytest.raises(DamagedError, match="of another run"):
+        RunRecord(store, "other").read()
+
+
+def test_what_changes_by_compare_and_set_proves_itself() -> None:
+    data = _with_nonce({"version": 3, "token": 7, "nonce": "of the one before"})[1]
+    assert _parse("it", data)["token"] == 7
+    old = b'{"nonce":"0123456789abcdef0123456789abcdef","token":7,"version":3}'
+    assert _parse("it", old)["token"] == 7  # of an earlier release
+    for damaged in (data.replace(b'"token":7', b'"token":8'), data.replace(b'"nonce"', b'"nance"'), b"{}"):
+        with pytest.raises(DamagedError, match="it is not what was written there"):
+            _parse("it", damaged)
+    with pytest.raises(DamagedError, match="version: it is no number"):
+        _parse("it", _with_nonce({"version": "3"})[1])
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, "NaN", '"\\ud800"', "9" * 5000, "", "{'a': 1}"])
+def test_odd_json_is_refused(text: str) -> None:
+    with pytest.raises(DamagedError, match=r"it is damaged: it is no JSON"):
+        read_json(text, what="it")
+
+
+def test_a_line_that_unpacks_for_ever_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(records, "MAX_RECORD_BYTES", 1 << 20)
+    bomb = gzip.compress(bytes(64 << 20))
+    assert len(bomb) < 1 << 17
+    with pytest.raises(UserError, match=r"x.jsonl.gz: line 1 is longer than 1048576 bytes"):
+        read("jsonl", "x.jsonl.gz", bomb)
+    assert read("jsonl", "x.jsonl.gz", gzip.compress(b"line\n" * 9)) == 9
+
+
+def archive(mode: str, *members: tuple[tarfile.TarInfo, bytes]) -> bytes:
+    out = io.BytesIO()
+    with tarfile.open(fileobj=out, mode=mode) as made:  # type: ignore[call-overload]  # a text is one of its literals
+        for member, content in members:
+            member.size = len(content)
+            made.addfile(member, io.BytesIO(content))
+    return out.getvalue()
+
+
+def test_a_member_that_unpacks_for_ever_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tar, "MAX_RECORD_BYTES", 1 << 20)
+    with pytest.raises(UserError, match=r"member 'a\.bin' says that it has 2097152 bytes"):
+        read("webdataset", "x.tar.gz", archive("w:gz", (tarfile.TarInfo("a.bin"), bytes(2 << 20))))
+
+
+def test_a_header_that_unpacks_for_ever_is_refused() -> None:
+    header = tarfile.TarInfo("a")
+    header.type, header.size = tarfile.XHDTYPE, 1 << 40
+    with pytest.raises(UserError, match="a member's header says that it has 1099511627776 bytes"):
+        read("webdataset", "x.tar", header.tobuf(tarfile.GNU_FORMAT) + bytes(4096))
+
+
+def test_a_member_with_holes_is_refused() -> None:
+    member = tarfile.TarInfo("a.bin")
+    member.pax_headers = {
+        "GNU.sparse.major": "0",
+        "GNU.sparse.minor": "1",
+        "GNU.sparse.map": "0,1",
+        "GNU.sparse.size": "900",
+    }
+    member.size = 1
+    with pytest.raises(UserError, match="holes"):
+        read("webdataset", "x.tar", member.tobuf(tarfile.PAX_FORMAT) + b"x" + bytes(512 * 4 - 1))
+
+
+def test_members_of_any_name_are_only_ids() -> None:
+    """Nothing is unpacked to a path."""
+    assert read("webdataset", "x.tar", archive("w", (tarfile.TarInfo("../../etc/a.json"), b"{}"))) == 1
+
+
+def test_an_array_is_as_long_as_it_says() -> None:
+    out = io.BytesIO()
+    np.save(out, np.zeros(3))
+    assert len(_array_of(out.getvalue())) == 3
+    with pytest.raises(ValueError, match="its length is not what its header says"):
+        _array_of(out.getvalue().replace(b"(3,), ", b"(99,),"))
+    pickled = io.BytesIO()
+    np.save(pickled, np.array([{}]), allow_pickle=True)
+    with pytest.raises(ValueError, match=r"length|Object arrays"):
+        _array_of(pickled.getvalue())
+
+
+def test_texts_that_numpy_would_give_a_terabyte_are_refused() -> None:
+    body = b'{"inputs": ["' + b"a" * 1_000_000 + b'"' + b',""' * 1_000_000 + b"]}"
+    with pytest.raises(BadRequestError, match=r"inputs\[0\]: expected a number"):
+        array_of(body, Tensor(dtype="float32", shape=(-1,)))
+
+
+def test_on_loopback_only_its_own_names_are_answered() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        hosts = _hosts(listener)
+    front = SimpleNamespace(num_ready=1)
+    metrics = SimpleNamespace(requests=Counter())
+    routes = App(front=cast(Any, front), metrics=cast(Any, metrics), follower=None).routes(allowed_hosts=hosts)
+    client = TestClient(routes)
+    for host, status in (
+        ("127.0.0.1:8000", 200),
+        ("localhost", 200),
+        ("evil.example", 400),
+        ("127.0.0.1.evil.example", 400),
+    ):
+        assert client.get("/ping", headers={"host": host}).status_code == status
+    with socket.create_server(("0.0.0.0", 0)) as listener:
+        assert _hosts(listener) == ("*",)
+
+
+@pytest.mark.parametrize("said", [b"\xff" * 40, packed(1, {})[:-2] + b"{[", SIZES.pack(1, 4, 0) + b"null"])
+def test_a_server_process_that_says_what_is_no_frame_is_gone(said: bytes) -> None:
+    async def work() -> None:
+        ours, theirs = socket.socketpair()
+        reader, writer = await asyncio.open_connection(sock=ours)
+        link = Link(cast(Any, None), reader, writer)
+        asked = asyncio.create_task(link.ask({"do": "predict"}, patience_seconds=9.0))
+        await asyncio.sleep(0)
+        theirs.sendall(said)
+        with pytest.raises(ReplicaGoneError):
+            await asked
+        theirs.close()
+
+    asyncio.run(work())
+
+
+def test_secrets_are_found_where_they_were_left(tmp_path: Path, store: Store) -> None:
+    """What looks for them in every test session's stack (tests/conftest.py)."""
+    (tmp_path / "server.log").write_bytes(b"x" * 5000 + b"key=hidden-word\n")
+    (tmp_path / "credentials").write_text("hidden-word")
+    store.put("runs/k/report.json", b'{"a": "hidden-word"}')
+    found = places_of_secrets(tmp_path, store, ["hidden-word"], allowed=[tmp_path / "credentials"])
+    assert found == [str(tmp_path / "server.log"), store.location.uri("runs/k/report.json")]
