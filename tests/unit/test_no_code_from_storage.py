@@ -30,7 +30,7 @@ IMAGE = Tensor(dtype="float32", shape=(-1, 3))
 SIGNATURE = Signature(inputs=IMAGE, outputs=IMAGE)
 FORBIDDEN = (
     r"\bpickle\b(?!_)",
-    r"\btorch\.load\(",
+    r"(?<!safetensors\.)\btorch\.load\(",
     r"pyfunc\.load_model",
     r"(?<![\w.])eval\(",
     r"(?<![\w.])exec\(",
