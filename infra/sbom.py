@@ -15,7 +15,9 @@ PROJECT = "unbroken"
 def bill(installed: Iterable[Distribution]) -> dict[str, Any]:
     """Every installed distribution by name and version, and which one needs which. The same environment gives the same
     document."""
-    found = {_name(one.metadata["Name"]): one for one in installed}
+    found: dict[str, Distribution] = {}
+    for one in installed:
+        found.setdefault(_name(one.metadata["Name"]), one)  # Python imports the first
     made = {name: _reference(name, one) for name, one in sorted(found.items())}
     return {
         "bomFormat": "CycloneDX",

@@ -25,7 +25,7 @@ from tasks.lifecycle.interchange import EQUAL, export_weights
 from tasks.lifecycle.model_file import KeptVersion, Program
 from tasks.prediction.kept import predictions_prefix
 from tests.conftest import Stack
-from tests.flows.runs import last_json
+from tests.flows.runs import last_json, processes
 from tests.unit.champions import SIGNATURE
 from tests.waiting import wait_until
 from training.config import load_preset
@@ -222,13 +222,7 @@ def test_deployment_whose_process_is_killed_goes_on_by_itself(
         what="a shard to be finished",
         timeout_seconds=180,
     )
-    (engine,) = [
-        each
-        for each in psutil.process_iter()
-        if each.name().startswith("python")
-        and f"{run.id}" in each.environ().get("PREFECT__FLOW_RUN_ID", "")
-        and "prefect.engine" in each.cmdline()
-    ]
+    (engine,) = processes(stack, "prefect.engine")
     engine.kill()
     before = known.shards("3")
 
