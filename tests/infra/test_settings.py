@@ -80,7 +80,7 @@ def test_prefix_is_a_folder_however_it_is_written(monkeypatch: pytest.MonkeyPatc
     [
         ('[s3]\nendpont = "x"', "unknown key 's3.endpont' (did you mean 'endpoint'?)"),
         ('[prefct]\napi_url = "x"', "unknown key 'prefct' (did you mean 'prefect'?)"),
-        ("[ports]\nzzz = 1", "unknown key 'ports.zzz' (known: s3, mlflow, prefect)"),
+        ("[ports]\nzzz = 1", "unknown key 'ports.zzz' (known: s3, mlflow, prefect, monitor, prometheus, alertmanager)"),
         ("[s3]\nbucket = 5", "s3.bucket = 5 must be text"),
         ('[ports]\nmlflow = "5000"', "ports.mlflow = '5000' must be a number"),
         ("[ports]\nmlflow = true", "ports.mlflow = True must be a number"),
