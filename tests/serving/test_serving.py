@@ -43,7 +43,7 @@ def test_protocol(corner: Corner) -> None:
 def test_too_large_bodies(corner: Corner) -> None:
     client = corner.server.client()
     with socket.create_connection((urlsplit(corner.server.url).hostname, urlsplit(corner.server.url).port)) as raw:
-        head = b"POST /invocations HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+        head = b"POST /invocations HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
         raw.sendall(head + b"Content-Length: 99999999\r\n\r\n")
         assert b" 413 " in raw.recv(100)
     reply = client.ask("POST", "/invocations", b'{"inputs": [' + b" " * (16 << 20) + b"]}")
@@ -57,7 +57,8 @@ def test_a_request_that_is_given_up_harms_nobody(corner: Corner) -> None:
     name = 'unbroken_serving_requests_total{status="499"}'
     with socket.create_connection((address.hostname, address.port)) as raw:
         raw.sendall(
-            b"POST /invocations HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 9\r\n\r\n{"
+            b"POST /invocations HTTP/1.1\r\nHost: localhost\r\n"
+            b"Content-Type: application/json\r\nContent-Length: 9\r\n\r\n{"
         )
     wait_until(lambda: name in corner.server.get("/metrics"), what="the request to be counted as given up")
     client = corner.server.client()
@@ -149,7 +150,7 @@ def test_sigterm_drains(stack: Stack, store: Store) -> None:
         address = urlsplit(server.url)
         with socket.create_connection((address.hostname, address.port)) as raw:
             body = b'{"inputs": [[0, 0, 0]]}'
-            head = f"POST /invocations HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(body)}"  # noqa: E501
+            head = f"POST /invocations HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: {len(body)}"  # noqa: E501
             raw.sendall(head.encode() + b"\r\n\r\n" + body[:5])
             wait_until(lambda: server.get("/ping") == "\n", what="the server to have begun to read")
             for pid in pids:

@@ -95,7 +95,7 @@ PLANTED = (
         "replaced while cut off",
         "cut link",
         "host lost",
-        first_seed=200,
+        first_seed=1600,
     ),
     node(
         "time asleep counts",
@@ -126,8 +126,9 @@ PLANTED = (
         "a lost member is not missed",
         "        if peer is None:\n            return True",
         "        if peer is None:\n            return False",
+        first_seed=400,
     ),
-    node("stopping is only thought of", "        self._actions.append(StopWorkers())\n", ""),
+    node("stopping is only thought of", "        self._actions.append(StopWorkers())\n", "", first_seed=400),
     node(
         "a newer token does not stop the workers",
         "if record.token != group.token or is_given_up or is_broken:",

@@ -55,7 +55,7 @@ def test_a_seed_gives_one_schedule(seed: int) -> None:
 def test_a_broken_schedule_is_shrunk_to_the_faults_that_matter() -> None:
     bug = next(bug for bug in PLANTED if bug.name == "the token is not checked")
     with planted(bug):
-        traces = (simulate(seed) for seed in range(300))
+        traces = (simulate(seed) for seed in range(2000))
         trace = next(trace for trace in traces if trace.maybe_violation and len(trace.faults) > 2)
         shrunk = shrink(trace)
         assert shrunk.maybe_violation is not None

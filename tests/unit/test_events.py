@@ -66,7 +66,7 @@ def test_a_damaged_chunk_is_named(store: Store, was: bytes, now: bytes) -> None:
     writer.close()
     key = chunk_key(PREFIX, 1, 0)
     store.put(key, store.get(key).replace(was, now, 1))
-    with pytest.raises(DamagedError, match=f"{key} is damaged"):
+    with pytest.raises(DamagedError, match=key):
         read_steps(EventReader(store, PREFIX), newest_token=1)
 
 
