@@ -28,7 +28,7 @@ FOLLOWERS_SAMPLES_SECONDS = 10  # tasks.forward
 BOOKMARK_SECONDS, BOOKMARK_BYTES = 5, 1_000  # tasks.follow
 
 # Bytes as measured; tests/unit/test_scale_model.py compares them with what the code writes.
-RECORD_BYTES, MEMBER_BYTES = 520, 96
+RECORD_BYTES, MEMBER_BYTES = 585, 96
 JOB_BYTES, PLACE_BYTES, SAMPLE_BYTES = 1_400, 90, 310
 LIST_ENTRY_BYTES = 350
 STEP_BYTES = 230

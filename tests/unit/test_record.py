@@ -262,5 +262,5 @@ def test_a_damaged_record_is_named(store: Store) -> None:
     run.create_if_missing()
     store.put(run.object_key, store.get(run.object_key).replace(b'"key"', b'"kez"'))
     for use in (run.read, lambda: run.update(lambda record: record)):
-        with pytest.raises(DamagedError, match=r"runs/k/record\.json: .*key"):
+        with pytest.raises(DamagedError, match=r"runs/k/record\.json is damaged"):
             use()
