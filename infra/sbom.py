@@ -35,7 +35,7 @@ def bill(installed: Iterable[Distribution]) -> dict[str, Any]:
 def _component(name: str, one: Distribution) -> dict[str, Any]:
     reference = _reference(name, one)
     made = {"type": "library", "bom-ref": reference, "name": name, "version": one.version, "purl": reference}
-    licence = one.metadata["License-Expression"] if "License-Expression" in one.metadata else None
+    licence = next(iter(one.metadata.get_all("License-Expression") or ()), None)
     return made | ({"licenses": [{"expression": licence}]} if licence else {})
 
 
