@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import getpass
-import json
 import os
 import socket
 import subprocess
@@ -11,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 
 from training.config import Preset
-from training.documents import canonical_json, digest_of, parse, sha256_hex
+from training.documents import canonical_json, digest_of, parse, read_document, sha256_hex
 from training.errors import DamagedError
 from training.s3.objectstore import Store
 
@@ -76,7 +75,7 @@ def starts_of(store: Store, run_key: str) -> list[Start]:
     for key, _ in store.list_keys(_folder(run_key)):
         data = store.get_proven(key, sha256=key.rpartition("/")[2].removesuffix(".json"))
         try:
-            found.append(parse(Start, json.loads(data)))
+            found.append(parse(Start, read_document(data, what="it")))
         except DamagedError as error:
             raise DamagedError(f"{store.location.uri(key)}: {error}") from error
     return found

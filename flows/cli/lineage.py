@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Annotated
+from itertools import count
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 from cyclopts import App, Parameter
 
@@ -14,8 +16,11 @@ from training.errors import DamagedError
 if TYPE_CHECKING:
     from infra.settings import Settings
     from tasks.lifecycle.model_file import KeptVersion
+    from tasks.lineage.replay import Compared
+    from tasks.lineage.verify import Checked
     from training.s3.objectstore import Store
 
+T = TypeVar("T")
 Version = Annotated[str, Parameter(help="MODEL (its champion), MODEL@champion, MODEL@VERSION or MODEL@ALIAS.")]
 
 
@@ -51,20 +56,17 @@ def verify(model: Version, /, *, json: Json = False) -> None:
     from tasks.lineage import verify as module
 
     settings, store, kept = _find(model)
-    line, checked, damage = LiveLine(), [], None
-    try:
-        for number, one in enumerate(module.verify(settings, store, kept), start=1):
-            checked.append(one)
-            if not json:
-                line.show(f"{number} {'whole' if one.is_whole else 'not compared'}  {one.what}")
-    except DamagedError as error:
-        damage = error
+    line, number = LiveLine(), count(1)
+
+    def show(one: Checked) -> None:
+        line.show(f"{next(number)} {'whole' if one.is_whole else 'not compared'}  {one.what}")
+
+    checked, maybe_damage = _up_to_damage(module.verify(settings, store, kept), None if json else show)
     if json:
-        differs = str(damage) if damage is not None else None
-        print_json({**_about(kept), "checked": [asdict(one) for one in checked], "differs": differs})
-    if damage is not None:
+        _print_found(kept, maybe_damage, checked=[asdict(one) for one in checked])
+    if maybe_damage is not None:
         line.end()
-        raise damage
+        raise maybe_damage
     if not json:
         open_points = [one for one in checked if not one.is_whole]
         line.end(f"{kept.model} version {kept.version}: {len(checked) - len(open_points)} things are what they were")
@@ -86,22 +88,19 @@ def replay(
     from tasks.lineage import replay as module
 
     _, store, kept = _find(model)
-    line, compared, damage = LiveLine(), [], None
+    line = LiveLine()
     window, start, done = module.replay(store, kept, steps)
-    try:
-        for one in done:
-            compared.append(one)
-            if not json:
-                line.show(f"step {one.step}/{window.last} equal  {one.weights}")
-    except DamagedError as error:
-        damage = error
+
+    def show(one: Compared) -> None:
+        line.show(f"step {one.step}/{window.last} equal  {one.weights}")
+
+    compared, maybe_damage = _up_to_damage(done, None if json else show)
     if json:
-        differs = str(damage) if damage is not None else None
-        told = {"window": asdict(window), "began_after_step": start, "steps": [asdict(one) for one in compared]}
-        print_json({**_about(kept), **told, "differs": differs})
-    if damage is not None:
+        steps_told = [asdict(one) for one in compared]
+        _print_found(kept, maybe_damage, window=asdict(window), began_after_step=start, steps=steps_told)
+    if maybe_damage is not None:
         line.end()
-        raise damage
+        raise maybe_damage
     if not json:
         asked = [one for one in compared if one.is_asked]
         digests = sum(one.has_digest for one in asked)
@@ -121,5 +120,19 @@ def _find(model: str) -> tuple[Settings, Store, KeptVersion]:
     return settings, store, find_kept(settings, store, model)
 
 
-def _about(kept: KeptVersion) -> dict[str, str]:
-    return {"model": kept.model, "version": kept.version, "run_key": kept.run_key}
+def _up_to_damage(found: Iterable[T], maybe_show: Callable[[T], None] | None) -> tuple[list[T], DamagedError | None]:
+    """What was compared until something differed, each shown as it comes; and what differs."""
+    taken: list[T] = []
+    try:
+        for one in found:
+            taken.append(one)
+            if maybe_show is not None:
+                maybe_show(one)
+    except DamagedError as error:
+        return taken, error
+    return taken, None
+
+
+def _print_found(kept: KeptVersion, maybe_damage: DamagedError | None, **found: Any) -> None:
+    about = {"model": kept.model, "version": kept.version, "run_key": kept.run_key}
+    print_json({**about, **found, "differs": None if maybe_damage is None else str(maybe_damage)})

@@ -10,8 +10,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
-from uuid import UUID
 
+from flows.reaper.decide import is_flow_run
 from infra.launcher import JobState, Launcher
 from infra.local.files import write_whole
 from infra.settings import Settings
@@ -104,12 +104,12 @@ class Runs:
             for key, watched in self._watched.items()
             if short(key) == run
             for owner in watched.owners
-            if _is_flow_run(owner)
+            if is_flow_run(owner)
         ]
 
     def link(self, run: Watched) -> str:
         """To the page that says most of it."""
-        flow_runs = [owner for owner in run.owners if _is_flow_run(owner)]
+        flow_runs = [owner for owner in run.owners if is_flow_run(owner)]
         if flow_runs and self._settings.maybe_prefect_api_url:
             return f"{self._settings.prefect_ui_url}/runs/flow-run/{flow_runs[-1]}"
         return f"{self._settings.maybe_mlflow_uri or ''}/#/experiments?workflowType=machine_learning"
@@ -216,11 +216,3 @@ def _book(run: Watched) -> None:
     if now >= run.account_at:
         run.goodput_seconds = account(run.events, run.record.resume_steps).seconds
         run.account_at = now + ACCOUNT_SHARE * (time.monotonic() - now)
-
-
-def _is_flow_run(owner: str) -> bool:
-    try:
-        UUID(owner)
-    except ValueError:
-        return False
-    return True

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from dataclasses import dataclass
 from enum import Enum
+from uuid import UUID
 
 from infra.launcher import JobState
 
@@ -121,3 +122,12 @@ def judge_tracked(sight: TrackedSight) -> TrackedVerdict:
     if sight.job in (JobState.RUNNING, JobState.UNKNOWN):
         return TrackedVerdict.LEAVE
     return TrackedVerdict.FAILED if sight.job is JobState.ENDED else TrackedVerdict.KILLED
+
+
+def is_flow_run(owner: str) -> bool:
+    """Or is it another of a job's owners, such as a command line?"""
+    try:
+        UUID(owner)
+    except ValueError:
+        return False
+    return True

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import logging
-from uuid import UUID
 
-from flows.reaper.decide import is_job_unwanted
+from flows.reaper.decide import is_flow_run, is_job_unwanted
 from flows.reaper.flow_runs import FlowRuns
 from infra.launcher import CANCELLED, Launcher
 
@@ -15,7 +14,7 @@ log = logging.getLogger(__name__)
 def end_unwanted(launcher: Launcher, flow_runs: FlowRuns) -> None:
     """Cancel every job that nobody wants any more."""
     owned = {key: owners for key, owners in launcher.jobs().items() if owners}
-    states = flow_runs.states({owner for owners in owned.values() for owner in owners if _is_flow_run(owner)})
+    states = flow_runs.states({owner for owners in owned.values() for owner in owners if is_flow_run(owner)})
     for key, owners in owned.items():
         if CANCELLED in owners:
             log.info("job %s: it was cancelled, and something of it is left: ended", key[:12])
@@ -23,11 +22,3 @@ def end_unwanted(launcher: Launcher, flow_runs: FlowRuns) -> None:
         elif is_job_unwanted([states.get(owner) for owner in owners]):
             log.info("job %s: of its flow runs, one was cancelled and none lives: ended", key[:12])
             launcher.cancel(key)
-
-
-def _is_flow_run(owner: str) -> bool:
-    try:
-        UUID(owner)
-    except ValueError:
-        return False
-    return True

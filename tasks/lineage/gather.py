@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -15,6 +14,7 @@ from tasks.lifecycle.model_file import KeptVersion
 from tasks.lineage.facts import Code, Data, Gate, Lineage, Training
 from tasks.provenance import starts_of
 from training.data.manifest import load_manifest
+from training.documents import read_document
 from training.errors import DamagedError, InfrastructureError, MissingError, UserError
 from training.runs.events import Event, EventReader, chunk_key
 from training.runs.identity import find_identity
@@ -178,7 +178,8 @@ def _gate(
 ) -> Gate | None:
     for sha256 in decisions_of(history, tags)[:1]:
         try:
-            document = json.loads(store.get_proven(decision_key(model, sha256), sha256=sha256))
+            data = store.get_proven(decision_key(model, sha256), sha256=sha256)
+            document = read_document(data, what="it")
         except (MissingError, DamagedError) as error:
             unknown.append(f"the gate's decision: {error}")
             return None

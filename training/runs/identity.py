@@ -3,13 +3,12 @@ not read."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from training.config import Preset
-from training.documents import canonical_json, digest_of, parse, sha256_hex
+from training.documents import canonical_json, digest_of, parse, read_document, sha256_hex
 from training.errors import DamagedError, MissingError, UserError
 from training.recipe import Recipe, source_closure
 from training.runs.record import determining
@@ -91,11 +90,11 @@ def find_identity(store: Store, run_key: str) -> Identity | None:
     """None if an earlier release began the run, and kept none. Raises `DamagedError` if the key is not of it."""
     where = store.location.uri(identity_key(run_key))
     try:
-        found = parse(Identity, json.loads(store.get(identity_key(run_key))))
+        document = read_document(store.get(identity_key(run_key)), what=where)
     except MissingError:
         return None
-    except (ValueError, RecursionError) as error:
-        raise DamagedError(f"{where} is damaged: it holds no JSON document") from error
+    try:
+        found = parse(Identity, document)
     except DamagedError as error:
         raise DamagedError(f"{where} is damaged: {error}") from error
     if found.format != FORMAT:
