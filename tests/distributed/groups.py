@@ -106,9 +106,10 @@ class Group:
         while struct.unpack("i", fcntl.ioctl(end, termios.TIOCOUTQ, bytes(4)))[0]:
             await asyncio.sleep(0.01)
 
-    async def waits(self, rank: int) -> None:
-        """Once this one waits for the others."""
-        while not self.workers._workers[rank].is_waiting:
+    async def waits(self, rank: int, *, step: int = 0) -> None:
+        """Once this one has done that many steps, and waits for the others."""
+        worker = self.workers._workers[rank]
+        while not (worker.is_waiting and worker.step >= step):
             await asyncio.sleep(0.02)
 
     def pids(self) -> list[int]:

@@ -52,6 +52,7 @@ def test_a_rank_killed_in_the_midst_of_a_step_costs_that_step_only(
 ) -> None:
     async def kill(group: Group) -> None:
         await group.paused(victim)
+        await group.waits(1 - victim, step=7)
         group.kill(victim)
 
     first = node.train(2, kill, pauses={victim: Pause(MID_STEP, 7)})
