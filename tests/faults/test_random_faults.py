@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -23,7 +24,8 @@ from tests.faults.network import Cut, SlowNetwork, StoreTrouble
 from tests.faults.relay import Trouble
 from tests.waiting import wait_until
 from training.data.audit import verify_run
-from training.runs.history import committed_steps
+from training.runs.goodput import account
+from training.runs.history import committed_steps, events_of
 from training.s3.objectstore import Store
 
 NUM_HOSTS = 4
@@ -125,19 +127,25 @@ def survive(
             stack.callback(host.kill_all)
             agents.start(host)
         agents.wait_for_group(num_nodes=NUM_HOSTS)
+        began = time.monotonic()
         storm = Storm(agents, cluster, random.Random(seed))
         names = [storm.strike() for _ in range(num_faults)]
         agents.hurry()
         result = agents.result()
+        wall_seconds = time.monotonic() - began
         assert [process for host in cluster.hosts for process in host.processes()] == []
     record = agents.run.read()
     verify_run(store, agents.run.run_key)
+    booked = account(events_of(agents.run, record), record.resume_steps)
     return {
         "seed": seed,
         "faults": {name: names.count(name) for name in sorted(set(names))},
         "num_groups": record.token,
         "same_state": result.state_sha256 == calm.result().state_sha256,
         "same_history": history(agents) == history(calm),
+        "wall_seconds": round(wall_seconds, 1),
+        "booked_seconds": {use: round(seconds, 1) for use, seconds in booked.seconds.items()},
+        "booked_of_wall": round(booked.wall_seconds / wall_seconds, 4),
     }
 
 
@@ -155,4 +163,5 @@ def test_a_hundred_random_faults(stack: Stack, store: Store, cluster: Cluster, t
         rows.append(survive(corner, cluster, tmp_path / str(seed), seed=seed, num_faults=num_faults, calm=calm))
         assert rows[-1]["same_state"]
         assert rows[-1]["same_history"]
+        assert abs(rows[-1]["booked_of_wall"] - 1) < 0.01, "the split of the time adds up to that of another clock"
     write_evidence("random-faults", rows=rows)
