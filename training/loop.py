@@ -17,6 +17,7 @@ from training.arithmetic.collectives import is_of_lost_peer, of_all_ranks
 from training.arithmetic.exact import ExactReducer
 from training.arithmetic.extras import NUM_CONTROL_WORDS, Control, Extras
 from training.arithmetic.fast import FastReducer
+from training.arithmetic.norm import block_norms, clip_factor, norm_of
 from training.arithmetic.objective import Objective, fill_new_memory, recipe_errors, seed_streams, stream_seed
 from training.arithmetic.validation import HeldOut, validate
 from training.beside import beside
@@ -476,12 +477,12 @@ class Trainer:
         return batch.ids, on_device(batch, self.rank.device)
 
     def clip(self) -> float:
-        """Scale the gradients; returns the norm before. It is taken parameter by parameter, whoever has which."""
+        """Scale the gradients; returns the norm before. It is taken block by block, whoever has which."""
         gradients = [p.grad for p in self.state.trained.values() if p.grad is not None]
-        norm = float(torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients))))
-        limit = self.preset.train.clip_norm
-        if limit is not None and norm > limit:
-            torch._foreach_mul_(gradients, limit / norm)
+        norm = norm_of(block_norms(gradients))
+        factor = clip_factor(norm, self.preset.train.clip_norm)
+        if factor is not None:
+            torch._foreach_mul_(gradients, factor)
         return norm
 
     def values(self, outcome: StepOutcome, *, seconds: float) -> dict[str, object]:

@@ -1,0 +1,1 @@
+"""The parameter server: shards of the parameters, each on several replicas, updated once per step and in one order."""

@@ -1,0 +1,176 @@
+"""A shard's parameters and optimizer, and what workers decide of a step. The bits are exact mode's."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from training.arithmetic.norm import BLOCK_ELEMENTS, block_norms, clip_factor, norm_of
+from training.arithmetic.reduce import Subtree, fold
+from training.errors import UserError
+from training.servers.layout import Piece, Shard, shards
+
+NUM_PROBE_STEPS, NUM_PROBE_SHARDS = 3, 3
+
+
+@dataclass(frozen=True, kw_only=True)
+class Report:
+    """Of a shard's total, to all workers."""
+
+    norms: Tensor
+    """Of its blocks."""
+    extras: Tensor
+    """What else was summed (training.arithmetic.extras); of the first shard only, empty in others."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Decision:
+    """The same in all workers: each makes it of all shards' reports."""
+
+    grad_norm: float
+    clip_norm: float | None
+    learning_rate_scale: float
+
+
+def decide(reports: Sequence[Report], *, clip_norm: float | None, learning_rate_scale: float) -> Decision:
+    """Reports in the order of shards, so blocks are in that of parameters, as in training.loop."""
+    norm = norm_of(torch.cat([report.norms for report in reports]))
+    return Decision(grad_norm=norm, clip_norm=clip_norm, learning_rate_scale=learning_rate_scale)
+
+
+class TensorState:
+    """One shard, as training.servers.replica wants it. Totals are vectors: the pieces' mean gradients, end to end, and
+    the extras."""
+
+    def __init__(self, optimizer: Optimizer, parameters: Sequence[nn.Parameter], shard: Shard) -> None:
+        """Takes the recipe's optimizer of all `parameters`, as it is before the first step, for the shard alone."""
+        self.step = 0
+        self._shard = shard
+        self._num_elements = sum(piece.num_elements for piece in shard)
+        self.optimizer = optimizer
+        self._pieces = sliced(optimizer, parameters, shard)
+
+    def fold(self, parts: Sequence[tuple[Subtree, Tensor]]) -> Tensor:
+        return fold([subtree for subtree, _ in parts], [part for _, part in parts])
+
+    def report(self, total: Tensor) -> Report:
+        gradients = self._split(total)
+        norms = block_norms(gradients) if gradients else torch.empty(0)
+        return Report(norms=norms, extras=total[self._num_elements :])
+
+    def apply(self, total: Tensor, decision: Decision) -> None:
+        factor = clip_factor(decision.grad_norm, decision.clip_norm)
+        gradients = self._split(total)
+        if factor is not None and gradients:
+            gradients = torch._foreach_mul(gradients, factor)  # `total` may still be on its way to a backup
+        for piece, gradient in zip(self._pieces, gradients, strict=True):
+            piece.grad = gradient
+        for group in self.optimizer.param_groups:
+            group.setdefault("peak_lr", group["lr"])
+            group["lr"] = group["peak_lr"] * decision.learning_rate_scale
+        self.optimizer.step()
+        self.step += 1
+
+    def _split(self, total: Tensor) -> tuple[Tensor, ...]:
+        if not self._shard:
+            return ()
+        return torch.split(total[: self._num_elements], [piece.num_elements for piece in self._shard])
+
+    def values(self) -> Tensor:
+        """The pieces' elements, end to end."""
+        return joined([piece.detach() for piece in self._pieces])
+
+    def snapshot(self) -> dict[str, Any]:
+        state = {
+            number: {key: _copied(value) for key, value in self.optimizer.state.get(piece, {}).items()}
+            for number, piece in enumerate(self._pieces)
+        }
+        return {"values": self.values(), "optimizer": state}
+
+    def load(self, snapshot: Mapping[str, Any], step: int) -> None:
+        values = self._split(snapshot["values"])
+        for number, (piece, value) in enumerate(zip(self._pieces, values, strict=True)):
+            piece.data.copy_(value)
+            entries = snapshot["optimizer"][number]
+            self.optimizer.state[piece] = {key: _copied(value) for key, value in entries.items()}
+        self.step = step
+
+
+def pieces_of(tensors: Sequence[Tensor], shard: Shard) -> Tensor:
+    """A shard's elements of tensors like the parameters, end to end."""
+    return joined([_slice(tensors[piece.parameter], piece) for piece in shard])
+
+
+def joined(parts: Sequence[Tensor]) -> Tensor:
+    return torch.cat(list(parts)) if parts else torch.empty(0)
+
+
+def _copied(value: Any) -> Any:
+    return value.clone() if isinstance(value, Tensor) else value
+
+
+def sliced(optimizer: Optimizer, parameters: Sequence[nn.Parameter], shard: Shard) -> list[nn.Parameter]:
+    """Have the optimizer see the shard's pieces, copied, in the place of the parameters. Returns them."""
+    found = [nn.Parameter(_slice(parameters[piece.parameter].detach(), piece).clone()) for piece in shard]
+    of_parameter: dict[Tensor, list[tuple[Piece, nn.Parameter]]] = {}
+    for piece, part in zip(shard, found, strict=True):
+        of_parameter.setdefault(parameters[piece.parameter], []).append((piece, part))
+    state = dict(optimizer.state)
+    optimizer.state.clear()
+    for parameter, entries in state.items():
+        for piece, part in of_parameter.get(parameter, []):
+            optimizer.state[part] = {
+                key: _slice(value, piece).clone() if _is_like(value, parameter) else _copied(value)
+                for key, value in entries.items()
+            }
+    for group in optimizer.param_groups:
+        group["params"] = [part for parameter in group["params"] for _, part in of_parameter.get(parameter, [])]
+    return found
+
+
+def _slice(tensor: Tensor, piece: Piece) -> Tensor:
+    return tensor.reshape(-1)[piece.start : piece.stop]
+
+
+def _is_like(value: Any, parameter: Tensor) -> bool:
+    return isinstance(value, Tensor) and value.shape == parameter.shape
+
+
+def require_elementwise(make: Callable[[nn.Module], Optimizer]) -> None:
+    """That the optimizer that `make` makes of a module's parameters treats each element by itself, to the last bit.
+
+    Found out by trying: three steps of a matrix, whole and cut. Raises `UserError` if the results differ.
+    """
+    size = NUM_PROBE_SHARDS * BLOCK_ELEMENTS
+    chance = torch.Generator().manual_seed(0)
+    first = torch.randn(size, 1, generator=chance)
+    gradients = torch.randn(NUM_PROBE_STEPS, size, generator=chance)
+    results = []
+    for num_shards in (1, NUM_PROBE_SHARDS):
+        found = []
+        for shard in shards([size], num_shards):
+            module = _Probe(first)
+            state = TensorState(make(module), [module.weight], shard)
+            for gradient in gradients:
+                state.apply(
+                    pieces_of([gradient], shard), Decision(grad_norm=1.0, clip_norm=None, learning_rate_scale=1.0)
+                )
+            found.append(state.values())
+        results.append(torch.cat(found))
+    if not torch.equal(*results):
+        name = type(make(_Probe(first))).__name__
+        raise UserError(
+            f"the recipe's optimizer, {name}, gives other bits if a parameter is cut in pieces, as parameter servers"
+            " have it: use train.strategy = 'all_reduce', or an optimizer that treats each element by itself"
+        )
+
+
+class _Probe(nn.Module):
+    def __init__(self, values: Tensor) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(values.clone())

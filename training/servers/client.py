@@ -1,0 +1,76 @@
+"""What a worker says to the primaries of all shards, as a state machine without input or output."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+from training.arithmetic.reduce import Subtree
+from training.servers.protocol import Apply, Decided, Held, Message, Pull, Push, Send, Values
+
+Phase = Literal["idle", "pushing", "applying", "pulling"]
+
+
+class Client:
+    """One of a group. `decide` makes one decision of the reports of all shards, the same in all workers.
+
+    A worker that is asked to begin anew in another group pulls first; then, if all shards stand where its gradients
+    belong, it sends these again.
+    """
+
+    def __init__(self, *, token: int, primaries: Sequence[str], decide: Callable[[Sequence[Any]], Any]) -> None:
+        self.token = token
+        self.phase: Phase = "idle"
+        self.step = 0
+        """In hand, or finished if idle."""
+        self._primaries = tuple(primaries)
+        self._decide = decide
+        self._answers: dict[str, Message] = {}
+
+    def pull(self) -> list[Send]:
+        """Asks for the parameters."""
+        self.phase = "pulling"
+        return self._say(lambda shard: Pull(token=self.token))
+
+    def push(self, step: int, parts: Sequence[Sequence[tuple[Subtree, Any]]]) -> list[Send]:
+        """The sums of this worker's subtrees, for each shard."""
+        self.phase, self.step = "pushing", step
+        return self._say(lambda shard: Push(token=self.token, step=step, parts=tuple(parts[shard])))
+
+    def _say(self, message: Callable[[int], Message]) -> list[Send]:
+        self._answers = {}
+        return [Send(to=name, message=message(shard)) for shard, name in enumerate(self._primaries)]
+
+    def handle(self, sender: str, message: Message) -> list[Send]:
+        """Answers of another token are refused."""
+        if message.token != self.token or not self._answers_me(message):
+            return []
+        self._answers[sender] = message
+        if len(self._answers) < len(self._primaries):
+            return []
+        answers = [self._answers[name] for name in self._primaries]
+        if self.phase == "pushing":
+            self.phase = "applying"
+            decision = self._decision(answers)
+            return self._say(lambda shard: Apply(token=self.token, step=self.step, decision=decision))
+        self.phase = "idle"
+        return []
+
+    def _answers_me(self, message: Message) -> bool:
+        """Whether it is what this phase waits for; an answer may come twice."""
+        if self.phase == "pushing":
+            return isinstance(message, Held | Decided) and message.step == self.step
+        return isinstance(message, Values) and (self.phase == "pulling" or message.step == self.step)
+
+    def _decision(self, answers: Sequence[Message]) -> Any:
+        """A shard that has applied the step says with what; else the reports say it."""
+        for answer in answers:
+            if isinstance(answer, Decided):
+                return answer.decision
+        return self._decide([answer.report for answer in answers if isinstance(answer, Held)])
+
+    def values(self) -> list[tuple[int, Any]]:
+        """Of all shards, once idle: the step that each has applied, and its parameters. Steps differ only in a group
+        that began in the midst of the second phase."""
+        found = [self._answers[name] for name in self._primaries]
+        return [(answer.step, answer.values) for answer in found if isinstance(answer, Values)]
