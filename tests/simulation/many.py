@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from concurrent.futures import ProcessPoolExecutor
 from statistics import median
+from typing import Any
 
 from tests.simulation.faults import STATES, STRIKES
 from tests.simulation.runner import Summary, run_many
@@ -23,6 +24,27 @@ def run_side_by_side(seeds: range, num_processes: int) -> Summary:
 def missing(summary: Summary) -> list[tuple[tuple[str, str], str]]:
     """Pairs of a node's state and a fault that no schedule hit."""
     return [(state, name) for state in STATES for name in STRIKES if (state, name) not in summary.struck]
+
+
+def rows_of(summary: Summary, *, seconds: float) -> list[dict[str, Any]]:
+    """For an evidence file."""
+    return [
+        {
+            "schedules": summary.num_schedules,
+            "distinct": len(summary.fingerprints),
+            "broken": summary.broken[:100],
+            "median_events": median(summary.num_events),
+            "commits_fenced_off": summary.num_fenced,
+            "outcomes": summary.outcomes,
+            "seconds": round(seconds),
+        },
+        {
+            "pairs_of_state_and_fault": len(STATES) * len(STRIKES),
+            "hit": len(summary.struck),
+            "never_hit": [[*state, name] for state, name in missing(summary)],
+            "hits": {f"{phase}, {role}: {name}": n for ((phase, role), name), n in sorted(summary.struck.items())},
+        },
+    ]
 
 
 def tell(summary: Summary, *, seconds: float) -> str:
