@@ -5,22 +5,20 @@ from __future__ import annotations
 import json
 import threading
 import urllib.error
-import urllib.request
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
-from http.client import HTTPConnection
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any, cast
-from urllib.parse import urlsplit
 
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
+from starlette.testclient import TestClient
 
-from flows.monitor.__main__ import MAX_BODY_BYTES, Board, make_handler
 from flows.monitor.alerts import prefect_events
-from flows.monitor.reading import fetch, rows
+from flows.monitor.app import MAX_BODY_BYTES, Board, make_app
+from flows.monitor.reading import rows
 from flows.monitor.runs import Watched, add_run, write_targets
 from flows.monitor.servers import PrefectServer, answers
 from tests.unit.tiny import tiny_preset
@@ -156,39 +154,28 @@ def test_the_monitor_serves_and_takes_messages(tmp_path: Path) -> None:
         taken.append(message)
 
     board = Board(tmp_path)
-    with serving(make_handler(board, take)) as url:
-        assert "unbroken_stack_disk_free_bytes" in fetch(f"{url}/metrics")
-        page = Page()
-        add_run(page, watched(), "")
-        board.put("runs", page)
-        assert len(rows(fetch(f"{url}/metrics"))) == 1
-        assert post(f"{url}/alerts", json.dumps(MESSAGE).encode()) == 200
-        assert taken == [MESSAGE]
-        for body in (b"", b"{", b"[" * 100_000, b"{}"):
-            assert post(f"{url}/alerts", body) == 400, body[:9]
-        assert post(f"{url}/else", b"{}") == 400
-        assert announce(url, MAX_BODY_BYTES + 1) == 400
-        is_away = True
-        assert post(f"{url}/alerts", json.dumps(MESSAGE).encode()) == 503, "Alertmanager sends it again"
-    assert fetch(url) == ""
+    client = TestClient(make_app(board, take), base_url="http://127.0.0.1")
 
+    def post(body: bytes, path: str = "/alerts", **headers: str) -> int:
+        return int(client.post(path, content=body, headers=headers).status_code)
 
-def announce(url: str, num_bytes: int) -> int:
-    """What is answered to a body before it comes."""
-    connection = HTTPConnection(urlsplit(url).netloc, timeout=5)
-    with closing(connection):
-        connection.putrequest("POST", "/alerts")
-        connection.putheader("Content-Length", str(num_bytes))
-        connection.endheaders()
-        return connection.getresponse().status
-
-
-def post(url: str, body: bytes) -> int:
-    try:
-        with urllib.request.urlopen(urllib.request.Request(url, body), timeout=5) as reply:
-            return int(reply.status)
-    except urllib.error.HTTPError as error:
-        return error.code
+    assert "unbroken_stack_disk_free_bytes" in client.get("/metrics").text
+    page = Page()
+    add_run(page, watched(), "")
+    board.put("runs", page)
+    assert len(rows(client.get("/metrics").text)) == 1
+    message = json.dumps(MESSAGE).encode()
+    assert post(message) == 200
+    assert taken == [MESSAGE]
+    for body in (b"", b"{", b"[" * 100_000, b"{}", b" " * (MAX_BODY_BYTES + 1)):
+        assert post(body) == 400, body[:9]
+    assert post(b"{}", **{"content-length": str(MAX_BODY_BYTES + 1)}) == 400, "before it comes"
+    assert post(message, origin="https://evil.example") == 400, "a web page's"
+    assert post(message, host="evil.example") == 400, "a name that a web page has pointed here"
+    assert post(message, path="/else") == 404
+    assert taken == [MESSAGE]
+    is_away = True
+    assert post(message) == 503, "Alertmanager sends it again"
 
 
 class Prefect(BaseHTTPRequestHandler):
