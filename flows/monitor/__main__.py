@@ -1,6 +1,7 @@
 """`python -m flows.monitor PORT`: look at runs and servers for ever, and serve what was seen.
 
-GET /metrics for Prometheus; POST /alerts for Alertmanager. It keeps nothing, so it may be killed at any time.
+GET / for people, /metrics for Prometheus; POST /alerts for Alertmanager. It keeps nothing, so it may be killed at any
+time.
 """
 
 from __future__ import annotations
@@ -16,11 +17,13 @@ from typing import Any
 import uvicorn
 
 from flows.monitor.alerts import prefect_events
-from flows.monitor.app import Board, make_app
+from flows.monitor.app import make_app
+from flows.monitor.board import Board
 from flows.monitor.runs import Runs, write_targets
 from flows.monitor.servers import PrefectServer, look_at_servers
 from infra.engines import make_launcher
 from infra.local.ports import LOOPBACK
+from infra.local.services import alertmanager_url
 from tasks.stack import open_stack
 from training.errors import UnbrokenError
 
@@ -44,11 +47,15 @@ def main() -> None:
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(name)s %(levelname)s %(message)s")
     log.setLevel(logging.INFO)
     settings, store = open_stack()
-    runs, board = Runs(settings, store, make_launcher(settings)), Board(settings.home)
+    runs = Runs(settings, store, make_launcher(settings))
+    board, maybe_alertmanager = Board(settings, store.location, runs), alertmanager_url(settings)
 
     def look_at_runs() -> None:
-        board.put("runs", runs.look())
+        runs.look()
         write_targets(settings.home / TARGETS, runs.targets())
+
+    def look_at_all_servers() -> None:
+        board.servers = look_at_servers(settings, maybe_alertmanager=maybe_alertmanager)
 
     def take(message: Any) -> None:
         PrefectServer(settings.prefect_api_url).post("events", prefect_events(message, runs.flow_runs))
@@ -67,7 +74,7 @@ def main() -> None:
     )
     parts = {
         "runs": lambda: keep_looking("runs", look_at_runs),
-        "servers": lambda: keep_looking("servers", lambda: board.put("servers", look_at_servers(settings))),
+        "servers": lambda: keep_looking("servers", look_at_all_servers),
         "http": server.run,
     }
     threads = [threading.Thread(name=name, target=part, daemon=True) for name, part in parts.items()]

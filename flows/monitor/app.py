@@ -1,4 +1,4 @@
-"""What the monitor answers over HTTP: /metrics to Prometheus, /alerts to Alertmanager."""
+"""What the monitor answers over HTTP: pages and JSON for people, /metrics for Prometheus, /alerts for Alertmanager."""
 
 from __future__ import annotations
 
@@ -6,46 +6,61 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import psutil
 from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
 from starlette.middleware import Middleware
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.requests import Request
-from starlette.responses import PlainTextResponse, Response
+from starlette.responses import FileResponse, HTMLResponse, JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
 
+from flows.monitor.board import Board
+from flows.monitor.html import error_html, overview_html, run_html
+from flows.monitor.view import to_json
 from infra.hosts import allowed_hosts
 from infra.local.ports import LOOPBACK
 from training.documents import read_json
-from training.errors import DamagedError, UserError
-from training.runs.exposition import CONTENT_TYPE, Page
+from training.errors import DamagedError, MissingError, UnbrokenError, UserError
+from training.runs.exposition import CONTENT_TYPE
 
 MAX_BODY_BYTES = 1 << 20
-
-
-class Board:
-    """The newest page of each part, whoever looks at it."""
-
-    def __init__(self, home: Path) -> None:
-        self._home = home
-        self._pages: dict[str, str] = {}
-
-    def put(self, part: str, page: Page) -> None:
-        self._pages[part] = page.text()
-
-    def text(self) -> str:
-        disk, page = psutil.disk_usage(str(self._home)), Page()
-        page.add("unbroken_stack_disk_bytes", disk.total, "Size of the disk under the stack's folder", {})
-        page.add("unbroken_stack_disk_free_bytes", disk.free, "What is free there", {})
-        return "".join([*self._pages.values(), page.text()])
+STYLE = Path(__file__).with_name("pages") / "style.css"
+HEADERS = {
+    "Content-Security-Policy": (
+        "default-src 'none'; style-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+    ),
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "no-referrer",
+    "Cache-Control": "no-store",
+}
 
 
 def make_app(board: Board, take: Callable[[Any], None]) -> Starlette:
     """`take` is given what is posted at /alerts. Only loopback's own names are answered, and no web page's posts."""
 
     def metrics(request: Request) -> Response:
-        return PlainTextResponse(board.text(), media_type=CONTENT_TYPE)
+        return PlainTextResponse(board.metrics(), media_type=CONTENT_TYPE)
+
+    def overview(request: Request) -> Response:
+        return HTMLResponse(overview_html(board.overview()), headers=HEADERS)
+
+    def overview_json(request: Request) -> Response:
+        return JSONResponse(to_json(board.overview()), headers=HEADERS)
+
+    def run(request: Request) -> Response:
+        try:
+            return HTMLResponse(run_html(board.run(request.path_params["key"])), headers=HEADERS)
+        except UnbrokenError as error:
+            return HTMLResponse(error_html(str(error)), _status(error), headers=HEADERS)
+
+    def run_json(request: Request) -> Response:
+        try:
+            return JSONResponse(to_json(board.run(request.path_params["key"])), headers=HEADERS)
+        except UnbrokenError as error:
+            return JSONResponse({"error": str(error)}, _status(error), headers=HEADERS)
+
+    def style(request: Request) -> Response:
+        return FileResponse(STYLE, media_type="text/css", headers={"X-Content-Type-Options": "nosniff"})
 
     async def alerts(request: Request) -> Response:
         try:
@@ -58,8 +73,20 @@ def make_app(board: Board, take: Callable[[Any], None]) -> Starlette:
 
     return Starlette(
         middleware=[Middleware(TrustedHostMiddleware, allowed_hosts=allowed_hosts(LOOPBACK), www_redirect=False)],
-        routes=[Route("/metrics", metrics), Route("/alerts", alerts, methods=["POST"])],
+        routes=[
+            Route("/", overview),
+            Route("/overview.json", overview_json),
+            Route("/runs/{key}.json", run_json),
+            Route("/runs/{key}", run),
+            Route("/style.css", style),
+            Route("/metrics", metrics),
+            Route("/alerts", alerts, methods=["POST"]),
+        ],
     )
+
+
+def _status(error: UnbrokenError) -> int:
+    return 404 if isinstance(error, MissingError | UserError) else 503
 
 
 async def _posted(request: Request) -> Any:
