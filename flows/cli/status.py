@@ -25,7 +25,9 @@ if TYPE_CHECKING:
 LOOK_SECONDS = 2.0
 ANSWER_SECONDS = 60.0
 """A run that nobody watches is read when it is asked for."""
-Run = Annotated[str, Parameter(help="A run key, or the beginning of one: this run alone, live on a terminal.")]
+Run = Annotated[
+    str, Parameter(help="A run key, or the beginning of one: this run alone, live on a terminal.", show_default=False)
+]
 
 
 def add_to(app: App) -> None:

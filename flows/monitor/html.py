@@ -6,6 +6,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
+from math import isfinite
 from pathlib import Path
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
@@ -25,9 +26,12 @@ def overview_html(overview: Overview) -> str:
 
 
 def run_html(view: RunView) -> str:
+    losses = [point.loss for point in view.curve]
+    speeds = [point.samples_per_second or 0.0 for point in view.curve]
+    scale = ", logarithmic" if words.is_logarithmic(losses) else ""
     curves = (
-        ("Loss", curve(view, [point.loss for point in view.curve])),
-        ("Samples per second", curve(view, [point.samples_per_second for point in view.curve], floor=0.0)),
+        (f"Loss{scale}", curve(view, losses, heights=words.on_scale(losses))),
+        ("Samples per second", curve(view, speeds, heights=speeds, floor=0.0)),
     )
     return _template("run.html").render(
         view=view,
@@ -56,7 +60,7 @@ def is_web(link: str) -> bool:
     return link.startswith(("http://", "https://"))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Curve:
     """A line through what is finite, its ends in words, and where groups began."""
 
@@ -67,20 +71,26 @@ class Curve:
     marks: Sequence[float]
 
 
-def curve(view: RunView, numbers: Sequence[float | None], *, floor: float | None = None) -> Curve | None:
-    """From `floor` up, or from the least. None if there are not two points to connect."""
+def curve(
+    view: RunView, numbers: Sequence[float], *, heights: Sequence[float], floor: float | None = None
+) -> Curve | None:
+    """These numbers, drawn as high, from `floor` up or from the least. None if there are not two points to connect."""
     found = [
-        (point.step, number)
-        for point, number in zip(view.curve, numbers, strict=True)
-        if number is not None and abs(number) < float("inf")
+        (point.step, number, height)
+        for point, number, height in zip(view.curve, numbers, heights, strict=True)
+        if isfinite(number)
     ]
     if len(found) < 2:
         return None
-    least, high = min(number for _, number in found), max(number for _, number in found)
-    low = least if floor is None else floor
-    goal, span = max(view.goal_steps, found[-1][0], 1), (high - low) or 1.0
+    low = min(height for *_, height in found) if floor is None else floor
+    end, span = found[-1][0], (max(height for *_, height in found) - low) or 1.0
     points = " ".join(
-        f"{CURVE_WIDTH * step / goal:.1f},{CURVE_HEIGHT * (1 - (number - low) / span):.1f}" for step, number in found
+        f"{CURVE_WIDTH * step / end:.1f},{CURVE_HEIGHT * (1 - (height - low) / span):.1f}" for step, _, height in found
     )
-    marks = [CURVE_WIDTH * attempt.from_step / goal for attempt in view.attempts[1:]]
-    return Curve(points, words.figure(least), words.figure(high), words.figure(found[-1][1]), marks)
+    return Curve(
+        points=points,
+        low=words.figure(min(number for _, number, _ in found)),
+        high=words.figure(max(number for _, number, _ in found)),
+        last=words.figure(found[-1][1]),
+        marks=[CURVE_WIDTH * one.from_step / end for one in view.attempts if 0 < one.from_step <= end],
+    )

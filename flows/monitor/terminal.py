@@ -41,7 +41,9 @@ def run_lines(view: RunView, now: float, width: int) -> list[Line]:
     for fact in words.facts(view, now):
         found += _named(fact.name, f"{fact.value}{f'  ({fact.note})' if fact.note else ''}", width)
     if len(view.curve) > 1:
-        found += _named("loss so far", sparkline([point.loss for point in view.curve], width - NAME_COLUMNS), width)
+        found += _named(
+            "loss so far", sparkline(words.on_scale([point.loss for point in view.curve]), width - NAME_COLUMNS), width
+        )
     if split := words.time_split(view):
         found += _named("time", ", ".join(f"{use} {words.percent(share)}" for use, share in split), width)
     if not view.is_over:
@@ -128,7 +130,7 @@ def _attempts(view: RunView, width: int) -> Iterator[Line]:
         yield Line("")
     for attempt in view.attempts:
         text = f"{words.attempt_beginning(attempt)}: {words.shortened(attempt.why_it_ended) or 'goes on'}"
-        yield from _named(f"attempt {attempt.token}", text, width)
+        yield from _named(f"attempt {attempt.number}", text, width)
 
 
 def _links(links: Iterable[tuple[str, str]], width: int) -> Iterator[Line]:

@@ -63,6 +63,8 @@ class NodeView:
 class AttemptView:
     """One group that trained."""
 
+    number: int
+    """From 1."""
     token: int
     began: str
     num_ranks: int | None
@@ -274,8 +276,9 @@ def _last_departure(record: Record) -> Mapping[str, str]:
 
 
 def _attempts(record: Record, seen: Seen) -> tuple[AttemptView, ...]:
-    return tuple(
+    found = [
         AttemptView(
+            number=number,
             token=row["token"],
             began=row["began"],
             num_ranks=row["ranks"] or None,
@@ -283,8 +286,9 @@ def _attempts(record: Record, seen: Seen) -> tuple[AttemptView, ...]:
             source=row["from"],
             why_it_ended=row["why_it_ended"],
         )
-        for row in attempts_table(record, seen.begun)[-MAX_ATTEMPTS:]
-    )
+        for number, row in enumerate(attempts_table(record, seen.begun), start=1)
+    ]
+    return tuple(found[-MAX_ATTEMPTS:])
 
 
 def to_json(view: Any) -> Any:

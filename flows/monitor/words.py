@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from flows.monitor.view import AttemptView, NodeView, RankView, RunView
@@ -11,6 +12,7 @@ from training.runs.goodput import USES
 
 NOTHING = "–"
 SHORT_CAUSE = 300
+LOGARITHMIC_RATIO = 30.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,6 +75,18 @@ def _checkpoint_note(view: RunView, now: float) -> str:
     if view.is_over or not view.checkpoint_step or view.checkpoint_at is None:
         return every
     return f"{duration(now - view.checkpoint_at)} ago, {every}"
+
+
+def is_logarithmic(numbers: Sequence[float]) -> bool:
+    """Whether they differ so much that on an even scale only the largest would be seen."""
+    finite = [number for number in numbers if math.isfinite(number)]
+    return bool(finite) and min(finite) > 0 and max(finite) > LOGARITHMIC_RATIO * min(finite)
+
+
+def on_scale(numbers: Sequence[float]) -> list[float]:
+    """As high as they are drawn."""
+    is_log = is_logarithmic(numbers)
+    return [math.log10(number) if is_log and math.isfinite(number) else number for number in numbers]
 
 
 def time_split(view: RunView) -> tuple[tuple[str, float], ...]:
@@ -149,7 +163,9 @@ def figure(number: float) -> str:
 
 
 def percent(share: float | None) -> str:
-    return NOTHING if share is None else f"{100 * share:.0f} %" if share >= 0.1 or not share else f"{100 * share:.1f} %"
+    if share is None:
+        return NOTHING
+    return f"{share:.0%}" if share >= 0.1 or not share else f"{share:.1%}"
 
 
 def milliseconds(seconds: float | None) -> str:

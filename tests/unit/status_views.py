@@ -59,10 +59,10 @@ VIEW = RunView(
     last_departure={"node": "1", "class": "Killed", "cause": "its worker was killed by signal 9"},
     attempts=(
         AttemptView(
-            token=1, began="2027-01-15T07:55:00.000+00:00", num_ranks=2, from_step=0, source="start",
+            number=1, token=1, began="2027-01-15T07:55:00.000+00:00", num_ranks=2, from_step=0, source="start",
             why_it_ended="node 1: Killed: its worker was killed by signal 9",
         ),
-        AttemptView(token=3, began="", num_ranks=None, from_step=104, source="memory", why_it_ended=""),
+        AttemptView(number=2, token=3, began="", num_ranks=None, from_step=104, source="memory", why_it_ended=""),
     ),
     seconds={"productive": 200.0, "redone": 9.0, "recovery": 11.0, "waiting": 30.0, "checkpoint": 4.0},
     notes=("node 1 is slow: rank 1 takes 2.3 times as long",),

@@ -183,7 +183,7 @@ def test_a_terminal_answers_what_one_asks() -> None:
     for words_of_it in (
         *("digits  0123456789ab", "RECOVERING", "209/300  70%", "in 1 min 15 s", "will be missed", "3,691 samples/s"),
         *("step 200", "7 s ago", "1 of 2 nodes", "node 1 at 10.0.0.2: does not answer", "NodeLost", "goes on"),
-        *("12.0 ms", "productive 79 %", "1 RUNNING, 1 BACKOFF"),
+        *("12.0 ms", "productive 79%", "1 RUNNING, 1 BACKOFF"),
     ):
         assert words_of_it in text
     text = "\n".join(line.text for line in terminal.overview_lines(OVERVIEW, NOW, 100))
