@@ -21,6 +21,7 @@ from flows.cli import (
     scaffold,
     serve,
     stack,
+    status,
 )
 from training.errors import UnbrokenError
 
@@ -31,6 +32,7 @@ app = App(
     help_on_error=False,
 )
 stack.add_to(app)
+status.add_to(app)
 scaffold.add_to(app)
 run.add_to(app)
 drill.add_to(app)

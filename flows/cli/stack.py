@@ -1,4 +1,4 @@
-"""`up`, `down`, `status`, `doctor`: the machine and the servers."""
+"""`up`, `down`, `doctor`: the machine and the servers."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Json = Annotated[bool, Parameter(name="--json", negative="", help="Print JSON, f
 
 
 def add_to(app: App) -> None:
-    for verb in (up, down, status, doctor):
+    for verb in (up, down, doctor):
         app.command(verb)
 
 
@@ -29,6 +29,7 @@ def up(*, json: Json = False) -> None:
     if json:
         print_json(stack.status_json())
         return
+    print(f"Status   {stack.monitor_url()}")
     print(f"Prefect  {settings.prefect_ui_url}")
     print(f"MLflow   {settings.mlflow_uri}/#/experiments?workflowType=machine_learning")
     print(f"S3       {settings.s3_endpoint or 'AWS'}  bucket {settings.s3_bucket}")
@@ -40,36 +41,6 @@ def down() -> None:
     from infra.local import stack
 
     print("stopped" if stack.down() else "nothing was running")
-
-
-def status(*, json: Json = False) -> None:
-    """Say which services run. Exit code 3 if one is not well."""
-    from infra.local import stack
-
-    found = stack.status()
-    if json:
-        print_json(stack.status_json())
-    else:
-        print_table(
-            ["service", "state", "healthy", "url", "log"],
-            [[s.name, s.state, "yes" if s.healthy else "no", s.url, s.log] for s in found],
-        )
-        _print_runs([service.url for service in found if service.name == "monitor" and service.healthy])
-    ill = [service.name for service in found if not service.healthy]
-    if ill:
-        raise InfrastructureError(
-            f"not well: {', '.join(ill)}. What has died is started again by itself, within a minute or so; what stays"
-            " away tells why in its log; what is stopped is started by `unbroken up` (or `make up`)"
-        )
-
-
-def _print_runs(monitors: list[str]) -> None:
-    """Those of which the monitor knows."""
-    from flows.monitor.reading import COLUMNS, fetch, rows
-
-    if found := [row for url in monitors for row in rows(fetch(url))]:
-        print()
-        print_table(list(COLUMNS), found)
 
 
 def doctor(what: Literal["machine", "slurm"] = "machine", /, *, json: Json = False) -> None:

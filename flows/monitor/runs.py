@@ -1,55 +1,62 @@
-"""The runs that an engine works on: their records, how their time was spent, and where their agents serve metrics."""
+"""The runs that an engine works on, and any other that is asked for: read from their records and events."""
 
 from __future__ import annotations
 
 import json
 import logging
-import re
+import threading
 import time
+from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from flows.monitor.agents import MAX_NODES, ask_agents
+from flows.monitor.seen import Seen
+from flows.monitor.view import RunView, view_of
 from flows.reaper.decide import is_flow_run
-from infra.launcher import JobState, Launcher
+from infra.launcher import JobState, JobStatus, Launcher
 from infra.local.files import write_whole
 from infra.settings import Settings
+from tasks.follow import Follower
+from tasks.mlflow_client import MACHINE_LEARNING
 from training.cluster.links import Place
 from training.cluster.metrics import short
 from training.documents import parse, read_document
-from training.errors import UnbrokenError
-from training.runs.events import Event, EventReader
-from training.runs.exposition import Page
-from training.runs.goodput import Use, account
+from training.errors import MissingError, UnbrokenError
 from training.runs.job import Job, read_jobs
-from training.runs.record import Record, RunRecord
+from training.runs.record import Record, RunRecord, generation_prefix
 from training.s3.objectstore import Store
 
 log = logging.getLogger(__name__)
 
-NOT_FINITE = re.compile(r"the loss is (nan|-?inf)|the gradient norm (nan|inf)")
 KEPT_SECONDS = 3600.0
 """How long a run is told of after its end."""
-ACCOUNT_SHARE = 50
-"""Booking a long run's time takes at most one in so many seconds."""
+LAST_WORDS_SECONDS = 10.0
+"""How long it is still read."""
+MAX_ASKED = 8
+"""Runs that nobody watches, and that are kept because somebody asked for them."""
 
 
 @dataclass(kw_only=True)
 class Watched:
     """What is known of one run."""
 
-    record: Record
     job: Job
-    owners: Sequence[str]
-    is_at_work: bool
-    reader: EventReader
-    events: list[Event] = field(default_factory=list)
+    record: Record
+    seen: Seen
+    owners: Sequence[str] = ()
+    maybe_status: JobStatus | None = None
+    """What the engine says of it."""
     places: dict[int, Place] = field(default_factory=dict)
     place_marks: set[tuple[str, str]] = field(default_factory=set)
-    goodput_seconds: Mapping[Use, float] = field(default_factory=dict)
-    account_at: float = 0.0
     ended_at: float = 0.0
+
+    @property
+    def is_at_work(self) -> bool:
+        """As far as is known: an engine that does not answer has not stopped it."""
+        return self.maybe_status is not None and self.maybe_status.state is not JobState.ENDED
 
     @property
     def is_active(self) -> bool:
@@ -57,32 +64,45 @@ class Watched:
 
 
 class Runs:
-    """Those of one engine on one store."""
+    """Those of one engine on one store. `look` is for one thread; all others may be called by any."""
 
     def __init__(self, settings: Settings, store: Store, launcher: Launcher) -> None:
         self._settings = settings
         self._store = store
         self._launcher = launcher
         self._watched: dict[str, Watched] = {}
+        self._asked: OrderedDict[str, Watched] = OrderedDict()
+        self._asking = threading.Lock()
         self._told: dict[str, str] = {}
+        self.views: Mapping[str, RunView] = {}
+        """By key, as of the last look."""
 
-    def look(self) -> Page:
+    def look(self) -> Mapping[str, RunView]:
         """Raises `InfrastructureError` if the engine is away."""
-        jobs = self._launcher.jobs()
-        for key, owners in jobs.items():
+        jobs, now = self._launcher.jobs(), time.time()
+        for key in [*jobs, *(key for key in self._watched if key not in jobs)]:
             try:
-                self._look_at(key, owners)
+                self._look_at(key, jobs.get(key), now)
             except UnbrokenError as error:  # the store is away, or this run's objects are damaged: others are seen
                 if self._told.get(key) != str(error):
                     log.warning("run %s: %s", short(key), error)
                 self._told[key] = str(error)
-        for key in [key for key in self._watched if key not in jobs]:
-            self._watched[key].is_at_work = False
-        self._forget(time.time())
-        page = Page()
-        for run in self._watched.values():
-            add_run(page, run, self.link(run))
-        return page
+        self._forget(now)
+        self.views = {key: self._view(watched) for key, watched in self._watched.items()}
+        return self.views
+
+    def find(self, key: str) -> RunView:
+        """A run with its nodes, be it one that no engine has any more. Raises `MissingError` if the store has none,
+        `InfrastructureError` if the store is away, `DamagedError`."""
+        maybe_watched, maybe_view = self._watched.get(key), self.views.get(key)
+        if maybe_watched is None or maybe_view is None:
+            with self._asking:
+                maybe_watched = self._read_once(key)
+                return self._view(maybe_watched)
+        if not maybe_watched.is_active:
+            return maybe_view
+        places = list(maybe_watched.places.values())
+        return replace(maybe_view, nodes=ask_agents(places), num_unasked_nodes=max(0, len(places) - MAX_NODES))
 
     def targets(self) -> list[dict[str, Any]]:
         """For Prometheus: `job` and `instance` only, as other labels would clash with the metrics' own."""
@@ -107,37 +127,84 @@ class Runs:
             if is_flow_run(owner)
         ]
 
-    def link(self, run: Watched) -> str:
-        """To the page that says most of it."""
-        flow_runs = [owner for owner in run.owners if is_flow_run(owner)]
-        if flow_runs and self._settings.maybe_prefect_api_url:
-            return f"{self._settings.prefect_ui_url}/runs/flow-run/{flow_runs[-1]}"
-        return f"{self._settings.maybe_mlflow_uri or ''}/#/experiments?workflowType=machine_learning"
+    def _view(self, run: Watched) -> RunView:
+        return view_of(
+            record=run.record,
+            preset=run.job.preset,
+            seen=run.seen,
+            maybe_job=run.maybe_status,
+            is_at_work=run.is_at_work,
+            links=self._links(run),
+            now=time.time(),
+        )
 
-    def _look_at(self, key: str, owners: Sequence[str]) -> None:
+    def _links(self, run: Watched) -> dict[str, str]:
+        """The page that says most of it first."""
+        settings, found = self._settings, {}
+        flow_runs = [owner for owner in run.owners if is_flow_run(owner)]
+        if flow_runs and settings.maybe_prefect_api_url:
+            found["Prefect"] = f"{settings.prefect_ui_url}/runs/flow-run/{flow_runs[-1]}"
+        if settings.maybe_mlflow_uri:
+            of_run = f"runs/{run.record.tracking_run_id}" if run.record.tracking_run_id else "experiments"
+            found["MLflow"] = f"{settings.mlflow_uri}/#/{of_run}{MACHINE_LEARNING}"
+        found["S3"] = self._store.location.uri(generation_prefix(run.record.key, run.record.generation))
+        return found
+
+    def _look_at(self, key: str, maybe_owners: Sequence[str] | None, now: float) -> None:
+        """No owners: the engine knows the run no more."""
+        maybe_status = None if maybe_owners is None else self._launcher.find(key)
         maybe_before = self._watched.get(key)
-        status = self._launcher.find(key)
-        is_at_work = status is not None and status.state is JobState.RUNNING
-        if maybe_before is not None and maybe_before.ended_at and not is_at_work:
-            return
-        run = RunRecord(self._store, key)
-        record = run.find()
-        if record is None:  # it shards, or was removed
-            return
-        prefix = run.prefix(record)
-        if maybe_before is None or maybe_before.record.generation != record.generation:
-            jobs = [job for job in read_jobs(self._store, key) if job.generation == record.generation]
-            if not jobs:
+        if maybe_before is not None:
+            maybe_before.maybe_status = maybe_status
+            if (
+                maybe_before.ended_at
+                and not maybe_before.is_active
+                and now > maybe_before.ended_at + LAST_WORDS_SECONDS
+            ):
                 return
-            reader = EventReader(self._store, prefix)
-            watched = Watched(record=record, job=jobs[-1], owners=owners, is_at_work=is_at_work, reader=reader)
-            self._watched[key] = watched
-        watched = self._watched[key]
-        watched.record, watched.owners, watched.is_at_work = record, owners, is_at_work
-        watched.ended_at = 0.0 if watched.is_active else watched.ended_at or time.time()
-        watched.events += map(_slim, watched.reader.read_new(newest_token=record.token))
-        self._find_places(watched, f"{prefix}nodes/")
-        _book(watched)
+        try:
+            maybe_watched = self._read(key, maybe_before)
+        except MissingError:  # it shards, or was removed
+            self._watched.pop(key, None)
+            return
+        if maybe_watched is None:
+            return
+        maybe_watched.maybe_status = maybe_status
+        if maybe_owners is not None:
+            maybe_watched.owners = maybe_owners
+        maybe_watched.ended_at = 0.0 if maybe_watched.is_active else maybe_watched.ended_at or now
+        self._watched[key] = maybe_watched
+
+    def _read(self, key: str, maybe_before: Watched | None) -> Watched | None:
+        """What is new of it; None if nobody was told to train it. Raises `MissingError` if it has no record."""
+        watched = maybe_before
+        if watched is not None:
+            watched.record = watched.seen.look()
+        if watched is None or watched.seen.is_outdated_by(watched.record):
+            watched = self._begin(key)
+            if watched is None:
+                return None
+            watched.record = watched.seen.look()
+        self._find_places(watched, f"{generation_prefix(key, watched.seen.generation)}nodes/")
+        return watched
+
+    def _begin(self, key: str) -> Watched | None:
+        run = RunRecord(self._store, key)
+        record = run.read()
+        jobs = [job for job in read_jobs(self._store, key) if job.generation == record.generation]
+        if not jobs:
+            return None
+        follower = Follower(run, generation=record.generation, num_steps=jobs[-1].preset.train.steps)
+        return Watched(job=jobs[-1], record=record, seen=Seen(follower))
+
+    def _read_once(self, key: str) -> Watched:
+        watched = self._read(key, self._asked.pop(key, None))
+        if watched is None:
+            raise MissingError(f"run {short(key)} was never given to an engine: there is nothing to show of it")
+        self._asked[key] = watched
+        if len(self._asked) > MAX_ASKED:
+            self._asked.popitem(last=False)
+        return watched
 
     def _find_places(self, run: Watched, folder: str) -> None:
         entries = list(self._store.list_entries(folder))
@@ -148,10 +215,8 @@ class Runs:
 
     def _forget(self, now: float) -> None:
         for key, run in list(self._watched.items()):
-            if not run.is_active:
-                run.ended_at = run.ended_at or now
-                if now - run.ended_at > KEPT_SECONDS:
-                    del self._watched[key]
+            if run.ended_at and now - run.ended_at > KEPT_SECONDS:
+                del self._watched[key]
 
 
 def write_targets(path: Path, targets: list[dict[str, Any]]) -> None:
@@ -160,59 +225,3 @@ def write_targets(path: Path, targets: list[dict[str, Any]]) -> None:
     if not path.exists() or path.read_text() != text:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_whole(path, text)
-
-
-def add_run(page: Page, run: Watched, link: str) -> None:
-    labels, record, train = {"run": short(run.record.key)}, run.record, run.job.preset.train
-
-    def add(name: str, value: float, help: str, **more: str) -> None:
-        page.add(f"unbroken_run_{name}", value, help, {**labels, **more})
-
-    add("info", 1, "The model that the run trains, and where to read more", model=run.job.preset.name, link=link)
-    add("active", run.is_active, "1 while an engine works on the run and it is not over")
-    add("token", record.token, "The fencing token: how often its set of nodes changed")
-    add("attempts_total", len(record.attempt_starts), "Groups that began to train")
-    add("goal_steps", train.steps, "Steps that the run is to make")
-    add("wanted_nodes", run.job.preset.launch.nodes, "Nodes that the run asked for")
-    add("group_nodes", record.num_nodes, "Nodes of its newest group")
-    add("checkpoint_every_steps", train.checkpoint_every_steps, "Steps between two checkpoints")
-    add("departures_total", len(record.departures), "How often a node left it by a failure, or was lost")
-    if record.departures:
-        last = record.departures[-1]
-        help = "The last such node, and why"
-        add("last_departure", 1, help, node=str(last.node), cause=last.cause[:200], **{"class": last.class_name})
-    if record.failure is not None:
-        cause = "loss not finite" if NOT_FINITE.search(record.failure.message) else record.failure.kind
-        add("failed", 1, "The run stopped for good", cause=cause)
-    steps = [event for event in run.events if event.kind == "step"]
-    if steps:
-        add("step", steps[-1].step, "The newest finished step that was told of")
-        add("step_timestamp_seconds", steps[-1].time, "When it was finished")
-    if run.events:
-        _add_times(add, run)
-    for use, seconds in run.goodput_seconds.items():
-        add("seconds", seconds, "Where the run's time went; all uses add up to its wall time", use=use)
-
-
-def _add_times(add: Any, run: Watched) -> None:
-    began = min(event.time for event in run.events[:100])
-    saved = [event for event in run.events if event.kind == "checkpoint"]
-    help = "When its newest checkpoint was proven; before the first, when the run began"
-    add("checkpoint_timestamp_seconds", saved[-1].time if saved else began, help)
-    add("checkpoint_step", saved[-1].step if saved else 0, "The step of that checkpoint")
-    if deadline := run.job.preset.launch.deadline_seconds:
-        add("deadline_timestamp_seconds", began + deadline, "When the run is to be done")
-
-
-def _slim(event: Event) -> Event:
-    """What the account asks of it."""
-    values: dict[str, Any] = {name: event.values[name] for name in ("seconds", "source") if name in event.values}
-    values["validation"] = bool(event.values.get("validation"))
-    return replace(event, values=values)
-
-
-def _book(run: Watched) -> None:
-    now = time.monotonic()
-    if now >= run.account_at:
-        run.goodput_seconds = account(run.events, run.record.resume_steps).seconds
-        run.account_at = now + ACCOUNT_SHARE * (time.monotonic() - now)

@@ -1,10 +1,11 @@
-"""Whether S3, MLflow and Prefect answer, and who waits in Prefect's queues."""
+"""Whether S3, MLflow and Prefect answer, who waits in Prefect's queues, and which alerts fire."""
 
 from __future__ import annotations
 
 import base64
 import json
 import os
+import time
 import urllib.error
 import urllib.request
 from collections.abc import Mapping
@@ -12,8 +13,9 @@ from contextlib import suppress
 from datetime import UTC, datetime
 from typing import Any
 
+from flows.monitor.firing import ask_alertmanager
+from flows.monitor.view import Servers, Waiting
 from infra.settings import Settings
-from training.runs.exposition import Page
 
 ANSWER_SECONDS = 3.0
 STATES = ("SCHEDULED", "PENDING", "RUNNING", "PAUSED", "CANCELLING", "COMPLETED", "FAILED", "CANCELLED", "CRASHED")
@@ -40,13 +42,13 @@ class PrefectServer:
     def counts(self) -> Mapping[str, int]:
         """Flow runs by their state's type."""
         return {
-            state: self.post("flow_runs/count", {"flow_runs": {"state": {"type": {"any_": [state]}}}})
+            state.lower(): self.post("flow_runs/count", {"flow_runs": {"state": {"type": {"any_": [state]}}}})
             for state in STATES
         }
 
-    def waits(self, now: datetime) -> Mapping[str, float]:
-        """By work queue: how many seconds the flow run that waits longest should have run already."""
-        waiting = self.post(
+    def waiting(self, now: datetime) -> tuple[Waiting, ...]:
+        """Those that should have been running already, the longest first."""
+        found = self.post(
             "flow_runs/filter",
             {
                 "flow_runs": {"state": {"type": {"any_": ["SCHEDULED"]}}},
@@ -54,13 +56,19 @@ class PrefectServer:
                 "limit": MAX_WAITING,
             },
         )
-        longest: dict[str, float] = {}
-        for run in waiting:
-            due = run["next_scheduled_start_time"] or run["expected_start_time"]
-            queue = run["work_queue_name"] or "none"
-            seconds = (now - datetime.fromisoformat(due)).total_seconds()
-            longest[queue] = max(longest.get(queue, 0.0), seconds)
-        return longest
+        waiting = [self._waiting(run, now) for run in found]
+        late = [run for run in waiting if run.seconds > 0]
+        return tuple(sorted(late, key=lambda run: run.seconds, reverse=True))
+
+    def _waiting(self, run: Any, now: datetime) -> Waiting:
+        due = run["next_scheduled_start_time"] or run["expected_start_time"]
+        return Waiting(
+            name=str(run["name"]),
+            queue=str(run["work_queue_name"] or "none"),
+            state=str(run["state_name"]),
+            seconds=(now - datetime.fromisoformat(due)).total_seconds(),
+            link=f"{self._api_url.removesuffix('/api')}/runs/flow-run/{run['id']}",
+        )
 
 
 def answers(url: str) -> bool:
@@ -83,19 +91,14 @@ def health_urls(settings: Settings) -> dict[str, str]:
     return found
 
 
-def look_at_servers(settings: Settings) -> Page:
-    page = Page()
-    for name, url in health_urls(settings).items():
-        page.add("unbroken_service_up", answers(url), "1 if the server answers", {"service": name})
+def look_at_servers(settings: Settings, *, maybe_alertmanager: str | None) -> Servers:
+    """`maybe_alertmanager` is its URL, where there is one."""
+    up = {name: answers(url) for name, url in health_urls(settings).items()}
+    flow_runs: Mapping[str, int] = {}
+    waiting: tuple[Waiting, ...] = ()
     if settings.maybe_prefect_api_url:
+        prefect = PrefectServer(settings.maybe_prefect_api_url)
         with suppress(OSError, ValueError, KeyError, TypeError):  # it is away: that is told above
-            _add_flow_runs(page, PrefectServer(settings.maybe_prefect_api_url))
-    return page
-
-
-def _add_flow_runs(page: Page, prefect: PrefectServer) -> None:
-    for state, number in prefect.counts().items():
-        page.add("unbroken_flow_runs", number, "Flow runs that Prefect knows, by state", {"state": state.lower()})
-    for queue, seconds in prefect.waits(datetime.now(UTC)).items():
-        help = "How long the flow run that waits longest should have been running"
-        page.add("unbroken_flow_run_wait_seconds", seconds, help, {"queue": queue})
+            flow_runs, waiting = prefect.counts(), prefect.waiting(datetime.now(UTC))
+    alerts = ask_alertmanager(maybe_alertmanager) if maybe_alertmanager else None
+    return Servers(at=time.time(), up=up, flow_runs=flow_runs, waiting=waiting, alerts=alerts)

@@ -22,6 +22,7 @@ from infra.settings import (
     credentials_path,
     environment,
     monitoring_settings,
+    read_state,
     settings_path,
 )
 from training.errors import InfrastructureError
@@ -211,15 +212,15 @@ def monitor_service(settings: Settings, port: int) -> Service:
         command=(sys.executable, "-P", "-m", "flows.monitor", str(port)),
         environment=environment(settings),
         is_healthy=lambda: answers(f"{url}/metrics"),
-        url=f"{url}/metrics",
+        url=url,
         port=port,
     )
 
 
 def monitoring_services(settings: Settings, ports: Mapping[str, int]) -> list[Service]:
     """Prometheus and Alertmanager, where both are installed."""
-    programs = shutil.which("prometheus"), shutil.which("prometheus-alertmanager") or shutil.which("alertmanager")
-    if None in programs:
+    programs = monitoring_programs()
+    if not programs:
         return []
     folder = settings.home / "monitoring"
     digests = write_configs(folder, ports, monitoring_settings())
@@ -236,9 +237,21 @@ def monitoring_services(settings: Settings, ports: Mapping[str, int]) -> list[Se
         ),
     }
     return [
-        _monitoring_service(name, str(program), flags, digests[name], ports[name])
+        _monitoring_service(name, program, flags, digests[name], ports[name])
         for program, (name, flags) in zip(programs, commands.items(), strict=True)
     ]
+
+
+def monitoring_programs() -> tuple[str, ...]:
+    """Prometheus and Alertmanager; none, unless both are installed."""
+    found = shutil.which("prometheus"), shutil.which("prometheus-alertmanager") or shutil.which("alertmanager")
+    return tuple(program for program in found if program) if all(found) else ()
+
+
+def alertmanager_url(settings: Settings) -> str | None:
+    """Of the stack's own, if it has one."""
+    maybe_port = read_state(settings.home).get("ports", {}).get("alertmanager")
+    return f"http://{LOOPBACK}:{maybe_port}" if maybe_port and monitoring_programs() else None
 
 
 def _monitoring_service(name: str, program: str, flags: tuple[str, ...], digest: str, port: int) -> Service:

@@ -220,6 +220,14 @@ def status_json() -> list[dict[str, Any]]:
     return [asdict(service) for service in status()]
 
 
+def monitor_url() -> str:
+    """Where the monitor shows what it sees. Raises `InfrastructureError` if the stack does not run."""
+    port = read_state(home()).get("ports", {}).get("monitor")
+    if port is None or not read_state(home()).get(WANTED):
+        raise InfrastructureError("the local stack is not running: start it with `unbroken up` (or `make up`)")
+    return f"http://{LOOPBACK}:{port}"
+
+
 def require_free_disk(free_bytes: int, folder: Path) -> None:
     """Raises `UserError` if the disk under the stack's folder is nearly full."""
     if free_bytes < MIN_FREE_BYTES:

@@ -10,11 +10,11 @@ import socket
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from ipaddress import ip_address
 from typing import Any
 
 import uvicorn
 
+from infra.hosts import allowed_hosts
 from tasks.serving import offer, published
 from tasks.serving.app import App
 from tasks.serving.follow import Follower
@@ -134,7 +134,7 @@ class _Serving:
     async def _serve(self, app: App, asked_to_stop: asyncio.Task[Any]) -> None:
         server = _Server(
             uvicorn.Config(
-                app.routes(allowed_hosts=_hosts(self._listener)),
+                app.routes(allowed_hosts=allowed_hosts(str(self._listener.getsockname()[0]))),
                 lifespan="off",
                 log_config=None,
                 access_log=False,
@@ -158,13 +158,6 @@ class _Server(uvicorn.Server):
     def capture_signals(self) -> Iterator[None]:
         """None: replicas must outlive the last answer, so signals are handled where both are known."""
         yield
-
-
-def _hosts(listener: socket.socket) -> tuple[str, ...]:
-    """What a request's Host may be. On loopback only what is loopback: a name that a web page has pointed there (DNS
-    rebinding) would let the page ask in its reader's place."""
-    address = str(listener.getsockname()[0])
-    return ("localhost", "127.0.0.1", "[::1]", address) if ip_address(address).is_loopback else ("*",)
 
 
 @contextlib.contextmanager

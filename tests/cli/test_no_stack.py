@@ -11,7 +11,15 @@ from tests.cli.commands import complaint
 from tests.conftest import UNBROKEN
 from tests.infra.probes import environment_for
 
-VERBS = [("status",), ("run", "digits"), ("train", "digits"), ("runs", "ls"), ("data", "ls"), ("models", "ls")]
+VERBS = [
+    ("status",),
+    ("status", "abc"),
+    ("run", "digits"),
+    ("train", "digits"),
+    ("runs", "ls"),
+    ("data", "ls"),
+    ("models", "ls"),
+]
 
 
 @pytest.mark.parametrize("verb", VERBS, ids=" ".join)

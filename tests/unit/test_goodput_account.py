@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -9,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from training.runs.events import Event
-from training.runs.goodput import USES, account
+from training.runs.goodput import USES, Account, Goodput, account
 
 
 def step(number: int, *, token: int = 1, end: float, seconds: float = 1.0, **values: Any) -> Event:
@@ -83,21 +84,42 @@ def test_no_events_took_no_time() -> None:
     assert account([], []).share == 0.0
 
 
+def settled_on_the_way(events: Sequence[Event], resumed: Sequence[int]) -> Goodput:
+    """By an account that after each group's events forgets what no later group does again."""
+    followed = Account()
+    for token in range(1, len(resumed) + 1):
+        followed.add(event for event in events if event.token == token)
+        followed.settle(min(resumed[token:], default=10**9), resumed[:token])
+        assert followed.goodput(resumed[:token]).wall_seconds >= 0.0, "asked on the way, it changes nothing"
+    return followed.goodput(resumed)
+
+
+def test_what_is_settled_is_not_kept() -> None:
+    followed = Account()
+    for number in range(1, 1001):
+        followed.add([step(number, end=float(number))])
+        followed.settle(number - 2, [0])
+    assert len(followed._open) == 2
+    followed.add([step(3, token=2, end=3.0)])  # told again
+    assert followed.goodput([0, 1000]).seconds["productive"] == 999.0
+
+
 @given(st.data())
 def test_all_uses_add_up_to_the_wall_time(data: st.DataObject) -> None:
     now, number, events, resumed = 100.0, 0, [], []
     for token in range(1, data.draw(st.integers(1, 4)) + 1):
         number = data.draw(st.integers(0, number))
         resumed.append(number)
-        now += data.draw(st.floats(0.0, 5.0))
+        now += data.draw(st.floats(0.001, 5.0))
         source = data.draw(st.sampled_from(["start", "memory", "checkpoint"]))
         events.append(attempt(token, at=now, source=source, step=number))
         for _ in range(data.draw(st.integers(0, 4))):
             number += 1
-            seconds = data.draw(st.floats(0.0, 3.0))
+            seconds = data.draw(st.floats(0.001, 3.0))
             now += seconds * data.draw(st.floats(0.9, 2.0))  # clocks are set while a step is timed
             events.append(step(number, token=token, end=now, seconds=seconds))
     found = account(events, resumed)
+    assert settled_on_the_way(events, resumed).seconds == pytest.approx(found.seconds, abs=1e-6)
     assert found.wall_seconds == pytest.approx(now - events[0].time, abs=1e-6)
     assert set(found.seconds) == set(USES)
     assert min(found.seconds.values()) >= 0

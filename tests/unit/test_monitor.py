@@ -5,33 +5,31 @@ from __future__ import annotations
 import json
 import threading
 import urllib.error
-import urllib.request
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import contextmanager
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
-from http.client import HTTPConnection
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, cast
-from urllib.parse import urlsplit
 
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
+from starlette.testclient import TestClient
 
-from flows.monitor.__main__ import MAX_BODY_BYTES, Board, make_handler
 from flows.monitor.alerts import prefect_events
-from flows.monitor.reading import fetch, rows
-from flows.monitor.runs import Watched, add_run, write_targets
+from flows.monitor.app import MAX_BODY_BYTES, make_app
+from flows.monitor.board import Board
+from flows.monitor.firing import ask_alertmanager
+from flows.monitor.page import add_run
+from flows.monitor.runs import write_targets
 from flows.monitor.servers import PrefectServer, answers
-from tests.unit.tiny import tiny_preset
+from flows.monitor.view import RunView, Servers
+from tests.unit.status_views import VIEW
 from training.errors import UserError
-from training.runs.events import Event
 from training.runs.exposition import Page
-from training.runs.job import Job
-from training.runs.record import Departure, Failure, Record
-from training.s3.objectstore import StoreLocation
 
-KEY = "0123456789abcdef"
 MESSAGE = {
     "alerts": [
         {
@@ -45,22 +43,9 @@ MESSAGE = {
 }
 
 
-def watched(**changes: Any) -> Watched:
-    job = Job(
-        key=KEY, generation=0, preset=tiny_preset(), dataset_digest="d",
-        location=StoreLocation(endpoint=None, bucket="b"),
-    )  # fmt: skip
-    record = Record(key=KEY, token=2, num_nodes=1, resume_steps=(0, 4), **changes)
-    run = Watched(record=record, job=job, owners=(), is_at_work=True, reader=cast(Any, None))
-    run.events = [Event(kind="step", time=100.0 + step, token=1, step=step) for step in (1, 2)]
-    run.events.append(Event(kind="checkpoint", time=102.5, token=1, step=2))
-    run.goodput_seconds = {"productive": 3.0, "redone": 1.0}
-    return run
-
-
-def page_of(run: Watched) -> dict[str, dict[str, str]]:
+def page_of(view: RunView) -> dict[str, dict[str, str]]:
     page = Page()
-    add_run(page, run, "http://link")
+    add_run(page, view)
     found = {}
     for family in text_string_to_metric_families(page.text()):
         for sample in family.samples:
@@ -69,45 +54,29 @@ def page_of(run: Watched) -> dict[str, dict[str, str]]:
 
 
 def test_a_run_is_told_of() -> None:
-    found = page_of(watched())
+    found = page_of(replace(VIEW, deadline_at=None))
     assert found["unbroken_run_active"]["value"] == "1.0"
-    assert found["unbroken_run_step"]["value"] == "2.0"
-    assert found["unbroken_run_checkpoint_timestamp_seconds"]["value"] == "102.5"
+    assert found["unbroken_run_step"]["value"] == "209.0"
+    assert found["unbroken_run_checkpoint_timestamp_seconds"]["value"] == str(VIEW.checkpoint_at)
     assert found["unbroken_run_attempts_total"]["value"] == "2.0"
-    assert found["unbroken_run_info"]["link"] == "http://link"
+    assert found["unbroken_run_info"]["link"] == VIEW.links["Prefect"]
+    assert found["unbroken_run_last_departure"]["node"] == "1"
     assert "unbroken_run_failed" not in found
     assert "unbroken_run_deadline_timestamp_seconds" not in found, "none is set"
 
 
-def test_before_the_first_checkpoint_its_age_is_the_runs() -> None:
-    run = watched()
-    run.events = run.events[:2]
-    assert page_of(run)["unbroken_run_checkpoint_timestamp_seconds"]["value"] == "101.0"
-
-
 @pytest.mark.parametrize(
-    ("message", "cause"),
+    ("why", "cause"),
     [
-        ("step 3, virtual worker 1: the loss is nan; samples a, b", "loss not finite"),
-        ("step 3: the loss is 1.5, the gradient norm inf", "loss not finite"),
-        ("step 3: ValueError", "DeterministicError"),
+        ("DeterministicError: step 3, virtual worker 1: the loss is nan; samples a, b", "loss not finite"),
+        ("DeterministicError: step 3: the loss is 1.5, the gradient norm inf", "loss not finite"),
+        ("DeterministicError: step 3: ValueError", "DeterministicError"),
     ],
 )
-def test_a_failed_run_says_why(message: str, cause: str) -> None:
-    gone = Departure(token=1, node=3, cause=message, step=2, class_name="DeterministicError")
-    found = page_of(watched(failure=Failure(kind="DeterministicError", message=message), departures=(gone,)))
+def test_a_failed_run_says_why(why: str, cause: str) -> None:
+    found = page_of(replace(VIEW, state="failed", why=why))
     assert found["unbroken_run_failed"]["cause"] == cause
     assert found["unbroken_run_active"]["value"] == "0.0"
-    assert found["unbroken_run_last_departure"]["node"] == "3"
-
-
-def test_a_terminal_shows_each_run() -> None:
-    page = Page()
-    add_run(page, watched(), "")
-    (row,) = rows(page.text(), now=110.0)
-    assert row[:4] == ["0123456789ab", "tiny", "at work", f"2/{tiny_preset().train.steps}"]
-    assert row[-3:] == ["8 s ago", "8 s ago", "75%"]
-    assert rows("") == []
 
 
 def test_targets_are_written_when_they_change(tmp_path: Path) -> None:
@@ -155,40 +124,27 @@ def test_the_monitor_serves_and_takes_messages(tmp_path: Path) -> None:
         prefect_events(message, lambda run: [])
         taken.append(message)
 
-    board = Board(tmp_path)
-    with serving(make_handler(board, take)) as url:
-        assert "unbroken_stack_disk_free_bytes" in fetch(f"{url}/metrics")
-        page = Page()
-        add_run(page, watched(), "")
-        board.put("runs", page)
-        assert len(rows(fetch(f"{url}/metrics"))) == 1
-        assert post(f"{url}/alerts", json.dumps(MESSAGE).encode()) == 200
-        assert taken == [MESSAGE]
-        for body in (b"", b"{", b"[" * 100_000, b"{}"):
-            assert post(f"{url}/alerts", body) == 400, body[:9]
-        assert post(f"{url}/else", b"{}") == 400
-        assert announce(url, MAX_BODY_BYTES + 1) == 400
-        is_away = True
-        assert post(f"{url}/alerts", json.dumps(MESSAGE).encode()) == 503, "Alertmanager sends it again"
-    assert fetch(url) == ""
+    settings = SimpleNamespace(home=tmp_path)
+    board = Board(cast(Any, settings), cast(Any, None), cast(Any, SimpleNamespace(views={VIEW.key: VIEW})))
+    client = TestClient(make_app(board, take), base_url="http://127.0.0.1")
 
+    def post(body: bytes, path: str = "/alerts", **headers: str) -> int:
+        return int(client.post(path, content=body, headers=headers).status_code)
 
-def announce(url: str, num_bytes: int) -> int:
-    """What is answered to a body before it comes."""
-    connection = HTTPConnection(urlsplit(url).netloc, timeout=5)
-    with closing(connection):
-        connection.putrequest("POST", "/alerts")
-        connection.putheader("Content-Length", str(num_bytes))
-        connection.endheaders()
-        return connection.getresponse().status
-
-
-def post(url: str, body: bytes) -> int:
-    try:
-        with urllib.request.urlopen(urllib.request.Request(url, body), timeout=5) as reply:
-            return int(reply.status)
-    except urllib.error.HTTPError as error:
-        return error.code
+    assert "unbroken_stack_disk_free_bytes" in client.get("/metrics").text
+    assert "unbroken_run_step" in client.get("/metrics").text
+    message = json.dumps(MESSAGE).encode()
+    assert post(message) == 200
+    assert taken == [MESSAGE]
+    for body in (b"", b"{", b"[" * 100_000, b"{}", b" " * (MAX_BODY_BYTES + 1)):
+        assert post(body) == 400, body[:9]
+    assert post(b"{}", **{"content-length": str(MAX_BODY_BYTES + 1)}) == 400, "before it comes"
+    assert post(message, origin="https://evil.example") == 400, "a web page's"
+    assert post(message, host="evil.example") == 400, "a name that a web page has pointed here"
+    assert post(message, path="/else") == 404
+    assert taken == [MESSAGE]
+    is_away = True
+    assert post(message) == 503, "Alertmanager sends it again"
 
 
 class Prefect(BaseHTTPRequestHandler):
@@ -197,7 +153,14 @@ class Prefect(BaseHTTPRequestHandler):
     def do_POST(self) -> None:
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         due = (datetime(2026, 1, 1, tzinfo=UTC) - timedelta(seconds=30)).isoformat()
-        waiting = {"next_scheduled_start_time": due, "expected_start_time": due, "work_queue_name": "urgent"}
+        waiting = {
+            "next_scheduled_start_time": due,
+            "expected_start_time": due,
+            "work_queue_name": "urgent",
+            "id": "i",
+            "name": "brave-otter",
+            "state_name": "Late",
+        }
         answer: Any = 2 if self.path.endswith("/count") else [waiting]
         assert body["flow_runs"]["state"]["type"]["any_"]
         data = json.dumps(answer).encode()
@@ -218,8 +181,38 @@ class Prefect(BaseHTTPRequestHandler):
 def test_queues_and_health_are_looked_at() -> None:
     with serving(Prefect) as url:
         prefect = PrefectServer(f"{url}/api")
-        assert prefect.counts()["RUNNING"] == 2
-        assert prefect.waits(datetime(2026, 1, 1, tzinfo=UTC)) == {"urgent": 30.0}
+        assert prefect.counts()["running"] == 2
+        waiting = prefect.waiting(datetime(2026, 1, 1, tzinfo=UTC))
+        assert [(run.queue, run.seconds, run.link) for run in waiting] == [("urgent", 30.0, f"{url}/runs/flow-run/i")]
+        assert Servers(at=0.0, waiting=waiting).longest_waits == {"urgent": 30.0}
+        assert prefect.waiting(datetime(2025, 1, 1, tzinfo=UTC)) == (), "its time has not come"
         assert answers(f"{url}/closed"), "who refuses strangers is there"
         assert not answers(f"{url}/broken")
     assert not answers(url)
+
+
+class Alertmanager(BaseHTTPRequestHandler):
+    """As it answers; or as another program does that has its port."""
+
+    def do_GET(self) -> None:
+        alerts = [
+            {"labels": {"alertname": name, "severity": severity}, "annotations": {"summary": "s"}, "startsAt": "2026"}
+            for name, severity in (("Straggler", "warning"), ("Stalled", "critical"))
+        ]
+        data = json.dumps(alerts if self.path.startswith("/api/v2/alerts?") else {"alerts": alerts}).encode()
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data)
+
+    def log_message(self, format: str, *args: object) -> None:
+        """Nothing."""
+
+
+def test_the_alerts_that_fire_are_asked_for_the_worst_first() -> None:
+    with serving(Alertmanager) as url:
+        found = ask_alertmanager(url)
+        assert found is not None
+        assert [alert.name for alert in found] == ["Stalled", "Straggler"]
+        assert ask_alertmanager(f"{url}/other") is None
+    assert ask_alertmanager(url) is None, "nobody is there"

@@ -1,0 +1,148 @@
+"""`unbroken status RUN` and the status page: of a run whose rank was killed, on a terminal and in a browser."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import pty
+import shutil
+import signal
+import subprocess
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+from infra.local.stack import monitor_url
+from tests.cli.commands import complaint, unbroken
+from tests.conftest import UNBROKEN, Stack
+from tests.faults.injectors import KillProcess
+from tests.flows.runs import last_json, processes, run_keys, wait_for_step
+from tests.waiting import wait_until
+from training.runs.record import RunRecord
+
+TAKE = Path(__file__).parents[2] / "docs" / "images" / "take.py"
+OPTIONS = ("--set", "seed=404", "--set", "train.checkpoint_every_steps=10")
+COLUMNS = 60
+needs_browser = pytest.mark.skipif(not shutil.which("chromium"), reason="Chromium is not installed")
+
+
+@pytest.fixture(scope="module")
+def disturbed(stack: Stack) -> Iterator[RunRecord]:
+    """A run at work, one of whose ranks was killed, and which went on."""
+    before = run_keys(stack)
+    command = stack.start("train", "digits", "--set", "train.steps=100000", *OPTIONS)
+    try:
+        run = wait_for_step(stack, before, step=20)
+        fault = KillProcess(processes(stack, "training.cluster.worker")[0])
+        fault.fire()
+        assert fault.fired
+        wait_until(lambda: len(run.read().attempt_starts) > 1, what="another attempt")
+        wait_until(lambda: _json(stack, run)["state"] == "training", what="it to be seen training again")
+        yield run
+    finally:
+        command.send_signal(signal.SIGINT)
+        command.communicate(timeout=120)
+        for key in run_keys(stack) - before:
+            stack.command("runs", "cancel", key)
+
+
+def _json(stack: Stack, run: RunRecord) -> dict[str, Any]:
+    done = unbroken(stack, "status", run.run_key, "--json")
+    assert done.returncode == 0, done.stderr
+    found: dict[str, Any] = json.loads(done.stdout)
+    return found
+
+
+def test_json_says_what_broke_and_who_trains(stack: Stack, disturbed: RunRecord) -> None:
+    found = _json(stack, disturbed)
+    assert (found["key"], found["model"], found["goal_steps"]) == (disturbed.run_key, "digits", 100_000)
+    assert found["step"] >= 20
+    assert found["expected_end_at"] > found["at"]
+    assert found["num_departures"] >= 1
+    assert "signal 9" in found["attempts"][0]["why_it_ended"]
+    assert found["attempts"][1]["source"] == "memory"
+    assert [node["is_answering"] for node in found["nodes"]] == [True, True]
+    assert [rank["rank"] for node in found["nodes"] for rank in node["ranks"]] == [0, 1]
+    assert found["seconds"]["productive"] > 0
+    assert set(found["links"]) == {"MLflow", "S3"}
+
+
+def test_sixty_columns_are_enough(stack: Stack, disturbed: RunRecord) -> None:
+    done = unbroken(stack, "status", disturbed.run_key[:12], variables={"COLUMNS": str(COLUMNS)})
+    assert done.returncode == 0, done.stderr
+    assert max(map(len, done.stdout.splitlines())) <= COLUMNS
+    for words in ("TRAINING", "samples/s", "checkpoint", "node 1", "attempt 1", "signal 9", "s3://"):
+        assert words in done.stdout
+    everything = unbroken(stack, "status", variables={"COLUMNS": str(COLUMNS)})
+    assert max(map(len, everything.stdout.splitlines())) <= COLUMNS
+    assert disturbed.run_key[:12] in everything.stdout
+    assert "\x1b" not in done.stdout + everything.stdout, "only a terminal is painted"
+
+
+def test_a_terminal_is_shown_it_anew(stack: Stack, disturbed: RunRecord) -> None:
+    ours, theirs = pty.openpty()
+    command = [UNBROKEN, "status", disturbed.run_key[:12]]
+    process = subprocess.Popen(command, stdout=theirs, stderr=theirs, env={**stack.environment(), "COLUMNS": "60"})
+    os.close(theirs)
+    shown = b""
+    while b"\x1b[J" not in shown.partition(b"\x1b[J")[2]:  # until the third screen replaces the second
+        shown += os.read(ours, 1 << 16)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(30) == 130
+    os.close(ours)
+    assert shown.count(b"TRAINING") >= 2
+
+
+@pytest.fixture(scope="module")
+def take() -> ModuleType:
+    """docs/images/take.py, which knows how a browser is driven."""
+    spec = importlib.util.spec_from_file_location("take", TAKE)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@needs_browser
+@pytest.mark.parametrize("width", [1120, 390])
+def test_a_browser_shows_it_on_any_screen(stack: Stack, disturbed: RunRecord, take: ModuleType, width: int) -> None:
+    with take.browser() as devtools:
+        for path, words in ((f"/runs/{disturbed.run_key}", "attempt 2"), ("/", disturbed.run_key[:12])):
+            is_there = f"document.readyState === 'complete' && document.body.innerText.includes('{words}')"
+            is_styled = "getComputedStyle(document.querySelector('.card')).borderRadius === '12px'"
+            shot = take.Shot(
+                url=f"{monitor_url()}{path}", ready=f"{is_there} && {is_styled}", width=width, height=900, moves=True
+            )
+            picture, content_width = take.photograph(devtools, shot)
+            assert picture.size == (width, 900)
+            assert content_width <= width, "nothing sticks out"
+
+
+@pytest.mark.skipif(not shutil.which("chromium"), reason="Chromium is not installed")
+def test_the_page_of_a_run_that_is_unknown(stack: Stack) -> None:
+    with pytest.raises(urllib.error.HTTPError) as refused:
+        urllib.request.urlopen(f"{monitor_url()}/runs/{'e' * 64}", timeout=30)
+    assert refused.value.code == 404
+    assert "There is nothing to show" in refused.value.read().decode()
+
+
+def test_a_finished_run_is_at_its_last_step(stack: Stack) -> None:
+    done = stack.command("train", "digits", "--json", "--set", "train.steps=33", *OPTIONS)
+    assert done.returncode == 0, done.stderr
+    run = RunRecord(stack.store, last_json(done.stdout)["run_key"])
+    wait_until(lambda: _json(stack, run)["state"] == "finished", what="its end to be seen")
+    found = _json(stack, run)
+    assert (found["step"], found["expected_end_at"], found["nodes"]) == (33, None, [])
+    with urllib.request.urlopen(f"{monitor_url()}/metrics", timeout=30) as reply:
+        assert f'unbroken_run_step{{run="{run.run_key[:12]}"}} 33.0\n' in reply.read().decode()
+
+
+@pytest.mark.parametrize(("key", "found"), [("ffffffff", "no run with a key that begins with 'ffffffff'")])
+def test_a_run_that_there_is_not(stack: Stack, key: str, found: str) -> None:
+    assert found in complaint(unbroken(stack, "status", key))
