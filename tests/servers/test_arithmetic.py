@@ -55,11 +55,11 @@ def sums(step: int, leaves: range, values: Tensor) -> list[tuple[Subtree, Tensor
     return found
 
 
-def one_process(make: Make) -> Tensor:
+def one_process(make: Make, *, num_steps: int = STEPS) -> Tensor:
     net = Net()
     optimizer = make(net)
     parameters = list(net.parameters())
-    for step in range(1, STEPS + 1):
+    for step in range(1, num_steps + 1):
         values = torch.cat([p.detach() for p in parameters])
         ((_, total),) = _whole(sums(step, range(V), values))
         for parameter, grad in zip(parameters, torch.split(total, SIZES), strict=True):

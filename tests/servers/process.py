@@ -1,0 +1,108 @@
+"""`python -m tests.servers.process CONFIG`: one server or worker, told what to do by JSON lines on its standard input.
+
+It says where it listens, and a worker says each step that it has heard to be done.
+"""
+
+from __future__ import annotations
+
+import json
+import queue
+import sys
+import threading
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
+
+import torch
+
+from tests.servers.test_arithmetic import CLIP, SIZES, Net, V, adamw, elements, sums
+from training.arithmetic.reduce import owned_range
+from training.documents import sha256_hex
+from training.servers.arithmetic import TensorState, decide
+from training.servers.endpoints import Begun, PrimaryLost, Remote, serve, wake
+from training.servers.layout import shards
+from training.servers.mesh import Mesh
+from training.servers.protocol import Assignment
+from training.servers.replica import Replica
+
+MAX_BYTES = 1 << 26
+
+
+def say(**values: Any) -> None:
+    print(json.dumps(values), flush=True)
+
+
+def orders() -> Iterator[dict[str, Any]]:
+    for line in sys.stdin:
+        found: dict[str, Any] = json.loads(line)
+        found["places"] = {name: (host, port) for name, (host, port) in found["places"].items()}
+        yield found
+
+
+def be_server(mesh: Mesh, shard: int, num_shards: int, *, is_filled: bool) -> None:
+    net = Net()
+    state = TensorState(adamw(net), list(net.parameters()), shards(SIZES, num_shards)[shard])
+    replica = Replica(mesh.name, state, num_virtual_workers=V)
+    if is_filled:
+        replica.fill()
+    changes: queue.SimpleQueue[Begun | None] = queue.SimpleQueue()
+    threading.Thread(target=serve, args=(mesh, replica, changes), daemon=True).start()
+    for order in orders():
+        primary, *backups = order["replicas"][shard]
+        assignment = Assignment(token=order["token"], primary=primary, backups=tuple(backups))
+        changes.put(Begun(assignment=assignment, places=order["places"]))
+        wake(mesh)
+
+
+def be_worker(mesh: Mesh, num_shards: int, num_steps: int) -> None:
+    waiting: queue.SimpleQueue[tuple[Remote, range]] = queue.SimpleQueue()
+    threading.Thread(target=train, args=(mesh, waiting, num_shards, num_steps), daemon=True).start()
+    maybe_remote = None
+    for order in orders():
+        if maybe_remote is not None:
+            maybe_remote.give_up()
+        maybe_remote = Remote(
+            mesh,
+            token=order["token"],
+            primaries=[replicas[0] for replicas in order["replicas"]],
+            places=order["places"],
+            decide=partial(decide, clip_norm=CLIP, learning_rate_scale=1.0),
+        )
+        place = order["workers"].index(mesh.name)
+        waiting.put((maybe_remote, owned_range(place, len(order["workers"]), V)))
+
+
+def train(mesh: Mesh, waiting: queue.SimpleQueue[tuple[Remote, range]], num_shards: int, num_steps: int) -> None:
+    """In one group after another."""
+    all_shards = shards(SIZES, num_shards)
+    while True:
+        remote, leaves = waiting.get()
+        try:
+            step, values = remote.pull()
+            while step < num_steps:
+                step += 1
+                parts = sums(step, leaves, torch.cat(values))
+                values = remote.step(step, [[(t, elements(v, one)) for t, v in parts] for one in all_shards])
+                say(step=step)
+            say(digest=hash_of(torch.cat(values)))
+        except PrimaryLost as error:
+            say(lost=str(error))
+
+
+def hash_of(tensor: torch.Tensor) -> str:
+    return sha256_hex(tensor.numpy().tobytes())
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    config = json.loads(sys.argv[1])
+    mesh = Mesh(config["name"], secret="s", address="127.0.0.1", max_bytes=MAX_BYTES)
+    say(address=mesh.address)
+    if config["role"] == "server":
+        be_server(mesh, config["shard"], config["num_shards"], is_filled=config["is_filled"])
+    else:
+        be_worker(mesh, config["num_shards"], config["num_steps"])
+
+
+if __name__ == "__main__":
+    main()

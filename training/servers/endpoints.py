@@ -1,0 +1,95 @@
+"""What a process does with a mesh: serve a replica, or train against all shards."""
+
+from __future__ import annotations
+
+import queue
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from training.arithmetic.reduce import Subtree
+from training.errors import InfrastructureError
+from training.servers.client import Client
+from training.servers.mesh import Address, Lost, Mesh
+from training.servers.protocol import Assignment, Message, Send
+from training.servers.replica import Replica
+
+
+@dataclass(frozen=True, kw_only=True)
+class Begun:
+    """Put into a server's inbox: the record has a new group."""
+
+    assignment: Assignment
+    places: Mapping[str, Address]
+
+
+def serve(mesh: Mesh, replica: Replica, changes: queue.SimpleQueue[Begun | None]) -> None:
+    """Until `changes` gives None. Whoever puts something there calls `wake`.
+
+    Who is lost is for those to notice who make groups: a replica answers nobody before it can.
+    """
+    while True:
+        sender, message = mesh.inbox.get()
+        while not changes.empty():
+            begun = changes.get()
+            if begun is None:
+                return
+            mesh.begin(begun.assignment.token, begun.places)
+            mesh.send(replica.begin(begun.assignment))
+        if not isinstance(message, Lost):
+            mesh.send(replica.handle(sender, message))
+
+
+def wake(mesh: Mesh) -> None:
+    """Have `serve` look at its changes."""
+    mesh.inbox.put((mesh.name, Lost(token=0)))
+
+
+class PrimaryLost(InfrastructureError):
+    """A shard does not answer any more: another group goes on from what its other replicas hold."""
+
+
+class Remote:
+    """All shards, as one worker of a group sees them. Each method returns once all have answered, or raises
+    `PrimaryLost`."""
+
+    def __init__(
+        self,
+        mesh: Mesh,
+        *,
+        token: int,
+        primaries: Sequence[str],
+        places: Mapping[str, Address],
+        decide: Callable[[Sequence[Any]], Any],
+    ) -> None:
+        self._mesh = mesh
+        self._primaries = primaries
+        mesh.begin(token, places)
+        self._client = Client(token=token, primaries=primaries, decide=decide)
+
+    def pull(self) -> tuple[int, list[Any]]:
+        """The newest step, and the parameters of all shards after it. A step that the group before left half done is
+        finished first."""
+        found = self._until_answered(self._client.pull())
+        newest = max(step for step, _ in found)
+        if any(step != newest for step, _ in found):
+            found = self._until_answered(self._client.push(newest, [()] * len(found)))
+        return newest, [values for _, values in found]
+
+    def step(self, step: int, parts: Sequence[Sequence[tuple[Subtree, Any]]]) -> list[Any]:
+        """Give this worker's sums, for each shard, and get the parameters after the step."""
+        return [values for _, values in self._until_answered(self._client.push(step, parts))]
+
+    def give_up(self) -> None:
+        """May be called by another thread: what waits for an answer raises `PrimaryLost`."""
+        self._mesh.inbox.put((self._primaries[0], Lost(token=self._client.token)))
+
+    def _until_answered(self, sends: list[Send]) -> list[tuple[int, Any]]:
+        self._mesh.send(sends)
+        while self._client.phase != "idle":
+            sender, message = self._mesh.inbox.get()
+            if isinstance(message, Message):
+                self._mesh.send(self._client.handle(sender, message))
+            elif message.token == self._client.token and sender in self._primaries:
+                raise PrimaryLost(f"{sender} is gone")
+        return self._client.values()
