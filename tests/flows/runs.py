@@ -7,12 +7,15 @@ import json
 from typing import Any
 
 import psutil
+from prefect.client.orchestration import SyncPrefectClient
 
 from infra.local import supervisor
 from tasks.follow import Follower
 from tasks.mlflow_client import RUN_KEY_TAG, connect
+from tasks.results import Registration
 from tests.conftest import Stack
 from tests.waiting import wait_until
+from training.config import Preset
 from training.runs.record import RunRecord
 
 
@@ -48,6 +51,26 @@ def processes(stack: Stack, module: str) -> list[psutil.Process]:
     return found
 
 
+def worker(stack: Stack) -> Any:
+    """Prefect's, which starts flow runs."""
+    return next(iter(p for p in processes(stack, "worker") if "start" in p.cmdline()), None)
+
+
+def flow_processes(stack: Stack) -> list[Any]:
+    """The processes that execute flow runs."""
+    return processes(stack, "prefect.engine")
+
+
+def newest_run(client: SyncPrefectClient) -> Any:
+    return max(client.read_flow_runs(), key=lambda run: str(run.created))
+
+
+def newest_states(stack: Stack) -> list[str | None]:
+    """Every state that the newest flow run had, oldest first."""
+    with SyncPrefectClient(stack.settings.prefect_api_url) as client:
+        return [state.name for state in client.read_flow_run_states(newest_run(client).id)]
+
+
 def mlflow_runs(stack: Stack, key: str) -> list[Any]:
     client = connect(stack.settings.mlflow_uri)
     experiments = [e.experiment_id for e in client.search_experiments()]
@@ -57,6 +80,18 @@ def mlflow_runs(stack: Stack, key: str) -> list[Any]:
 def loss_history(stack: Stack, run_id: str) -> list[tuple[int, float]]:
     client = connect(stack.settings.mlflow_uri)
     return sorted((point.step, point.value) for point in client.get_metric_history(run_id, "loss"))
+
+
+def register_one(preset: Preset) -> Registration:
+    """What the pipeline makes of a preset, by the stages' functions in this process: a flow run imports all anew."""
+    from tasks.evaluate import evaluate
+    from tasks.register import register
+    from tasks.shard import shard
+    from tasks.train import train
+
+    dataset = shard.fn(preset)
+    model = train.fn(preset, dataset)
+    return register.fn(preset, dataset, model, evaluate.fn(preset, dataset, model))
 
 
 def last_json(text: str) -> Any:

@@ -109,7 +109,6 @@ def test_what_a_flow_did_is_a_hit_for_dvc(stack: Stack, clone: Clone) -> None:
     assert len(mlflow_runs(stack, key)) == len(_versions(stack, key)) == 1
 
 
-@pytest.mark.timeout(480)
 def test_a_scaffold_outside_the_repository_is_reproduced(stack: Stack, tmp_path: Path) -> None:
     """What `unbroken init` writes, as it is written, without git."""
     assert stack.command("init", "helix", cwd=tmp_path).returncode == 0

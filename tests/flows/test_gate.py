@@ -14,23 +14,20 @@ from tasks.gate.judge import judge
 from tasks.lifecycle import champions
 from tasks.mlflow_client import connect
 from tests.conftest import Stack
-from tests.flows.runs import last_json
+from tests.flows.runs import register_one
+from training.config import load_preset
 from training.documents import sha256_hex
 from training.errors import RefusedError, UserError
 
-SHORT = ("--set", "name=judged", "--set", "launch.nodes=1")
+SHORT = {"name": "judged", "launch.nodes": 1}
 
 
 @pytest.fixture(scope="module")
 def versions(stack: Stack) -> tuple[str, str]:
     """Of one model: a good one, and a poor one with another recipe's fields, which has seen less."""
     found = []
-    for values in (("train.steps=60",), ("train.steps=2", "hyperparameters.num_channels=8")):
-        done = stack.command(
-            "run", "digits", "--json", *SHORT, *(part for value in values for part in ("--set", value))
-        )
-        assert done.returncode == 0, done.stdout + done.stderr
-        found.append(last_json(done.stdout)["registration"]["version"])
+    for values in ({"train.steps": 60}, {"train.steps": 2, "hyperparameters.num_channels": 8}):
+        found.append(register_one(load_preset("digits", {**SHORT, **values})).version)
     return found[0], found[1]
 
 

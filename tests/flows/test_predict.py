@@ -20,6 +20,7 @@ import safetensors.torch
 import torch
 from prefect.client.orchestration import SyncPrefectClient
 
+from flows.cli import interchange
 from tasks.lifecycle import model_file
 from tasks.lifecycle.interchange import EQUAL, export_weights
 from tasks.lifecycle.model_file import KeptVersion, Program
@@ -257,14 +258,14 @@ def test_what_cannot_be_predicted_is_named(stack: Stack, known: Known) -> None:
     known.store.put(some, b"damaged")
     assert predict(stack, known, "4").returncode == 0
     assert sha256_hex(known.store.get(some)) == some.rpartition("-")[2].removesuffix(".parquet")
-    for arguments, code, words in (
-        ((f"{known.name}/9", "--data", known.name), UserError.exit_code, "version 9 has no model file"),
-        ((f"{known.name}@champion", "--data", known.name), UserError.exit_code, "has no champion"),
-        (("nobody/1", "--data", known.name), UserError.exit_code, "model 'nobody' version 1 has no model file"),
-        ((f"{known.name}/1", "--data", "nothing"), UserError.exit_code, "no dataset version is meant by 'nothing'"),
+    for model, data, words in (
+        (f"{known.name}/9", known.name, "version 9 has no model file"),
+        (f"{known.name}@champion", known.name, "has no champion"),
+        ("nobody/1", known.name, "model 'nobody' version 1 has no model file"),
+        (f"{known.name}/1", "nothing", "no dataset version is meant by 'nothing'"),
     ):
-        refused = stack.command("models", "predict", *arguments)
-        assert (refused.returncode, words in refused.stderr) == (code, True), refused.stderr
+        with pytest.raises(UserError, match=words):
+            interchange.predict(model, data=data)
 
 
 # ---- weights in a file -----------------------------------------------------------------------------------------------

@@ -45,7 +45,6 @@ def ask(database: Path, question: str) -> list[tuple[str]]:
     return []
 
 
-@pytest.mark.timeout(120)
 def test_mlflow_killed_while_it_makes_its_database_comes_up_again(tmp_path: Path) -> None:
     database = tmp_path / "mlflow.sqlite"
     with server(database) as (process, _):

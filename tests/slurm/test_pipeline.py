@@ -27,7 +27,6 @@ def on_slurm(cluster: SlurmCluster, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("UNBROKEN_SLURM_COMMANDS", str(cluster.commands))
 
 
-@pytest.mark.timeout(300)
 def test_four_nodes_give_the_model_of_one_machine(
     stack: Stack, cluster: SlurmCluster, on_slurm: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -49,7 +48,6 @@ def test_four_nodes_give_the_model_of_one_machine(
     assert last_json(done.stdout)["state_sha256"] == there["state_sha256"]
 
 
-@pytest.mark.timeout(300)
 def test_nodes_shard_and_the_stage_finds_it_done(
     stack: Stack, on_slurm: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

@@ -4,14 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import pytest
-
 from tests.slurm.cluster import SlurmCluster
 from tests.slurm.running import NUM_NODES, STEPS, Run, kill_and_return, require_same, take_and_give_back
 from training.s3.objectstore import Store
 
 
-@pytest.mark.timeout(300)
 def test_each_node_may_die_and_come_back(run: Run, calm: Run) -> None:
     run.submit()
     record = run.wait_for_group(num_nodes=NUM_NODES)
@@ -22,7 +19,6 @@ def test_each_node_may_die_and_come_back(run: Run, calm: Run) -> None:
     assert run.sources() == ["start"] + ["memory"] * (len(run.sources()) - 1), "no step was done again"
 
 
-@pytest.mark.timeout(300)
 def test_something_more_urgent_takes_the_nodes_and_gives_them_back(
     cluster: SlurmCluster, run: Run, calm: Run, corner: Store, tmp_path: Path
 ) -> None:

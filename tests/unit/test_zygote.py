@@ -27,8 +27,6 @@ WORK = "tests.unit.zygote_work:work"
 LONG = 60.0
 RECIPE = "from training.recipes.digits import Digits\nANSWER = {answer}\n"
 
-pytestmark = pytest.mark.timeout(120)
-
 
 @pytest.fixture(scope="module")
 def shared() -> Iterator[Zygote]:
