@@ -13,6 +13,7 @@ from flows.monitor.page import runs_page, servers_page
 from flows.monitor.view import Overview, RunView, Servers
 from infra.settings import Settings
 from tasks.mlflow_client import MACHINE_LEARNING
+from training.cluster.machine import device_of
 from training.runs.exposition import Page
 from training.s3.objectstore import StoreLocation
 
@@ -37,13 +38,14 @@ class Board:
 
     def metrics(self) -> str:
         page, disk = Page(), psutil.disk_usage(str(self._settings.home))
-        page.add("unbroken_stack_disk_bytes", disk.total, "Size of the disk under the stack's folder", {})
-        page.add("unbroken_stack_disk_free_bytes", disk.free, "What is free there", {})
+        labels = {"device": device_of(str(self._settings.home))}
+        page.add("unbroken_stack_disk_bytes", disk.total, "Size of the disk under the stack's folder", labels)
+        page.add("unbroken_stack_disk_free_bytes", disk.free, "What is free there", labels)
         return runs_page(self._runs.views.values()).text() + servers_page(self.servers).text() + page.text()
 
     def overview(self) -> Overview:
-        disk = psutil.disk_usage(str(self._settings.home))
         """Of each run what there is to say in short."""
+        disk = psutil.disk_usage(str(self._settings.home))
         runs = [replace(run, curve=(), attempts=()) for run in self._runs.views.values()]
         runs.sort(key=lambda run: (run.is_over, -(run.began_at or run.at)))
         return Overview(

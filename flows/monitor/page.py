@@ -35,6 +35,7 @@ def add_run(page: Page, view: RunView) -> None:
     add("group_nodes", view.group_nodes, "Nodes of its newest group")
     add("checkpoint_every_steps", view.checkpoint_every_steps, "Steps between two checkpoints")
     add("departures_total", view.num_departures, "How often a node left it by a failure, or was lost")
+    add("failures_total", view.num_failures, "Groups that ended by a failure, of however many of their nodes")
     if last := view.last_departure:
         add("last_departure", 1, "The last such node, and why", **{**last, "cause": last["cause"][:200]})
     if view.state == "failed":

@@ -11,6 +11,7 @@ import urllib.request
 from collections.abc import Mapping
 from contextlib import suppress
 from datetime import UTC, datetime
+from http.client import HTTPException
 from typing import Any
 
 from flows.monitor.firing import ask_alertmanager
@@ -78,7 +79,7 @@ def answers(url: str) -> bool:
             return True
     except urllib.error.HTTPError as error:
         return error.code < 500
-    except OSError:
+    except (OSError, HTTPException):
         return False
 
 
@@ -98,7 +99,7 @@ def look_at_servers(settings: Settings, *, maybe_alertmanager: str | None) -> Se
     waiting: tuple[Waiting, ...] = ()
     if settings.maybe_prefect_api_url:
         prefect = PrefectServer(settings.maybe_prefect_api_url)
-        with suppress(OSError, ValueError, KeyError, TypeError):  # it is away: that is told above
+        with suppress(OSError, HTTPException, ValueError, KeyError, TypeError):  # it is away: that is told above
             flow_runs, waiting = prefect.counts(), prefect.waiting(datetime.now(UTC))
     alerts = ask_alertmanager(maybe_alertmanager) if maybe_alertmanager else None
     return Servers(at=time.time(), up=up, flow_runs=flow_runs, waiting=waiting, alerts=alerts)

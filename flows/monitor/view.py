@@ -15,6 +15,7 @@ from tasks.attempts import attempts_table
 from tasks.nodes import describe
 from training.config import Preset
 from training.runs.events import json_number
+from training.runs.failures import num_failures
 from training.runs.goodput import Use
 from training.runs.record import Record
 
@@ -118,6 +119,7 @@ class RunView:
     checkpoint_every_steps: int
     num_attempts: int
     num_departures: int
+    num_failures: int
     last_departure: Mapping[str, str]
     attempts: tuple[AttemptView, ...]
     seconds: Mapping[Use, float]
@@ -234,6 +236,7 @@ def view_of(
         checkpoint_every_steps=preset.train.checkpoint_every_steps,
         num_attempts=len(record.attempt_starts),
         num_departures=len(record.departures),
+        num_failures=num_failures(record),
         last_departure=_last_departure(record),
         attempts=_attempts(record, seen),
         seconds=seen.seconds(record),

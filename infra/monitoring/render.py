@@ -28,10 +28,25 @@ CONSEQUENCES: Mapping[str, Sequence[str]] = {
     "ThroughputFell": ("DeadlineWillBeMissed",),
 }
 """What each alert makes superfluous, of the same run."""
-OF_ALL_RUNS: Mapping[str, Sequence[str]] = {
-    'service="s3"': ("CheckpointTooOld", "Stalled", "ThroughputFell", "DeadlineWillBeMissed", "RepeatedFailure"),
+OF_ALL_RUNS: Mapping[tuple[str, str], Sequence[str]] = {
+    ("ServiceAway", 'service="s3"'): (
+        "CheckpointTooOld",
+        "Stalled",
+        "ThroughputFell",
+        "DeadlineWillBeMissed",
+        "RepeatedFailure",
+    ),
+    ("DiskNearlyFull", 'run=""'): ("CheckpointTooOld",),
+    ("MonitorAway", 'service="monitor"'): ("NodeLost",),
 }
-"""What a server that is away makes superfluous, of any run."""
+"""What is wrong with the stack makes superfluous, of any run: an alert and which one of it, and what follows. The local
+store is on the stack's disk; nobody but the monitor knows that a run is over, so that its agents may go."""
+SAME_DISK = {
+    "source_matchers": ['alertname="DiskNearlyFull"', 'run=""'],
+    "target_matchers": ['alertname="DiskNearlyFull"', 'run!=""'],
+    "equal": ["device"],
+}
+"""On one machine the disk of the stack is that of the nodes too."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,11 +145,12 @@ def prometheus(windows: Mapping[str, Any], places: Places, rules_file: Path) -> 
 
 
 def alertmanager(windows: Mapping[str, Any], receivers: Receivers, *, monitor: str) -> str:
-    """One message for each run or server that something is wrong with; the monitor makes a Prefect event of it too."""
+    """One message for each run that something is wrong with, one for the stack, and one for each server of a model; the
+    monitor makes a Prefect event of it too."""
     document = {
         "route": {
             "receiver": "all",
-            "group_by": ["run", "service"],
+            "group_by": ["run", "server"],
             "group_wait": windows["group_wait"],
             "group_interval": windows["group_interval"],
             "repeat_interval": windows["repeat_interval"],
@@ -156,12 +172,12 @@ def _inhibitions() -> list[dict[str, Any]]:
     ]
     of_all = [
         {
-            "source_matchers": ['alertname="ServiceAway"', source],
+            "source_matchers": [f'alertname="{worse}"', which],
             "target_matchers": [f'alertname=~"{"|".join(follows)}"'],
         }
-        for source, follows in OF_ALL_RUNS.items()
+        for (worse, which), follows in OF_ALL_RUNS.items()
     ]
-    return [*of_a_run, *of_all]
+    return [*of_a_run, *of_all, SAME_DISK]
 
 
 EACH = "{{ .Annotations.summary }}\nlikely cause: {{ .Annotations.cause }}\n{{ .Annotations.link }}\n"

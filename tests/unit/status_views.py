@@ -56,6 +56,7 @@ VIEW = RunView(
     checkpoint_every_steps=25,
     num_attempts=2,
     num_departures=2,
+    num_failures=1,
     last_departure={"node": "1", "class": "Killed", "cause": "its worker was killed by signal 9"},
     attempts=(
         AttemptView(

@@ -16,7 +16,7 @@ from training.cluster.membership import failure_to_report
 from training.cluster.worker import _class_name
 from training.config import load_preset
 from training.errors import DeterministicError
-from training.runs.failures import CLASSES, crash_to_explain, of_exit_code, oom_kills
+from training.runs.failures import CLASSES, crash_to_explain, num_failures, of_exit_code, oom_kills
 from training.runs.record import CheckpointRef, Departure, Failure, Record
 
 EMPTY = Record(key="k")
@@ -61,6 +61,12 @@ def test_a_lack_of_memory_with_a_checkpoint_between_is_tried_again() -> None:
 
 def test_preemption_never_counts() -> None:
     assert failure(departures(*[("Preempted", 5)] * 50), max_restarts=0) is None
+
+
+def test_a_rack_that_is_lost_is_one_failure_and_a_preemption_is_none() -> None:
+    rack = [Departure(token=1, node=node, cause="silent", step=2, class_name="NodeLost") for node in range(3)]
+    preempted = Departure(token=2, node=0, cause="SIGTERM", step=2, class_name="Preempted")
+    assert num_failures(Record(key="k", departures=(*rack, preempted))) == 1
 
 
 def test_an_error_for_good_keeps_the_records_that_cause_it() -> None:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 import ctypes
 import math
+import os
 import socket
+import tempfile
 import time
 import urllib.error
 import urllib.request
@@ -87,7 +89,7 @@ def test_the_machine_is_told_of() -> None:
     used = found["unbroken_node_memory_bytes", ""] - found["unbroken_node_memory_available_bytes", ""]
     assert 0 < used < found["unbroken_node_memory_bytes", ""]
     disks = [path for name, path in found if name == "unbroken_node_disk_free_bytes"]
-    assert disks
+    assert len(disks) == len({os.stat(path).st_dev for path in (os.getcwd(), tempfile.gettempdir())}), "each once"
     assert found["unbroken_node_cpu_seconds_total", ""] > 0
 
 

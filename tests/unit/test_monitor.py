@@ -61,6 +61,7 @@ def test_a_run_is_told_of() -> None:
     assert found["unbroken_run_attempts_total"]["value"] == "2.0"
     assert found["unbroken_run_info"]["link"] == VIEW.links["Prefect"]
     assert found["unbroken_run_last_departure"]["node"] == "1"
+    assert found["unbroken_run_failures_total"]["value"] == "1.0"
     assert "unbroken_run_failed" not in found
     assert "unbroken_run_deadline_timestamp_seconds" not in found, "none is set"
 
@@ -170,6 +171,9 @@ class Prefect(BaseHTTPRequestHandler):
         self.wfile.write(data)
 
     def do_GET(self) -> None:
+        if self.path == "/garbage":
+            self.wfile.write(b"what?\n")
+            return
         self.send_response(403 if self.path == "/closed" else 503)
         self.send_header("Content-Length", "0")
         self.end_headers()
@@ -188,6 +192,7 @@ def test_queues_and_health_are_looked_at() -> None:
         assert prefect.waiting(datetime(2025, 1, 1, tzinfo=UTC)) == (), "its time has not come"
         assert answers(f"{url}/closed"), "who refuses strangers is there"
         assert not answers(f"{url}/broken")
+        assert not answers(f"{url}/garbage"), "what speaks no HTTP is another server, or none"
     assert not answers(url)
 
 

@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -109,6 +110,23 @@ def test_both_programs_take_their_configurations(tmp_path: Path) -> None:
 def test_a_receiver_that_is_half_named_is_refused(tmp_path: Path, settings: dict[str, str], named: str) -> None:
     with pytest.raises(UserError, match=named):
         write_configs(tmp_path, PORTS, settings)
+
+
+def test_what_is_worse_is_noticed_sooner_than_what_follows_from_it() -> None:
+    """Else one cause would be two messages."""
+    windows = read_windows()
+    seconds = {name: _seconds(windows[name]) for name in windows}
+    rate_falls = (1 - windows["throughput_share"]) * seconds["rate"]  # so long after nothing is done any more
+    assert seconds["stalled"] + seconds["look"] < rate_falls + seconds["throughput"]
+    assert seconds["straggler"] < seconds["throughput"]
+    assert seconds["node_lost"] + seconds["look"] < seconds["nodes_missing"]
+    assert seconds["linger"] > seconds["rate"] + seconds["look"]
+    assert seconds["group_wait"] > seconds["look"], "two that see the same disk look at it one after the other"
+
+
+def _seconds(window: Any) -> float:
+    units = {"s": 1, "m": 60, "h": 3600}
+    return float(window[:-1]) * units[window[-1]] if isinstance(window, str) else float(window)
 
 
 def test_windows_must_be_complete(tmp_path: Path) -> None:

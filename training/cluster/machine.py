@@ -8,6 +8,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import suppress
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import psutil
@@ -27,14 +28,25 @@ def add_machine(page: Page, labels: Labels, maybe_nvml: Any = None) -> None:
     page.add("unbroken_node_memory_available_bytes", memory.available, "Memory that a process could still get", labels)
     page.add("unbroken_node_network_received_bytes_total", network.bytes_recv, "Network traffic in", labels)
     page.add("unbroken_node_network_sent_bytes_total", network.bytes_sent, "Network traffic out", labels)
-    for path in sorted({tempfile.gettempdir(), os.getcwd()}):
+    paths = {device_of(path): path for path in (os.getcwd(), tempfile.gettempdir())}
+    for device, path in paths.items():
         disk = psutil.disk_usage(path)
-        there = {**labels, "path": path}
+        there = {**labels, "path": path, "device": device}
         page.add("unbroken_node_disk_bytes", disk.total, "Size of the disk under a path that this node uses", there)
         page.add("unbroken_node_disk_free_bytes", disk.free, "What is free there", there)
     library = maybe_nvml or nvml()
     if library is not None:
         add_gpus(page, labels, library)
+
+
+def device_of(path: str) -> str:
+    """The disk under a path, by the same name for all processes of this machine, and by no other machine's."""
+    return f"{_boot()}-{os.stat(path).st_dev:x}"
+
+
+@cache
+def _boot() -> str:
+    return Path("/proc/sys/kernel/random/boot_id").read_text()[:8]
 
 
 class _Utilization(ctypes.Structure):

@@ -82,6 +82,11 @@ def class_of(class_name: str) -> FailureClass:
     return CLASSES.get(class_name, INFRASTRUCTURE)
 
 
+def num_failures(record: Record) -> int:
+    """Groups that ended by a failure, of however many of their nodes. A preemption is none."""
+    return len({gone.token for gone in record.departures if class_of(gone.class_name) is not PREEMPTION})
+
+
 def of_exit_code(code: int, *, is_out_of_memory: bool) -> tuple[str, str]:
     """(class name, message) of a worker that ended without a word."""
     if code >= 0:
