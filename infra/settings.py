@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from infra.slurm.site import Site
+from training import signatures
 from training.errors import InfrastructureError, UserError
 
 PROJECT_ROOT = Path(__file__).resolve().parents[1]
@@ -28,6 +29,7 @@ KNOWN: dict[str, tuple[str, ...]] = {
         *("windows", "serving", "webhook", "slack_url_file", "slack_channel"),
         *("email_to", "email_from", "smtp", "smtp_user", "smtp_password_file"),
     ),
+    "signing": ("key_file",),
     "slurm": ("partition", "account", "qos", "commands", "priorities"),
 }
 KINDS: dict[str, tuple[type, str]] = {
@@ -57,6 +59,8 @@ class Settings:
     s3_is_local: bool
     engine: str = "local"
     slurm: Site = field(default_factory=Site)
+    maybe_signing_key_file: str | None = None
+    """The path, never a key."""
 
     @property
     def mlflow_uri(self) -> str:
@@ -113,6 +117,7 @@ def load_settings() -> Settings:
             **{name: find("slurm", name) or "" for name in SLURM_TEXTS},
             priorities=file.get("slurm", {}).get("priorities", {}),
         ),
+        maybe_signing_key_file=_signing_key_file(file),
     )
 
 
@@ -134,6 +139,19 @@ def _engine(kind: str) -> str:
             f"[engine] kind = {kind!r} in unbroken.toml (or UNBROKEN_ENGINE_KIND) must be one of {', '.join(ENGINES)}"
         )
     return kind
+
+
+def _signing_key_file(file: Mapping[str, Mapping[str, Any]]) -> str | None:
+    """$UNBROKEN_SIGNING_KEY_FILE, or `[signing] key_file`, a path beside the settings file."""
+    if os.environ.get(signatures.VARIABLE):
+        return str(Path(os.environ[signatures.VARIABLE]).resolve())
+    named, path = file.get("signing", {}).get("key_file"), settings_path()
+    return str((path.parent / named).resolve()) if named and path is not None else None
+
+
+def signing_environment(settings: Settings) -> dict[str, str]:
+    """What a node needs besides the store's address: where the key lies."""
+    return {signatures.VARIABLE: settings.maybe_signing_key_file} if settings.maybe_signing_key_file else {}
 
 
 def _endpoint(file: Mapping[str, Mapping[str, Any]]) -> str | None:
@@ -163,6 +181,7 @@ def environment(settings: Settings) -> dict[str, str]:
         "PREFECT_LOGGING_EXTRA_LOGGERS": "tasks,training",
         "PREFECT_LOGGING_TO_API_WHEN_MISSING_FLOW": "ignore",
         "PREFECT_WORKER_QUERY_SECONDS": "1",
+        **signing_environment(settings),
     }
     if settings.s3_is_local:
         found["AWS_SHARED_CREDENTIALS_FILE"] = str(credentials_path(settings.home))

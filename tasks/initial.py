@@ -6,6 +6,7 @@ from dataclasses import replace
 
 from infra.settings import Settings
 from tasks import registry
+from training.checkpoints.trust import trusted_result
 from training.config import Preset
 from training.errors import UserError
 from training.recipe import Recipe
@@ -26,13 +27,15 @@ def pinned(settings: Settings, preset: Preset) -> Preset:
 
 
 def initial_weights(settings: Settings, store: Store, preset: Preset) -> InitialWeights | None:
-    """Raises `UserError` if the model's run is gone, or was trained anew and holds other weights now."""
+    """Raises `UserError` if the model's run is gone, or was trained anew and holds other weights now, and
+    `UntrustedError`."""
     text = preset.train.warm_start
     if text is None:
         return None
     version = registry.find_version(settings.mlflow_uri, text)
     key, weights_sha256 = registry.origin_of(settings.mlflow_uri, *version)
-    record = RunRecord(store, key).find()
+    run = RunRecord(store, key)
+    record = run.find()
     if record is None or record.result is None or record.result.weights_sha256 != weights_sha256:
         raise UserError(
             f"train.warm_start = {text!r}: its weights {weights_sha256[:12]} are no more the result of run {key[:12]}"
@@ -41,7 +44,7 @@ def initial_weights(settings: Settings, store: Store, preset: Preset) -> Initial
     return InitialWeights(
         run_key=key,
         generation=record.generation,
-        checkpoint=record.result.checkpoint,
+        checkpoint=trusted_result(run, record).checkpoint,
         weights_sha256=weights_sha256,
     )
 

@@ -12,7 +12,7 @@ from prefect import task
 
 from infra.engines import make_launcher
 from infra.launcher import JobSpec, JobState, Launcher, Needs
-from infra.settings import Settings
+from infra.settings import Settings, signing_environment
 from infra.store import store_location
 from tasks import tracking
 from tasks.bookmark import Bookmark, find_bookmark
@@ -26,6 +26,7 @@ from tasks.pulse import Pulse
 from tasks.results import Dataset, TrainedModel
 from tasks.stack import open_stack
 from training import errors
+from training.checkpoints.trust import trusted_result
 from training.config import Preset
 from training.data.activity import distrust
 from training.data.withdrawn import quarantined_records
@@ -127,7 +128,7 @@ def train(preset: Preset, dataset: Dataset, *, owner: str | None = None, fresh: 
     log.info("step %d/%d  weights %s", preset.train.steps, preset.train.steps, record.result.weights_sha256[:12])
     forwarder.tracker().finish("FINISHED")
     _cancel(launcher, run, record)  # its agents are done; this clears the engine's table
-    result = record.result
+    result = trusted_result(run, record)
     return TrainedModel(
         run_key=run.run_key,
         step=result.step,
@@ -194,7 +195,7 @@ def job_spec(
         min_nodes=launch.min_nodes,
         needs=Needs.of(launch),
         command=agent_command(record.key, digest),
-        environment=agent_environment(location),
+        environment={**agent_environment(location), **signing_environment(settings)},
         store=location.uri(),
         generation=record.generation,
         owner=owner,

@@ -51,6 +51,11 @@ class DamagedError(UnbrokenError):
     exit_code = 6
 
 
+class UntrustedError(DamagedError):
+    """A stored document is not signed by a key of this process, and is not believed. The message names it and says
+    what to do. It may be whole: nothing is deleted, quarantined or made again for it."""
+
+
 class OutOfMemoryError(UnbrokenError):
     """Memory ran out again and again: whoever sized the run must act."""
 

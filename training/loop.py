@@ -25,6 +25,7 @@ from training.checkpointing import Checkpointing
 from training.checkpoints.checkpoint import load_initial, newest_proven
 from training.checkpoints.saver import CheckpointSaver
 from training.checkpoints.state import TrainState
+from training.checkpoints.trust import signed_result
 from training.config import Preset, TrainConfig
 from training.control import Note
 from training.data import ledger
@@ -518,7 +519,11 @@ class Trainer:
             )
             self.emit("finished")
             self.maybe_events.close()
-            self.run.update(lambda record: with_result(record, result, token=self.rank.token))
+            self.run.update(
+                lambda record: with_result(
+                    record, signed_result(self.run.prefix(record), result), token=self.rank.token
+                )
+            )
 
     def emit(self, kind: str, *, step: int | None = None, **values: object) -> None:
         """Of a step, or of the last finished one."""

@@ -27,6 +27,7 @@ from training.recipe import Recipe, load_recipe
 from training.runs.events import EventWriter
 from training.runs.job import Job
 from training.runs.record import Record, RunRecord, run_key, with_environment
+from training.signatures import keyring
 
 
 @dataclass(kw_only=True)
@@ -52,7 +53,9 @@ class Kit:
 
 
 def prepare(job: Job, *, local_rank: int) -> Kit:
-    """Raises `UserError` if the recipe here is another than the run's, `DeterministicError` if it gives no model."""
+    """Raises `UserError` if the recipe here is another than the run's or the signing key cannot be used,
+    `DeterministicError` if the recipe gives no model."""
+    keyring()  # not only at the first checkpoint
     device = settle_arithmetic(local_rank)
     recipe = load_recipe(job.preset)
     require_same_source(job, recipe)

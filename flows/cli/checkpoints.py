@@ -12,11 +12,11 @@ from cyclopts import App, Parameter
 
 from flows.cli.browse import Key, find_run
 from flows.cli.output import print_json, print_table
-from flows.cli.stack import Json, open_store
+from flows.cli.stack import Json, open_store, open_store_to_sign
 from training.errors import DamagedError, InfrastructureError, UserError
 
 if TYPE_CHECKING:
-    from training.runs.record import CheckpointRef, RunRecord
+    from training.runs.record import CheckpointRef, Record, RunRecord
     from training.s3.objectstore import Store
 
 Step = Annotated[int | None, Parameter(help="The checkpoint of this step; else the newest.")]
@@ -78,6 +78,29 @@ def ckpt_verify(key: Key, *, json: Json = False) -> None:
     damaged = [str(row["step"]) for row in rows if row["damage"]]
     if damaged:
         raise DamagedError(f"damaged checkpoints of steps {', '.join(damaged)}: a run that goes on takes one before")
+
+
+@ckpt.command(name="sign")
+def ckpt_sign(key: Key) -> None:
+    """Sign a run's checkpoints and result with this machine's key, once all bytes are proven: you vouch for them."""
+    from training.checkpoints import trust
+    from training.checkpoints.checkpoint import load_checkpoint
+
+    run = find_run(open_store_to_sign(), key)
+    before = run.read()
+    for reference in trust.resigned(run, before).checkpoints:
+        load_checkpoint(run.store, run.prefix(before), reference)
+        print(f"checkpoint of step {reference.step}: manifest sha256 {reference.sha256}")
+    if before.result is not None:
+        print(f"result: weights sha256 {before.result.weights_sha256}")
+
+    def signed(newest: Record) -> Record:
+        if trust.what_is_signed(newest) != trust.what_is_signed(before):
+            raise InfrastructureError(f"run {run.run_key[:12]} went on meanwhile, and nothing was signed: try again")
+        return trust.resigned(run, newest)
+
+    run.update(signed)
+    print("signed")
 
 
 @ckpt.command(name="export")

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 from cyclopts import App, Parameter
 
 from flows.cli.output import print_json, print_table
-from flows.cli.stack import Json, open_store
+from flows.cli.stack import Json, open_store, open_store_to_sign
 
 if TYPE_CHECKING:
     from tasks.lifecycle.promotion import Outcome
@@ -18,7 +18,7 @@ Gate = Annotated[bool, Parameter(help="Without it nothing is judged; the history
 
 
 def add_to(models: App) -> None:
-    for verb in (promote, rollback, history):
+    for verb in (promote, rollback, history, sign):
         models.command(verb)
 
 
@@ -91,6 +91,26 @@ def history(
         columns,
         [[e.sequence, e.when, e.action, e.version, e.run_key[:12], e.by, e.reason] for e in entries],
     )
+
+
+def sign(model: str, /) -> None:
+    """Sign all that the store says of MODEL with this machine's key, once its files are proven: you vouch for it."""
+    from tasks.lifecycle import champions, model_file
+    from training.errors import MissingError, UserError
+
+    store = open_store_to_sign()
+    versions = [key.rpartition("/")[2].removesuffix(".json") for key, _ in store.list_keys(f"models/{model}/versions/")]
+    for version in sorted(versions):
+        kept = model_file.sign_again(store, model, version)
+        print(f"version {version}: model file sha256 {kept.model_sha256}, of run {kept.run_key[:12]}")
+    try:
+        entry = champions.sign_again(store, model).current
+    except MissingError:
+        if not versions:
+            raise UserError(f"nothing is kept of a model {model!r}: see `unbroken models ls`") from None
+    else:
+        print(f"champion: version {entry.version}, model file sha256 {entry.model_sha256}")
+    print("signed")
 
 
 def _tell(outcome: Outcome, json: bool) -> None:

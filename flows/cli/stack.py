@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from cyclopts import App, Parameter
 
 from flows.cli.output import print_json, print_table
-from training.errors import InfrastructureError
+from training.errors import InfrastructureError, UserError
 
 if TYPE_CHECKING:
     from training.s3.objectstore import Store
@@ -67,4 +67,14 @@ def open_store() -> Store:
 
     _, store = open_stack()
     store.require_answer()
+    return store
+
+
+def open_store_to_sign() -> Store:
+    """The same. Raises `UserError` if there is no key to sign with."""
+    from training import signatures
+
+    store = open_store()
+    if signatures.keyring() is None:
+        raise UserError(f"no signing key is known: set {signatures.VARIABLE}, or [signing] key_file in unbroken.toml")
     return store

@@ -15,6 +15,7 @@ from tasks.evaluation.scoring import score_samples
 from tasks.gate.decide import Decision, Reason, decide
 from tasks.gate.policy import Policy, load_policy
 from tasks.initial import require_fitting
+from training.checkpoints.trust import trusted_result
 from training.config import Preset
 from training.data.audit import verify_run
 from training.documents import canonical_json, sha256_hex
@@ -139,12 +140,12 @@ def _scores(store: Store, version: _Version, on: Job) -> tuple[str, Samples]:
 
 def _require_fitting(store: Store, preset: Preset, version: _Version) -> None:
     """Raises `UserError` if the recipe has changed so that it cannot take these weights any more."""
-    record = RunRecord(store, version.run_key).read()
-    assert record.result is not None
+    run = RunRecord(store, version.run_key)
+    record = run.read()
     weights = InitialWeights(
         run_key=version.run_key,
         generation=record.generation,
-        checkpoint=record.result.checkpoint,
+        checkpoint=trusted_result(run, record).checkpoint,
         weights_sha256=version.weights_sha256,
     )
     what = f"model {version.name!r} version {version.number} cannot be scored: the weights do not fit the recipe"

@@ -11,10 +11,13 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from training.documents import digest_of, parse, sha256_hex
-from training.errors import DamagedError, MissingError, UserError
+from training.errors import DamagedError, InfrastructureError, MissingError, UserError
 from training.s3.objectstore import Store, Versioned
+from training.signatures import require_signed, sign
 
 FORMAT = 1
+KIND = "model version"
+"""What is signed."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -160,12 +163,41 @@ def _find(store: Store, model: str, version: str) -> KeptVersion | None:
         return None
 
 
+def sign_again(store: Store, model: str, version: str) -> KeptVersion:
+    """Sign the document with this process's key, once the file is proven: for whoever knows that they are what they
+    should be. Raises `DamagedError`, and `InfrastructureError` if it changed meanwhile."""
+    key = version_key(model, version)
+    read = store.read_versioned(key)
+    kept = _parsed(store, key, read)
+    prove(store, kept)
+    if not store.replace_versioned(key, _to_json(kept), read=read):
+        raise InfrastructureError(f"{store.location.uri(key)} changed meanwhile, and is not signed: try again")
+    return kept
+
+
 def _to_json(kept: KeptVersion) -> dict[str, Any]:
-    return {"format": FORMAT, "kept": asdict(kept), "sha256": digest_of(asdict(kept))}
+    content = asdict(kept)
+    return {"format": FORMAT, "kept": content, "sha256": digest_of(content), "signature": sign(KIND, content)}
 
 
 def _from_json(store: Store, key: str, found: Versioned) -> KeptVersion:
+    """Raises `DamagedError`, or `UntrustedError` if this process has a key and another or none signed it."""
+    kept = _parsed(store, key, found)
+    require_signed(
+        KIND,
+        asdict(kept),
+        found.document.get("signature"),
+        name=store.location.uri(key),
+        remedy=f"`unbroken models sign {kept.model}` signs it",
+    )
+    return kept
+
+
+def _parsed(store: Store, key: str, found: Versioned) -> KeptVersion:
     kept = found.document.get("kept")
     if found.document.get("format") != FORMAT or found.document.get("sha256") != digest_of(kept):
         raise DamagedError(f"{store.location.uri(key)} is damaged, or of another format than {FORMAT}")
-    return parse(KeptVersion, kept)
+    parsed = parse(KeptVersion, kept)
+    if version_key(parsed.model, parsed.version) != key:
+        raise DamagedError(f"{store.location.uri(key)} is of version {parsed.version} of model {parsed.model!r}")
+    return parsed

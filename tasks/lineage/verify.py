@@ -14,6 +14,7 @@ from tasks.lifecycle import champions, model_file
 from tasks.lifecycle.model_file import KeptVersion
 from tasks.lineage.gather import decision_key, decisions_of
 from tasks.mlflow_client import RUN_KEY_TAG, WEIGHTS_TAG
+from training.checkpoints.trust import trusted_result
 from training.data.manifest import Manifest, load_manifest, shard_key
 from training.documents import sha256_hex
 from training.errors import DamagedError, InfrastructureError, MissingError, UnbrokenError, UserError
@@ -89,7 +90,8 @@ def _decisions(settings: Settings, store: Store, kept: KeptVersion) -> Iterator[
 
 
 def require_run(store: Store, kept: KeptVersion) -> tuple[Record, Job]:
-    """Raises `LineageError` if the run is gone, or gave other weights since."""
+    """Raises `LineageError` if the run is gone, or gave other weights since, `UntrustedError` if its
+    result is not signed as it should be."""
     run = RunRecord(store, kept.run_key)
     where = store.location.uri(run.object_key)
     record, jobs = run.find(), read_jobs(store, kept.run_key)
@@ -101,6 +103,7 @@ def require_run(store: Store, kept: KeptVersion) -> tuple[Record, Job]:
     if record.result is None or record.result.weights_sha256 != kept.weights_sha256:
         now = record.result.weights_sha256 if record.result is not None else "none yet"
         raise LineageError(f"{where}: the run was begun anew, and its weights are {now}, not {kept.weights_sha256}")
+    trusted_result(run, record)
     return record, jobs[0]
 
 

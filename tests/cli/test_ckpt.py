@@ -14,6 +14,7 @@ import torch
 
 from tests.cli.commands import complaint, unbroken
 from tests.conftest import Stack
+from tests.unit.champions import keep
 from tests.unit.fakes import DictRendezvous
 from training.checkpoints.checkpoint import folder
 from training.checkpoints.saver import CheckpointSaver
@@ -81,6 +82,30 @@ def test_damage_is_named_with_exit_code_6(saved: Saved) -> None:
     assert "part-0.safetensors is damaged" in damages[2]
     assert damages[4] is None
     assert "steps 2:" in done.stderr
+
+
+def test_unsigned_run_is_refused_where_a_key_is_set_until_it_is_signed(saved: Saved, tmp_path: Path) -> None:
+    key = tmp_path / "signing.key"
+    key.touch(mode=0o600)
+    key.write_text("k" * 64)
+    signing = {"UNBROKEN_SIGNING_KEY_FILE": str(key), "UNBROKEN_S3_PREFIX": saved.prefix}
+    line = complaint(unbroken(saved.stack, "ckpt", "show", "aa", variables=signing), code=6)
+    assert "manifest.json carries no signature. If you know who wrote it, `unbroken ckpt sign aa11` signs it" in line
+    assert "no signing key is known" in complaint(saved.ckpt("sign", "aa"))
+    part = folder(f"runs/{KEY}/0/", 2, 1) + "part-0.safetensors"
+    data = saved.run.store.get(part)
+    saved.run.store.put(part, data[:-1] + bytes([data[-1] ^ 1]))
+    assert "part-0.safetensors is damaged" in complaint(
+        unbroken(saved.stack, "ckpt", "sign", "aa", variables=signing), code=6
+    )
+    saved.run.store.put(part, data)
+    keep(saved.run.store, "m", "1")
+    for command in (("ckpt", "sign", "aa"), ("models", "sign", "m")):
+        done = unbroken(saved.stack, *command, variables=signing)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.endswith("signed\n")
+        assert "k" * 64 not in done.stdout + done.stderr
+    assert unbroken(saved.stack, "ckpt", "verify", "aa", variables=signing).returncode == 0
 
 
 def test_exported_weights_are_a_plain_state_dict(saved: Saved, tmp_path: Path) -> None:

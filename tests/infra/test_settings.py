@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from infra.settings import home, load_settings, state_path, watched_presets
+from infra.settings import environment, home, load_settings, signing_environment, state_path, watched_presets
 from training.errors import InfrastructureError, UserError
 
 LOCAL = {
@@ -21,7 +21,16 @@ LOCAL = {
 @pytest.fixture(autouse=True)
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty current folder, no settings in the environment, and a stack's home of its own."""
-    for part in ("S3_ENDPOINT", "S3_BUCKET", "S3_PREFIX", "S3_REGION", "MLFLOW_URI", "PREFECT_API_URL", "SETTINGS"):
+    for part in (
+        "S3_ENDPOINT",
+        "S3_BUCKET",
+        "S3_PREFIX",
+        "S3_REGION",
+        "MLFLOW_URI",
+        "PREFECT_API_URL",
+        "SETTINGS",
+        "SIGNING_KEY_FILE",
+    ):
         monkeypatch.delenv(f"UNBROKEN_{part}", raising=False)
     monkeypatch.setenv("UNBROKEN_HOME", str(tmp_path / ".unbroken"))
     (tmp_path / ".unbroken").mkdir()
@@ -58,6 +67,21 @@ def test_file_wins_over_local_stack_and_environment_over_both(folder: Path, monk
     monkeypatch.setenv("UNBROKEN_S3_BUCKET", "other")
     both = load_settings()
     assert (both.mlflow_uri, both.s3_bucket, both.s3_endpoint) == ("http://environment", "other", "http://file")
+
+
+@pytest.mark.usefixtures("local_stack")
+def test_key_file_lies_beside_the_settings_and_every_process_and_node_is_told_where(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert signing_environment(load_settings()) == {}
+    (folder / "unbroken.toml").write_text('[signing]\nkey_file = "signing.key"\n')
+    (folder / "a").mkdir()
+    monkeypatch.chdir(folder / "a")
+    named = {"UNBROKEN_SIGNING_KEY_FILE": str(folder / "signing.key")}
+    assert signing_environment(load_settings()) == named
+    assert named.items() <= environment(load_settings()).items()
+    monkeypatch.setenv("UNBROKEN_SIGNING_KEY_FILE", "other.key")
+    assert signing_environment(load_settings()) == {"UNBROKEN_SIGNING_KEY_FILE": str(folder / "a" / "other.key")}
 
 
 @pytest.mark.usefixtures("local_stack")

@@ -147,7 +147,7 @@ def test_the_manifest_says_where_everything_is(run: RunRecord) -> None:
     reference = Group(run=run, world_size=3).save(4)
     data = run.store.get_proven(folder("runs/k/0/", 4, 1) + "manifest.json", sha256=reference.sha256)
     manifest = parse(CheckpointManifest, json.loads(data))
-    assert (manifest.step, manifest.format, manifest.signature) == (4, 1, None)
+    assert (manifest.step, manifest.format) == (4, 1)
     for name, tensor in tensors_of(4).items():
         info = manifest.tensors[name]
         assert (info.dtype, info.shape) == (str(tensor.dtype), tuple(tensor.shape))

@@ -24,7 +24,7 @@ from tasks.serving.link import Link, ReplicaGoneError
 from tasks.serving.requests import BadRequestError, array_of
 from tasks.serving.server import Wanted
 from tests.secrets import places_of_secrets
-from training.data.exchange import _array_of
+from training.data.exchange import _array_of, _read_tar
 from training.data.source import records, tar
 from training.data.source.places import SourceFile
 from training.data.source.records import READERS
@@ -124,6 +124,22 @@ def test_a_member_with_holes_is_refused() -> None:
     member.size = 1
     with pytest.raises(UserError, match="holes"):
         read("webdataset", "x.tar", member.tobuf(tarfile.PAX_FORMAT) + b"x" + bytes(512 * 4 - 1))
+
+
+def test_an_import_takes_no_member_with_holes(tmp_path: Path) -> None:
+    """One that says it has a terabyte, in a file of two kilobytes."""
+    member = tarfile.TarInfo("a.id")
+    member.pax_headers = {
+        "GNU.sparse.major": "0",
+        "GNU.sparse.minor": "1",
+        "GNU.sparse.map": "0,1",
+        "GNU.sparse.size": str(1 << 40),
+    }
+    member.size = 1
+    path = tmp_path / "train-00000.tar"
+    path.write_bytes(member.tobuf(tarfile.PAX_FORMAT) + b"x" + bytes(512 * 4 - 1))
+    with pytest.raises(ValueError, match=r"'a\.id': it is no file, or one with holes"):
+        _read_tar(path, {})
 
 
 def test_members_of_any_name_are_only_ids() -> None:

@@ -9,25 +9,44 @@ import os
 import pickle
 import re
 import zipfile
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from tasks.done import find_result
+from tasks.lifecycle import champions, model_file
+from tasks.lifecycle.champion import Change
 from tasks.lifecycle.model_file import Signature, Tensor
 from tasks.lifecycle.program_file import CONFIGS, EXAMPLE, GRAPH, harmless
 from tasks.results import Dataset
+from tasks.serving import published
 from tasks.serving.program import load
 from tasks.stored_results import loaded
 from training.checkpoints.checkpoint import CheckpointRef, folder, load_checkpoint
-from training.documents import canonical_json, sha256_hex
+from training.data.manifest import (
+    FieldInfo,
+    Manifest,
+    describe_shard,
+    load_manifest,
+    load_shard,
+    manifest_key,
+    shard_key,
+)
+from training.documents import canonical_json, sealed, sha256_hex
 from training.errors import DamagedError, UnbrokenError, UserError
+from training.runs.identity import find_identity
+from training.runs.job import read_job
+from training.runs.record import RunRecord
 from training.s3.objectstore import Store
 
 ROOT = Path(__file__).parents[2]
 IMAGE = Tensor(dtype="float32", shape=(-1, 3))
 SIGNATURE = Signature(inputs=IMAGE, outputs=IMAGE)
+DEEP = b"[" * 200_000
 FORBIDDEN = (
     r"\bpickle\b(?!_)",
     r"(?<!safetensors\.)\btorch\.load\(",
@@ -199,6 +218,54 @@ def test_a_forged_checkpoint_is_refused(store: Store, canary: Canary) -> None:
         with pytest.raises((DamagedError, UserError), match=r"checkpoint 1 is damaged|no name of an object"):
             load_checkpoint(store, "runs/k/0/", reference)
     assert not canary.path.exists()
+
+
+def test_a_forged_dataset_is_refused(store: Store, canary: Canary) -> None:
+    """Its manifest has its own digest as name, as anybody can make it."""
+    for name in (sha256_hex(canary.pickled), "../../../runs/k/record.json"):
+        info = replace(describe_shard(canary.pickled, num_samples=1), sha256=name)
+        forged = Manifest(fields={"x": FieldInfo(dtype="float32", shape=())}, splits={"train": (info,), "test": ()})
+        store.put(manifest_key("d", forged.digest), forged.to_bytes())
+        if ".." not in name:
+            store.put(shard_key("d", name), canary.pickled)
+        found = load_manifest(store, "d", forged.digest).splits["train"][0]
+        with pytest.raises((DamagedError, UserError), match=r"damaged|is no name of an object"):
+            load_shard(store, "d", found)
+    assert not canary.path.exists()
+
+
+def test_a_forged_result_of_a_stage_is_made_anew(store: Store, canary: Canary) -> None:
+    call = {"__class__": "os.system", "command": f"touch {canary.path}"}
+    for forged in (canary.pickled, sealed("result", call), sealed("result", {"name": call}), b"[" * 100_000):
+        store.put("results/x.json", forged)
+        assert find_result(store, "results/x.json", Dataset) is None
+    assert not canary.path.exists()
+
+
+def test_a_forged_champion_leads_to_no_other_object(store: Store) -> None:
+    """Its version's name is a path to a document that the forger has put elsewhere."""
+    change = Change(action="first", version="../../../runs/k/1", run_key="k", model_sha256="", by="a forger")
+    champions.begin(store, "m", change)
+    seen = published.find_champion(store, "m")
+    with pytest.raises(UserError, match="is no name of an object"):
+        published.of_champion(store, "m", seen)
+
+
+@pytest.mark.parametrize(
+    ("key", "ask"),
+    [
+        ("runs/k/record.json", lambda store: RunRecord(store, "k").read()),
+        ("models/m/champion.json", lambda store: champions.read(store, "m")),
+        ("models/m/versions/1.json", lambda store: model_file.find(store, "m", "1")),
+        (manifest_key("d", sha256_hex(DEEP)), lambda store: load_manifest(store, "d", sha256_hex(DEEP))),
+        (f"runs/k/jobs/{sha256_hex(DEEP)}.json", lambda store: read_job(store, "k", sha256_hex(DEEP))),
+        ("runs/k/identity.json", lambda store: find_identity(store, "k")),
+    ],
+)
+def test_documents_that_are_endlessly_deep_are_damaged(store: Store, key: str, ask: Callable[[Store], Any]) -> None:
+    store.put(key, DEEP)
+    with pytest.raises(DamagedError):
+        ask(store)
 
 
 def test_a_stored_task_result_is_a_document_or_refused(canary: Canary) -> None:

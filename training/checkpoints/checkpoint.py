@@ -10,8 +10,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from training.checkpoints.trust import require_signed_checkpoint
 from training.documents import parse, read_document
-from training.errors import DamagedError, MissingError
+from training.errors import DamagedError, MissingError, UntrustedError
 from training.runs.record import CheckpointRef, InitialWeights, Record, RunRecord, generation_prefix, with_quarantined
 from training.s3.objectstore import Store
 
@@ -50,13 +51,12 @@ class PartInfo:
 
 @dataclass(frozen=True, kw_only=True)
 class CheckpointManifest:
-    """What a checkpoint holds. `signature` is reserved."""
+    """What a checkpoint holds. The record that names its digest signs it (training.checkpoints.trust)."""
 
     step: int
     tensors: Mapping[str, TensorInfo]
     parts: tuple[PartInfo, ...]
     format: int = FORMAT
-    signature: str | None = None
 
 
 def folder(prefix: str, checkpoint_step: int, token: int) -> str:
@@ -64,11 +64,11 @@ def folder(prefix: str, checkpoint_step: int, token: int) -> str:
 
 
 def load_manifest(store: Store, prefix: str, reference: CheckpointRef) -> CheckpointManifest:
-    """What a proven checkpoint holds. Raises `DamagedError`."""
+    """What a proven checkpoint holds. Raises `DamagedError`; `UntrustedError` before anything of it is read."""
+    key = folder(prefix, reference.step, reference.token) + "manifest.json"
+    require_signed_checkpoint(prefix, reference, name=store.location.uri(key))
     try:
-        data = store.get_proven(
-            folder(prefix, reference.step, reference.token) + "manifest.json", sha256=reference.sha256
-        )
+        data = store.get_proven(key, sha256=reference.sha256)
     except MissingError as error:
         raise DamagedError(f"checkpoint {reference.step} is not whole: {error}") from error
     manifest = parse(CheckpointManifest, read_document(data, what=f"checkpoint {reference.step}"))
@@ -78,7 +78,8 @@ def load_manifest(store: Store, prefix: str, reference: CheckpointRef) -> Checkp
 
 
 def load_checkpoint(store: Store, prefix: str, reference: CheckpointRef) -> dict[str, Tensor]:
-    """Every tensor of a proven checkpoint, each object checked. Raises `DamagedError` naming the object."""
+    """Every tensor of a proven checkpoint, each object checked. Raises `DamagedError` naming the object, and
+    `UntrustedError`."""
     import safetensors.torch
 
     base = folder(prefix, reference.step, reference.token)
@@ -109,7 +110,10 @@ def load_initial(store: Store, initial: InitialWeights) -> dict[str, Tensor]:
 
 
 def newest_proven(run: RunRecord, *, token: int) -> tuple[CheckpointRef, dict[str, Tensor]] | None:
-    """The newest checkpoint that is whole; damaged ones are quarantined on the way. None: begin at step 0."""
+    """The newest checkpoint that is whole; damaged ones are quarantined on the way. None: begin at step 0.
+
+    Raises `UntrustedError` at one that is not signed as it should be: it is not for a rank to begin again without it.
+    """
     while True:
         record: Record = run.read()
         if not record.checkpoints:
@@ -117,6 +121,8 @@ def newest_proven(run: RunRecord, *, token: int) -> tuple[CheckpointRef, dict[st
         reference = record.checkpoints[-1]
         try:
             return reference, load_checkpoint(run.store, run.prefix(record), reference)
+        except UntrustedError:
+            raise
         except DamagedError as error:
             reason = str(error)
             run.update(lambda newest: with_quarantined(newest, reference, reason, token=token))  # noqa: B023

@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from training.checkpoints.checkpoint import folder, load_manifest
+from training.checkpoints.trust import signed_checkpoint
 from training.documents import sha256_hex
 from training.errors import DamagedError, FencedError, MissingError
 from training.recipe import Recipe, learning_rate_scale
@@ -91,7 +92,7 @@ def _take_over(run: RunRecord, sibling: Sibling, checkpoint: CheckpointRef) -> R
     claimed = run.update(lambda record: replace(record, token=record.token + 1) if is_new(record) else record)
     if not is_new(claimed):
         return claimed
-    mine = replace(checkpoint, token=claimed.token)
+    mine = signed_checkpoint(run.prefix(claimed), replace(checkpoint, token=claimed.token))
     _copy_history(run, claimed, sibling, until=checkpoint.step)
     _copy_checkpoint(run, claimed, sibling, checkpoint, mine)
     continued = Continued(run_key=sibling.run.run_key, generation=sibling.record.generation, step=checkpoint.step)

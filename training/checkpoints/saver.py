@@ -15,6 +15,7 @@ from torch import Tensor
 
 from training.checkpoints.checkpoint import CheckpointManifest, PartInfo, Slice, TensorInfo, folder
 from training.checkpoints.snapshot import Snapshot
+from training.checkpoints.trust import signed_checkpoint
 from training.documents import canonical_json, parse, read_json, sha256_hex
 from training.errors import DeterministicError, InfrastructureError
 from training.runs.record import CheckpointRef, Record, RunRecord, with_checkpoint, with_retention
@@ -183,7 +184,8 @@ class CheckpointSaver:
         manifest = CheckpointManifest(step=step, tensors=dict(infos), parts=parts)
         proven = self._write_proven(step, "manifest.json", canonical_json(asdict(manifest)))
         self._before_commit()
-        reference = CheckpointRef(step=step, token=self._token, sha256=proven.sha256)
+        unsigned = CheckpointRef(step=step, token=self._token, sha256=proven.sha256)
+        reference = signed_checkpoint(self._prefix, unsigned)
         return reference, self._name(reference)
 
     def _wait_for(self, receipts: list[str], step: int) -> None:

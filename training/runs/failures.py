@@ -59,11 +59,12 @@ CLASSES: Mapping[str, FailureClass] = {
     CRASHED: DETERMINISTIC,
     "DeterministicError": DETERMINISTIC,
     "DamagedError": DETERMINISTIC,
+    "UntrustedError": CONFIGURATION,
     "UserError": CONFIGURATION,
     "OutOfMemoryError": OUT_OF_MEMORY,
 }
 """By the `class_name` of a departure."""
-FOR_GOOD = ("UserError", "DeterministicError", "DamagedError")
+FOR_GOOD = ("UserError", "DeterministicError", "DamagedError", "UntrustedError")
 """Never tried again: their cause was seen at work twice, or does not change."""
 MAX_ALIKE: Mapping[str, int] = {"Exception": 2, CRASHED: 3}
 """So many times the same at the same step, and the run stops. Between a worker's second and third death the record

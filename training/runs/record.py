@@ -40,6 +40,8 @@ class CheckpointRef:
     token: int
     sha256: str
     """Digest of its manifest."""
+    signature: str | None = None
+    """Of all this and of where it lies (training.checkpoints.trust)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,6 +84,8 @@ class Result:
     weights_sha256: str
     state_sha256: str
     checkpoint: CheckpointRef
+    signature: str | None = None
+    """Of all this, and of whose result it is (training.checkpoints.trust)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -304,4 +308,8 @@ def with_result(record: Record, result: Result, *, token: int) -> Record:
 
 
 def _to_json(record: Record) -> dict[str, Any]:
-    return {"format": FORMAT, **asdict(record)}
+    return {"format": FORMAT, **asdict(record, dict_factory=_without_empty_signatures)}
+
+
+def _without_empty_signatures(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    return dict(pair for pair in pairs if pair != ("signature", None))
