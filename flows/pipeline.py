@@ -14,6 +14,7 @@ from tasks.opening import identify
 from tasks.policy import patiently
 from tasks.quarantine import trained
 from tasks.register import registered
+from tasks.report.attach import attach_if_possible
 from tasks.results import Dataset, PipelineResult, TrainedModel
 from tasks.shard import shard
 from tasks.stack import open_stack
@@ -56,5 +57,6 @@ def pipeline(
     )
     evaluation = evaluate(config, dataset, model)
     version = registered(config, dataset, model, evaluation)
-    links = publish.results(dataset, evaluation, version)
+    report = attach_if_possible(*open_stack(), version.run_key)
+    links = publish.results(dataset, evaluation, version, maybe_report=report)
     return PipelineResult(dataset=dataset, model=model, evaluation=evaluation, registration=version, links=links)

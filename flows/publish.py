@@ -116,7 +116,9 @@ def _label(name: str, value: str) -> None:
         patiently(lambda: client.update_flow_run_labels(UUID(flow_run_id()), {name: value}))
 
 
-def results(dataset: Dataset, evaluation: Evaluation, version: Registration) -> dict[str, str]:
+def results(
+    dataset: Dataset, evaluation: Evaluation, version: Registration, *, maybe_report: str | None
+) -> dict[str, str]:
     """Make artifacts, a table of the results and the links to where everything is; returns the links."""
     from prefect.artifacts import create_markdown_artifact, create_table_artifact
 
@@ -131,6 +133,8 @@ def results(dataset: Dataset, evaluation: Evaluation, version: Registration) -> 
     run = RunRecord(Store(store_location(settings)), version.run_key)
     found = patiently(lambda: links(settings, run))
     found["registry"] = version.url
+    if maybe_report is not None:
+        found["report"] = maybe_report
     found["prefect"] = f"{settings.prefect_ui_url}/runs/flow-run/{flow_run_id()}"
     lines = [f"- {name}: {url}" for name, url in found.items()]
     lines += [f"- run key: `{version.run_key}`", f"- dataset: `{dataset.name}` `{dataset.digest}`"]

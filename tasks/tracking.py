@@ -274,7 +274,7 @@ def _create_run(
             **tags,
         },
     )
-    params = [Param(key, str(value)) for key, value in _flat(preset.to_json())]
+    params = [Param(key, str(value)) for key, value in flat(preset.to_json())]
     client.log_batch(made.info.run_id, params=params, tags=[RunTag(DATASET_TAG, dataset["digest"])])
     source = json.dumps(
         {"uri": run.store.location.uri(f"datasets/{dataset['name']}/manifests/{dataset['digest']}.json")}
@@ -319,10 +319,11 @@ def _require_kept(experiment: Experiment) -> None:
         )
 
 
-def _flat(document: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, Any]]:
+def flat(document: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, Any]]:
+    """A preset's values by dotted key, but for where its file lies."""
     for key, value in document.items():
         if isinstance(value, Mapping):
-            yield from _flat(value, f"{prefix}{key}.")
+            yield from flat(value, f"{prefix}{key}.")
         elif key != "folder":
             yield prefix + key, value
 
@@ -332,8 +333,28 @@ def url_of(uri: str, run_id: str) -> str:
     return run_url(uri, str(ask(lambda: connect(uri).get_run(run_id)).info.experiment_id), run_id)
 
 
-def run_url(uri: str, experiment_id: str, run_id: str) -> str:
-    return f"{uri}/#/experiments/{experiment_id}/runs/{run_id}{MACHINE_LEARNING}"
+def run_url(uri: str, experiment_id: str, run_id: str, *, artifact: str = "") -> str:
+    """Its page; or that of one of its artifacts."""
+    return f"{uri}/#/experiments/{experiment_id}/runs/{run_id}{artifact and f'/artifacts/{artifact}'}{MACHINE_LEARNING}"
+
+
+def direct_url(uri: str, run_id: str) -> str:
+    """Its page, by a link that MLflow need not be asked for."""
+    return f"{uri}/#/runs/{run_id}{MACHINE_LEARNING}"
+
+
+def attach_file(uri: str, run_id: str, path: Path) -> str:
+    """Put a file among a run's artifacts, in the place of one of that name; returns where a person sees it.
+
+    Raises `InfrastructureError` if MLflow, or its storage, is away.
+    """
+    client = connect(uri)
+    try:
+        ask(lambda: client.log_artifact(run_id, str(path)))
+    except OSError as error:  # so its client tells of a server that takes no file
+        raise InfrastructureError(f"MLflow does not take {path.name}: {error}") from error
+    experiment = str(ask(lambda: client.get_run(run_id)).info.experiment_id)
+    return run_url(uri, experiment, run_id, artifact=path.name)
 
 
 def quarantine_tags(records: Sequence[str]) -> dict[str, str]:

@@ -11,7 +11,8 @@ import psutil
 from training.s3.objectstore import Store
 
 MAX_OBJECTS = 300
-"""The newest; the files of the store itself are looked at too, but it packs some of what it keeps."""
+"""The newest; the files of the store itself are looked at too, but it packs some of what it keeps. And all reports."""
+REPORT = "/report.html"
 MAX_BYTES = 1 << 20
 
 
@@ -33,7 +34,9 @@ def _files(home: Path, words: Sequence[bytes], allowed: Collection[Path]) -> Ite
 
 def _objects(store: Store, words: Sequence[bytes]) -> Iterator[str]:
     entries = [entry for entry in store.list_entries("") if entry.num_bytes <= MAX_BYTES]
-    for entry in sorted(entries, key=lambda entry: entry.modified)[-MAX_OBJECTS:]:
+    entries.sort(key=lambda entry: entry.modified)
+    reports = [entry for entry in entries[:-MAX_OBJECTS] if entry.key.endswith(REPORT)]
+    for entry in [*reports, *entries[-MAX_OBJECTS:]]:
         if any(word in store.get(entry.key) for word in words):
             yield store.location.uri(entry.key)
 

@@ -1,9 +1,10 @@
-"""Takes the documentation's screenshots: `python docs/images/take.py [drill-report | status]`, all or only those.
+"""Takes the documentation's screenshots: `python docs/images/take.py [drill-report | run-report | status]`, or all.
 
 Needs Chromium, and the running local stack with one finished run (`unbroken up`, `unbroken run digits`): best a fresh
 stack's first, for a repeated run takes its stages from the cache and has little to show; and one drill (`unbroken drill
-digits`). `status` wants a run at work instead, best one that was disturbed. Most pages are single-page apps, so a
-picture is taken when what it is for is there and the page has stopped changing.
+digits`). `run-report` tells of the run that most nodes left; `status` wants a run at work instead, best one that was
+disturbed. Most pages are single-page apps, so a picture is taken when what it is for is there and the page has stopped
+changing.
 """
 
 from __future__ import annotations
@@ -36,12 +37,15 @@ from websockets.sync.connection import Connection
 
 from infra.local.stack import monitor_url
 from tasks import mlflow_client
+from tasks.report.gather import gather
+from tasks.report.page import page_of
 from tasks.stack import open_stack
 from training.errors import InfrastructureError, UnbrokenError, UserError
+from training.runs.record import RunRecord
 
 PRESET = "digits"
 UNBROKEN = (sys.executable, "-c", "from flows.cli import main; main()")
-DRILL, STATUS = "drill-report", "status"
+DRILL, REPORT, STATUS = "drill-report", "run-report", "status"
 WIDTH, HEIGHT = 1440, 900
 PHONE_WIDTH = 390
 TERMINAL_COLUMNS, TERMINAL_LINES = 84, 60
@@ -163,6 +167,19 @@ def as_page(text: str) -> str:
     )
 
 
+def run_report() -> dict[str, Shot]:
+    """The page of the finished run from which most nodes departed, made anew."""
+    settings, store = open_stack()
+    runs = [RunRecord(store, key) for key in store.list_folders("runs/")]
+    finished = [run for run in runs if (record := run.find()) is not None and record.result is not None]
+    if not finished:
+        raise UserError(f"there is no finished run: `unbroken run {PRESET}` makes one")
+    facts = gather(settings, max(finished, key=lambda run: len(run.read().departures)))
+    path = settings.home / f"{REPORT}.html"
+    path.write_text(page_of(facts), encoding="utf-8")
+    return {REPORT: Shot(url=path.as_uri(), height=2020)}
+
+
 @contextmanager
 def browser() -> Iterator[Connection]:
     """The DevTools connection of a headless browser that has no past and leaves nothing behind."""
@@ -234,8 +251,8 @@ def photograph(devtools: Connection, shot: Shot) -> tuple[Image.Image, int]:
 
 
 def main() -> None:
-    sets = {DRILL: drill_report, STATUS: status}
-    makers = [sets[name] for name in sys.argv[1:]] or [pages, drill_report]
+    sets = {DRILL: drill_report, REPORT: run_report, STATUS: status}
+    makers = [sets[name] for name in sys.argv[1:]] or [pages, drill_report, run_report]
     wanted = {name: shot for make in makers for name, shot in make().items()}
     with browser() as devtools:
         for name, shot in wanted.items():

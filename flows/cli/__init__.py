@@ -17,6 +17,7 @@ from flows.cli import (
     kubernetes,
     lifecycle,
     lineage,
+    report,
     run,
     scaffold,
     serve,
@@ -43,6 +44,7 @@ interchange.add_to(browse.models)
 lineage.add_to(browse.models)
 checkpoints.add_to(app)
 serve.add_to(app)
+report.add_to(app)
 kubernetes.add_to(app)
 
 

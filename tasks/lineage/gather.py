@@ -40,8 +40,8 @@ def lineage_of(settings: Settings, store: Store, kept: KeptVersion) -> Lineage:
     return Lineage(
         kept=kept,
         training=maybe_training,
-        data=_data(store, kept, jobs[0], unknown) if jobs else None,
-        code=_code(store, jobs[0], unknown) if jobs else None,
+        data=data_of(store, jobs[0], unknown) if jobs else None,
+        code=code_of(store, jobs[0], unknown) if jobs else None,
         gate=_gate(store, kept.model, history, tags, unknown),
         history=history,
         is_champion=bool(history) and maybe_champion is not None and maybe_champion.current == history[-1],
@@ -121,7 +121,8 @@ def _beginnings(store: Store, record: Record, unknown: list[str]) -> list[Event]
     return found
 
 
-def _data(store: Store, kept: KeptVersion, job: Job, unknown: list[str]) -> Data:
+def data_of(store: Store, job: Job, unknown: list[str]) -> Data:
+    """What a run reads. What is damaged is told in `unknown`."""
     preset = job.preset
     try:
         shards = {str(split): infos for split, infos in _splits(store, job).items()}
@@ -130,7 +131,7 @@ def _data(store: Store, kept: KeptVersion, job: Job, unknown: list[str]) -> Data
         shards = {}
     return Data(
         name=preset.data.name,
-        digest=kept.dataset_digest,
+        digest=job.dataset_digest,
         shards=shards,
         order_seed=preset.seed,
         batch_size=preset.train.batch_size,
@@ -143,7 +144,8 @@ def _splits(store: Store, job: Job) -> Mapping[Any, Any]:
     return load_manifest(store, job.preset.data.name, job.dataset_digest).splits
 
 
-def _code(store: Store, job: Job, unknown: list[str]) -> Code:
+def code_of(store: Store, job: Job, unknown: list[str]) -> Code:
+    """What a run is computed by, and who started it. What is damaged is told in `unknown`."""
     maybe_identity = None
     try:
         maybe_identity = find_identity(store, job.key)

@@ -7,6 +7,7 @@ import re
 import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import pytest
 
@@ -14,6 +15,7 @@ from infra.launcher import JobSpec
 from infra.local.launcher import LocalLauncher
 from tests.cli.commands import complaint, unbroken
 from tests.conftest import Stack
+from training.documents import sha256_hex
 from training.runs.events import Event, chunk_key
 from training.runs.record import Departure, RunRecord
 from training.s3.objectstore import Store, StoreLocation
@@ -107,6 +109,26 @@ def test_a_run_is_shown_with_why_nodes_left_and_where_its_time_went(corner: Corn
     assert (found["goodput"], found["seconds"]["waiting"]) == (pytest.approx(2 / 3), 1.0)
 
 
+def test_a_report_is_written_and_written_over_and_nothing_else_is(corner: Corner, tmp_path: Path) -> None:
+    for key in ("aa11", "bb22"):
+        corner.add_run(key)
+    path = tmp_path / "page.html"
+    told = json.loads(_unbroken(corner, "aa", "--output", str(path), "--json", verb="report"))
+    assert (told["file"], told["runs"], told["bytes"]) == (str(path), ["aa11"], path.stat().st_size)
+    first = path.read_bytes()
+    assert "not in it: " in _unbroken(corner, "aa", "--output", str(path), verb="report")
+    assert path.read_bytes() == first
+    assert sha256_hex(first) == told["sha256"]
+    _unbroken(corner, "aa", "bb", "aa", "--output", str(path), verb="report")
+    assert "2 runs compared" in path.read_text()
+    other = tmp_path / "mine.html"
+    other.write_text("<html>")
+    for place, said in ((other, "exists, and is no report"), (tmp_path, "exists"), (tmp_path / "a/b", "in a folder")):
+        assert said in _refused(corner, "aa", "--output", str(place), verb="report")
+    assert other.read_text() == "<html>"
+    assert "no run with a key that begins with 'cc'" in _refused(corner, "cc", verb="report")
+
+
 def test_run_at_work_is_removed_only_once_it_is_cancelled(corner: Corner, at_work: str) -> None:
     corner.add_run(at_work)
     corner.add_run("ab11")
@@ -120,12 +142,12 @@ def test_run_at_work_is_removed_only_once_it_is_cancelled(corner: Corner, at_wor
     assert {key.split("/")[1] for key, _ in corner.store.list_keys("runs/")} == {"ab11"}
 
 
-def _refused(corner: Corner, verb: str, key: str) -> str:
-    return complaint(unbroken(corner.stack, "runs", verb, key, variables={"UNBROKEN_S3_PREFIX": corner.prefix}))
+def _refused(corner: Corner, *arguments: str, verb: str = "runs") -> str:
+    return complaint(unbroken(corner.stack, verb, *arguments, variables={"UNBROKEN_S3_PREFIX": corner.prefix}))
 
 
-def _unbroken(corner: Corner, verb: str, key: str, *options: str) -> str:
-    done = unbroken(corner.stack, "runs", verb, key, *options, variables={"UNBROKEN_S3_PREFIX": corner.prefix})
+def _unbroken(corner: Corner, *arguments: str, verb: str = "runs") -> str:
+    done = unbroken(corner.stack, verb, *arguments, variables={"UNBROKEN_S3_PREFIX": corner.prefix})
     assert done.returncode == 0, done.stderr
     return done.stdout
 

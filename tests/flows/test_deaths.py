@@ -8,8 +8,10 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
+import pytest
 from prefect.client.orchestration import SyncPrefectClient
 from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterId
 
@@ -17,6 +19,8 @@ from infra.local import supervisor
 from infra.local.launcher import LocalLauncher
 from infra.local.node import job_path
 from tasks.mlflow_client import connect
+from tasks.report.figures import figures_of
+from tasks.report.gather import gather
 from tasks.tracking import METRICS
 from tests.conftest import Stack
 from tests.flows.runs import last_json, loss_history, mlflow_runs, processes, run_keys, wait_for_step
@@ -36,8 +40,9 @@ main()
 """
 
 
-def test_killed_rank_and_agent_change_nothing(stack: Stack) -> None:
-    """Both killed mid-run: the run completes, one MLflow run, one point per step, the bits of a calm run."""
+def test_killed_rank_and_agent_change_nothing(stack: Stack, tmp_path: Path) -> None:
+    """Both killed mid-run: the run completes, one MLflow run, one point per step, the bits of a calm run; and a report
+    that tells of it."""
     before = run_keys(stack)
     command = stack.start("run", "digits", "--json", "--set", "seed=11", *SHORT)
     run = wait_for_step(stack, before, step=40)
@@ -59,6 +64,7 @@ def test_killed_rank_and_agent_change_nothing(stack: Stack) -> None:
     assert [step for step, _ in history] == list(range(1, 241))
     assert tracked.data.tags["unbroken.attempts"] == str(len(record.attempt_starts))
 
+    _has_one_report(stack, run, tmp_path, "worker killed by signal 9", "node 1 is gone")
     proof = stack.command("data", "verify-run", run.run_key, "--json")
     assert proof.returncode == 0, proof.stderr
     assert json.loads(proof.stdout)["num_attempts"] == len(record.attempt_starts)
@@ -72,7 +78,7 @@ def test_killed_rank_and_agent_change_nothing(stack: Stack) -> None:
     assert loss_history(stack, again.info.run_id) == history
 
 
-def test_killed_flow_is_resumed_by_itself(stack: Stack) -> None:
+def test_killed_flow_is_resumed_by_itself(stack: Stack, tmp_path: Path) -> None:
     """The engine trains on, and the same flow run re-attaches instead of beginning again."""
     before = run_keys(stack)
     command = stack.start("run", "digits", "--json", "--set", "seed=12", *SHORT, *ONE_NODE)
@@ -87,6 +93,7 @@ def test_killed_flow_is_resumed_by_itself(stack: Stack) -> None:
     assert record.departures == ()
     assert len(record.attempt_starts) == 1, "the same ranks trained from beginning to end"
     _is_told_once(stack, run)
+    _has_one_report(stack, run, tmp_path, "No node failed or was lost.")
 
 
 def test_worker_flow_and_agents_killed_at_once_are_resumed(stack: Stack) -> None:
@@ -253,6 +260,23 @@ def _is_told_once(stack: Stack, run: RunRecord) -> None:
     for name in METRICS:
         points = client.get_metric_history(tracked.info.run_id, name)
         assert sorted(point.step for point in points) == list(range(1, 241)), name
+
+
+def _has_one_report(stack: Stack, run: RunRecord, folder: Path, *told: str) -> None:
+    """In MLflow, and the same that `unbroken report` makes of the run now; its parts add up to the wall time."""
+    (tracked,) = mlflow_runs(stack, run.run_key)
+    client = connect(stack.settings.mlflow_uri)
+    names = [one.path for one in client.list_artifacts(tracked.info.run_id)]
+    assert names.count("report.html") == 1
+    kept = Path(client.download_artifacts(tracked.info.run_id, "report.html", str(folder))).read_bytes()
+    made = stack.command("report", run.run_key, "--output", str(folder / "made.html"))
+    assert made.returncode == 0, made.stdout + made.stderr
+    assert (folder / "made.html").read_bytes() == kept
+    page = kept.decode()
+    assert not [words for words in told if words not in page]
+    facts = gather(stack.settings, run)
+    assert sum(facts.goodput.seconds.values()) == pytest.approx(facts.wall_seconds, rel=0.01)
+    assert figures_of(facts).keys() >= {"loss", "rate", "norm", "throughput", "timeline", "slices", "confusion"}
 
 
 def _newest_run(client: SyncPrefectClient) -> Any:

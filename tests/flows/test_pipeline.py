@@ -54,7 +54,7 @@ def test_digits_are_learned(digits: dict[str, Any]) -> None:
     assert accuracy["value"] >= 0.97
     assert accuracy["low"] <= accuracy["value"] <= accuracy["high"]
     assert sum(map(sum, digits["evaluation"]["confusion"])) == digits["evaluation"]["num_samples"]
-    assert set(digits["links"]) == {"s3", "mlflow", "prefect", "registry"}
+    assert set(digits["links"]) == {"s3", "mlflow", "prefect", "registry", "report"}
 
 
 def test_any_number_of_processes_gives_the_same_scores(stack: Stack, digits: dict[str, Any]) -> None:
@@ -79,7 +79,7 @@ def test_any_number_of_processes_gives_the_same_scores(stack: Stack, digits: dic
     (run,) = mlflow_runs(stack, model["run_key"])
     client = connect(stack.settings.mlflow_uri)
     names = {one.path for one in client.list_artifacts(run.info.run_id)}
-    assert {"scores.parquet", "evaluation.json"} <= names
+    assert {"scores.parquet", "evaluation.json", "report.html"} <= names
     assert "figures/reliability.png" in {one.path for one in client.list_artifacts(run.info.run_id, "figures")}
     assert run.data.metrics["test.calibration_error"] == digits["evaluation"]["calibration"]["error"] < 0.1
     assert [one["name"] for one in digits["evaluation"]["slices"]] == [f"label={digit}" for digit in range(10)]
@@ -222,6 +222,7 @@ def test_flow_run_shows_a_table_and_links(stack: Stack, digits: dict[str, Any]) 
     assert "accuracy" in artifacts["results"]
     assert digits["model"]["run_key"] in artifacts["links"]
     assert digits["links"]["mlflow"] in artifacts["links"]
+    assert digits["links"]["report"] in artifacts["links"]
 
 
 def test_stdlib_language_model_goes_the_same_way(stack: Stack) -> None:

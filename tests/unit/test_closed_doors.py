@@ -23,7 +23,9 @@ from tasks.serving.frames import SIZES, packed
 from tasks.serving.link import Link, ReplicaGoneError
 from tasks.serving.requests import BadRequestError, array_of
 from tasks.serving.server import Wanted
+from tests import secrets
 from tests.secrets import places_of_secrets
+from tests.waiting import wait_until
 from training.data.exchange import _array_of, _read_tar
 from training.data.source import records, tar
 from training.data.source.places import SourceFile
@@ -203,3 +205,17 @@ def test_secrets_are_found_where_they_were_left(tmp_path: Path, store: Store) ->
     store.put("runs/k/report.json", b'{"a": "hidden-word"}')
     found = places_of_secrets(tmp_path, store, ["hidden-word"], allowed=[tmp_path / "credentials"])
     assert found == [str(tmp_path / "server.log"), store.location.uri("runs/k/report.json")]
+
+
+def test_no_report_is_too_old_to_be_looked_at(tmp_path: Path, store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(secrets, "MAX_OBJECTS", 1)
+    store.put("1/f/artifacts/report.html", b"<p>hidden-word")
+    store.put("1/f/artifacts/other.html", b"<p>hidden-word")
+    wait_until(lambda: _written_later(store), what="an object of a later second")
+    assert places_of_secrets(tmp_path, store, ["hidden-word"]) == [store.location.uri("1/f/artifacts/report.html")]
+
+
+def _written_later(store: Store) -> bool:
+    store.put("newer", b"")
+    times = {entry.key: entry.modified for entry in store.list_entries("")}
+    return times["newer"] > max(time for key, time in times.items() if key != "newer")

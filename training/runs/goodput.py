@@ -79,7 +79,7 @@ class _Booked:
 def _book(before: _Booked, events: Iterable[Event], counting: Iterable[Event]) -> _Booked:
     counted = {(event.step, event.time) for event in counting}
     seconds, now, between = dict(before.seconds), before.now, before.between
-    for event in _in_time(events):
+    for event in in_time(events):
         now = event.time if now is None else now
         if event.kind == "attempt":
             between = "recovery" if event.values["source"] == "memory" else "waiting"
@@ -93,7 +93,7 @@ def _book(before: _Booked, events: Iterable[Event], counting: Iterable[Event]) -
     return _Booked(seconds=seconds, now=now, between=between)
 
 
-def _in_time(events: Iterable[Event]) -> list[Event]:
+def in_time(events: Iterable[Event]) -> list[Event]:
     """Each once: a group tells again of steps that were done before it."""
     first = {(event.kind, event.step, event.time): event for event in events}
     return sorted(first.values(), key=lambda event: event.time)
