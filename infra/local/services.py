@@ -158,7 +158,7 @@ PREFECT_PACES = {
     "PREFECT_SERVER_SERVICES_SCHEDULER_RECENT_DEPLOYMENTS_LOOP_SECONDS": "30",
     "PREFECT_SERVER_EVENTS_PROACTIVE_GRANULARITY": "PT30S",
 }
-"""What an idle server looks after every five seconds by itself, and nobody here waits for: it took a tenth of a core."""
+"""What an idle server looks after every five seconds, and nobody here waits for: it took a tenth of a core."""
 
 
 def prefect_service(settings: Settings, port: int) -> Service:
