@@ -36,7 +36,7 @@ def promote(version: str, reason: str = "", approve: bool = False, gate: bool = 
     """
     _begin()
     settings, store = open_stack()
-    ask: dict[str, Any] = {"by": _whom(), "judge": judge if gate else None}
+    ask: dict[str, Any] = {"by": _this_flow_run(), "judge": judge if gate else None}
 
     def find() -> tuple[str, int]:
         name, number = registry.find_version(settings.mlflow_uri, version, what="version")
@@ -65,7 +65,7 @@ def rollback(model: str, to: str | None = None, reason: str = "") -> dict[str, A
     target, replaces = publish.judged_once(lambda: promotion.way_back(store, model, to))
     return _told(
         patiently(
-            lambda: promotion.roll_back(settings, store, model, to=target, by=_whom(), reason=reason, replaces=replaces)
+            lambda: promotion.roll_back(settings, store, model, to=target, by=_this_flow_run(), reason=reason, replaces=replaces)
         )
     )
 
@@ -91,7 +91,7 @@ def _begin() -> None:
     log_user_errors_in_one_line()
 
 
-def _whom() -> str:
+def _this_flow_run() -> str:
     return f"flow run {publish.flow_run_name()}"
 
 

@@ -43,7 +43,7 @@ def promote(
 
     settings, store = load_settings(), open_store()
     maybe_judge = judge if gate else None
-    outcome = promotion.promote(settings, store, version, by=_whom(), reason=reason, judge=maybe_judge)
+    outcome = promotion.promote(settings, store, version, by=_user_and_machine(), reason=reason, judge=maybe_judge)
     page.renew(settings, store, outcome)
     _tell(outcome, json)
 
@@ -62,7 +62,7 @@ def rollback(
     from tasks.lineage import page
 
     settings, store = load_settings(), open_store()
-    outcome = promotion.roll_back(settings, store, model, to=to, by=_whom(), reason=reason)
+    outcome = promotion.roll_back(settings, store, model, to=to, by=_user_and_machine(), reason=reason)
     page.renew(settings, store, outcome)
     _tell(outcome, json)
 
@@ -124,7 +124,7 @@ def _tell(outcome: Outcome, json: bool) -> None:
         print("MLflow is away: its alias follows once it is back")
 
 
-def _whom() -> str:
+def _user_and_machine() -> str:
     """Who gives this command: user and machine."""
     import getpass
     import socket
