@@ -65,7 +65,9 @@ def rollback(model: str, to: str | None = None, reason: str = "") -> dict[str, A
     target, replaces = publish.judged_once(lambda: promotion.way_back(store, model, to))
     return _told(
         patiently(
-            lambda: promotion.roll_back(settings, store, model, to=target, by=_this_flow_run(), reason=reason, replaces=replaces)
+            lambda: promotion.roll_back(
+                settings, store, model, to=target, by=_this_flow_run(), reason=reason, replaces=replaces
+            )
         )
     )
 

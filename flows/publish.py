@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -18,7 +19,8 @@ from tasks.prediction.wanted import Wanted
 from tasks.results import Dataset, Evaluation, Registration
 from tasks.train import links
 from training.config import Preset
-from training.documents import parse
+from training.documents import parse, read_document
+from training.errors import DamagedError, UserError
 from training.runs.record import RunRecord
 from training.s3.objectstore import Store
 
@@ -67,13 +69,32 @@ def judged_once(find: Callable[[], tuple[str, int]]) -> tuple[str, int]:
         version, replaces = find()
         return f"{version} {replaces}"
 
-    version, _, sequence = _found_once(JUDGED_LABEL, found).rpartition(" ")
-    return version, int(sequence)
+    return judged_of(_found_once(JUDGED_LABEL, found))
+
+
+def judged_of(label: str) -> tuple[str, int]:
+    """Raises `UserError` if somebody changed what the flow run is labelled with; so does `wanted_of`."""
+    found = re.fullmatch(r"(\S+) (\d{1,18})", label, re.ASCII)
+    if found is None:
+        raise UserError(
+            f"the flow run's label {JUDGED_LABEL} = {label[:100]!r} names no version: start another flow run"
+        )
+    return found[1], int(found[2])
 
 
 def wanted_once(find: Callable[[], Wanted]) -> Wanted:
     """What this flow run is to predict: what its names meant when it first began, whoever is champion by now."""
-    return parse(Wanted, json.loads(_found_once(PREDICTED_LABEL, lambda: json.dumps(asdict(find())))))
+    return wanted_of(_found_once(PREDICTED_LABEL, lambda: json.dumps(asdict(find()))))
+
+
+def wanted_of(label: str) -> Wanted:
+    try:
+        return parse(Wanted, read_document(label, what="it"))
+    except DamagedError as error:
+        raise UserError(
+            f"the flow run's label {PREDICTED_LABEL} = {label[:100]!r} names no data to be predicted ({error}): start"
+            " another flow run"
+        ) from error
 
 
 def _found_once(label: str, find: Callable[[], str]) -> str:

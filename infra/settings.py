@@ -5,7 +5,6 @@ from __future__ import annotations
 import difflib
 import json
 import os
-import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,7 +12,8 @@ from typing import Any
 
 from infra.slurm.site import Site
 from training import signatures
-from training.errors import InfrastructureError, UserError
+from training.documents import parse, read_document, read_toml
+from training.errors import DamagedError, InfrastructureError, UserError
 
 PROJECT_ROOT = Path(__file__).resolve().parents[1]
 DEFAULT_BUCKET = "unbroken"
@@ -73,6 +73,17 @@ class Settings:
     @property
     def prefect_ui_url(self) -> str:
         return self.prefect_api_url.removesuffix("/api")
+
+
+@dataclass(frozen=True, kw_only=True)
+class _State:
+    """What the stack's own file may say."""
+
+    ports: dict[str, int] = field(default_factory=dict)
+    is_wanted: bool = False
+    s3: dict[str, str] = field(default_factory=dict)
+    mlflow: dict[str, str] = field(default_factory=dict)
+    prefect: dict[str, str] = field(default_factory=dict)
 
 
 def home() -> Path:
@@ -214,11 +225,13 @@ def read_state(folder: Path) -> dict[str, Any]:
     """What `up` noted of the local stack; empty if it was never up."""
     path = state_path(folder)
     try:
-        return json.loads(path.read_text()) if path.is_file() else {}
-    except ValueError as error:
+        found = read_document(path.read_bytes(), what=str(path)) if path.is_file() else {}
+        parse(_State, found)
+    except DamagedError as error:
         raise InfrastructureError(
             f"{path} is damaged: remove it, and start the stack again with `unbroken up`"
         ) from error
+    return found
 
 
 def write_state(folder: Path, state: Mapping[str, Any]) -> None:
@@ -233,10 +246,7 @@ def read_settings_file() -> dict[str, dict[str, Any]]:
     path = settings_path()
     if path is None:
         return {}
-    try:
-        document = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: {error}") from error
+    document = read_toml(path)
     for part, table in document.items():
         _check_known(path, part, KNOWN)
         if not isinstance(table, Mapping):
@@ -299,7 +309,7 @@ def _is_of(kind: type, value: Any) -> bool:
 def _check_known(path: Path, name: str, known: Any, *, table: str = "") -> None:
     if name in known:
         return
-    near = difflib.get_close_matches(name, list(known), n=1)
+    near = difflib.get_close_matches(name[:100], list(known), n=1)
     hint = f" (did you mean {near[0]!r}?)" if near else f" (known: {', '.join(known)})"
     raise UserError(f"{path}: unknown key {f'{table}.{name}' if table else name!r}{hint}")
 

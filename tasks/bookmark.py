@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 
 from training.documents import parse, sealed, unsealed
 from training.errors import DamagedError, MissingError
-from training.runs.events import START, Event
+from training.runs.events import START, Event, require_well_formed
 from training.runs.record import Record, generation_prefix
 from training.s3.objectstore import Store
 
@@ -62,6 +62,8 @@ def find_bookmark(store: Store, record: Record, *, told_step: float) -> Bookmark
     key = _key(generation_prefix(record.key, record.generation), record.instance)
     try:
         found = parse(Bookmark, unsealed("bookmark", store.get(key)))
+        for event in found.events:
+            require_well_formed(event)
     except MissingError:
         return start
     except DamagedError as error:

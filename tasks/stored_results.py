@@ -12,6 +12,8 @@ from contextlib import suppress
 from dataclasses import is_dataclass
 from typing import Any
 
+from pydantic.errors import PydanticUserError
+
 from training.documents import parse
 from training.errors import DamagedError
 
@@ -44,15 +46,16 @@ def _made(document: dict[str, Any]) -> Any:
         kind = _known(document["__class__"])
         if not (isinstance(kind, type) and is_dataclass(kind) and kind.__module__.startswith(OURS)):
             raise DamagedError(f"a stored result names {document['__class__']!r}, which is no document of this project")
-        return parse(kind, document.get("data"))
+        try:
+            return parse(kind, document.get("data"))
+        except (PydanticUserError, NameError) as error:
+            raise DamagedError(f"a stored result names {document['__class__']!r}, which is never stored") from error
     if "__exc_type__" in document:
         kind = _known(document["__exc_type__"])
         message = str(document.get("message", ""))
         if isinstance(kind, type) and issubclass(kind, Exception):
-            try:
+            with suppress(Exception):  # else it asks for more than a message
                 return kind(message)
-            except TypeError:  # it asks for more than a message
-                pass
         return RuntimeError(f"{document['__exc_type__']}: {message}")
     return document
 

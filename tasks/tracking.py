@@ -21,6 +21,7 @@ from tasks.mlflow_client import (
     connect,
 )
 from training.config import Preset
+from training.documents import MAX_DIGITS
 from training.errors import FencedError, InfrastructureError, UserError
 from training.runs.events import Event
 from training.runs.record import Record, RunRecord
@@ -212,18 +213,23 @@ class OpenRun:
 
 
 def open_runs(uri: str, store: Store) -> list[OpenRun]:
-    """Those of the runs on `store`. Raises `InfrastructureError` if MLflow is away."""
+    """Those of the runs on `store`. Raises `InfrastructureError` if MLflow is away.
+
+    One whose tags a person has changed, so that they tell of no run, is that person's.
+    """
     client = connect(uri)
     experiments = [experiment.experiment_id for experiment in ask(lambda: client.search_experiments())]
     ours = f"attributes.status = 'RUNNING' and tags.`{STORE_TAG}` = '{store.location.uri()}'"
-    return [
-        OpenRun(
-            run_id=str(found.info.run_id),
-            run_key=str(found.data.tags[RUN_KEY_TAG]),
-            generation=int(found.data.tags[GENERATION_TAG]),
-        )
-        for found in (ask(lambda: client.search_runs(experiments, filter_string=ours)) if experiments else ())
-    ]
+    found = ask(lambda: client.search_runs(experiments, filter_string=ours)) if experiments else ()
+    return [run for each in found if (run := open_run(str(each.info.run_id), each.data.tags)) is not None]
+
+
+def open_run(run_id: str, tags: Mapping[str, str]) -> OpenRun | None:
+    """As its tags tell; None if they do not."""
+    key, generation = tags.get(RUN_KEY_TAG, ""), tags.get(GENERATION_TAG, "")
+    if not key or not generation.isdecimal() or len(generation) > MAX_DIGITS:
+        return None
+    return OpenRun(run_id=run_id, run_key=key, generation=int(generation))
 
 
 def attach(uri: str, run_id: str) -> Tracker:

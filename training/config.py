@@ -7,11 +7,18 @@ import math
 import tomllib
 from collections.abc import Mapping
 from dataclasses import MISSING, Field, asdict, dataclass, field, fields, is_dataclass, replace
+from functools import cache
 from pathlib import Path
-from typing import Any, Literal, TypeVar, get_type_hints
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_type_hints
 
-from training.errors import UserError
+from training.documents import canonical_json, read_json, read_toml
+from training.errors import DamagedError, UserError
 
+if TYPE_CHECKING:
+    from pydantic import TypeAdapter
+
+MAX_NAME = 100
+"""Characters of a name that is compared with the known ones."""
 PRESETS = Path(__file__).parent / "presets"
 T = TypeVar("T")
 
@@ -223,6 +230,7 @@ class Preset:
         require_name("name", self.name)
         _require(0 <= self.seed < 2**63, "seed", "must lie between 0 and 2^63")
         _require(self.recipe.count(":") == 1, "recipe", 'must read "module:Class"')
+        _require_plain("hyperparameters", self.hyperparameters)
         world_size = self.launch.nodes * self.launch.processes_per_node
         _require(
             world_size <= self.train.virtual_workers,
@@ -259,10 +267,7 @@ def load_preset(name_or_path: str, overrides: Mapping[str, Any] | None = None) -
     `overrides` maps dotted keys to values (`{"train.steps": 20}`). Raises `UserError` naming the file and the field.
     """
     path = _find(name_or_path)
-    try:
-        document = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: not valid TOML: {error}") from error
+    document = read_toml(path)
     for key, value in (overrides or {}).items():
         _override(document, key, value)
     if "folder" in document:
@@ -303,7 +308,7 @@ def parse_override(text: str) -> tuple[str, Any]:
         raise UserError(f"--set {text!r}: must read key=value, as in train.steps=20")
     try:
         return key, tomllib.loads(f"value = {value}")["value"]
-    except tomllib.TOMLDecodeError:
+    except (ValueError, RecursionError):
         return key, value
 
 
@@ -312,11 +317,11 @@ def build(kind: type[T], document: Any, *, where: str) -> T:
 
     Raises `UserError` for an unknown key (with the nearest name), a missing key or a wrong type.
     """
-    from pydantic import ConfigDict, TypeAdapter, ValidationError
+    from pydantic import ValidationError
 
     if not isinstance(document, Mapping):
         raise UserError(f"{where or 'the document'} must be a table")
-    hints = get_type_hints(kind)
+    hints = _hints(kind)
     names = [item.name for item in fields(kind)]  # type: ignore[arg-type]  # T is a dataclass
     prefix = f"{where}." if where else ""
     values: dict[str, Any] = {}
@@ -329,7 +334,7 @@ def build(kind: type[T], document: Any, *, where: str) -> T:
         if isinstance(value, list):
             value = tuple(value)
         try:
-            values[key] = TypeAdapter(hints[key], config=ConfigDict(strict=True)).validate_python(value)
+            values[key] = _strict(hints[key]).validate_python(value)
         except ValidationError as error:
             reason = error.errors()[0]["msg"]
             raise UserError(f"{prefix + key} = {value!r}: {reason[0].lower()}{reason[1:]}") from error
@@ -343,13 +348,33 @@ def build(kind: type[T], document: Any, *, where: str) -> T:
         raise UserError(f"{where or kind.__name__}: {error}") from error
 
 
+@cache
+def _hints(kind: Any) -> dict[str, Any]:
+    return get_type_hints(kind)
+
+
+@cache
+def _strict(hint: Any) -> TypeAdapter[Any]:
+    from pydantic import ConfigDict, TypeAdapter
+
+    return TypeAdapter(hint, config=ConfigDict(strict=True))
+
+
 def _is_required(item: Field[Any]) -> bool:
     return item.default is MISSING and item.default_factory is MISSING
 
 
 def _nearest(name: str, known: Any) -> str:
-    near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+    near = difflib.get_close_matches(name[:MAX_NAME], list(known), n=1, cutoff=0.5)
     return f" (did you mean {near[0]!r}?)" if near else f" (known: {', '.join(sorted(known))})"
+
+
+def _require_plain(name: str, value: Any) -> None:
+    """As a job on the store can say it."""
+    try:
+        read_json(canonical_json(value), what=name)
+    except (TypeError, ValueError, RecursionError, DamagedError) as error:
+        raise UserError(f"{name} must be numbers, texts, true, false, lists and tables of these: {error}") from error
 
 
 def _require(condition: bool, name: str, complaint: str) -> None:

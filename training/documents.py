@@ -5,17 +5,25 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import tomllib
 from functools import cache
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import xxhash
 
-from training.errors import DamagedError
+from training.errors import DamagedError, UserError
 
 if TYPE_CHECKING:
     from pydantic import TypeAdapter
 
 T = TypeVar("T")
+MAX_DEPTH = 100
+"""Of what is read: what is done with it afterwards often goes down as deep, and Python ends at some hundreds."""
+MAX_DIGITS = 20
+"""Of a whole number: each of ours fits into 64 bits."""
+END_OF_TIME = 253402300800.0
+"""In seconds since 1970: the year 10000, in which calendars end."""
 
 
 def canonical_json(value: Any) -> bytes:
@@ -51,10 +59,15 @@ def unsealed(name: str, data: bytes) -> Any:
 
 
 def read_json(data: bytes | str, *, what: str) -> Any:
-    """What JSON that was stored, or sent, says: however deep or odd it is, it is this or a `DamagedError`."""
+    """What JSON that was stored, or sent, says: however deep or odd it is, it is this or a `DamagedError`.
+
+    It is at most `MAX_DEPTH` deep, its numbers are finite, and its whole ones have at most `MAX_DIGITS` digits.
+    """
     try:
         text = data if isinstance(data, str) else data.decode()
-        value = json.loads(text, parse_constant=_refuse_constant, parse_float=_finite)
+        value = json.loads(text, parse_constant=_refuse_constant, parse_float=_finite, parse_int=_whole)
+        if text.count("[") + text.count("{") > MAX_DEPTH:
+            _require_shallow(value)
         if "\\u" in text:
             canonical_json(value)  # half of a surrogate pair can be said in JSON, and written nowhere
     except (ValueError, RecursionError) as error:
@@ -68,6 +81,36 @@ def read_document(data: bytes | str, *, what: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise DamagedError(f"{what} is damaged: it holds no JSON document")
     return value
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """A file of settings. Raises `UserError` naming it if it is no TOML, or cannot be read."""
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}: not valid TOML: {error}") from error
+
+
+def _require_shallow(value: Any) -> None:
+    level = [value]
+    for _ in range(MAX_DEPTH):
+        level = [
+            child
+            for one in level
+            for child in (one.values() if isinstance(one, dict) else one)
+            if isinstance(child, dict | list)
+        ]
+        if not level:
+            return
+    raise ValueError(f"it is deeper than {MAX_DEPTH} levels")
+
+
+def _whole(text: str) -> int:
+    if len(text) > MAX_DIGITS:
+        raise ValueError(f"{text[:MAX_DIGITS]}… is too large")
+    return int(text)
 
 
 def _finite(text: str) -> float:

@@ -29,6 +29,7 @@ DTYPES = {
 """The format's names, by those that numpy and torch share."""
 _NAMES = {known: name for name, known in DTYPES.items()}
 _LENGTH_BYTES = 8
+MAX_ELEMENTS = 1 << 60
 
 
 def header(tensors: Iterable[tuple[str, str, Sequence[int], int]], **entries: Any) -> bytes:
@@ -81,6 +82,8 @@ def _place(entry: Any, num_head_bytes: int) -> Place:
     shape, (start, stop) = tuple(entry["shape"]), entry["data_offsets"]
     if not all(isinstance(number, int) and number >= 0 for number in (*shape, start, stop)):
         raise ValueError(f"{entry}")
+    if math.prod(max(length, 1) for length in shape) > MAX_ELEMENTS:  # torch counts so, be there a 0 among them
+        raise ValueError(f"{shape}")
     if stop - start != math.prod(shape) * dtype.itemsize:
         raise ValueError(f"{stop - start} bytes for {shape}")
     return Place(dtype=dtype, shape=shape, start=num_head_bytes + start, stop=num_head_bytes + stop)

@@ -6,12 +6,12 @@ import os
 import platform
 import shutil
 import sys
-import urllib.request
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import psutil
 
+from infra.http import fetch
 from infra.settings import Settings, activate, home, load_settings
 from training.errors import InfrastructureError, UnbrokenError
 
@@ -105,8 +105,7 @@ def _storage(settings: Settings) -> str:
 
 
 def _answers(url: str) -> str:
-    with urllib.request.urlopen(url, timeout=5) as reply:
-        reply.read()
+    fetch(url, timeout=5)
     return url
 
 

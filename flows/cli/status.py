@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import sys
 import time
 import urllib.error
-import urllib.request
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import App, Parameter
 
 from flows.cli.output import print_json
 from flows.cli.stack import Json
-from training.errors import InfrastructureError
+from infra.http import fetch
+from training.documents import read_document
+from training.errors import DamagedError, InfrastructureError
 
 if TYPE_CHECKING:
     from flows.monitor.terminal import Line
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
     from infra.local.watch import ServiceStatus
 
 LOOK_SECONDS = 2.0
+MAX_WORDS = 1 << 16
+"""Bytes of a refusal that are read."""
 ANSWER_SECONDS = 60.0
 """A run that nobody watches is read when it is asked for."""
 Run = Annotated[
@@ -128,10 +131,12 @@ def _overview(url: str) -> Overview:
 def _ask(url: str) -> Any:
     """Raises `InfrastructureError` with what the monitor says, or if it does not answer."""
     try:
-        with urllib.request.urlopen(url, timeout=ANSWER_SECONDS) as reply:
-            return json.load(reply)
+        return read_document(fetch(url, timeout=ANSWER_SECONDS), what="what the monitor answers")
     except urllib.error.HTTPError as error:
-        raise InfrastructureError(str(json.load(error)["error"])) from error
+        said = error.read(MAX_WORDS).decode(errors="replace")
+        with suppress(DamagedError, KeyError):  # else they are another program's words
+            said = str(read_document(said, what="what the monitor answers")["error"])
+        raise InfrastructureError(said) from error
     except OSError as error:
         raise InfrastructureError(
             f"the monitor does not answer at {url} ({error}): see `unbroken status`; `unbroken runs show` asks the"

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import urllib.request
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 from flows.monitor.view import NodeView, RankView
+from infra.http import fetch
 from training.cluster.links import Place
+from training.errors import DamagedError
 
 ANSWER_SECONDS = 1.0
 MAX_NODES = 64
@@ -27,14 +28,21 @@ def ask_agents(places: Sequence[Place]) -> tuple[NodeView, ...]:
 def _ask(place: Place) -> NodeView:
     try:
         url = f"http://{place.address}:{place.metrics_port}/metrics"
-        with urllib.request.urlopen(url, timeout=ANSWER_SECONDS) as reply:
-            return node_view(place, reply.read(MAX_BYTES).decode())
-    except (OSError, ValueError):  # it is gone, or something else has its port
+        text = fetch(url, timeout=ANSWER_SECONDS, max_bytes=MAX_BYTES).decode(errors="replace")
+        return node_view(place, text)
+    except (OSError, DamagedError):  # it is gone, or something else has its port
         return NodeView(node=place.node, address=place.address, is_answering=False)
 
 
 def node_view(place: Place, text: str) -> NodeView:
-    """Raises `ValueError` if the text is no page of metrics."""
+    """Raises `DamagedError` if the text is no page of an agent's metrics."""
+    try:
+        return _node_view(place, text)
+    except Exception as error:  # whatever the parser of such pages makes of what is none
+        raise DamagedError(f"what node {place.node} tells is no page of metrics: {error!r}") from error
+
+
+def _node_view(place: Place, text: str) -> NodeView:
     from prometheus_client.parser import text_string_to_metric_families
 
     node: dict[str, float] = {}

@@ -19,7 +19,7 @@ from flows.monitor.html import error_html, overview_html, run_html
 from flows.monitor.view import to_json
 from infra.hosts import allowed_hosts
 from infra.local.ports import LOOPBACK
-from training.documents import read_json
+from training.documents import MAX_DIGITS, read_json
 from training.errors import DamagedError, MissingError, UnbrokenError, UserError
 from training.runs.exposition import CONTENT_TYPE
 
@@ -67,7 +67,7 @@ def make_app(board: Board, take: Callable[[Any], None]) -> Starlette:
             await run_in_threadpool(take, await _posted(request))
         except UserError as error:
             return PlainTextResponse(f"{error}\n", 400)
-        except OSError as error:  # Prefect is away: Alertmanager sends it again
+        except (OSError, UnbrokenError) as error:  # Prefect is away: Alertmanager sends it again
             return PlainTextResponse(f"{error}\n", 503)
         return PlainTextResponse("")
 
@@ -94,7 +94,8 @@ async def _posted(request: Request) -> Any:
     if "origin" in request.headers:
         raise UserError("POST /alerts is for Alertmanager, not for a web page")
     refused = UserError(f"POST /alerts takes 1 to {MAX_BODY_BYTES} bytes")
-    if int(request.headers.get("content-length", 0)) > MAX_BODY_BYTES:
+    told = request.headers.get("content-length", "")
+    if told.isdecimal() and (len(told) > MAX_DIGITS or int(told) > MAX_BODY_BYTES):
         raise refused
     body = b""
     async for piece in request.stream():

@@ -16,7 +16,10 @@ from typing import Any
 
 from flows.monitor.firing import ask_alertmanager
 from flows.monitor.view import Servers, Waiting
+from infra.http import fetch
 from infra.settings import Settings
+from training.documents import read_json
+from training.errors import DamagedError
 
 ANSWER_SECONDS = 3.0
 STATES = ("SCHEDULED", "PENDING", "RUNNING", "PAUSED", "CANCELLING", "COMPLETED", "FAILED", "CANCELLED", "CRASHED")
@@ -31,19 +34,18 @@ class PrefectServer:
         self._api_url = api_url
 
     def post(self, path: str, body: Any) -> Any:
-        """Raises `OSError` if the server is away or refuses, `ValueError` if its answer is none of Prefect's."""
+        """Raises `OSError` if the server is away or refuses, `DamagedError` if its answer is none of Prefect's."""
         headers = {"Content-Type": "application/json"}
         if user := os.environ.get("PREFECT_API_AUTH_STRING"):
             headers["Authorization"] = "Basic " + base64.b64encode(user.encode()).decode()
         request = urllib.request.Request(f"{self._api_url}/{path}", json.dumps(body).encode(), headers)
-        with urllib.request.urlopen(request, timeout=ANSWER_SECONDS) as reply:
-            data = reply.read()
-        return json.loads(data) if data else None
+        data = fetch(request, timeout=ANSWER_SECONDS)
+        return read_json(data, what="Prefect's answer") if data else None
 
     def counts(self) -> Mapping[str, int]:
         """Flow runs by their state's type."""
         return {
-            state.lower(): self.post("flow_runs/count", {"flow_runs": {"state": {"type": {"any_": [state]}}}})
+            state.lower(): int(self.post("flow_runs/count", {"flow_runs": {"state": {"type": {"any_": [state]}}}}))
             for state in STATES
         }
 
@@ -75,8 +77,8 @@ class PrefectServer:
 def answers(url: str) -> bool:
     """Whether a server is there: one that refuses strangers is."""
     try:
-        with urllib.request.urlopen(url, timeout=ANSWER_SECONDS):
-            return True
+        fetch(url, timeout=ANSWER_SECONDS)
+        return True
     except urllib.error.HTTPError as error:
         return error.code < 500
     except (OSError, HTTPException):
@@ -92,14 +94,22 @@ def health_urls(settings: Settings) -> dict[str, str]:
     return found
 
 
+def ask_prefect(prefect: PrefectServer) -> tuple[Mapping[str, int], tuple[Waiting, ...]]:
+    """Flow runs by state, and those that wait. Raises `OSError` if Prefect is away, `DamagedError` if its answers are
+    none of Prefect's."""
+    try:
+        return prefect.counts(), prefect.waiting(datetime.now(UTC))
+    except (ValueError, KeyError, TypeError, OverflowError) as error:
+        raise DamagedError(f"Prefect does not answer as it should: {error!r}") from error
+
+
 def look_at_servers(settings: Settings, *, maybe_alertmanager: str | None) -> Servers:
     """`maybe_alertmanager` is its URL, where there is one."""
     up = {name: answers(url) for name, url in health_urls(settings).items()}
     flow_runs: Mapping[str, int] = {}
     waiting: tuple[Waiting, ...] = ()
     if settings.maybe_prefect_api_url:
-        prefect = PrefectServer(settings.maybe_prefect_api_url)
-        with suppress(OSError, HTTPException, ValueError, KeyError, TypeError):  # it is away: that is told above
-            flow_runs, waiting = prefect.counts(), prefect.waiting(datetime.now(UTC))
+        with suppress(OSError, DamagedError):  # it is away: that is told above
+            flow_runs, waiting = ask_prefect(PrefectServer(settings.maybe_prefect_api_url))
     alerts = ask_alertmanager(maybe_alertmanager) if maybe_alertmanager else None
     return Servers(at=time.time(), up=up, flow_runs=flow_runs, waiting=waiting, alerts=alerts)

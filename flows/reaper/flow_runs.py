@@ -17,6 +17,8 @@ from flows.reaper.decide import MAX_CRASHES_IN_AN_HOUR, FlowSight, FlowVerdict, 
 from flows.reaper.signs import Signs
 from infra.launcher import Launcher, cancel_owned_by
 from infra.local.services import WORK_POOL
+from training.documents import read_document
+from training.errors import DamagedError, InfrastructureError
 
 if TYPE_CHECKING:
     from prefect.client.orchestration import SyncPrefectClient
@@ -120,8 +122,7 @@ class FlowRuns:
             },
             "limit": 1,
         }
-        events = self._client.request("POST", "/events/filter", json=asked).json()["events"]
-        return str(events[0]["id"]) if events else None
+        return newest_event(self._client.request("POST", "/events/filter", json=asked).content)
 
     def _num_crashes(self, run: FlowRun) -> int:
         since = datetime.now(UTC) - timedelta(hours=1)
@@ -212,6 +213,15 @@ class FlowRuns:
         self._cancel_jobs(run)
         self._client.set_flow_run_state(run.id, Cancelled(message="Cancelled by the reaper: nobody else was left to."))
         log.info("flow run %s is cancelled", run.name)
+
+
+def newest_event(answer: bytes) -> str | None:
+    """The id of the first of the events that Prefect tells of. Raises `InfrastructureError` if it tells of none."""
+    try:
+        events = read_document(answer, what="Prefect's list of events")["events"]
+        return str(events[0]["id"]) if events else None
+    except (DamagedError, KeyError, TypeError) as error:
+        raise InfrastructureError(f"Prefect does not answer as it should: {error!r}") from error
 
 
 def _children(process: psutil.Process) -> list[Any]:

@@ -8,6 +8,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable
 
+from infra.http import fetch
 from infra.local.services import MAX_RUNS_AT_ONCE, WORK_POOL, WORK_QUEUES
 from infra.settings import PROJECT_ROOT, RESULTS_BLOCK, Settings
 from training.documents import digest_of
@@ -58,8 +59,8 @@ def are_gone(api_url: str) -> bool:
 def _is_missing(url: str) -> bool:
     """A server that does not answer, or not to strangers, does not say so."""
     try:
-        with urllib.request.urlopen(url, timeout=10):
-            return False
+        fetch(url, timeout=10)
+        return False
     except urllib.error.HTTPError as error:
         return error.code == 404
     except OSError:

@@ -8,12 +8,11 @@ import shutil
 import sys
 import sysconfig
 import tomllib
-import urllib.error
-import urllib.request
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from infra.http import fetch
 from infra.local.ports import LOOPBACK
 from infra.monitoring.render import write_configs
 from infra.settings import (
@@ -290,7 +289,6 @@ def _script(name: str) -> str:
 
 def answers(url: str, *, containing: bytes = b"") -> bool:
     try:
-        with urllib.request.urlopen(url, timeout=3) as reply:
-            return reply.status == 200 and containing in reply.read()
-    except (OSError, urllib.error.URLError):
+        return containing in fetch(url, timeout=3)
+    except OSError:
         return False

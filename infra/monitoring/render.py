@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 import re
-import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 from infra.local.files import write_whole
-from training.documents import digest_of
+from training.documents import digest_of, read_toml
 from training.errors import UserError
 
 FOLDER = Path(__file__).parent
@@ -83,10 +82,7 @@ class Places:
 
 def read_windows(path: Path = WINDOWS) -> dict[str, Any]:
     """Raises `UserError` naming the file and what is missing or unknown in it."""
-    try:
-        found, known = tomllib.loads(path.read_text(encoding="utf-8")), tomllib.loads(WINDOWS.read_text())
-    except (OSError, tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: {error}") from error
+    found, known = read_toml(path), read_toml(WINDOWS)
     for words, names in (("unknown", found.keys() - known.keys()), ("missing", known.keys() - found.keys())):
         if names:
             raise UserError(f"{path}: {words}: {', '.join(sorted(names))} (see {WINDOWS})")

@@ -21,7 +21,7 @@ from infra.restarts import EXIT_GIVEN_UP, FINAL_CODES, NUM_STARTS_BEFORE_GIVING_
 from infra.slurm.claims import read_claim
 from infra.slurm.commands import Commands
 from training.cluster.agent import EXIT_PREEMPTED
-from training.errors import InfrastructureError
+from training.errors import InfrastructureError, UserError
 from training.patience import ask_until
 from training.runs.job import location_from
 from training.s3.objectstore import Store
@@ -121,12 +121,20 @@ class Keeper:
 
 
 def place_of(commands: Commands, node: str) -> dict[str, str]:
-    """Where the other nodes reach this one: the address that Slurm knows it by, and the interface that has it."""
+    """Where the other nodes reach this one: the address that Slurm knows it by, and the interface that has it.
+
+    Raises `UserError` if Slurm knows no address of this machine's.
+    """
     about = commands.run("scontrol", "--oneliner", "show", "node", node)
-    named = next(word for word in about.split() if word.startswith("NodeAddr=")).removeprefix("NodeAddr=")
-    address = socket.gethostbyname(named)
+    named = next((word for word in about.split() if word.startswith("NodeAddr=")), "").removeprefix("NodeAddr=")
+    try:
+        address = socket.gethostbyname(named)
+    except (OSError, UnicodeError) as error:
+        raise UserError(f"Slurm's NodeAddr of {node}, {named!r}, is no address: {error}") from error
     interfaces = psutil.net_if_addrs().items()
-    interface = next(name for name, found in interfaces if any(entry.address == address for entry in found))
+    interface = next((name for name, found in interfaces if any(entry.address == address for entry in found)), None)
+    if interface is None:
+        raise UserError(f"Slurm's NodeAddr of {node}, {named!r}, is {address}, which no interface of this machine has")
     return {"UNBROKEN_NODE_ADDRESS": address, "GLOO_SOCKET_IFNAME": interface, "NCCL_SOCKET_IFNAME": interface}
 
 

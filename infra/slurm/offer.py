@@ -18,7 +18,10 @@ def what_would_fit(commands: Commands) -> str:
 
 
 def _describe(line: str) -> str:
-    partition, availability, num_nodes, num_cpus, mebibytes, gres, limit = line.strip().split("|")
+    fields = line.strip().split("|")
+    if len(fields) != COLUMNS.count("|") + 1:
+        return f"  {line.strip()}"
+    partition, availability, num_nodes, num_cpus, mebibytes, gres, limit = fields
     gpus = "no GPU" if gres == "(null)" else gres.partition("(")[0]
     return (
         f"  partition {partition} ({availability}): {num_nodes} nodes, each with {num_cpus} CPUs, {mebibytes} MiB and"

@@ -44,11 +44,12 @@ def judge_partition(line: str) -> Judgement | None:
     fields = dict(word.split("=", 1) for word in line.split() if "=" in word)
     if fields.get("PreemptMode", "OFF") in ("OFF", "DISABLED"):
         return None
-    grace = int(fields.get("GraceTime", "0"))
+    grace = _number(fields.get("GraceTime", "0"))
     advice = ""
     if grace < MIN_GRACE_SECONDS:
         advice = f"give a preempted node time for a last checkpoint: GraceTime={MIN_GRACE_SECONDS} or more"
-    return Judgement(name=f"partition {fields['PartitionName']}", found=f"GraceTime={grace}", advice=advice)
+    name = f"partition {fields.get('PartitionName', '(no name)')}"
+    return Judgement(name=name, found=f"GraceTime={grace}", advice=advice)
 
 
 def _judged(name: str, config: Mapping[str, str], advise: Callable[[str], str]) -> Judgement:
@@ -68,7 +69,7 @@ def _slurmd_timeout(value: str) -> str:
 
 def _credentials(value: str) -> str:
     found = re.search(r"cred_expire=(\d+)", value)
-    seconds = int(found[1]) if found else DEFAULT_CREDENTIAL_SECONDS
+    seconds = _number(found[1]) if found else DEFAULT_CREDENTIAL_SECONDS
     if seconds <= MAX_CREDENTIAL_SECONDS:
         return ""
     return f"cred_expire is {seconds} s, by which every requeued job waits longer: AuthInfo=…,cred_expire=5"
@@ -87,5 +88,5 @@ def _preempt_mode(value: str) -> str:
 
 
 def _number(value: str) -> int:
-    found = re.match(r"\d+", value)
+    found = re.match(r"\d{1,18}", value)
     return int(found[0]) if found else 0

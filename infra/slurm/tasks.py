@@ -7,10 +7,12 @@ from dataclasses import asdict, dataclass
 
 from infra.slurm.commands import Commands
 from training.documents import digest_of
+from training.errors import InfrastructureError
 from training.s3.objectstore import StoreLocation
 
 PREFIX = "unbroken-"
 FORMAT = "%F|%K|%j|%T|%r|%N"
+NUM_FIELDS = FORMAT.count("|") + 1
 HELD = ("JobHeldUser", "JobHeldAdmin")
 
 
@@ -47,11 +49,15 @@ def job_name(mark: str, key: str) -> str:
 
 
 def parse_tasks(lines: str, *, mark: str) -> list[Task]:
-    """Those of `squeue --format FORMAT` that are of runs on the store of this mark."""
+    """Those of `squeue --format FORMAT` that are of runs on the store of this mark. Raises `InfrastructureError` for
+    what is not in that format."""
     found = []
     beginning = job_name(mark, "")
     for line in lines.splitlines():
-        job_id, node, name, state, reason, host = line.strip().split("|")
+        fields = line.strip().split("|")
+        if len(fields) != NUM_FIELDS:
+            raise InfrastructureError(f"squeue printed {line[:200]!r}, which is no line of {FORMAT}: see `squeue`")
+        job_id, node, name, state, reason, host = fields
         if name.startswith(beginning):
             key = name.removeprefix(beginning)
             found.append(Task(job_id=job_id, node=node, key=key, state=state, reason=reason, host=host))

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from training.config import build
+from training.documents import read_toml
 from training.errors import UserError
 
 
@@ -90,10 +90,7 @@ def load_policy(path: Path, model: str) -> Policy:
 
     Raises `UserError` naming the file and the key. All tables are checked, also those of other models.
     """
-    try:
-        document = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: {error}") from error
+    document = read_toml(path)
     try:
         return parse_policy(document, model)
     except UserError as error:

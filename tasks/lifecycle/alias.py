@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 
 from tasks.mlflow_client import STORE_TAG, ask, connect
 from tasks.registry import tag_version
+from training.documents import MAX_DIGITS
 from training.errors import UserError
 
 CHAMPION = "champion"
@@ -43,16 +44,22 @@ def look_at(uri: str, name: str) -> ChampionAlias | None:
         found = ask(lambda: client.search_registered_models(f"name = '{name}'"))
         if not found:
             return None
-        version, shown = found[0].aliases.get(CHAMPION), str(found[0].tags.get(SHOWN_TAG, ""))
+        version = found[0].aliases.get(CHAMPION)
         seen = ChampionAlias(
             version=str(version) if version is not None else None,
-            shown=int(shown) if shown.isdecimal() else 0,  # a person may write there
+            shown=shown_change(found[0].tags),
             pointing_tags=before.pointing_tags if before is not None else (),
             owner=found[0].tags.get(STORE_TAG),
         )
         if seen == before:
             return seen
         before = replace(seen, pointing_tags=_pointing_tags(uri, name, seen.version))
+
+
+def shown_change(tags: Mapping[str, str]) -> int:
+    """What a registered model's tag says; a person may write there what is no number."""
+    text = str(tags.get(SHOWN_TAG, ""))
+    return int(text) if text.isdecimal() and len(text) <= MAX_DIGITS else 0
 
 
 def _pointing_tags(uri: str, name: str, version: str | None) -> tuple[str, ...]:

@@ -7,12 +7,10 @@ from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from typing import Any, Literal
 
-from training.documents import parse
+from training.documents import END_OF_TIME, parse
 from training.errors import DamagedError, OvertakenError, UserError
 
 FORMAT = 2
-_END_OF_TIME = 253402300800.0
-"""In seconds since 1970: the year 10000."""
 Action = Literal["first", "promote", "rollback", "adopt"]
 
 
@@ -146,7 +144,7 @@ def from_json(document: Mapping[str, Any]) -> Champion:
         raise DamagedError(f"it has format {champion.format}, which this release cannot read")
     if not champion.entries or [entry.sequence for entry in champion.entries] != [*range(1, len(champion.entries) + 1)]:
         raise DamagedError("its entries are not numbered from 1")
-    if not all(0 <= entry.time < _END_OF_TIME for entry in champion.entries):
+    if not all(0 <= entry.time < END_OF_TIME for entry in champion.entries):
         raise DamagedError("one of its entries has a time that is none")
     return champion
 

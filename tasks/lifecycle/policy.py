@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import tomllib
 from pathlib import Path
 from typing import Literal, cast
 
 from infra.settings import PROJECT_ROOT
+from training.documents import read_toml
 from training.errors import UserError
 
 REGISTRY_POLICY = PROJECT_ROOT / "mlflow" / "registry.toml"
@@ -20,10 +20,7 @@ def moved_by_hand(path: Path = REGISTRY_POLICY) -> MovedByHand:
     """
     if not path.is_file():
         return "adopt"
-    try:
-        found = tomllib.loads(path.read_text(encoding="utf-8")).get("champion", {})
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: {error}") from error
+    found = read_toml(path).get("champion", {})
     if not isinstance(found, dict):
         raise UserError(f"{path}: champion must be a table, as in [champion]")
     word = found.get("moved_by_hand", "adopt")

@@ -53,18 +53,23 @@ _TREES = frozenset({None, "builtins.tuple", "builtins.list", "builtins.dict"})
 
 def harmless(data: bytes) -> bytes:
     """The file again, without its example, its guards and its history. Raises `DamagedError` for all else."""
-    members = _members(data)
+    members = understood(_members(data))
+    rewritten = io.BytesIO()
+    with zipfile.ZipFile(rewritten, "w", zipfile.ZIP_STORED) as archive:
+        for name, content in members.items():
+            archive.writestr(f"model/{name}", content)
+    return rewritten.getvalue()
+
+
+def understood(members: dict[str, bytes]) -> dict[str, bytes]:
+    """The same of its members by name."""
     for name, prefix in CONFIGS.items():
         _check_payloads(_document(members, name), prefix, members, name.rpartition("/")[0])
     graph = _document(members, GRAPH)
     graph["guards_code"] = []  # serving checks what it is asked, and these are evaluated
     _forget_history(graph)
     _check(graph)
-    rewritten = io.BytesIO()
-    with zipfile.ZipFile(rewritten, "w", zipfile.ZIP_STORED) as archive:
-        for name, content in {**members, GRAPH: json.dumps(graph).encode(), EXAMPLE: b""}.items():
-            archive.writestr(f"model/{name}", content)
-    return rewritten.getvalue()
+    return {**members, GRAPH: json.dumps(graph).encode(), EXAMPLE: b""}
 
 
 def _members(data: bytes) -> dict[str, bytes]:

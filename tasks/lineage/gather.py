@@ -3,24 +3,34 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from infra.settings import Settings
 from tasks import registry, tracking
 from tasks.attempts import attempts_table, begun_by_token
+from tasks.gate.decide import Decision
 from tasks.lifecycle import champions
 from tasks.lifecycle.champion import Champion, Entry
 from tasks.lifecycle.model_file import KeptVersion
 from tasks.lineage.facts import Code, Data, Gate, Lineage, Training
 from tasks.provenance import starts_of
 from training.data.manifest import load_manifest
-from training.documents import read_document
+from training.documents import parse, read_document
 from training.errors import DamagedError, InfrastructureError, MissingError, UserError
 from training.runs.events import Event, EventReader, chunk_key
 from training.runs.identity import find_identity
 from training.runs.job import Job, read_jobs
 from training.runs.record import Record, RunRecord
 from training.s3.objectstore import Store
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Judged:
+    """What is told of a decision of the gate."""
+
+    champion: str | None
+    decision: Decision
 
 
 def lineage_of(settings: Settings, store: Store, kept: KeptVersion) -> Lineage:
@@ -181,15 +191,14 @@ def _gate(
     for sha256 in decisions_of(history, tags)[:1]:
         try:
             data = store.get_proven(decision_key(model, sha256), sha256=sha256)
-            document = read_document(data, what="it")
+            judged = parse(_Judged, read_document(data, what="it"))
         except (MissingError, DamagedError) as error:
             unknown.append(f"the gate's decision: {error}")
             return None
-        decision = document["decision"]
         return Gate(
             decision_sha256=sha256,
-            passed=decision["passed"],
-            champion=document["champion"],
-            reasons=tuple(reason["text"] for reason in decision["reasons"]),
+            passed=judged.decision.passed,
+            champion=judged.champion,
+            reasons=tuple(reason.text for reason in judged.decision.reasons),
         )
     return None

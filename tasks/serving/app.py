@@ -18,6 +18,7 @@ from starlette.routing import Route
 from tasks.serving.follow import Follower
 from tasks.serving.front import Front
 from tasks.serving.metrics import Metrics
+from training.documents import MAX_DIGITS
 from training.errors import InfrastructureError
 
 MAX_BODY_BYTES = 16 << 20
@@ -90,7 +91,8 @@ class App:
 
     async def _body(self, request: Request) -> bytes:
         too_large = NotTakenError(413, f"the body is larger than {MAX_BODY_BYTES} bytes: send fewer rows at a time")
-        if int(request.headers.get("content-length", 0)) > MAX_BODY_BYTES:
+        told = request.headers.get("content-length", "")
+        if told.isdecimal() and (len(told) > MAX_DIGITS or int(told) > MAX_BODY_BYTES):
             raise too_large
         pieces, num_bytes = [], 0
         async for piece in request.stream():

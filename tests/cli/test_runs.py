@@ -13,6 +13,7 @@ import pytest
 
 from infra.launcher import JobSpec
 from infra.local.launcher import LocalLauncher
+from tasks.tracking import METRICS
 from tests.cli.commands import complaint, unbroken
 from tests.conftest import Stack
 from training.documents import sha256_hex
@@ -98,8 +99,8 @@ def test_a_run_is_shown_with_why_nodes_left_and_where_its_time_went(corner: Corn
     lost = Departure(token=1, node=1, cause="worker killed by signal 9", step=1, class_name="Killed")
     record = run.update(lambda record: replace(record, token=1, resume_steps=(0,), departures=(lost,)))
     lines = [
-        Event(kind="attempt", time=10.0, token=1, step=0, values={"source": "start"}),
-        Event(kind="step", time=13.0, token=1, step=1, values={"seconds": 2.0}),
+        Event(kind="attempt", time=10.0, token=1, step=0, values={"source": "start", "world_size": 1}),
+        Event(kind="step", time=13.0, token=1, step=1, values={**dict.fromkeys(METRICS, 0.5), "seconds": 2.0}),
     ]
     corner.store.put(chunk_key(run.prefix(record), 1, 0), b"".join(line.to_line() for line in lines))
     shown = _unbroken(corner, "show", "aa")

@@ -219,7 +219,7 @@ def test_progress_is_that_of_the_generation_that_trains(stack: Stack, run: RunRe
     watcher = _Watcher(client, stack.store, load_preset("digits"), quiet=True)
     assert watcher._look(run) is None
     events = EventWriter(stack.store, run.prefix(run.update(start_fresh)), 1)
-    events.add("step", step=3, loss=0.5, samples_per_second=1.0)
+    events.add("step", step=3, **dict.fromkeys(tracking.METRICS, 0.5))
     events.close()
     progress = watcher._look(run)
     assert progress is not None

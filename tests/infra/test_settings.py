@@ -169,3 +169,12 @@ def test_home_is_the_nearest_one_upward(folder: Path, monkeypatch: pytest.Monkey
     below.mkdir(parents=True)
     monkeypatch.chdir(below)
     assert home() == folder / ".unbroken"
+
+
+@pytest.mark.parametrize(
+    "text", ["[]", "{", "[" * 100_000, '{"s3": []}', '{"ports": {"s3": "a"}}', '{"mlflow": {"uri": 3}}']
+)
+def test_a_damaged_note_of_the_stack_is_named(folder: Path, text: str) -> None:
+    state_path(folder / ".unbroken").write_text(text)
+    with pytest.raises(InfrastructureError, match=r"stack\.json is damaged: remove it"):
+        load_settings()

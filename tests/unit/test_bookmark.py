@@ -230,3 +230,9 @@ def test_store_that_goes_away_between_two_chunks_costs_no_event(
             follower.look()
     _, events = follower.look()
     assert {event.step for event in events if event.kind == "step"} == set(range(1, writer.num_steps + 1))
+
+
+def test_bookmark_with_an_event_that_is_none_is_not_believed(run: RunRecord) -> None:
+    bad = Event(kind="attempt", time=1.0, token=1, step=0, values={"source": "start"})
+    keep_bookmark(run.store, PREFIX, Bookmark(instance=run.read().instance, position=(1, 1), events=(bad,)))
+    assert find_bookmark(run.store, run.read(), told_step=9).events == ()

@@ -296,12 +296,13 @@ def test_what_was_begun_and_never_named_goes_with_the_next_commit(run: RunRecord
     damaged = Group(run=run).save(2)
     run.update(lambda r: with_quarantined(r, damaged, "a reason", token=1))
     unnamed = ["00000009-000001", "00000003-000002", "00000008-000002", "00000001-000003"]
-    for name in unnamed:
+    strange = ["x", "x-y", "1", "1-2-3", "\u0663-1"]
+    for name in [*unnamed, *strange]:
         store.put(f"runs/k/0/checkpoints/{name}/part-0.safetensors", b"begun")
     run.update(lambda r: replace(r, token=2))
     Group(run=run, token=2).save(4)
     left = {key.split("/")[-2] for key in objects(run)}
-    assert left == {"00000002-000001", "00000004-000002", "00000008-000002", "00000001-000003"}
+    assert left == {"00000002-000001", "00000004-000002", "00000008-000002", "00000001-000003", *strange}
 
 
 def test_ranks_that_disagree_commit_nothing(run: RunRecord) -> None:

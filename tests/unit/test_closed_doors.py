@@ -19,8 +19,9 @@ from starlette.testclient import TestClient
 from infra.hosts import allowed_hosts
 from tasks.lifecycle.model_file import Tensor
 from tasks.serving.app import App
-from tasks.serving.frames import SIZES, packed
+from tasks.serving.frames import SIZES, Frame, packed
 from tasks.serving.link import Link, ReplicaGoneError
+from tasks.serving.metrics import Metrics
 from tasks.serving.requests import BadRequestError, array_of
 from tasks.serving.server import Wanted
 from tests import secrets
@@ -219,3 +220,18 @@ def _written_later(store: Store) -> bool:
     store.put("newer", b"")
     times = {entry.key: entry.modified for entry in store.list_entries("")}
     return times["newer"] > max(time for key, time in times.items() if key != "newer")
+
+
+@pytest.mark.parametrize(
+    ("length", "status"), [("", 200), ("x", 200), ("-1", 200), ("\xb2", 200), ("9" * 5000, 413), ("99999999", 413)]
+)
+def test_a_request_of_an_odd_length_is_answered(length: str, status: int) -> None:
+    """By its body, which is counted."""
+
+    async def predict(body: bytes) -> Any:
+        return SimpleNamespace(frame=Frame(1, {"status": 200, "rows": 1, "batch_rows": 1}, body), version="3")
+
+    front = cast(Any, SimpleNamespace(num_waiting=0, num_waiting_bytes=0, predict=predict))
+    client = TestClient(App(front=front, metrics=Metrics(), follower=None).routes(allowed_hosts=["*"]))
+    headers = {"content-type": "application/json", "content-length": length.encode("latin-1")}
+    assert client.post("/invocations", content=b"{}", headers=cast(Any, headers)).status_code == status

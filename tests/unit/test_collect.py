@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -19,11 +20,12 @@ from tests.unit.tiny import Tiny, tiny_preset
 from tests.waiting import wait_until
 from training.data.activity import activity_key, distrust, read_activity
 from training.data.collect import collect
+from training.data.finished import Finished
 from training.data.lease import writing
 from training.data.manifest import SPLITS, Manifest, load_manifest, manifest_key, shard_key
 from training.data.versions import compare, find_version, remove_version, verify_version, versions
 from training.data.withdraw import withdraw
-from training.data.withdrawn import Withdrawn, record_of, withdrawn_key, withdrawn_records
+from training.data.withdrawn import Withdrawn, quarantined_records, record_of, withdrawn_key, withdrawn_records
 from training.data.writer import PartResult, Writer, write_dataset
 from training.documents import sealed
 from training.errors import DamagedError, InfrastructureError, UserError
@@ -509,3 +511,27 @@ def test_a_split_is_not_emptied(store: Store, folder: Path) -> None:
     with pytest.raises(UserError, match="no sample in its test split"):
         withdraw(store, "tiny", first.digest, everything)
     assert withdrawn_records(store, "tiny") == {}
+
+
+@pytest.mark.parametrize(
+    "ids", [[], {"a": 3}, {"a": {}}, {"a": {"contents": "abc"}}, {"a": {"contents": [], "reason": 3}}]
+)
+def test_a_list_of_withdrawn_records_that_is_none_is_named(store: Store, ids: Any) -> None:
+    store.create_versioned(withdrawn_key("tiny"), {"format": 1, "ids": ids})
+    for read in (withdrawn_records, quarantined_records):
+        with pytest.raises(DamagedError, match=r"withdrawn\.json lists no withdrawn records"):
+            read(store, "tiny")
+
+
+@pytest.mark.parametrize("splits", [{}, {"train": []}, {"test": []}])
+def test_a_receipt_without_a_split_is_not_believed(store: Store, splits: dict[str, list[str]]) -> None:
+    store.put(shard_key("d", "some"), b"a shard")
+    store.put("receipt", sealed("receipt", {"fields": {}, "splits": splits}))
+    assert Finished(store, "d", withdrawn_contents=()).maybe_receipt("receipt") is None
+
+
+@pytest.mark.parametrize("lapses", ["nan", "inf", -1, 1e300])
+def test_a_claim_that_lapses_at_no_time_is_damage(store: Store, lapses: Any) -> None:
+    store.create_versioned(activity_key("d"), {"format": 1, "holders": {"writer-a": lapses}})
+    with pytest.raises(DamagedError, match=r"activity\.json is damaged .*holders"):
+        read_activity(store, "d")

@@ -208,3 +208,19 @@ def test_what_determines_the_result(preset_file: Path) -> None:
 def test_a_whole_number_for_a_fraction_is_the_same_preset(preset_file: Path) -> None:
     one, same = (canonical_json(load_preset(str(preset_file), {"train.clip_norm": v}).determining()) for v in (1, 1.0))
     assert one == same
+
+
+@pytest.mark.parametrize("value", ["1979-05-27", "inf", "[nan]", "{a=" * 150 + "1" + "}" * 150])
+def test_hyperparameters_are_what_a_job_can_say(preset_file: Path, value: str) -> None:
+    with pytest.raises(UserError, match=r"demo\.toml: .*hyperparameters must be numbers, texts"):
+        load_with(preset_file, "width = 3", f"width = {value}")
+
+
+@pytest.mark.parametrize("value", ["[" * 5000, "9" * 5000])
+def test_an_override_that_is_no_toml_is_a_text(value: str) -> None:
+    assert parse_override(f"a={value}") == ("a", value)
+
+
+def test_a_preset_that_is_too_deep_is_named(preset_file: Path) -> None:
+    with pytest.raises(UserError, match=r"demo\.toml: not valid TOML"):
+        load_with(preset_file, "width = 3", f"width = {'[' * 5000}")

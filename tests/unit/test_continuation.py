@@ -165,3 +165,13 @@ def test_a_run_that_somebody_begins_meanwhile_is_left_alone(runs: Runs, store: S
 
     assert take_over(BegunMeanwhile(store, run.run_key), sibling).continued is None
     assert runs.train(run, 6).attempt_starts == (0,)
+
+
+@pytest.mark.parametrize("name", ["", "x", "3", "-k", "x-k", "\u0663-k", f"{'9' * 5000}-k", "3-../../x"])
+def test_a_name_that_is_no_siblings_is_passed_over(store: Store, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    runs = Runs(store)
+    mine, other = runs.begin(6), runs.begin(3)
+    runs.train(other, 3)
+    there = [*store.list_keys(f"trajectories/{runs.trajectory()}/"), (f"trajectories/{runs.trajectory()}/{name}", 0)]
+    monkeypatch.setattr(store, "list_keys", lambda prefix: iter(there))
+    assert [sibling.run.run_key for sibling in runs.siblings(mine, 6)] == [other.run_key]

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 
-from training.documents import canonical_json, digest_of, fast_digest, parse, sha256_hex
-from training.errors import DamagedError
+from training.documents import canonical_json, digest_of, fast_digest, parse, read_json, read_toml, sha256_hex
+from training.errors import DamagedError, UserError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,3 +52,41 @@ def test_parse_makes_nested_dataclasses_and_passes_over_other_keys() -> None:
 def test_parse_names_the_damaged_field(document: object, field: str) -> None:
     with pytest.raises(DamagedError, match=rf"a stored Outer is damaged: {field}:"):
         parse(Outer, document)
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        (b"[" * 101 + b"]" * 101, "deeper than 100 levels"),
+        (b'{"a":' * 400 + b"1" + b"}" * 400, "deeper than 100 levels"),
+        (b"[" * 100_000, "recursion depth"),
+        (b"9" * 21, "99999… is too large"),
+        (b"-" + b"9" * 5000, "is too large"),
+        (b"1e999", "is too large"),
+        (b"NaN", "is no JSON"),
+        (b'{"a": "\\ud800"}', "surrogates not allowed"),
+        (b"\xff", "can't decode"),
+    ],
+)
+def test_json_that_nobody_here_writes_is_refused(text: bytes, reason: str) -> None:
+    with pytest.raises(DamagedError, match=reason):
+        read_json(text, what="it")
+
+
+def test_json_as_deep_and_as_large_as_it_may_be_is_read() -> None:
+    assert read_json(b"[" * 100 + b"]" * 100 + b"\n", what="it")
+    assert read_json(f"[{2**64 - 1}, {-(2**63)}]", what="it") == [2**64 - 1, -(2**63)]
+    assert read_json(json.dumps([[]] * 1000), what="it") == [[]] * 1000, "wide is not deep"
+
+
+@pytest.mark.parametrize("text", [b"a = " + b"[" * 5000, b"a = " + b"9" * 5000, b"a = \xff", b"a", b"a = 1979-13-45"])
+def test_a_file_that_is_no_toml_is_named(tmp_path: Path, text: bytes) -> None:
+    path = tmp_path / "a.toml"
+    path.write_bytes(text)
+    with pytest.raises(UserError, match=r"a\.toml: not valid TOML"):
+        read_toml(path)
+
+
+def test_a_file_that_is_away_is_named(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"a\.toml cannot be read: No such file"):
+        read_toml(tmp_path / "a.toml")

@@ -28,7 +28,11 @@ def _no_clock(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def add_steps(writer: EventWriter, steps: range) -> None:
     for step in steps:
-        writer.add("step", step=step, loss=step / 10)
+        writer.add("step", step=step, **values_of(step))
+
+
+def values_of(step: int) -> dict[str, float]:
+    return {"loss": step / 10, "grad_norm": 1.0, "learning_rate": 0.1, "samples_per_second": 9.0}
 
 
 def read_steps(reader: EventReader, *, newest_token: int) -> list[tuple[int, int]]:
@@ -46,7 +50,7 @@ def test_events_arrive_once_in_order_with_their_values(store: Store) -> None:
     writer.flush()
     first = list(reader.read_new(newest_token=1))
     assert [(e.kind, e.token, e.step, e.values) for e in first] == [
-        ("step", 1, step, {"loss": step / 10}) for step in (1, 2, 3)
+        ("step", 1, step, values_of(step)) for step in (1, 2, 3)
     ]
     assert first[0].time <= first[1].time <= first[2].time
     add_steps(writer, range(4, 6))
@@ -67,6 +71,39 @@ def test_a_damaged_chunk_is_named(store: Store, was: bytes, now: bytes) -> None:
     key = chunk_key(PREFIX, 1, 0)
     store.put(key, store.get(key).replace(was, now, 1))
     with pytest.raises(DamagedError, match=key):
+        read_steps(EventReader(store, PREFIX), newest_token=1)
+
+
+@pytest.mark.parametrize(
+    ("kind", "values", "field"),
+    [
+        ("attempt", {"source": "memory"}, "world_size"),
+        ("attempt", {"world_size": "x"}, "world_size"),
+        ("step", {}, "loss"),
+        ("step", {**values_of(1), "loss": "a"}, "loss"),
+        ("step", {**values_of(1), "seconds": None}, "seconds"),
+        ("step", {**values_of(1), "validation": [1]}, "validation"),
+        ("step", {**values_of(1), "loss": "nan"}, "loss"),
+        ("step", {**values_of(1), "validation": {"loss": "a"}}, "validation"),
+        ("pace", {"straggler": {"rank": 1}}, "straggler"),
+        ("balance", {"shares": ["4", 5]}, "shares"),
+        ("balance", {"shares": []}, "shares"),
+    ],
+)
+def test_an_event_without_what_its_kind_tells_is_damaged(
+    store: Store, kind: str, values: dict[str, object], field: str
+) -> None:
+    writer = EventWriter(store, PREFIX, 1)
+    writer.add(kind, step=1, **values)
+    writer.close()
+    with pytest.raises(DamagedError, match=rf"000000\.jsonl: .* {field}: "):
+        read_steps(EventReader(store, PREFIX), newest_token=1)
+
+
+@pytest.mark.parametrize("time", ["1e300", "-1", '"inf"', '"nan"'])
+def test_an_event_of_no_time_is_damaged(store: Store, time: str) -> None:
+    store.put(chunk_key(PREFIX, 1, 0), b'{"kind":"finished","step":1,"time":%s,"values":{}}' % time.encode())
+    with pytest.raises(DamagedError, match=r"time .* which is none"):
         read_steps(EventReader(store, PREFIX), newest_token=1)
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from tasks.tracking import METRICS
 from tests.unit.data_source import data_config, local_source, write_csv
 from tests.unit.reading import make_reader
 from tests.unit.tiny import Tiny, tiny_preset
@@ -59,7 +60,7 @@ def record_run(store: Store, preset: Preset, manifest: Manifest, attempts: list[
         run.update(lambda record, t=token, s=start: with_resume_step(replace(record, token=t), s, token=t))  # type: ignore[misc]
         writer = EventWriter(store, run.prefix(run.read()), token)
         for step, line in lines.items():
-            writer.add("step", step=step, loss=0.0, samples=line)
+            writer.add("step", step=step, **dict.fromkeys(METRICS, 0.0), samples=line)
         writer.close()
 
 

@@ -13,13 +13,15 @@ import torch
 from tasks.lifecycle.champion import Entry
 from tasks.lifecycle.model_file import KeptVersion
 from tasks.lineage.facts import Code, Gate, Lineage
+from tasks.lineage.gather import _gate, decision_key
 from tasks.lineage.replay import Window, compare, parse_window
 from tasks.lineage.tree import MAX_DESCRIPTION_CHARACTERS, Node, markdown, terminal_lines, tree_of
 from tasks.lineage.verify import LineageError, first_difference
 from tasks.provenance import Reproduced, Start, keep_start, start_of, starts_of
+from tasks.registry import GATE_TAG
 from tests.unit.champions import SIGNATURE
 from tests.unit.tiny import Tiny, exact_arithmetic, make_trainer, tiny_preset
-from training.documents import canonical_json
+from training.documents import canonical_json, sha256_hex
 from training.errors import DamagedError, UserError
 from training.loop import DIGEST_BYTES_PER_STEP, digest_period
 from training.replay import Replayed
@@ -188,3 +190,18 @@ def test_the_digest_of_the_weights_is_told_when_due_and_follows_every_bit() -> N
         with torch.no_grad():
             weight.view(-1)[0] = torch.nextafter(weight.view(-1)[0], torch.tensor(9.0))
         assert trainer.state.weights_digest() != told[-1]
+
+
+def test_a_source_that_its_encoding_does_not_have_is_damage(store: Store) -> None:
+    source = {"path": "a.py", "text": "€", "encoding": "latin-1"}
+    store.put(identity_key("k"), canonical_json({"determining": {}, "sources": {"a": source}}))
+    with pytest.raises(DamagedError, match=r"identity\.json is damaged: .* sources\.a: .*latin-1"):
+        find_identity(store, "k")
+
+
+@pytest.mark.parametrize("document", [{}, {"decision": 3, "champion": None}, {"decision": {"passed": True}}])
+def test_a_decision_that_is_none_is_told_as_unknown(store: Store, document: dict[str, object]) -> None:
+    data, unknown = canonical_json(document), list[str]()
+    store.put(decision_key("m", sha256_hex(data)), data)
+    assert _gate(store, "m", (), {f"{GATE_TAG}.decision": sha256_hex(data)}, unknown) is None
+    assert "is damaged" in unknown[0]

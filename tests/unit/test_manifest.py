@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from training.data.manifest import FieldInfo, Manifest, ShardInfo, load_manifest, manifest_key, shard_key
+from training.documents import canonical_json
 from training.errors import DamagedError, UserError
 from training.s3.objectstore import Store
 
@@ -83,3 +84,9 @@ def test_a_damaged_manifest_is_refused_by_name(store: Store) -> None:
     store.put(key, MANIFEST.to_bytes().replace(b'"num_samples":3', b'"num_samples":4'))
     with pytest.raises(DamagedError, match=MANIFEST.digest):
         load_manifest(store, "d", MANIFEST.digest)
+
+
+def test_a_manifest_without_one_of_the_splits_is_refused() -> None:
+    document = {**MANIFEST.to_json(), "splits": {"test": []}}
+    with pytest.raises(DamagedError, match=r"splits\.train: it is missing"):
+        Manifest.from_bytes(canonical_json(document))

@@ -11,6 +11,7 @@ from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from socketserver import BaseRequestHandler, ThreadingTCPServer
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -18,16 +19,19 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 from starlette.testclient import TestClient
 
+from flows.monitor.agents import ask_agents, node_view
 from flows.monitor.alerts import prefect_events
 from flows.monitor.app import MAX_BODY_BYTES, make_app
 from flows.monitor.board import Board
-from flows.monitor.firing import ask_alertmanager
+from flows.monitor.firing import alerts_in, ask_alertmanager
 from flows.monitor.page import add_run
 from flows.monitor.runs import write_targets
-from flows.monitor.servers import PrefectServer, answers
+from flows.monitor.servers import PrefectServer, answers, ask_prefect
 from flows.monitor.view import RunView, Servers
+from infra.http import fetch
 from tests.unit.status_views import VIEW
-from training.errors import UserError
+from training.cluster.links import Place
+from training.errors import DamagedError, UserError
 from training.runs.exposition import Page
 
 MESSAGE = {
@@ -140,6 +144,10 @@ def test_the_monitor_serves_and_takes_messages(tmp_path: Path) -> None:
     for body in (b"", b"{", b"[" * 100_000, b"{}", b" " * (MAX_BODY_BYTES + 1)):
         assert post(body) == 400, body[:9]
     assert post(b"{}", **{"content-length": str(MAX_BODY_BYTES + 1)}) == 400, "before it comes"
+    assert post(b"{}", **{"content-length": "9" * 5000}) == 400
+    for length in ("", "x", "-5"):
+        assert post(message, **{"content-length": length}) == 200, "by its body, which is counted"
+        taken.pop()
     assert post(message, origin="https://evil.example") == 400, "a web page's"
     assert post(message, host="evil.example") == 400, "a name that a web page has pointed here"
     assert post(message, path="/else") == 404
@@ -221,3 +229,68 @@ def test_the_alerts_that_fire_are_asked_for_the_worst_first() -> None:
         assert [alert.name for alert in found] == ["Stalled", "Straggler"]
         assert ask_alertmanager(f"{url}/other") is None
     assert ask_alertmanager(url) is None, "nobody is there"
+
+
+class NoHttp(BaseRequestHandler):
+    """What is no server of HTTP."""
+
+    def handle(self) -> None:
+        self.request.recv(1000)
+        self.request.sendall(b"220 mail\r\n")
+
+
+def test_what_does_not_speak_http_does_not_answer() -> None:
+    with ThreadingTCPServer(("127.0.0.1", 0), NoHttp) as server:
+        threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
+        host, port = server.server_address
+        url = f"http://{host!s}:{port}"
+        with pytest.raises(OSError, match="does not speak HTTP"):
+            fetch(url, timeout=5)
+        assert not answers(url)
+        assert ask_alertmanager(url) is None
+        (node,) = ask_agents([Place(node=0, incarnation="i", address=str(host), port=1, metrics_port=port)])
+        assert not node.is_answering
+        server.shutdown()
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "a b c d",
+        'unbroken_rank_step{rank="a"} 1',
+        "unbroken_rank_step 1",
+        'unbroken_rank_step{rank="1"} NaN',
+        'unbroken_rank_step{rank="1"} Inf',
+        'unbroken_rank_step{rank="1',
+        "unbroken_node_peers NaN",
+        "{}",
+    ],
+)
+def test_what_is_no_page_of_an_agents_metrics_is_named(text: str) -> None:
+    place = Place(node=3, incarnation="i", address="a", port=1)
+    with pytest.raises(DamagedError, match="what node 3 tells is no page of metrics"):
+        node_view(place, text)
+
+
+@pytest.mark.parametrize("answer", [b"", b"3", b"{", b"[3]", b"[{}]", b'[{"labels": 3, "annotations": 3}]', b"[" * 999])
+def test_what_is_no_list_of_alerts_is_damage(answer: bytes) -> None:
+    with pytest.raises(DamagedError, match="Alertmanager's list of alerts"):
+        alerts_in(answer)
+
+
+@pytest.mark.parametrize(
+    "waiting",
+    [
+        3,
+        [3],
+        [{}],
+        [{"next_scheduled_start_time": 3, "expected_start_time": None, "work_queue_name": "a"}],
+        [{"next_scheduled_start_time": "2026-01-01T00:00:00", "name": "a", "work_queue_name": 3, "state_name": "a"}],
+        [{"next_scheduled_start_time": "x", "expected_start_time": None, "work_queue_name": "a"}],
+    ],
+)
+def test_an_answer_that_is_none_of_prefects_is_named(waiting: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    prefect = PrefectServer("http://127.0.0.1:9")
+    monkeypatch.setattr(prefect, "post", lambda path, body: 1 if path.endswith("count") else waiting)
+    with pytest.raises(DamagedError, match="Prefect does not answer as it should"):
+        ask_prefect(prefect)

@@ -324,3 +324,27 @@ def test_no_source_line_listens_on_every_address() -> None:
         if re.search(r"0\.0\.0\.0|INADDR_ANY|\(\(\"\",", path.read_text())
     ]
     assert found == []
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "flows.monitor.runs.Watched",
+        "tasks.serving.link.Asked",
+        "tasks.prediction.inputs.KeptVersion",
+        "training.memory.slots.Memory",
+    ],
+)
+def test_a_result_that_names_a_dataclass_which_is_no_document_is_refused(name: str) -> None:
+    with pytest.raises(DamagedError):
+        loaded(canonical_json({"__class__": name, "data": {}}))
+
+
+@pytest.mark.parametrize("name", ["builtins.UnicodeDecodeError", "json.JSONDecodeError", f"{__name__}.OddError"])
+def test_an_exception_that_cannot_be_made_of_its_message_is_told(name: str) -> None:
+    assert repr(loaded(canonical_json({"__exc_type__": name, "message": "no"}))) == f"RuntimeError('{name}: no')"
+
+
+class OddError(Exception):
+    def __init__(self, message: str) -> None:
+        super().__init__(message["key"])  # type: ignore[call-overload]

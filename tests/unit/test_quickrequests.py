@@ -94,3 +94,14 @@ def test_a_silent_store_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
             Store(StoreLocation(endpoint=endpoint, bucket="b")).require_answer()
     Store(StoreLocation(endpoint=endpoint, bucket="b")).require_answer()  # refused: whoever asks next is told
     Store(StoreLocation(endpoint=None, bucket="b")).require_answer()
+
+
+@pytest.mark.parametrize(("was", "now"), [(b"<Size>9", b"<Size>-9"), (b"00Z</LastM", b"00</LastM")])
+def test_a_listing_that_cannot_be_is_left_to_the_client(was: bytes, now: bytes) -> None:
+    page = (
+        b"<ListBucketResult><IsTruncated>false</IsTruncated><EncodingType>url</EncodingType><Contents><Key>a</Key>"
+        b"<Size>9</Size><ETag>e</ETag><LastModified>2026-11-27T06:00:00Z</LastModified></Contents></ListBucketResult>"
+    )
+    assert len(list(_entries(page))) == 1
+    with pytest.raises(ValueError, match="a listing says"):
+        list(_entries(page.replace(was, now)))

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from flows.publish import judged_of, wanted_of
 from flows.reaper.decide import (
     CANCEL_SECONDS,
     CRASHED_SECONDS,
@@ -24,8 +25,12 @@ from flows.reaper.decide import (
     judge_tracked,
 )
 from flows.reaper.engine_jobs import end_unwanted
+from flows.reaper.flow_runs import newest_event
 from flows.reaper.signs import MAX_GAP_SECONDS, Signs
 from infra.launcher import CANCELLED, JobState
+from tasks import tracking
+from tasks.lifecycle import alias
+from training.errors import InfrastructureError, UserError
 
 LONG = 1e6
 
@@ -152,3 +157,39 @@ def test_after_a_gap_between_two_looks_everything_is_young_again() -> None:
         assert signs.seconds_unchanged("a", "x", now=now) == age
     signs.begin_look(set(), now=now)
     assert signs.seconds_unchanged("a", "x", now=now + 1) == 0, "it was forgotten"
+
+
+@pytest.mark.parametrize("answer", [b"", b"[]", b"{}", b'{"events": 3}', b'{"events": [{}]}', b'{"events": {"a": 1}}'])
+def test_an_answer_that_is_no_list_of_events_is_named(answer: bytes) -> None:
+    with pytest.raises(InfrastructureError, match="Prefect does not answer as it should"):
+        newest_event(answer)
+
+
+def test_the_newest_event_is_the_first() -> None:
+    assert newest_event(b'{"events": [{"id": "a"}, {"id": "b"}]}') == "a"
+    assert newest_event(b'{"events": []}') is None
+
+
+@pytest.mark.parametrize("generation", ["", "x", "-1", "9" * 5000, "1.0"])
+def test_an_mlflow_run_whose_tags_tell_of_no_run_is_a_persons(generation: str) -> None:
+    assert tracking.open_run("r", {tracking.RUN_KEY_TAG: "k", tracking.GENERATION_TAG: generation}) is None
+    assert tracking.open_run("r", {tracking.GENERATION_TAG: "0"}) is None
+
+
+def test_a_tag_that_is_no_change_of_champion_is_none() -> None:
+    for text in ("", "x", "-1", "9" * 5000):
+        assert alias.shown_change({alias.SHOWN_TAG: text}) == 0
+    assert alias.shown_change({alias.SHOWN_TAG: "12"}) == 12
+
+
+@pytest.mark.parametrize("label", ["", "3", "a b c", "3 x", "3 -1", f"3 {'9' * 5000}", "3 \u0664"])
+def test_a_label_that_names_no_version_is_named(label: str) -> None:
+    with pytest.raises(UserError, match="names no version: start another flow run"):
+        judged_of(label)
+
+
+@pytest.mark.parametrize("label", ["", "[]", "{}", "[" * 5000])
+def test_a_label_that_names_no_data_is_named(label: str) -> None:
+    with pytest.raises(UserError, match="names no data to be predicted"):
+        wanted_of(label)
+    assert judged_of("3 12") == ("3", 12)

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 
 import pytest
 
+from training.documents import canonical_json, fast_digest
 from training.memory.slots import (
     HEADER_BYTES,
     Entry,
@@ -18,6 +19,7 @@ from training.memory.slots import (
     create_slots,
     file_of,
     journal_bytes,
+    opened,
     reaches_back_to,
 )
 
@@ -141,3 +143,13 @@ def test_what_is_cleared_is_not_found(descriptors: Descriptors) -> None:
         write(slots, step)
     slots.clear()
     assert found(slots) is None
+
+
+@pytest.mark.parametrize("data", [b"[" * HEADER_BYTES, b'["' + b"[" * 4000 + b'", ""]', b"[1, 2]", b"{}", b"9" * 4096])
+def test_what_is_no_sealed_document_is_none(data: bytes) -> None:
+    assert opened(Header, data) is None
+
+
+def test_a_sealed_document_that_is_deep_is_none() -> None:
+    deep = "[" * 2000
+    assert opened(Header, canonical_json([deep, fast_digest(deep.encode())])) is None

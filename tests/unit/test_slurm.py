@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
 
 import pytest
 
 from infra.launcher import JobSpec, Needs
 from infra.slurm.batch import placement, sbatch_arguments, script
+from infra.slurm.commands import Commands
+from infra.slurm.offer import what_would_fit
 from infra.slurm.requirements import judge, judge_partition, parse_config
 from infra.slurm.site import Site
 from infra.slurm.tasks import job_name, parse_tasks
-from training.errors import UserError
+from training.errors import InfrastructureError, UserError
 
 NEEDS = Needs(num_cpus=6, memory_bytes=(3 << 20) + 1, num_gpus=2, time_limit_seconds=61, priority="high")
 SPEC = JobSpec(key="k", num_nodes=3, command=("agent", "{node}", "a b"), environment={"WHERE": "x"}, needs=NEEDS)
@@ -78,3 +82,23 @@ def test_grace_times_are_judged_where_nodes_are_taken() -> None:
     assert long is not None
     assert not long.advice
     assert judge_partition("PartitionName=high GraceTime=0 PreemptMode=OFF") is None
+
+
+@pytest.mark.parametrize("line", ["slurm_load_jobs error", "7|0|x|RUNNING", "7|0|x|RUNNING|None|n1|more", ""])
+def test_what_is_no_queue_is_named(line: str) -> None:
+    with pytest.raises(InfrastructureError, match="squeue printed"):
+        parse_tasks(f"{line}\n", mark="m")
+
+
+def test_odd_settings_are_judged_too() -> None:
+    assert judge_partition("GraceTime=UNLIMITED PreemptMode=REQUEUE") is not None
+    assert judge_partition(f"PartitionName=a GraceTime={'9' * 5000} PreemptMode=REQUEUE") is not None
+    judge({**GOOD, "AuthInfo": f"cred_expire={'9' * 5000}", "SlurmdTimeout": "9" * 5000}, has_priorities=False)
+
+
+def test_an_offer_that_is_none_is_shown_as_it_is() -> None:
+    commands = cast(Commands, SimpleNamespace(run=lambda *arguments: "no|such\na|up|2|3|4|gpu:1|1:00"))
+    assert what_would_fit(commands).splitlines()[1:] == [
+        "  no|such",
+        "  partition a (up): 2 nodes, each with 3 CPUs, 4 MiB and gpu:1, for at most 1:00",
+    ]

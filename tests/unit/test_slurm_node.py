@@ -119,3 +119,17 @@ def test_a_node_that_is_told_to_go_passes_it_on_unless_nobody_wants_more(tmp_pat
     assert started.run() == EXIT_PREEMPTED
     telling.join()
     assert (tmp_path / "left").exists() is not is_cancelled
+
+
+@pytest.mark.parametrize(
+    ("says", "message"),
+    [
+        ("NodeName=n1 State=IDLE", "NodeAddr of n1, '', "),
+        (f"NodeAddr={'a' * 70}.example", "is no address"),
+        ("NodeAddr=a..b", "is no address"),
+        ("NodeAddr=192.0.2.1", "no interface of this machine has"),
+    ],
+)
+def test_a_node_of_which_slurm_knows_no_address_is_named(tmp_path: Path, says: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        place_of(scontrol(tmp_path, says=says), "n1")

@@ -12,6 +12,7 @@ from tests.unit.tiny import CPU, Tiny, exact_arithmetic, make_trainer
 from training import tensorfile
 from training.checkpoints.snapshot import Image
 from training.checkpoints.state import TrainState, tensors_sha256
+from training.documents import canonical_json
 from training.errors import DamagedError, DeterministicError
 from training.loop import Trainer
 from training.tensorfile import Place
@@ -193,3 +194,11 @@ def test_the_digest_covers_names_dtypes_shapes_and_bytes() -> None:
     assert tensors_sha256({"a": torch.arange(6).view(2, 3).t().contiguous().t()}) == tensors_sha256(
         {"a": torch.arange(6).view(2, 3)}
     )
+
+
+@pytest.mark.parametrize("shape", [[0, 2**63 - 1, 4], [2**62, 2**62, 0], [0, 10**19], [-1], [True], ["2"], [1.0]])
+def test_a_shape_that_torch_cannot_count_is_damage(shape: list[object]) -> None:
+    head = canonical_json({"w": {"dtype": "F32", "shape": shape, "data_offsets": [0, 0]}})
+    file = bytearray(len(head).to_bytes(8, "little") + head)
+    with pytest.raises(DamagedError, match="a file of tensors is damaged"):
+        tensorfile.tensors(memoryview(file))

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-from dataclasses import replace
+import math
+from dataclasses import asdict, replace
 
 import pytest
 
 from tests.unit.fakes import FaultyStore
+from training.documents import canonical_json
+from training.errors import DamagedError
 from training.runs import system
 from training.runs.system import Sample, SampleReader, SampleWriter, keep_sampling, take_sample
 from training.s3.objectstore import Store
@@ -62,3 +65,18 @@ def test_agent_goes_on_sampling_until_it_ends(store: Store, monkeypatch: pytest.
         assert all(0 <= each.cpu_utilization_percentage <= 100 for _, each in found)
 
     asyncio.run(asyncio.wait_for(run(), 60))
+
+
+@pytest.mark.parametrize("stream", ["a-b", "-", "0", "\u0661-a", "99999999999-a"])
+def test_folder_that_is_no_nodes_is_passed_over(store: Store, stream: str) -> None:
+    SampleWriter(store, PREFIX, node=0, incarnation="a").send(sample(0))
+    store.put(f"{PREFIX}system/{stream}/000000.jsonl", b"no sample")
+    assert [node for node, _ in SampleReader(store, PREFIX).read_new()] == [0]
+
+
+@pytest.mark.parametrize("time", [math.inf, math.nan, 1e300, -1.0])
+def test_sample_of_no_time_is_damage(store: Store, time: float) -> None:
+    document = {**asdict(sample(0)), "time": str(time)}
+    store.put(f"{PREFIX}system/0-a/000000.jsonl", canonical_json(document))
+    with pytest.raises(DamagedError, match=r"000000\.jsonl is damaged"):
+        list(SampleReader(store, PREFIX).read_new())

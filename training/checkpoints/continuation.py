@@ -6,6 +6,7 @@ needs to know, and the other run may be removed. trajectories/TRAJECTORY/NUM_STE
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, replace
 
 from training.checkpoints.checkpoint import folder, load_manifest
@@ -17,6 +18,8 @@ from training.runs.events import chunk_key
 from training.runs.history import committed_steps
 from training.runs.record import CheckpointRef, Continued, Record, RunRecord, with_continued
 from training.s3.objectstore import Store
+
+_SIBLING = re.compile(r"(\d{1,18})-(\w+)", re.ASCII)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,7 +53,10 @@ def find_siblings(store: Store, trajectory: str, *, run_key: str, recipe: Recipe
     """Other runs with this trajectory that have a checkpoint, those that help most first."""
     found = []
     for key, _ in store.list_keys(f"trajectories/{trajectory}/"):
-        other, _, other_key = key.rpartition("/")[2].partition("-")
+        match = _SIBLING.fullmatch(key.rpartition("/")[2])
+        if match is None:  # nobody's of ours
+            continue
+        other, other_key = match.groups()
         run = RunRecord(store, other_key)
         record = run.find() if other_key != run_key else None
         if record is not None and record.checkpoints:

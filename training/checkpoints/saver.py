@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from torch.distributed import Store as Rendezvous  # type: ignore[attr-defined]  # public, but not listed
 
 FAILED_RECEIPT = "null"
+_FOLDER = re.compile(r"(\d{8,18})-(\d{6,18})", re.ASCII)
 NOTHING: Mapping[str, str] = MappingProxyType({})
 PARTS_SECONDS = 300.0
 SLICE_SECONDS = 5.0
@@ -220,7 +222,10 @@ class CheckpointSaver:
         kept = {(checkpoint.token, checkpoint.step) for checkpoint in known}
         with suppress(InfrastructureError):
             for name in self._run.store.list_folders(f"{self._prefix}checkpoints/"):
-                step, token = (int(number) for number in name.split("-"))
+                match = _FOLDER.fullmatch(name)
+                if match is None:  # nobody's of ours
+                    continue
+                step, token = int(match[1]), int(match[2])
                 if (token, step) < (newest.token, newest.step) and (token, step) not in kept:
                     for key, _ in list(self._run.store.list_keys(folder(self._prefix, step, token))):
                         self._run.store.delete(key)

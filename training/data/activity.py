@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 
-from training.documents import parse
+from training.documents import END_OF_TIME, parse
 from training.errors import DamagedError, InfrastructureError, MissingError
 from training.s3.objectstore import Store, Versioned
 
@@ -69,6 +69,8 @@ def _read(store: Store, dataset: str) -> tuple[Activity, Versioned | None]:
         activity = parse(Activity, read.document)
         if activity.format != FORMAT:
             raise DamagedError(f"it has another format than {FORMAT}")
+        if not all(0 <= lapses < END_OF_TIME for lapses in activity.holders.values()):
+            raise DamagedError("holders: a claim lapses at a time that is none")
     except MissingError:
         return Activity(generation=_first_generation(store, dataset)), None
     except DamagedError as error:

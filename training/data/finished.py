@@ -44,7 +44,7 @@ class Finished:
         try:
             found = parse(Receipt, unsealed("receipt", self._store.get(key)))
             return found if all(self._is_whole(found.splits[split]) for split in SPLITS) else None
-        except (MissingError, DamagedError):
+        except (MissingError, DamagedError, KeyError):  # it names no shards of a split
             return None
 
     def _is_whole(self, shards: Sequence[ShardInfo]) -> bool:

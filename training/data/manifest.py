@@ -95,7 +95,10 @@ class Manifest:
         document = read_document(data, what="a dataset manifest")
         if document.pop("format", None) != FORMAT:
             raise DamagedError(f"a dataset manifest has another format than {FORMAT}: it needs another release")
-        return parse(Manifest, document)
+        manifest = parse(Manifest, document)
+        if missing := [split for split in SPLITS if split not in manifest.splits]:
+            raise DamagedError(f"a dataset manifest is damaged: splits.{missing[0]}: it is missing")
+        return manifest
 
 
 def shard_key(dataset: str, sha256: str) -> str:

@@ -11,6 +11,7 @@ import numpy as np
 import xxhash
 
 from training.data.shard import Shard
+from training.documents import parse
 from training.errors import DamagedError, InfrastructureError, MissingError, UserError
 from training.recipe import Sample, Table
 from training.s3.objectstore import Store
@@ -33,28 +34,44 @@ class FoundRecord:
     """(number of the shard, row) of each sample."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Noted:
+    """What is known of a withdrawn record."""
+
+    contents: tuple[str, ...]
+    reason: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class _List:
+    """The document."""
+
+    ids: dict[str, _Noted]
+
+
 def withdrawn_key(dataset: str) -> str:
     return f"datasets/{dataset}/withdrawn.json"
 
 
 def withdrawn_records(store: Store, dataset: str) -> dict[str, tuple[str, ...]]:
     """What every later version leaves out. Raises `DamagedError` naming the document if it is not one."""
-    key = withdrawn_key(dataset)
-    try:
-        noted = store.read_versioned(key).document["ids"]
-        return {record: tuple(about["contents"]) for record, about in noted.items()}
-    except MissingError:
-        return {}
-    except (KeyError, TypeError, AttributeError) as error:
-        raise DamagedError(f"{store.location.uri(key)} is damaged: it lists no withdrawn records") from error
+    return {record: about.contents for record, about in _noted(store, dataset).items()}
 
 
 def quarantined_records(store: Store, dataset: str) -> list[str]:
     """Those of the withdrawn ones that a run went on without."""
-    if not withdrawn_records(store, dataset):
-        return []
-    noted = store.read_versioned(withdrawn_key(dataset)).document["ids"]
-    return sorted(record for record, about in noted.items() if about["reason"].startswith(QUARANTINED))
+    noted = _noted(store, dataset)
+    return sorted(record for record, about in noted.items() if about.reason.startswith(QUARANTINED))
+
+
+def _noted(store: Store, dataset: str) -> dict[str, _Noted]:
+    key = withdrawn_key(dataset)
+    try:
+        return parse(_List, store.read_versioned(key).document).ids
+    except MissingError:
+        return {}
+    except DamagedError as error:
+        raise DamagedError(f"{store.location.uri(key)} lists no withdrawn records: {error}") from error
 
 
 def contents_of(withdrawn: Withdrawn) -> frozenset[str]:

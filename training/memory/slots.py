@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from typing import Any, Protocol, TypeVar
 
-from training.documents import canonical_json, fast_digest, parse
+from training.documents import canonical_json, fast_digest, parse, read_json
 from training.errors import DamagedError
 from training.runs.events import Entry
 
@@ -201,7 +201,8 @@ def sealed(value: Any) -> bytes:
 def opened(kind: type[T], data: bytes | memoryview) -> T | None:
     """The inverse of `sealed`; None if that is not what this is."""
     try:
-        document, digest = json.loads(bytes(data))
-        return parse(kind, json.loads(document)) if fast_digest(document.encode()) == digest else None
+        document, digest = read_json(bytes(data), what="it")
+        is_whole = fast_digest(document.encode()) == digest
+        return parse(kind, read_json(document, what="it")) if is_whole else None
     except (ValueError, TypeError, AttributeError, DamagedError):
         return None

@@ -8,11 +8,11 @@ from __future__ import annotations
 import math
 import threading
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from training.documents import canonical_json, parse, read_document
+from training.documents import END_OF_TIME, canonical_json, parse, read_document
 from training.errors import DamagedError, MissingError, UnbrokenError
 from training.s3.objectstore import Store
 
@@ -34,6 +34,45 @@ class Event:
     def to_line(self) -> bytes:
         fields = {"kind": self.kind, "time": self.time, "step": self.step, "values": self.values}
         return canonical_json(fields) + b"\n"
+
+
+def _is_count(value: Any) -> bool:
+    return type(value) is int
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) in (int, float)
+
+
+def _are_figures(value: Any) -> bool:
+    """As `json_number` writes them."""
+    return isinstance(value, dict) and all(_is_number(v) or v in ("nan", "inf", "-inf") for v in value.values())
+
+
+def _are_counts(value: Any) -> bool:
+    return isinstance(value, list) and value != [] and all(map(_is_count, value))
+
+
+def _is_straggler(value: Any) -> bool:
+    return value is None or (
+        isinstance(value, dict)
+        and _is_count(value.get("rank"))
+        and _is_count(value.get("node"))
+        and _is_number(value.get("factor"))
+    )
+
+
+TOLD: Mapping[str, Mapping[str, Callable[[Any], bool]]] = {
+    "attempt": {"world_size": _is_count, "source": lambda value: isinstance(value, str)},
+    "step": {
+        **dict.fromkeys(("loss", "grad_norm", "learning_rate", "samples_per_second", "seconds"), _is_number),
+        "validation": _are_figures,
+    },
+    "pace": {"straggler": _is_straggler},
+    "balance": {"shares": _are_counts},
+}
+"""What the values of an event are, by its kind, as far as anybody counts on them."""
+NOT_ALWAYS_TOLD = frozenset({"source", "seconds", "validation"})
 
 
 def json_number(value: float) -> float | str:
@@ -149,9 +188,23 @@ class EventReader:
 def _parse(data: bytes, token: int, *, uri: str) -> list[Event]:
     """Raises `DamagedError`, which says what to do, if any line is no event."""
     try:
-        return [parse(Event, {**read_document(line, what="a line"), "token": token}) for line in data.splitlines()]
+        events = [parse(Event, {**read_document(line, what="a line"), "token": token}) for line in data.splitlines()]
+        for event in events:
+            require_well_formed(event)
+        return events
     except DamagedError as error:
         raise DamagedError(f"{uri}: {error}; put an empty object there, and its events are left out") from error
+
+
+def require_well_formed(event: Event) -> None:
+    """Raises `DamagedError` for a time that is none, or without the values that one of its kind has."""
+    if not 0 <= event.time < END_OF_TIME:
+        raise DamagedError(f"an event has the time {event.time:g}, which is none")
+    for name, is_well_formed in TOLD.get(event.kind, {}).items():
+        if name in event.values and not is_well_formed(event.values[name]):
+            raise DamagedError(f"an event of kind {event.kind!r} is damaged: {name}: it is {event.values[name]!r:.40}")
+        if name not in event.values and name not in NOT_ALWAYS_TOLD:
+            raise DamagedError(f"an event of kind {event.kind!r} is damaged: {name}: it is missing")
 
 
 def committed(events: Iterable[Event], resume_steps: Sequence[int | None]) -> list[Event]:

@@ -40,20 +40,24 @@ async def serve(address: str, port: int, text: Callable[[], str]) -> asyncio.Ser
     """Answer GET /metrics with `text()`, and everything else with 404; on any port if that one is taken."""
 
     async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        with suppress(OSError, TimeoutError, asyncio.IncompleteReadError, asyncio.LimitOverrunError):
-            head = await asyncio.wait_for(reader.readuntil(b"\r\n\r\n"), REQUEST_SECONDS)
-            is_found = head.startswith(b"GET /metrics ")
-            body = text().encode() if is_found else b"only /metrics is here\n"
-            status = "200 OK" if is_found else "404 Not Found"
-            writer.write(
-                f"HTTP/1.1 {status}\r\nContent-Type: {CONTENT_TYPE}\r\nContent-Length: {len(body)}\r\n"
-                "Connection: close\r\n\r\n".encode()
-                + body
-            )
-            await writer.drain()
-        writer.close()
+        await _answer(reader, writer, text)
 
     try:
         return await asyncio.start_server(answer, address, port)
     except OSError:
         return await asyncio.start_server(answer, address, 0)
+
+
+async def _answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, text: Callable[[], str]) -> None:
+    with suppress(OSError, TimeoutError, asyncio.IncompleteReadError, asyncio.LimitOverrunError):
+        head = await asyncio.wait_for(reader.readuntil(b"\r\n\r\n"), REQUEST_SECONDS)
+        is_found = head.startswith(b"GET /metrics ")
+        body = text().encode() if is_found else b"only /metrics is here\n"
+        status = "200 OK" if is_found else "404 Not Found"
+        writer.write(
+            f"HTTP/1.1 {status}\r\nContent-Type: {CONTENT_TYPE}\r\nContent-Length: {len(body)}\r\n"
+            "Connection: close\r\n\r\n".encode()
+            + body
+        )
+        await writer.drain()
+    writer.close()

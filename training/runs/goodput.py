@@ -82,7 +82,7 @@ def _book(before: _Booked, events: Iterable[Event], counting: Iterable[Event]) -
     for event in in_time(events):
         now = event.time if now is None else now
         if event.kind == "attempt":
-            between = "recovery" if event.values["source"] == "memory" else "waiting"
+            between = "recovery" if event.values.get("source") == "memory" else "waiting"
         if event.kind != "step":
             continue
         begun = max(now, event.time - event.values.get("seconds", 0.0))  # steps of older versions did not tell

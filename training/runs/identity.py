@@ -26,6 +26,10 @@ class SourceFile:
     text: str
     encoding: Literal["utf-8", "latin-1"] = "utf-8"
 
+    def __post_init__(self) -> None:
+        """Raises `ValueError` for a text that the encoding does not have."""
+        self.text.encode(self.encoding)
+
     @property
     def sha256(self) -> str:
         return sha256_hex(self.data)

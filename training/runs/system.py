@@ -6,18 +6,21 @@ runs/KEY/GENERATION/system/NODE-INCARNATION/N.jsonl: one writer per stream (an a
 from __future__ import annotations
 
 import asyncio
+import math
+import re
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 
 import psutil
 
-from training.documents import canonical_json, parse, read_document
-from training.errors import MissingError, UnbrokenError
+from training.documents import END_OF_TIME, canonical_json, parse, read_document
+from training.errors import DamagedError, MissingError, UnbrokenError
 from training.s3.objectstore import Store
 
 SAMPLE_SECONDS = 10.0
 MEBI = 2**20
+_STREAM = re.compile(r"(\d{1,9})-", re.ASCII)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,8 +85,9 @@ class SampleReader:
     def read_new(self) -> Iterator[tuple[int, Sample]]:
         """(node, sample), in order for each incarnation of a node."""
         for stream in self._store.list_folders(self._folder):
-            self._chunks.setdefault(stream, 0)
-            yield from ((int(stream.partition("-")[0]), sample) for sample in self._read(stream))
+            if match := _STREAM.match(stream):
+                self._chunks.setdefault(stream, 0)
+                yield from ((int(match[1]), sample) for sample in self._read(stream))
 
     def _read(self, stream: str) -> Iterator[Sample]:
         while True:
@@ -94,7 +98,14 @@ class SampleReader:
                 return
             self._chunks[stream] += 1
             uri = self._store.location.uri(key)
-            yield from (parse(Sample, read_document(line, what=uri)) for line in data.splitlines())
+            yield from (_sample(line, uri) for line in data.splitlines())
+
+
+def _sample(line: bytes, uri: str) -> Sample:
+    found = parse(Sample, read_document(line, what=uri))
+    if not all(map(math.isfinite, vars(found).values())) or not 0 <= found.time < END_OF_TIME:
+        raise DamagedError(f"{uri} is damaged: it holds no sample of a machine")
+    return found
 
 
 def _folder(prefix: str) -> str:

@@ -320,7 +320,7 @@ class Store:
     def read_versioned(self, key: str) -> Versioned:
         """A JSON document with the ETag that its replacement must name."""
         quick = self._quick_reply("GET", key, headers=CHECKED)
-        if quick is not None and quick.status == 200 and is_whole(quick):
+        if quick is not None and quick.status == 200 and is_whole(quick) and "ETag" in quick.headers:
             return Versioned(document=_parse(self.location.uri(key), quick.data), etag=quick.headers["ETag"])
         self._require_key(key, quick)
         with self._typed_errors(key):

@@ -176,9 +176,7 @@ def _entries(page: bytes) -> Iterator[dict[str, Any]]:
         raise TruncatedError
     for item in root.iterfind(f"{space}Contents"):
         told = {child.tag.removeprefix(space): child.text or "" for child in item}
-        yield {
-            "Key": unquote_plus(told["Key"]),
-            "Size": int(told["Size"]),
-            "ETag": told["ETag"],
-            "LastModified": datetime.fromisoformat(told["LastModified"]),
-        }
+        num_bytes, modified = int(told["Size"]), datetime.fromisoformat(told["LastModified"])
+        if num_bytes < 0 or modified.tzinfo is None:
+            raise ValueError(f"a listing says {told}")
+        yield {"Key": unquote_plus(told["Key"]), "Size": num_bytes, "ETag": told["ETag"], "LastModified": modified}
