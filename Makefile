@@ -34,11 +34,12 @@ down: install ## Stop the local stack; the data stays
 status: install ## Which services run
 	$(BIN)/unbroken status
 
-check: install ## Lint, types, dependency direction
+check: install ## Lint, types, dependency direction, bandit
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	$(BIN)/bandit --quiet --recursive --configfile pyproject.toml training tasks flows infra
 
 test: check ## All checks and tests that this machine can run
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder

@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
-from xmlrpc.client import Fault
+from xmlrpc.client import Fault  # nosec B411 # our own supervisor's socket
 
 from infra.launcher import CANCELLED, JobSpec, JobState, JobStatus, is_others
 from infra.local import supervisor

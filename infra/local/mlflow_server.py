@@ -13,6 +13,11 @@ from pathlib import Path
 
 from infra.local.supervisor import STACK_MARK, kill_group
 
+CONTENT = {
+    "experiments": "SELECT 1 FROM experiments LIMIT 1",
+    "registered_models": "SELECT 1 FROM registered_models LIMIT 1",
+}
+
 
 def main() -> None:
     kill_group(os.environ[STACK_MARK], os.environ["SUPERVISOR_GROUP_NAME"])
@@ -34,11 +39,7 @@ def remove_unfinished(database: Path) -> None:
 def _holds_something(database: Path) -> bool:
     with contextlib.closing(sqlite3.connect(database)) as connection:
         tables = {name for (name,) in connection.execute("SELECT name FROM sqlite_master")}
-        return any(
-            connection.execute(f"SELECT 1 FROM {table} LIMIT 1").fetchone() is not None
-            for table in ("experiments", "registered_models")
-            if table in tables
-        )
+        return any(connection.execute(ask).fetchone() is not None for table, ask in CONTENT.items() if table in tables)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
-from xmlrpc.client import Fault
+from xmlrpc.client import Fault  # nosec B411 # our own supervisor's socket
 
 from infra.local import provision, supervisor
 from infra.local.files import locked, write_whole

@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from http.client import HTTPException
 from pathlib import Path
 from typing import Any, cast
-from xmlrpc.client import Fault, ProtocolError
+from xmlrpc.client import Fault, ProtocolError  # nosec B411 # our own supervisor's socket
 
 import psutil
 
@@ -142,7 +142,7 @@ def start(home: Path) -> None:
 
 def remote(home: Path) -> Any:
     """supervisord's XML-RPC interface (http://supervisord.org/api.html)."""
-    from xmlrpc.client import ServerProxy
+    from xmlrpc.client import ServerProxy  # nosec B411 # our own supervisor's socket
 
     from supervisor.xmlrpc import SupervisorTransport
 

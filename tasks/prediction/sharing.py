@@ -36,7 +36,7 @@ def predict_shared(part: Part, num_processes: int) -> None:
 
     Raises the error that one of them told of, or `InfrastructureError` if one died.
     """
-    turned = _turned(part.shards, random.randrange(len(part.shards)))
+    turned = _turned(part.shards, random.randrange(len(part.shards)))  # nosec B311 # no secret: it spreads work
     count = min(num_processes, len(turned))
     with tempfile.TemporaryDirectory() as folder:
         paths = [Path(folder) / f"{rank}.json" for rank in range(count)]
