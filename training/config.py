@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import MISSING, Field, asdict, dataclass, field, fields, is_dataclass, replace
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_type_hints
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast, get_type_hints
 
 from training.documents import canonical_json, read_json, read_toml
 from training.errors import DamagedError, UserError
@@ -321,7 +321,7 @@ def build(kind: type[T], document: Any, *, where: str) -> T:
 
     if not isinstance(document, Mapping):
         raise UserError(f"{where or 'the document'} must be a table")
-    hints = _hints(kind)
+    hints = _hints(cast(Any, kind))
     names = [item.name for item in fields(kind)]  # type: ignore[arg-type]  # T is a dataclass
     prefix = f"{where}." if where else ""
     values: dict[str, Any] = {}

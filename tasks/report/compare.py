@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from statistics import median
 from typing import Any
 
@@ -84,20 +85,23 @@ def _shown(value: Any) -> str:
 def figures_side_by_side(runs: Sequence[RunFacts]) -> Mapping[str, str]:
     """SVG by name."""
     names = sorted({name for run in runs for name in validations(run.steps)})[:MAX_METRICS]
-    wanted: dict[str, tuple[str, Callable[[RunFacts], Sequence[tuple[float, float]]]]] = {
-        figure: (label, lambda run, name=name: of_steps(run.steps, name)) for figure, (name, label) in CURVES.items()
-    }
+    wanted = {figure: (label, partial(_curve, name)) for figure, (name, label) in CURVES.items()}
     for number, name in enumerate(names):
-        wanted[f"validation{number}"] = (
-            f"held-out {name}",
-            lambda run, name=name: validations(run.steps).get(name, []),
-        )
+        wanted[f"validation{number}"] = (f"held-out {name}", partial(_held_out, name))
     with style():
         return {
             figure: made
             for figure, (label, points) in wanted.items()
             if (made := _overlaid(figure, label, [curve(points(run)) for run in runs], labels_of(runs))) is not None
         }
+
+
+def _curve(name: str, run: RunFacts) -> Sequence[tuple[float, float]]:
+    return of_steps(run.steps, name)
+
+
+def _held_out(name: str, run: RunFacts) -> Sequence[tuple[float, float]]:
+    return validations(run.steps).get(name, [])
 
 
 def _overlaid(figure_name: str, label: str, curves: Sequence[Curve], labels: Sequence[str]) -> str | None:

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -294,7 +294,7 @@ def _system(facts: RunFacts) -> Figure | None:
     figure, (cpu, memory, network) = canvas(rows=3, height=5.4, width=WIDE_INCHES)
     for number, (node, samples) in enumerate(facts.samples.items()):
         is_told_apart = len(facts.samples) <= MAX_NODE_LINES
-        drawing = {
+        drawing: dict[str, Any] = {
             "color": COLOURS["nodes"],
             "linestyle": LINE_STYLES[number % len(LINE_STYLES)] if is_told_apart else "-",
             "alpha": 1.0 if is_told_apart else 0.5,

@@ -116,9 +116,9 @@ def _chunks(store: Store, folder: str, unknown: list[str]) -> list[tuple[int, in
     """The (token, number) of each, in order."""
     found = []
     for key, _ in store.list_keys(folder):
-        token, _, number = key.removeprefix(folder).removesuffix(".jsonl").partition("/")
-        if token.isdecimal() and number.isdecimal():
-            found.append((int(token), int(number)))
+        of_token, _, its_number = key.removeprefix(folder).removesuffix(".jsonl").partition("/")
+        if of_token.isdecimal() and its_number.isdecimal():
+            found.append((int(of_token), int(its_number)))
         else:
             unknown.append(f"{store.location.uri(key)} is no chunk of events")
     found.sort()
