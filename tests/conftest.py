@@ -25,7 +25,9 @@ from training.s3 import objectstore
 from training.s3.objectstore import Store, StoreLocation
 
 UNBROKEN = str(Path(sysconfig.get_path("scripts")) / "unbroken")
-LONG, QUICK = ("flows", "faults"), ("unit",)
+LONGEST = ("test_deaths.py", "test_dvc.py", "test_cancelling.py", "test_pipeline.py")
+"""Files that take minutes."""
+LONG, QUICK = ("flows", "faults", "slurm"), ("unit",)
 """Folders of tests, by how long a file of theirs takes."""
 CANARY = os.urandom(16).hex()
 """A secret of whoever starts the stack."""
@@ -43,7 +45,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
     Within a folder the order stays random.
     """
-    items.sort(key=lambda item: (item.path.parent.name in QUICK) - (item.path.parent.name in LONG))
+
+    def place(item: pytest.Item) -> tuple[bool, int]:
+        folder = item.path.parent.name
+        return item.path.name not in LONGEST, (folder in QUICK) - (folder in LONG)
+
+    items.sort(key=place)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,13 +1,8 @@
-"""`kill -9` and cancellation mid-run: it completes by itself with the same bits, or leaves nothing alive."""
+"""`kill -9` mid-run: it completes by itself with the same bits."""
 
 from __future__ import annotations
 
 import json
-import signal
-import subprocess
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,28 +11,31 @@ from prefect.client.orchestration import SyncPrefectClient
 from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterId
 
 from infra.local import supervisor
-from infra.local.launcher import LocalLauncher
 from infra.local.node import job_path
 from tasks.mlflow_client import connect
 from tasks.report.figures import figures_of
 from tasks.report.gather import gather
 from tasks.tracking import METRICS
 from tests.conftest import Stack
-from tests.flows.runs import last_json, loss_history, mlflow_runs, processes, run_keys, wait_for_step
+from tests.flows.runs import (
+    flow_processes,
+    last_json,
+    loss_history,
+    mlflow_runs,
+    newest_run,
+    newest_states,
+    processes,
+    run_keys,
+    wait_for_step,
+    worker,
+)
 from tests.infra.probes import kill_9, service_pid
 from tests.waiting import wait_until
 from training.runs.record import RunRecord
 
 SHORT = ("--set", "train.steps=240", "--set", "train.checkpoint_every_steps=20")
-ENDLESS = ("--set", "train.steps=100000")
 ONE_NODE = ("--set", "launch.nodes=1")
 """Where it is not the ranks that die."""
-IMPATIENT_REAPER = """
-from flows.reaper import decide
-decide.QUIET_SECONDS = 2.0
-from flows.reaper.__main__ import main
-main()
-"""
 
 
 def test_killed_rank_and_agent_change_nothing(stack: Stack, tmp_path: Path) -> None:
@@ -70,7 +68,7 @@ def test_killed_rank_and_agent_change_nothing(stack: Stack, tmp_path: Path) -> N
     assert json.loads(proof.stdout)["num_attempts"] == len(record.attempt_starts)
     assert json.loads(proof.stdout)["num_steps"] == 240
 
-    calm = stack.command("train", "digits", "--json", "--fresh", "--set", "seed=11", *SHORT)
+    calm = stack.command("train", "digits", "--json", "--fresh", "--set", "seed=11", *SHORT, *ONE_NODE)
     assert calm.returncode == 0, calm.stdout + calm.stderr
     assert run.read().departures == ()
     assert last_json(calm.stdout)["state_sha256"] == record.result.state_sha256
@@ -83,11 +81,11 @@ def test_killed_flow_is_resumed_by_itself(stack: Stack, tmp_path: Path) -> None:
     before = run_keys(stack)
     command = stack.start("run", "digits", "--json", "--set", "seed=12", *SHORT, *ONE_NODE)
     run = wait_for_step(stack, before, step=20)
-    for process in _flow_processes(stack):
+    for process in flow_processes(stack):
         process.kill()
     output, _ = command.communicate(timeout=150)
     assert command.returncode == 0, output
-    states = _newest_states(stack)
+    states = newest_states(stack)
     assert (states.count("Crashed"), states.count("AwaitingRetry"), states[-1]) == (1, 1, "Completed")
     record = run.read()
     assert record.departures == ()
@@ -103,18 +101,18 @@ def test_worker_flow_and_agents_killed_at_once_are_resumed(stack: Stack) -> None
     run = wait_for_step(stack, before, step=40)
     job = job_path(stack.home, run.run_key)
     submitted_at = job.stat().st_mtime_ns
-    victims = [_worker(stack), *_flow_processes(stack), *processes(stack, "training.cluster.agent")]
+    victims = [worker(stack), *flow_processes(stack), *processes(stack, "training.cluster.agent")]
     for process in victims:
         process.kill()
     wait_until(
-        lambda: _newest_states(stack).count("Running") == 2, what="the flow run to run again", timeout_seconds=120
+        lambda: newest_states(stack).count("Running") == 2, what="the flow run to run again", timeout_seconds=120
     )
     assert not any(process.is_running() for process in victims)
     if job.exists():  # it may be finished by now
         assert job.stat().st_mtime_ns == submitted_at, "the job was submitted twice"
     output, _ = command.communicate(timeout=150)
     assert command.returncode == 0, output
-    assert _newest_states(stack)[-1] == "Completed"
+    assert newest_states(stack)[-1] == "Completed"
     assert run.read().attempt_starts[-1] >= 20, "it resumed, it did not begin anew"
     assert all(task.state.is_final() for task in _newest_tasks(stack)), "a task of a dead process says Running"
     _is_told_once(stack, run)
@@ -130,7 +128,7 @@ def test_healthy_run_is_not_called_crashed_though_all_around_it_is_killed(stack:
         kill_9(pid)
     output, _ = command.communicate(timeout=200)
     assert command.returncode == 0, output
-    states = _newest_states(stack)
+    states = newest_states(stack)
     assert (states.count("Crashed"), states.count("Running"), states[-1]) == (0, 1, "Completed")
     assert len(run.read().attempt_starts) == 1
     _is_told_once(stack, run)
@@ -155,101 +153,6 @@ def test_mlflow_may_be_away_from_before_the_start_until_after_the_end(stack: Sta
     assert {"system/node0/cpu_utilization_percentage", "system/node1/cpu_utilization_percentage"} <= set(
         tracked.data.metrics
     )
-
-
-def test_cancelled_run_leaves_nothing_although_its_worker_and_flow_are_dead(stack: Stack) -> None:
-    before = run_keys(stack)
-    command = stack.start("run", "digits", "--set", "seed=17", *ENDLESS, *ONE_NODE)
-    run = wait_for_step(stack, before, step=20)
-    for process in (_worker(stack), *_flow_processes(stack)):
-        process.kill()
-    command.send_signal(signal.SIGINT)
-    wait_until(lambda: not processes(stack, "training.cluster.agent"), what="every agent to be gone")
-    output, _ = command.communicate(timeout=60)
-    assert command.returncode == 130, output
-    assert _newest_states(stack)[-1] == "Cancelled"
-    with reaping(stack):
-        wait_until(lambda: mlflow_runs(stack, run.run_key)[0].info.status == "KILLED", what="MLflow to be told")
-
-
-def test_cancelling_leaves_no_rank_and_the_next_run_goes_on(stack: Stack) -> None:
-    before = run_keys(stack)
-    arguments = ("run", "digits", "--set", "seed=13", *ENDLESS)
-    command = stack.start(*arguments)
-    run = wait_for_step(stack, before, step=60)
-    assert processes(stack, "training.cluster.worker")
-    command.send_signal(signal.SIGINT)
-    output, _ = command.communicate(timeout=60)
-    assert command.returncode == 130, output
-    assert not processes(stack, "training.cluster.worker")
-    assert not processes(stack, "training.cluster.agent")
-    assert _newest_states(stack)[-1] == "Cancelled"
-    (tracked,) = mlflow_runs(stack, run.run_key)
-    assert tracked.info.status == "KILLED"
-
-    command = stack.start(*arguments)
-    resumed = wait_until(lambda: run.read().attempt_starts[1:], what="the next run to resume")
-    assert resumed[0] >= 50
-    command.send_signal(signal.SIGINT)
-    command.communicate(timeout=60)
-    assert not processes(stack, "training.cluster.worker")
-
-
-def test_training_of_two_flow_runs_ends_with_the_last_one(stack: Stack) -> None:
-    before, launcher = run_keys(stack), LocalLauncher(stack.home)
-    arguments = ("run", "digits", "--set", "seed=18", *ENDLESS, *ONE_NODE)
-    first = stack.start(*arguments)
-    run = wait_for_step(stack, before, step=20)
-    second = stack.start(*arguments)
-    wait_until(lambda: len(launcher.jobs()[run.run_key]) == 2, what="the second to ask for it", timeout_seconds=60)
-    agents = processes(stack, "training.cluster.agent")
-
-    def cancel(command: subprocess.Popen[str]) -> None:
-        command.send_signal(signal.SIGINT)
-        output, _ = command.communicate(timeout=60)
-        assert command.returncode == 130, output
-
-    cancel(first)
-    before_that = run.read().checkpoints[-1].step
-    wait_until(lambda: run.read().checkpoints[-1].step > before_that, what="a checkpoint since", timeout_seconds=60)
-    assert processes(stack, "training.cluster.agent") == agents != []
-    (tracked,) = mlflow_runs(stack, run.run_key)
-    assert tracked.info.status == "RUNNING"
-    cancel(second)
-    wait_until(lambda: not processes(stack, "training.cluster.agent"), what="the agent to be gone", timeout_seconds=20)
-
-
-def test_runs_cancel_cancels_whoever_follows(stack: Stack) -> None:
-    """And nobody submits it again."""
-    before = run_keys(stack)
-    command = stack.start("train", "digits", "--set", "seed=14", *ENDLESS, *ONE_NODE)
-    run = wait_for_step(stack, before, step=60)
-    assert stack.command("runs", "cancel", run.run_key).returncode == 0
-    output, _ = command.communicate(timeout=60)
-    assert command.returncode == 130, output
-    assert not processes(stack, "training.cluster.agent")
-    (tracked,) = mlflow_runs(stack, run.run_key)
-    assert tracked.info.status == "KILLED"
-
-
-@contextmanager
-def reaping(stack: Stack) -> Iterator[None]:
-    """A second reaper, which waits for no sign of life for longer than one look: nobody is left to give one."""
-    reaper = subprocess.Popen([sys.executable, "-P", "-c", IMPATIENT_REAPER], env=stack.environment())
-    try:
-        yield
-    finally:
-        reaper.kill()
-        reaper.wait()
-
-
-def _worker(stack: Stack) -> Any:
-    return next(iter(p for p in processes(stack, "worker") if "start" in p.cmdline()), None)
-
-
-def _flow_processes(stack: Stack) -> list[Any]:
-    """The processes that execute flow runs."""
-    return processes(stack, "prefect.engine")
 
 
 def _is_told_once(stack: Stack, run: RunRecord) -> None:
@@ -279,17 +182,7 @@ def _has_one_report(stack: Stack, run: RunRecord, folder: Path, *told: str) -> N
     assert figures_of(facts).keys() >= {"loss", "rate", "norm", "throughput", "timeline", "slices", "confusion"}
 
 
-def _newest_run(client: SyncPrefectClient) -> Any:
-    return max(client.read_flow_runs(), key=lambda run: str(run.created))
-
-
-def _newest_states(stack: Stack) -> list[str | None]:
-    """Every state that the newest flow run had, oldest first."""
-    with SyncPrefectClient(stack.settings.prefect_api_url) as client:
-        return [state.name for state in client.read_flow_run_states(_newest_run(client).id)]
-
-
 def _newest_tasks(stack: Stack) -> list[Any]:
     with SyncPrefectClient(stack.settings.prefect_api_url) as client:
-        ours = FlowRunFilter(id=FlowRunFilterId(any_=[_newest_run(client).id]))
+        ours = FlowRunFilter(id=FlowRunFilterId(any_=[newest_run(client).id]))
         return list(client.read_task_runs(flow_run_filter=ours))
