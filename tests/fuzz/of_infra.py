@@ -19,7 +19,7 @@ from flows.monitor.firing import alerts_in
 from flows.monitor.page import runs_page, servers_page
 from flows.monitor.seen import Seen
 from flows.monitor.servers import PrefectServer, ask_prefect
-from flows.monitor.view import RunView, Servers, to_json, view_of
+from flows.monitor.view import Overview, RunView, Servers, to_json, view_of
 from flows.publish import judged_of, wanted_of
 from flows.reaper.flow_runs import newest_event
 from infra import settings
@@ -41,6 +41,7 @@ from tests.fuzz.parser import DIGEST, Held, MemoryFile, Parser
 from tests.unit.status_views import VIEW
 from training.cluster.links import Place
 from training.documents import canonical_json, read_json
+from training.errors import MissingError
 from training.runs.record import RunRecord
 
 NAME = job_name("m", DIGEST).encode()
@@ -135,12 +136,13 @@ SHOWN = json.dumps(to_json(VIEW)).encode()
 PLACE = Place(node=0, incarnation="i", address="10.0.0.1", port=1)
 HEARTBEATS = b'{"events": [{"id": "0190", "event": "prefect.flow-run.heartbeat"}], "total": 1}'
 WANTED = canonical_json(asdict(Wanted(model="m", version="3", dataset="d", dataset_digest=DIGEST)))
+GET = b"GET /metrics HTTP/1.1\r\nHost: localhost\r\n\r\n"
 HTTP_WORDS = (
     *(b"POST /alerts HTTP/1.1\r\n", b"GET /metrics HTTP/1.0\r\n", b"GET / HTTP/9.9\r\n"),
     *(b"HEAD /metrics HTTP/1.1\r\n", b"Content-Length: x\r\n", b"Content-Length: -5\r\n"),
     *(b"Content-Length: 99999999999\r\n", b"PUT", b"Content-Length: \xb2\r\n", b"Transfer-Encoding: chunked\r\n"),
     *(b"Expect: 100-continue\r\n", b"\r\n\r\n", b"A: " + b"b" * 70_000 + b"\r\n", b"a:b\r\n" * 120),
-    *(b" HTTP/1.1\r\n", b"HTTP/1.1.1"),
+    *(b"POST /alerts/", b"GET /runs/a.json ", b"Origin: http://a\r\n", b"Host: a\r\n", b"GET /style.css "),
 )
 FILE = MemoryFile()
 
@@ -181,7 +183,7 @@ def parsers() -> list[Parser]:
         Parser(name="Alertmanager's alerts", seeds=(FIRING,), parse=alerts_in),
         Parser(name="what the monitor says of a run", seeds=(SHOWN,), parse=lambda data: document(RunView, data)),
         Parser(name="a message of Alertmanager", seeds=(ALERTS,), wrap=posted, parse=answered, refuses=False),
-        Parser(name="an HTTP request to the monitor", seeds=(posted(ALERTS), b"GET /metrics HTTP/1.1\r\nA: b\r\n\r\n"),
+        Parser(name="an HTTP request to the monitor", seeds=(posted(ALERTS), GET),
                parse=answered, words=HTTP_WORDS, refuses=False),
         Parser(name="Prefect's flow runs", seeds=(FLOW_RUNS,), parse=flow_runs, refuses=False),
         Parser(name="a label of a flow run", seeds=(b"3 12", WANTED), parse=label, words=(b" ", b"9" * 5000)),
@@ -273,14 +275,29 @@ def agents_view(data: bytes) -> Any:
 
 
 def posted(body: bytes) -> bytes:
-    return b"POST /alerts HTTP/1.1\r\nHost: a\r\nContent-Length: %d\r\n\r\n" % len(body) + body
+    return b"POST /alerts HTTP/1.1\r\nHost: localhost\r\nContent-Length: %d\r\n\r\n" % len(body) + body
 
 
 def take(message: Any) -> None:
     json.dumps(prefect_events(message, lambda run: [f"flow run of {run}"]))
 
 
-APP = make_app(cast(Any, SimpleNamespace(metrics=lambda: "metrics", find=None)), take)
+class Shown:
+    """What was seen last."""
+
+    def metrics(self) -> str:
+        return "metrics"
+
+    def overview(self) -> Overview:
+        return Overview(at=0.0, runs=(VIEW,), servers=Servers(at=0.0), disk_bytes=2, disk_free_bytes=1, links={})
+
+    def run(self, key: str) -> RunView:
+        if key != VIEW.key:
+            raise MissingError(f"no run {key!r}")
+        return VIEW
+
+
+APP = make_app(cast(Any, Shown()), take)
 
 
 def answered(data: bytes) -> int:
