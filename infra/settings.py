@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from infra.passwords import password_environment
 from infra.slurm.site import Site
 from training import signatures
 from training.documents import parse, read_document, read_toml
@@ -30,10 +31,12 @@ KNOWN: dict[str, tuple[str, ...]] = {
         *("email_to", "email_from", "smtp", "smtp_user", "smtp_password_file"),
     ),
     "signing": ("key_file",),
+    "stack": ("authentication",),
     "slurm": ("partition", "account", "qos", "commands", "priorities"),
 }
 KINDS: dict[str, tuple[type, str]] = {
     "ports": (int, "a number"),
+    "stack": (bool, "true or false"),
     "watch": (list, "a list of presets"),
     "monitoring.serving": (list, 'a list of addresses such as "127.0.0.1:8000"'),
     "slurm.priorities": (dict, 'a table such as {high = "partition=NAME", low = "qos=NAME"}'),
@@ -61,6 +64,8 @@ class Settings:
     slurm: Site = field(default_factory=Site)
     maybe_signing_key_file: str | None = None
     """The path, never a key."""
+    passwords: tuple[str, ...] = ()
+    """The parts of the local stack that ask for one."""
 
     @property
     def mlflow_uri(self) -> str:
@@ -129,6 +134,7 @@ def load_settings() -> Settings:
             priorities=file.get("slurm", {}).get("priorities", {}),
         ),
         maybe_signing_key_file=_signing_key_file(file),
+        passwords=tuple(part for part in local.get("passwords", ()) if part not in external_parts(file)),
     )
 
 
@@ -206,8 +212,10 @@ def environment(settings: Settings) -> dict[str, str]:
 
 
 def activate(settings: Settings) -> None:
-    """Put `environment` into this process. Keys of another store, if set, would shadow the local stack's own."""
+    """Put `environment` into this process, and passwords. Keys of another store, if set, would shadow the local
+    stack's own."""
     os.environ.update(environment(settings))
+    os.environ.update(password_environment(settings.home, settings.passwords))
     if settings.s3_is_local:
         for name in FOREIGN_KEYS:
             os.environ.pop(name, None)
@@ -273,6 +281,14 @@ def gate_policy_path() -> Path:
     if os.environ.get("UNBROKEN_MLFLOW_GATE"):
         return Path(os.environ["UNBROKEN_MLFLOW_GATE"])
     return path.parent / named if named and path is not None else PROJECT_ROOT / "mlflow" / "gate.toml"
+
+
+def wants_authentication() -> bool:
+    """`[stack] authentication`, or $UNBROKEN_STACK_AUTHENTICATION. Raises `UserError`."""
+    text = os.environ.get("UNBROKEN_STACK_AUTHENTICATION", "")
+    if text not in ("", "true", "false"):
+        raise UserError(f"UNBROKEN_STACK_AUTHENTICATION = {text!r} must be true or false")
+    return text == "true" if text else bool(read_settings_file().get("stack", {}).get("authentication"))
 
 
 def monitoring_settings() -> dict[str, Any]:

@@ -17,6 +17,7 @@ import botocore.endpoint
 import pytest
 
 from infra.local import supervisor
+from infra.passwords import password_path, read_password
 from infra.settings import Settings, activate, credentials_path, load_settings
 from tests.faults.proxy import LosingProxy
 from tests.secrets import places_of_secrets
@@ -141,8 +142,10 @@ def _secrets_left(stack: Stack) -> list[str]:
     keys = credentials_path(stack.home)
     secret = keys.read_text().rpartition("aws_secret_access_key = ")[2].strip()
     pids = [process.pid for process in supervisor.stack_processes(stack.home)]
-    allowed = (keys, stack.home / "s3-identities.json")
-    return places_of_secrets(stack.home, stack.store, (secret, CANARY), allowed=allowed, processes=pids)
+    parts = stack.settings.passwords
+    allowed = (keys, stack.home / "s3-identities.json", *(password_path(stack.home, part) for part in parts))
+    known = (secret, CANARY, *(read_password(stack.home, part) for part in parts))
+    return places_of_secrets(stack.home, stack.store, known, allowed=allowed, processes=pids)
 
 
 @pytest.fixture

@@ -24,6 +24,7 @@ def add_to(app: App) -> None:
 def up(*, json: Json = False) -> None:
     """Start the local stack, or see that it is well."""
     from infra.local import stack
+    from infra.passwords import USER, password_path
 
     settings = stack.up(lambda line: print(line, file=sys.stderr, flush=True))
     if json:
@@ -33,6 +34,8 @@ def up(*, json: Json = False) -> None:
     print(f"Prefect  {settings.prefect_ui_url}")
     print(f"MLflow   {settings.mlflow_uri}/#/experiments?workflowType=machine_learning")
     print(f"S3       {settings.s3_endpoint or 'AWS'}  bucket {settings.s3_bucket}")
+    for part in settings.passwords:
+        print(f"{part} asks who you are: user {USER}, with the password in {password_path(settings.home, part)}")
     print(f"For your own shell: source {settings.home / 'env'}")
 
 

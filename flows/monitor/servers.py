@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import base64
 import json
-import os
 import time
 import urllib.error
 import urllib.request
@@ -17,6 +15,7 @@ from typing import Any
 from flows.monitor.firing import ask_alertmanager
 from flows.monitor.view import Servers, Waiting
 from infra.http import fetch
+from infra.passwords import prefect_headers
 from infra.settings import Settings
 from training.documents import read_json
 from training.errors import DamagedError
@@ -35,9 +34,7 @@ class PrefectServer:
 
     def post(self, path: str, body: Any) -> Any:
         """Raises `OSError` if the server is away or refuses, `DamagedError` if its answer is none of Prefect's."""
-        headers = {"Content-Type": "application/json"}
-        if user := os.environ.get("PREFECT_API_AUTH_STRING"):
-            headers["Authorization"] = "Basic " + base64.b64encode(user.encode()).decode()
+        headers = {"Content-Type": "application/json", **prefect_headers()}
         request = urllib.request.Request(f"{self._api_url}/{path}", json.dumps(body).encode(), headers)
         data = fetch(request, timeout=ANSWER_SECONDS)
         return read_json(data, what="Prefect's answer") if data else None

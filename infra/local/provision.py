@@ -10,6 +10,7 @@ from collections.abc import Callable
 
 from infra.http import fetch
 from infra.local.services import MAX_RUNS_AT_ONCE, WORK_POOL, WORK_QUEUES
+from infra.passwords import prefect_headers
 from infra.settings import PROJECT_ROOT, RESULTS_BLOCK, Settings
 from training.documents import digest_of
 from training.errors import InfrastructureError
@@ -59,7 +60,7 @@ def are_gone(api_url: str) -> bool:
 def _is_missing(url: str) -> bool:
     """A server that does not answer, or not to strangers, does not say so."""
     try:
-        fetch(url, timeout=10)
+        fetch(urllib.request.Request(url, headers=prefect_headers()), timeout=10)
         return False
     except urllib.error.HTTPError as error:
         return error.code == 404

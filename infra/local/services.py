@@ -8,6 +8,7 @@ import shutil
 import sys
 import sysconfig
 import tomllib
+import urllib.request
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,6 +16,7 @@ from pathlib import Path
 from infra.http import fetch
 from infra.local.ports import LOOPBACK
 from infra.monitoring.render import write_configs
+from infra.passwords import prefect_headers
 from infra.settings import (
     PROJECT_ROOT,
     Settings,
@@ -134,6 +136,7 @@ def mlflow_service(settings: Settings, port: int) -> Service:
             *(sys.executable, "-m", "mlflow", "server", "--host", LOOPBACK, "--port", str(port)),
             *("--backend-store-uri", f"sqlite:///{database}"),
             *("--artifacts-destination", store),
+            *(("--app-name", "unbroken") if "mlflow" in settings.passwords else ()),
             *policy["flags"],
         ),
         environment={
@@ -177,7 +180,8 @@ def worker_service(settings: Settings) -> Service:
     """Prefect's process worker, which starts flow runs as processes of its own."""
 
     def has_worker() -> bool:
-        return answers(f"{settings.prefect_api_url}/work_pools/{WORK_POOL}", containing=b'"READY"')
+        url = f"{settings.prefect_api_url}/work_pools/{WORK_POOL}"
+        return answers(urllib.request.Request(url, headers=prefect_headers()), containing=b'"READY"')
 
     return Service(
         name="worker",
@@ -287,7 +291,7 @@ def _script(name: str) -> str:
     return found
 
 
-def answers(url: str, *, containing: bytes = b"") -> bool:
+def answers(url: str | urllib.request.Request, *, containing: bytes = b"") -> bool:
     try:
         return containing in fetch(url, timeout=3)
     except OSError:

@@ -27,6 +27,7 @@ from infra.local.watch import (
     status_of,
     wait_until_it_serves,
 )
+from infra.passwords import PARTS, make_passwords, shell_lines
 from infra.settings import (
     DEFAULT_BUCKET,
     FOREIGN_KEYS,
@@ -40,6 +41,7 @@ from infra.settings import (
     load_settings,
     read_settings_file,
     read_state,
+    wants_authentication,
     write_state,
 )
 from training.errors import InfrastructureError, UserError
@@ -119,7 +121,11 @@ def _write_addresses(folder: Path, *, was_running: bool, lost: Collection[int]) 
         "prefect": {"api_url": f"http://{LOOPBACK}:{ports['prefect']}/api"},
     }
     local = {part: address for part, address in addresses.items() if part not in external_parts(file)}
-    write_state(folder, {"ports": ports, WANTED: True, **local})
+    passwords = [part for part in PARTS if part in local] if wants_authentication() else []
+    if was_running and read_state(folder).get("passwords", []) != passwords:
+        raise UserError("[stack] authentication was changed: `unbroken down`, then `unbroken up` again")
+    make_passwords(folder, passwords)
+    write_state(folder, {"ports": ports, WANTED: True, "passwords": passwords, **local})
 
 
 def _begin(settings: Settings, services: Mapping[str, Service], report: Report, *, was_running: bool) -> None:
@@ -213,6 +219,7 @@ def down() -> bool:
 def status() -> list[ServiceStatus]:
     """Every local service. Raises `InfrastructureError` if the stack was never up."""
     settings = load_settings()
+    activate(settings)
     return status_of(settings.home, _services(settings)) if read_state(settings.home) else []
 
 
@@ -242,6 +249,7 @@ def _write_shell_environment(settings: Settings) -> None:
     lines = [f"export {name}={shlex.quote(value)}" for name, value in sorted(environment(settings).items())]
     if settings.s3_is_local:  # as `activate` does
         lines.append(f"unset {' '.join(FOREIGN_KEYS)}")
+    lines += shell_lines(settings.home, settings.passwords)
     lines.append(f'export PATH={shlex.quote(sysconfig.get_path("scripts"))}:"$PATH"')
     write_whole(settings.home / "env", "\n".join(lines) + "\n")
 
