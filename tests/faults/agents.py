@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import subprocess
 import time
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+import torch
 from torch import Tensor, nn
 
 from tests.faults.hosts import INTERFACE, Cluster, Host
@@ -27,7 +29,8 @@ STEPS = 200
 EVERY = 20
 SLOW_WHILE = "TEST_IS_SLOW_WHILE"
 SLOWER_WHILE = "TEST_IS_SLOWER_WHILE"
-"""Name the files, in the environment of the agents: one for all, and one for each."""
+"""Name the files, in the environment of the agents: one for all, and one for each. They may say for how long."""
+NOT_FINITE_WHILE = "TEST_LOSS_IS_NOT_FINITE_WHILE"
 PAUSE_SECONDS = 0.15
 
 
@@ -37,9 +40,10 @@ class Slow(Tiny):
 
     def loss(self, model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
         for variable in (SLOW_WHILE, SLOWER_WHILE):
-            if os.path.exists(os.environ.get(variable, "")):
-                time.sleep(PAUSE_SECONDS)
-        return super().loss(model, batch)
+            with contextlib.suppress(FileNotFoundError, KeyError):
+                time.sleep(float(Path(os.environ[variable]).read_text() or PAUSE_SECONDS))
+        loss = super().loss(model, batch)
+        return loss * torch.nan if os.path.exists(os.environ.get(NOT_FINITE_WHILE, "")) else loss
 
 
 @dataclass
@@ -64,15 +68,20 @@ class Agents:
         """As long as this is there, that host is slower than the others."""
         return self.folder / f"slower{host.number}"
 
-    def start(self, host: Host) -> subprocess.Popen[str]:
+    def not_finite(self, host: Host) -> Path:
+        """As long as this is there, that host's losses are NaN."""
+        return self.folder / f"not-finite{host.number}"
+
+    def start(self, host: Host, *, env: Mapping[str, str] | None = None) -> subprocess.Popen[str]:
         command = [
             part.replace("{node}", str(host.number)) for part in agent_command(self.run.run_key, self.job_digest)
         ]
         address = {"UNBROKEN_NODE_ADDRESS": host.address, "GLOO_SOCKET_IFNAME": INTERFACE}
         address[SLOW_WHILE] = str(self.folder / "slow")
         address[SLOWER_WHILE] = str(self.slower(host))
+        address[NOT_FINITE_WHILE] = str(self.not_finite(host))
         with (self.folder / f"node{host.number}.log").open("a") as log:
-            environment = {**agent_environment(self.location), **address}
+            environment = {**agent_environment(self.location), **address, **(env or {})}
             self.running.append(host.start(command, env=environment, stdout=log, stderr=log))
         self.newest[host.number] = self.running[-1]
         return self.running[-1]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import shutil
 import subprocess
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import pytest
 import yaml
 
 from infra.monitoring.render import CONSEQUENCES, FOLDER, OF_ALL_RUNS, WINDOWS, read_windows, rules, write_configs
+from tests.faults.alerting import SHORT
 from training.errors import UserError
 
 PORTS = {"monitor": 1, "prometheus": 2, "alertmanager": 3}
@@ -112,9 +114,10 @@ def test_a_receiver_that_is_half_named_is_refused(tmp_path: Path, settings: dict
         write_configs(tmp_path, PORTS, settings)
 
 
-def test_what_is_worse_is_noticed_sooner_than_what_follows_from_it() -> None:
+@pytest.mark.parametrize("changes", [{}, SHORT], ids=["shipped", "of the fault tests"])
+def test_what_is_worse_is_noticed_sooner_than_what_follows_from_it(changes: Mapping[str, Any]) -> None:
     """Else one cause would be two messages."""
-    windows = read_windows()
+    windows = {**read_windows(), **changes}
     seconds = {name: _seconds(windows[name]) for name in windows}
     rate_falls = (1 - windows["throughput_share"]) * seconds["rate"]  # so long after nothing is done any more
     assert seconds["stalled"] + seconds["look"] < rate_falls + seconds["throughput"]
