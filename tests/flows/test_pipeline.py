@@ -19,7 +19,7 @@ import psutil
 import pytest
 import requests
 import torch
-from prefect.client.orchestration import get_client
+from prefect.client.orchestration import SyncPrefectClient
 from prefect.client.schemas.filters import ArtifactFilter, ArtifactFilterFlowRunId
 
 from infra.local.ports import LOOPBACK, free_port
@@ -217,7 +217,7 @@ def test_prefect_command_runs_the_deployment(stack: Stack, digits: dict[str, Any
 def test_flow_run_shows_a_table_and_links(stack: Stack, digits: dict[str, Any]) -> None:
     run_id = UUID(digits["links"]["prefect"].rpartition("/")[2])
     ours = ArtifactFilter(flow_run_id=ArtifactFilterFlowRunId(any_=[run_id]))
-    with get_client(sync_client=True) as client:
+    with SyncPrefectClient(stack.settings.prefect_api_url) as client:
         artifacts = {artifact.key: str(artifact.data) for artifact in client.read_artifacts(artifact_filter=ours)}
     assert "accuracy" in artifacts["results"]
     assert digits["model"]["run_key"] in artifacts["links"]

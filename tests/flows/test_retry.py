@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 
-from prefect.client.orchestration import get_client
+from prefect.client.orchestration import SyncPrefectClient
 from prefect.client.schemas.filters import LogFilter, LogFilterLevel
 
 from infra.local import supervisor
@@ -22,10 +22,10 @@ def test_storage_that_is_away_ends_neither_the_ranks_nor_who_follows_them(stack:
     command = stack.start("run", "digits", "--json", "--set", "seed=21", "--set", f"train.steps={steps}")
     run = wait_for_step(stack, before, step=60)
     ranks = {process.pid for process in processes(stack, "training.cluster.worker")}
-    complaints = _num_complaints()  # of other runs
+    complaints = _num_complaints(stack)  # of other runs
     supervisor.remote(stack.home).stopProcess("s3")
     try:
-        wait_until(lambda: _num_complaints() >= complaints + 2, what="the follower to find no store")
+        wait_until(lambda: _num_complaints(stack) >= complaints + 2, what="the follower to find no store")
         alive = {process.pid for process in processes(stack, "training.cluster.worker")}
     finally:
         supervisor.remote(stack.home).startProcess("s3")
@@ -39,8 +39,8 @@ def test_storage_that_is_away_ends_neither_the_ranks_nor_who_follows_them(stack:
     assert [step for step, _ in loss_history(stack, tracked.info.run_id)] == list(range(1, steps + 1))
 
 
-def _num_complaints() -> int:
+def _num_complaints(stack: Stack) -> int:
     """In Prefect's log, where a person sees them."""
     warnings = LogFilter(level=LogFilterLevel(ge_=logging.WARNING))
-    with get_client(sync_client=True) as client:
+    with SyncPrefectClient(stack.settings.prefect_api_url) as client:
         return sum(COMPLAINT in entry.message for entry in client.read_logs(warnings))
