@@ -334,7 +334,7 @@ def build(kind: type[T], document: Any, *, where: str) -> T:
         if isinstance(value, list):
             value = tuple(value)
         try:
-            values[key] = _strict(hints[key]).validate_python(value)
+            values[key] = _strict(kind, key).validate_python(value)
         except ValidationError as error:
             reason = error.errors()[0]["msg"]
             raise UserError(f"{prefix + key} = {value!r}: {reason[0].lower()}{reason[1:]}") from error
@@ -354,10 +354,10 @@ def _hints(kind: Any) -> dict[str, Any]:
 
 
 @cache
-def _strict(hint: Any) -> TypeAdapter[Any]:
+def _strict(kind: Any, name: str) -> TypeAdapter[Any]:
     from pydantic import ConfigDict, TypeAdapter
 
-    return TypeAdapter(hint, config=ConfigDict(strict=True))
+    return TypeAdapter(_hints(kind)[name], config=ConfigDict(strict=True))
 
 
 def _is_required(item: Field[Any]) -> bool:
