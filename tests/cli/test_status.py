@@ -9,12 +9,14 @@ import pty
 import shutil
 import signal
 import subprocess
+import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import psutil
 import pytest
 
 from infra.local.stack import monitor_url
@@ -22,6 +24,7 @@ from tests.cli.commands import complaint, unbroken
 from tests.conftest import UNBROKEN, Stack
 from tests.faults.injectors import KillProcess
 from tests.flows.runs import last_json, processes, run_keys, wait_for_step
+from tests.infra.probes import service_pid
 from tests.waiting import wait_until
 from training.runs.record import RunRecord
 
@@ -84,18 +87,29 @@ def test_sixty_columns_are_enough(stack: Stack, disturbed: RunRecord) -> None:
     assert "\x1b" not in done.stdout + everything.stdout, "only a terminal is painted"
 
 
-def test_a_terminal_is_shown_it_anew(stack: Stack, disturbed: RunRecord) -> None:
+def test_a_terminal_is_shown_it_anew_though_the_monitor_dies(stack: Stack, disturbed: RunRecord) -> None:
     ours, theirs = pty.openpty()
     command = [UNBROKEN, "status", disturbed.run_key[:12]]
     process = subprocess.Popen(command, stdout=theirs, stderr=theirs, env={**stack.environment(), "COLUMNS": "60"})
     os.close(theirs)
-    shown = b""
-    while b"\x1b[J" not in shown.partition(b"\x1b[J")[2]:  # until the third screen replaces the second
-        shown += os.read(ours, 1 << 16)
+    _read_until(ours, b"TRAINING")
+    _read_until(ours, b"TRAINING")
+    fault = KillProcess(psutil.Process(service_pid(stack.home, "monitor")))
+    fault.fire()
+    assert fault.fired
+    assert b"\x1b[J" in _read_until(ours, b"the monitor does not answer"), "it replaces what was there"
+    _read_until(ours, b"\x1b[J\x1b[32mdigits")
     process.send_signal(signal.SIGINT)
     assert process.wait(30) == 130
     os.close(ours)
-    assert shown.count(b"TRAINING") >= 2
+
+
+def _read_until(terminal: int, words: bytes) -> bytes:
+    """What is shown, up to a screen with these words."""
+    shown = b""
+    while words not in shown:
+        shown += os.read(terminal, 1 << 16)
+    return shown
 
 
 @pytest.fixture(scope="module")
@@ -124,7 +138,6 @@ def test_a_browser_shows_it_on_any_screen(stack: Stack, disturbed: RunRecord, ta
             assert content_width <= width, "nothing sticks out"
 
 
-@pytest.mark.skipif(not shutil.which("chromium"), reason="Chromium is not installed")
 def test_the_page_of_a_run_that_is_unknown(stack: Stack) -> None:
     with pytest.raises(urllib.error.HTTPError) as refused:
         urllib.request.urlopen(f"{monitor_url()}/runs/{'e' * 64}", timeout=30)
