@@ -46,7 +46,12 @@ def error_html(message: str) -> str:
 @cache
 def _template(name: str) -> Template:
     environment = Environment(
-        loader=FileSystemLoader(PAGES), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+        loader=FileSystemLoader(PAGES),
+        autoescape=True,
+        undefined=StrictUndefined,
+        auto_reload=False,
+        trim_blocks=True,
+        lstrip_blocks=True,
     )
     environment.globals["words"] = words
     environment.tests["web"] = is_web
