@@ -167,3 +167,10 @@ def test_a_run_that_nobody_watches_is_read_when_it_is_asked_for() -> None:
     RunRecord(watching.store, "y" * 64).create_if_missing()
     with pytest.raises(MissingError, match="never given to an engine"):
         watching.runs.find("y" * 64)
+
+
+def test_a_run_that_is_asked_for_before_the_first_look_is_at_work() -> None:
+    watching = Watching()
+    watching.begin()
+    found = watching.runs.find(KEY)
+    assert (found.state, found.links["Prefect"]) == ("starting", f"http://prefect/runs/flow-run/{FLOW_RUN}")
