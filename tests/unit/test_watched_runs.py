@@ -87,7 +87,8 @@ def attempt(token: int, *, at: float, step: int = 0, source: str = "start") -> E
 
 
 def steps(first: int, last: int, *, token: int, start: float) -> list[Event]:
-    values = {"loss": 1.0, "samples_per_second": 9.0, "seconds": 1.0}
+    numbers = dict.fromkeys(("loss", "grad_norm", "learning_rate", "samples_per_second", "seconds"), 1.0)
+    values = {**numbers, "validation": {}}
     return [
         Event(kind="step", time=start + number - first + 1, token=token, step=number, values=values)
         for number in range(first, last + 1)
