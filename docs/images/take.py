@@ -161,7 +161,7 @@ def as_page(text: str) -> str:
     """What a terminal shows, as HTML."""
     spans = re.sub(r"\x1b\[(\d+)m", r'<span class="c\1">', escape(text)).replace('<span class="c0">', "</span>")
     return (
-        "<meta charset=utf-8><style>body{margin:0;background:#12161d;color:#d8dee9;padding:18px 22px}"
+        "<!doctype html><meta charset=utf-8><style>body{margin:0;background:#12161d;color:#d8dee9;padding:18px 22px}"
         "pre{font:14px/1.45 'DejaVu Sans Mono',monospace;margin:0}.c1{font-weight:700;color:#fff}.c2{color:#7d8797}"
         f".c31{{color:#ff7d74}}.c32{{color:#56c98d}}</style><pre>{spans}</pre>"
     )

@@ -72,7 +72,7 @@ def _print_all(services: Sequence[ServiceStatus]) -> None:
 def _show_run(beginning: str, *, as_json: bool) -> None:
     from flows.cli.browse import find_run
     from flows.cli.stack import open_store
-    from flows.monitor.terminal import run_lines
+    from flows.monitor.terminal import run_lines, trouble_lines
     from infra.local import stack
 
     key = find_run(open_store(), beginning).run_key
@@ -80,13 +80,17 @@ def _show_run(beginning: str, *, as_json: bool) -> None:
     if as_json:
         print_json(_ask(f"{url}/runs/{key}.json"))
         return
-    view = _run(url, key)
-    screen = Screen()
+    view, screen = _run(url, key), Screen()
     screen.show(run_lines(view, time.time(), _width()))
     while screen.is_terminal and not view.is_over:
         time.sleep(LOOK_SECONDS)
-        view = _run(url, key)
-        screen.show(run_lines(view, time.time(), _width()))
+        trouble = ""
+        try:
+            view = _run(url, key)
+        except InfrastructureError as error:  # it is started again by itself
+            trouble = str(error)
+        width = _width()
+        screen.show([*trouble_lines(trouble, width), *run_lines(view, time.time(), width)])
 
 
 class Screen:

@@ -16,8 +16,6 @@ from flows.monitor.view import Overview, RunView
 
 PAGES = Path(__file__).with_name("pages")
 REFRESH_SECONDS = 5
-LATE_SECONDS = 20.0
-"""A view that is so old says so: what it is read from does not answer."""
 CURVE_WIDTH, CURVE_HEIGHT = 600.0, 90.0
 
 
@@ -27,7 +25,7 @@ def overview_html(overview: Overview) -> str:
 
 def run_html(view: RunView) -> str:
     losses = [point.loss for point in view.curve]
-    speeds = [point.samples_per_second or 0.0 for point in view.curve]
+    speeds = smoothed([point.samples_per_second or 0.0 for point in view.curve])
     scale = ", logarithmic" if words.is_logarithmic(losses) else ""
     curves = (
         (f"Loss{scale}", curve(view, losses, heights=words.on_scale(losses))),
@@ -48,9 +46,14 @@ def error_html(message: str) -> str:
 @cache
 def _template(name: str) -> Template:
     environment = Environment(
-        loader=FileSystemLoader(PAGES), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+        loader=FileSystemLoader(PAGES),
+        autoescape=True,
+        undefined=StrictUndefined,
+        auto_reload=False,
+        trim_blocks=True,
+        lstrip_blocks=True,
     )
-    environment.globals |= {"words": words, "LATE_SECONDS": LATE_SECONDS}
+    environment.globals["words"] = words
     environment.tests["web"] = is_web
     return environment.get_template(name)
 
@@ -69,6 +72,13 @@ class Curve:
     high: str
     last: str
     marks: Sequence[float]
+
+
+def smoothed(numbers: Sequence[float]) -> list[float]:
+    """Each the mean of it and those before it that lie within a fortieth of the drawing."""
+    count = max(1, len(numbers) // 40)
+    windows = (numbers[max(0, place - count + 1) : place + 1] for place in range(len(numbers)))
+    return [sum(window) / len(window) for window in windows]
 
 
 def curve(

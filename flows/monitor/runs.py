@@ -93,16 +93,16 @@ class Runs:
 
     def find(self, key: str) -> RunView:
         """A run with its nodes, be it one that no engine has any more. Raises `MissingError` if the store has none,
-        `InfrastructureError` if the store is away, `DamagedError`."""
-        maybe_watched, maybe_view = self._watched.get(key), self.views.get(key)
-        if maybe_watched is None or maybe_view is None:
+        `InfrastructureError` if the store or the engine is away, `DamagedError`."""
+        watched, view = self._watched.get(key), self.views.get(key)
+        if watched is None or view is None:  # or nobody has looked yet, after a start
             with self._asking:
-                maybe_watched = self._read_once(key)
-                return self._view(maybe_watched)
-        if not maybe_watched.is_active:
-            return maybe_view
-        places = list(maybe_watched.places.values())
-        return replace(maybe_view, nodes=ask_agents(places), num_unasked_nodes=max(0, len(places) - MAX_NODES))
+                watched = self._read_once(key)
+                view = self._view(watched)
+        if not watched.is_active:
+            return view
+        places = list(watched.places.values())
+        return replace(view, nodes=ask_agents(places), num_unasked_nodes=max(0, len(places) - MAX_NODES))
 
     def targets(self) -> list[dict[str, Any]]:
         """For Prometheus: `job` and `instance` only, as other labels would clash with the metrics' own."""
@@ -201,6 +201,9 @@ class Runs:
         watched = self._read(key, self._asked.pop(key, None))
         if watched is None:
             raise MissingError(f"run {short(key)} was never given to an engine: there is nothing to show of it")
+        owners = self._launcher.jobs().get(key)
+        watched.owners = owners or ()
+        watched.maybe_status = None if owners is None else self._launcher.find(key)
         self._asked[key] = watched
         if len(self._asked) > MAX_ASKED:
             self._asked.popitem(last=False)

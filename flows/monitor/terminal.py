@@ -37,7 +37,7 @@ class Line:
 
 def run_lines(view: RunView, now: float, width: int) -> list[Line]:
     """All of a run."""
-    found = list(_head(view, width))
+    found = [*_wrapped(words.lateness(view.at, now), width, "bad"), *_head(view, width)]
     for fact in words.facts(view, now):
         found += _named(fact.name, f"{fact.value}{f'  ({fact.note})' if fact.note else ''}", width)
     if len(view.curve) > 1:
@@ -143,6 +143,10 @@ def _named(name: str, text: str, width: int, tone: Tone = "plain") -> Iterator[L
     """The text beside its name, and below that as far as it goes on."""
     lead = f"{words.shortened(name, NAME_COLUMNS - 1):{NAME_COLUMNS - 1}} "
     yield from _wrapped(words.shortened(text, 1000), width, tone, first=lead, rest=" " * NAME_COLUMNS)
+
+
+def trouble_lines(text: str, width: int) -> list[Line]:
+    return list(_wrapped(words.shortened(text, 1000), width, "bad"))
 
 
 def _wrapped(text: str, width: int, tone: Tone = "plain", *, first: str = "", rest: str = "") -> Iterator[Line]:

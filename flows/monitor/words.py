@@ -13,6 +13,8 @@ from training.runs.goodput import USES
 NOTHING = "–"
 SHORT_CAUSE = 300
 LOGARITHMIC_RATIO = 30.0
+LATE_SECONDS = 20.0
+"""A view that is so old says so: what it is read from does not answer."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,6 +89,13 @@ def on_scale(numbers: Sequence[float]) -> list[float]:
     """As high as they are drawn."""
     is_log = is_logarithmic(numbers)
     return [math.log10(number) if is_log and math.isfinite(number) else number for number in numbers]
+
+
+def lateness(at: float, now: float) -> str:
+    """What is to be said of a view of that time; nothing if it is new."""
+    if now - at <= LATE_SECONDS:
+        return ""
+    return f"This is what was seen {duration(now - at)} ago: what it is read from does not answer."
 
 
 def time_split(view: RunView) -> tuple[tuple[str, float], ...]:

@@ -204,6 +204,18 @@ def test_queues_and_health_are_looked_at() -> None:
     assert not answers(url)
 
 
+class Dying(BaseHTTPRequestHandler):
+    """As one that is killed while it answers."""
+
+    def do_GET(self) -> None:
+        self.send_response(200)
+        self.send_header("Content-Length", "9")
+        self.end_headers()
+
+    def log_message(self, format: str, *args: object) -> None:
+        """Nothing."""
+
+
 class Alertmanager(BaseHTTPRequestHandler):
     """As it answers; or as another program does that has its port."""
 
