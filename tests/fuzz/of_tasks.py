@@ -229,7 +229,7 @@ def kept_document(data: bytes) -> bytes:
 
 
 def a_kept_version(data: bytes) -> Any:
-    return model_file.find(Held({".json": data}), "m", "3").identity
+    return model_file.find(Held({".json": data}), "digits", "3").identity
 
 
 def a_bookmark(data: bytes) -> Any:

@@ -177,14 +177,14 @@ def samples(data: bytes) -> Any:
 
 
 def a_checkpoint_manifest(data: bytes) -> Any:
-    return load_manifest(Held({"manifest.json": data}), "", REFERENCE)
+    return load_manifest(Held({"manifest.json": data}), "runs/k/0/", REFERENCE)
 
 
 def a_checkpoint(data: bytes) -> Any:
     return {
         name: tensor.shape
         for name, tensor in load_checkpoint(
-            Held({"manifest.json": CHECKPOINT, ".safetensors": data}), "", REFERENCE
+            Held({"manifest.json": CHECKPOINT, ".safetensors": data}), "runs/k/0/", REFERENCE
         ).items()
     }
 
