@@ -57,7 +57,7 @@ bench: install ## Data, training, checkpoints, recovery, serving and the chain b
 	$(BIN)/python -m benchmarks.recovery.goodput
 	$(BIN)/python -m benchmarks.scale
 	$(BIN)/python -m benchmarks.serving
-	$(BIN)/unbroken up && $(BIN)/python -m benchmarks.orchestration
+	$(BIN)/unbroken up && $(BIN)/python -m benchmarks.orchestration && $(BIN)/python -m benchmarks.monitoring
 
 screenshots: install ## Take the README's screenshots with a headless Chromium
 	$(BIN)/python docs/images/take.py

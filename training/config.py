@@ -334,7 +334,7 @@ def build(kind: type[T], document: Any, *, where: str) -> T:
         if isinstance(value, list):
             value = tuple(value)
         try:
-            values[key] = _strict(kind, key).validate_python(value)
+            values[key] = _strict(cast(Any, kind), key).validate_python(value)
         except ValidationError as error:
             reason = error.errors()[0]["msg"]
             raise UserError(f"{prefix + key} = {value!r}: {reason[0].lower()}{reason[1:]}") from error

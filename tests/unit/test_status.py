@@ -25,7 +25,7 @@ from tests.unit.status_views import HOSTILE, HOSTILE_OVERVIEW, HOSTILE_VIEW, NOW
 from tests.unit.tiny import tiny_preset
 from training.cluster.links import Place
 from training.documents import parse
-from training.errors import MissingError
+from training.errors import DamagedError, MissingError
 from training.runs.events import Event
 from training.runs.exposition import Page
 from training.runs.record import CheckpointRef, Departure, Failure, Record, Result
@@ -277,6 +277,8 @@ def test_what_an_agent_tells() -> None:
 def test_an_agent_that_is_gone_is_shown() -> None:
     (found,) = ask_agents([PLACE])
     assert (found.node, found.is_answering) == (1, False)
+    with pytest.raises(DamagedError, match="no page of metrics"):
+        node_view(PLACE, "<html>something else has its port</html>")
 
 
 @pytest.mark.parametrize(
