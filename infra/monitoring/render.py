@@ -177,7 +177,8 @@ def _inhibitions() -> list[dict[str, Any]]:
 
 
 EACH = "{{ .Annotations.summary }}\nlikely cause: {{ .Annotations.cause }}\n{{ .Annotations.link }}\n"
-TEXT = f"{{{{ range .Alerts }}}}{EACH}{{{{ end }}}}"
+TEXT = f"{{{{ range .Alerts.Firing }}}}{EACH}{{{{ end }}}}{{{{ range .Alerts.Resolved }}}}over: {EACH}{{{{ end }}}}"
+"""What is over is named with what still fires, for Alertmanager sends both."""
 TITLE = "[{{ .Status }}] {{ .CommonLabels.alertname }} {{ .CommonLabels.run }}{{ .CommonLabels.service }}"
 
 

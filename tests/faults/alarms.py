@@ -173,7 +173,7 @@ def loss_not_finite(trial: Trial, number: int = 2) -> Alarm:
     def start_again() -> None:
         wait_until(lambda: trial.agents.run.read().failure, what="the run to stop for good")
         for agent in trial.agents.newest.values():
-            assert agent.wait(timeout=60) == 4
+            assert agent.wait(timeout=200) == 4
         trial.agents.running.clear()
         file.unlink()
         trial.agents.run.update(without_failure)

@@ -13,6 +13,7 @@ import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
+from datetime import datetime
 from pathlib import Path
 from typing import Any, cast
 from urllib.parse import urlsplit
@@ -52,11 +53,12 @@ SHORT: Mapping[str, Any] = {
     "throughput": "24s",
     "history": "5m",
     "checkpoint_old": 15,
-    "service_away": "5s",
+    "service_away": "12s",
     "deadline": "5s",
     "repeated_over": "60s",
     "serving_over": "15s",
     "linger": "8s",
+    "linger_worst": "30s",
     "group_wait": "3s",
     "group_interval": "2s",
 }
@@ -88,16 +90,14 @@ class Message:
     def status(self) -> str:
         return str(self.document["status"])
 
-    @property
-    def alerts(self) -> list[dict[str, Any]]:
-        return list(self.document["alerts"])
+    def alerts(self, *, since: float) -> list[dict[str, Any]]:
+        """Those that began since then (seconds since 1970): what is over is sent again for a while beside them."""
+        return [
+            alert for alert in self.document["alerts"] if datetime.fromisoformat(alert["startsAt"]).timestamp() >= since
+        ]
 
-    @property
-    def names(self) -> list[str]:
-        return [alert["labels"]["alertname"] for alert in self.alerts]
-
-    def told(self) -> str:
-        return f"{self.status}: {' '.join(self.names)}"
+    def told(self, *, since: float = 0.0) -> str:
+        return f"{self.status}: {' '.join(alert['labels']['alertname'] for alert in self.alerts(since=since))}"
 
 
 class Door:
@@ -171,7 +171,7 @@ class Site:
 
         wait_until(look, what="all alerts to be over", timeout_seconds=timeout_seconds)
 
-    def wait_for_message(self, number: int, *, timeout_seconds: float = 120.0) -> Message:
+    def wait_for_message(self, number: int, *, timeout_seconds: float = 240.0) -> Message:
         """The message of that number, from 0."""
         what = f"message {number} to the webhook"
         wait_until(lambda: len(self.messages) > number, what=what, timeout_seconds=timeout_seconds)

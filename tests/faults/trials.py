@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.faults.agents import Agents
-from tests.faults.alerting import Message, Site
+from tests.faults.alerting import Site
 from tests.faults.hosts import Cluster
 from training.cluster.metrics import short
 
@@ -68,7 +68,7 @@ class Trial:
         """A row of the evidence. Fails if anything else was told than this alert, once, and that it is over, once."""
         site = self.site
         site.wait_until_calm()
-        before, began = len(site.messages), time.monotonic()
+        before, began, since = len(site.messages), time.monotonic(), time.time()
         alarm.fire()
         try:
             told = site.wait_for_message(before)
@@ -79,13 +79,13 @@ class Trial:
             alarm.heal()
         over = site.wait_for_message(before + 1)
         site.wait_until_calm()
-        seen = [message.told() for message in site.messages[before:]]
+        seen = [message.told(since=since) for message in site.messages[before:]]
         fired = site.fired(time.monotonic() - began)
         names = " ".join([alarm.alert] * alarm.num_alerts)
         assert seen == [f"firing: {names}", f"resolved: {names}"], (alarm.fault, seen, fired)
         assert set(alarm.follows) <= set(fired)
-        self._require_text(alarm, told)
-        alert = told.alerts[0]
+        alerts = told.alerts(since=since)
+        self._require_text(alarm, alerts)
         return {
             "fault": alarm.fault,
             "alert": alarm.alert,
@@ -94,17 +94,15 @@ class Trial:
             "seconds_from_healing_to_resolved": round(over.at - healed, 1),
             "messages": seen,
             "fired_but_not_told": [name for name in fired if name != alarm.alert],
-            "text": {name: alert["annotations"][name] for name in ("summary", "cause", "link")},
+            "text": {name: alerts[0]["annotations"][name] for name in ("summary", "cause", "link")},
         }
 
-    def _require_text(self, alarm: Alarm, told: Message) -> None:
-        alert = told.alerts[0]
-        said = alert["annotations"]
-        text = " | ".join(each["annotations"][part] for each in told.alerts for part in ("summary", "cause"))
+    def _require_text(self, alarm: Alarm, alerts: Sequence[dict[str, Any]]) -> None:
+        text = " | ".join(alert["annotations"][part] for alert in alerts for part in ("summary", "cause"))
         assert [word for word in alarm.says if word not in text] == [], text
         if alarm.is_of_run:
-            run = short(self.agents.run.run_key)
-            assert alert["labels"]["run"] == run
+            run, said = short(self.agents.run.run_key), alerts[0]["annotations"]
+            assert alerts[0]["labels"]["run"] == run
             assert f"run {run}" in said["summary"]
             assert said["link"].endswith(f"/runs/flow-run/{self.site.flow_run}")
 

@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 import subprocess
-from collections.abc import Mapping
+import urllib.request
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
+from flows.monitor.servers import answers
+from infra.local.ports import free_port
 from infra.monitoring.render import CONSEQUENCES, FOLDER, OF_ALL_RUNS, WINDOWS, read_windows, rules, write_configs
-from tests.faults.alerting import SHORT
+from tests.faults.alerting import ALERTMANAGER, SHORT
+from tests.waiting import wait_until
 from training.errors import UserError
 
 PORTS = {"monitor": 1, "prometheus": 2, "alertmanager": 3}
@@ -101,6 +108,80 @@ def test_both_programs_take_their_configurations(tmp_path: Path) -> None:
     assert write_configs(tmp_path, PORTS, {})["alertmanager"] != digests["alertmanager"]
 
 
+@contextmanager
+def alertmanager(folder: Path) -> Iterator[str]:
+    """The address of one with these rules of inhibition, which tells nobody that is there."""
+    write_configs(folder, PORTS, {})
+    port = free_port()
+    command = [str(ALERTMANAGER), f"--config.file={folder}/alertmanager.yaml", f"--storage.path={folder}/am"]
+    listens = [f"--web.listen-address=127.0.0.1:{port}", "--cluster.listen-address="]
+    with subprocess.Popen([*command, *listens], stderr=subprocess.DEVNULL) as process:
+        try:
+            wait_until(lambda: answers(f"http://127.0.0.1:{port}/-/ready"), what="Alertmanager to be ready")
+            yield f"http://127.0.0.1:{port}/api/v2/alerts"
+        finally:
+            process.terminate()
+
+
+def left_to_tell(url: str, alerts: Sequence[Mapping[str, str]]) -> list[str]:
+    """The names of those that are not inhibited, once all are there. Then all are over."""
+    now = datetime.now(UTC)
+    _post(url, [{"labels": labels, "startsAt": now.isoformat()} for labels in alerts])
+    assert len(_get(url)) == len(alerts)
+    left = _get(f"{url}?inhibited=false")
+    _post(url, [{"labels": labels, "startsAt": now.isoformat(), "endsAt": now.isoformat()} for labels in alerts])
+    wait_until(lambda: not _get(url), what="the alerts to be over")
+    return sorted(f"{each['labels']['alertname']} {each['labels'].get('run', '')}" for each in left)
+
+
+def _get(url: str) -> Any:
+    with urllib.request.urlopen(url) as reply:
+        return json.load(reply)
+
+
+def _post(url: str, document: Any) -> None:
+    body = json.dumps(document).encode()
+    with urllib.request.urlopen(urllib.request.Request(url, body, {"Content-Type": "application/json"})):
+        pass
+
+
+@pytest.mark.skipif(not ALERTMANAGER, reason="Alertmanager is not installed")
+def test_of_one_cause_one_alert_is_left_to_tell(tmp_path: Path) -> None:
+    """And of another run, another node's disk or another server, all."""
+    of_run = [name for name in ALERTS if name not in ("ServiceAway", "MonitorAway", "LiveModelRegressed")]
+    chain = ["LossNotFinite", "RepeatedFailure", "NodeLost", "Stalled", "CheckpointTooOld"]
+    here, there = {"device": "boot-1"}, {"device": "boot-2"}
+    stack_disk = {"alertname": "DiskNearlyFull", **here}
+    cases: list[tuple[list[dict[str, str]], list[str]]] = [
+        ([{"alertname": name, "run": "a"} for name in of_run], ["DiskNearlyFull a", "LossNotFinite a"]),
+        ([{"alertname": name, "run": name} for name in chain], sorted(f"{name} {name}" for name in chain)),
+        (
+            [stack_disk, *({"alertname": "DiskNearlyFull", "run": run, **here} for run in "ab")],
+            ["DiskNearlyFull "],
+        ),
+        (
+            [stack_disk, {"alertname": "DiskNearlyFull", "run": "a", **there}],
+            ["DiskNearlyFull ", "DiskNearlyFull a"],
+        ),
+        ([stack_disk, {"alertname": "CheckpointTooOld", "run": "a"}], ["DiskNearlyFull "]),
+        (
+            [{"alertname": "ServiceAway", "service": "s3"}, *({"alertname": "Stalled", "run": run} for run in "ab")],
+            ["ServiceAway "],
+        ),
+        (
+            [{"alertname": "ServiceAway", "service": "mlflow"}, {"alertname": "Stalled", "run": "a"}],
+            ["ServiceAway ", "Stalled a"],
+        ),
+        (
+            [{"alertname": "MonitorAway", "service": "monitor"}, {"alertname": "NodeLost", "run": "a", "node": "1"}],
+            ["MonitorAway "],
+        ),
+    ]
+    with alertmanager(tmp_path) as url:
+        for alerts, expected in cases:
+            assert left_to_tell(url, alerts) == expected
+
+
 @pytest.mark.parametrize(
     ("settings", "named"),
     [
@@ -124,6 +205,7 @@ def test_what_is_worse_is_noticed_sooner_than_what_follows_from_it(changes: Mapp
     assert seconds["straggler"] < seconds["throughput"]
     assert seconds["node_lost"] + seconds["look"] < seconds["nodes_missing"]
     assert seconds["linger"] > seconds["rate"] + seconds["look"]
+    assert seconds["linger_worst"] > 2 * seconds["linger"]
     assert seconds["group_wait"] > seconds["look"], "two that see the same disk look at it one after the other"
 
 
