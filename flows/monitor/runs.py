@@ -156,11 +156,8 @@ class Runs:
         maybe_before = self._watched.get(key)
         if maybe_before is not None:
             maybe_before.maybe_status = maybe_status
-            if (
-                maybe_before.ended_at
-                and not maybe_before.is_active
-                and now > maybe_before.ended_at + LAST_WORDS_SECONDS
-            ):
+            is_at_rest = not maybe_before.is_at_work  # one that failed, and is at work, was started again
+            if maybe_before.ended_at and is_at_rest and now > maybe_before.ended_at + LAST_WORDS_SECONDS:
                 return
         try:
             maybe_watched = self._read(key, maybe_before)

@@ -19,7 +19,7 @@ from training.errors import MissingError
 from training.runs.events import Event, EventReader, chunk_key
 from training.runs.goodput import account
 from training.runs.job import Job, store_job
-from training.runs.record import CheckpointRef, Record, Result, RunRecord
+from training.runs.record import CheckpointRef, Failure, Record, Result, RunRecord, without_failure
 from training.s3.objectstore import Entry
 
 SETTINGS = Settings(
@@ -144,6 +144,17 @@ def test_a_run_is_forgotten_when_it_is_long_over_or_removed(monkeypatch: pytest.
     watching.runs.look()
     monkeypatch.setattr(monitor_runs, "KEPT_SECONDS", 0.0)
     assert watching.runs.look() == {}
+
+
+def test_a_run_that_failed_and_is_started_again_is_seen_at_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(monitor_runs, "LAST_WORDS_SECONDS", 0.0)
+    watching = Watching()
+    run = watching.begin()
+    failure = Failure(kind="DeterministicError", message="step 3: the loss is nan")
+    run.update(lambda record: replace(begun(record), failure=failure))
+    assert watching.runs.look()[KEY].state == "failed"
+    run.update(without_failure)
+    assert watching.runs.look()[KEY].state != "failed"
 
 
 def test_a_damaged_run_hides_no_other() -> None:
