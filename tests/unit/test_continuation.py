@@ -167,7 +167,7 @@ def test_a_run_that_somebody_begins_meanwhile_is_left_alone(runs: Runs, store: S
     assert runs.train(run, 6).attempt_starts == (0,)
 
 
-@pytest.mark.parametrize("name", ["", "x", "3", "-k", "x-k", "\u0663-k", f"{'9' * 5000}-k", "3-../../x"])
+@pytest.mark.parametrize("name", ["", "x", "3", "-k", "x-k", "\u0663-k", f"{'9' * 5000}-k", "3-../../x"], ids=len)
 def test_a_name_that_is_no_siblings_is_passed_over(store: Store, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     runs = Runs(store)
     mine, other = runs.begin(6), runs.begin(3)

@@ -67,7 +67,7 @@ def test_agent_goes_on_sampling_until_it_ends(store: Store, monkeypatch: pytest.
     asyncio.run(asyncio.wait_for(run(), 60))
 
 
-@pytest.mark.parametrize("stream", ["a-b", "-", "0", "\u0661-a", "99999999999-a"])
+@pytest.mark.parametrize("stream", ["a-b", "-", "0", "\u0661-a", "99999999999-a"], ids=len)
 def test_folder_that_is_no_nodes_is_passed_over(store: Store, stream: str) -> None:
     SampleWriter(store, PREFIX, node=0, incarnation="a").send(sample(0))
     store.put(f"{PREFIX}system/{stream}/000000.jsonl", b"no sample")
