@@ -8,10 +8,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tasks.mlflow_client import DATASET_TAG, MACHINE_LEARNING, RUN_KEY_TAG, WEIGHTS_TAG, ask, connect
-from training.errors import InfrastructureError, UserError
+from training.documents import sha256_hex
+from training.errors import DamagedError, InfrastructureError, UserError
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
+    from mlflow.entities import LoggedModel
     from mlflow.entities.model_registry import ModelVersion
 
     from tasks.tracking import Tracker
@@ -24,6 +26,8 @@ ALIASES_DUE_TAG = "unbroken.aliases_due"
 """On a version that has not been given its aliases yet: its maker is about to, or has died."""
 MODEL_TAG = "unbroken.model_sha256"
 """On a version: of its model file on the store. With unbroken.model_bytes."""
+PROGRAM = "data/model.pt2"
+"""Among the files of a model in MLflow."""
 MODEL_BYTES_TAG = "unbroken.model_bytes"
 
 
@@ -70,17 +74,24 @@ def ensure_model_version(
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "model"
             save(path, Model(model_id=model.model_id, run_id=tracker.run_id))
+            digest = sha256_hex((path / PROGRAM).read_bytes())
             client.log_model_artifacts(model.model_id, str(path))
-        client.finalize_logged_model(model.model_id, "READY")
+        client.set_logged_model_tags(model.model_id, {MODEL_TAG: digest})  # in its database: files lie in the bucket
+        model = client.finalize_logged_model(model.model_id, "READY")
         client.log_outputs(tracker.run_id, [LoggedModelOutput(model.model_id, step=0)])
     made = client.create_model_version(
         name,
         source=f"models:/{model.model_id}",
         run_id=tracker.run_id,
         model_id=model.model_id,
-        tags={**identity, **tags, ALIASES_DUE_TAG: "true"},
+        tags={**identity, **tags, **_digest_of(model), ALIASES_DUE_TAG: "true"},
     )
     return _only_version(client, name, by_key) or made
+
+
+def _digest_of(model: LoggedModel) -> dict[str, str]:
+    """As a tag of a version; nothing for a model that an earlier release logged."""
+    return {MODEL_TAG: model.tags[MODEL_TAG]} if MODEL_TAG in model.tags else {}
 
 
 def _only_version(client: MlflowClient, name: str, by_key: str) -> ModelVersion | None:
@@ -239,7 +250,8 @@ def tag_version(uri: str, name: str, version: str, tag: str, value: str | None) 
 
 
 def program_of(uri: str, version: ModelVersion) -> tuple[bytes, Any]:
-    """The exported program among a version's files, and MLflow's signature of it."""
+    """The exported program among a version's files, and MLflow's signature of it. Raises `DamagedError` if it is not
+    what was registered."""
     import mlflow
     from mlflow.models import Model
 
@@ -249,7 +261,12 @@ def program_of(uri: str, version: ModelVersion) -> tuple[bytes, Any]:
                 artifact_uri=str(version.source), dst_path=folder, tracking_uri=uri
             )
         )
-        return (Path(path) / "data" / "model.pt2").read_bytes(), Model.load(path).signature
+        data = (Path(path) / PROGRAM).read_bytes()
+        if version.tags.get(MODEL_TAG, digest := sha256_hex(data)) != digest:
+            raise DamagedError(
+                f"{version.source}: its {PROGRAM} is not what was registered as version {version.version}"
+            )
+        return data, Model.load(path).signature
 
 
 def tags_of(uri: str, name: str, version: str) -> dict[str, str]:

@@ -28,7 +28,7 @@ from tests.conftest import Stack
 from tests.flows.runs import loss_history, mlflow_runs
 from tests.unit.tiny import tiny_preset
 from training.config import load_preset
-from training.errors import FencedError, InfrastructureError, UserError
+from training.errors import DamagedError, FencedError, InfrastructureError, UserError
 from training.runs.events import Event, EventWriter
 from training.runs.record import CheckpointRef, Departure, Record, Result, RunRecord, start_fresh, with_resume_step
 from training.runs.system import SampleWriter, take_sample
@@ -91,8 +91,7 @@ def test_racing_registrations_make_one_version(stack: Stack, run: RunRecord) -> 
 
     def save(folder: Path, model: Any) -> None:
         together.wait(30)
-        folder.mkdir()
-        model.save(folder / "MLmodel")
+        save_program(folder, model)
 
     def register(_: int) -> str:
         version = registry.ensure_model_version(
@@ -105,6 +104,29 @@ def test_racing_registrations_make_one_version(stack: Stack, run: RunRecord) -> 
     left = [str(version.version) for version in tracker.client.search_model_versions(f"name = '{name}'")]
     assert versions == [min(versions)] * 3
     assert left == [min(versions)]
+
+
+def save_program(folder: Path, model: Any) -> None:
+    (folder / "data").mkdir(parents=True)
+    (folder / registry.PROGRAM).write_bytes(f"program of {model.model_id}".encode())
+    model.save(folder / "MLmodel")
+
+
+def test_program_that_is_exchanged_in_the_bucket_is_not_taken_for_what_was_registered(
+    stack: Stack, run: RunRecord
+) -> None:
+    """Its digest is in MLflow's database, where who writes the bucket does not."""
+    uri, tracker = stack.settings.mlflow_uri, ensure(stack, run)
+    name = f"model-{uuid.uuid4().hex}"
+    version = registry.ensure_model_version(
+        uri, name, tracker, run_key=run.run_key, weights_sha256="w", tags={}, save=save_program
+    )
+    program, _ = registry.program_of(uri, version)
+    keys = [key for key, _ in stack.store.list_keys("mlflow/") if key.endswith(registry.PROGRAM)]
+    (key,) = (key for key in keys if stack.store.get(key) == program)
+    stack.store.put(key, b"another program")
+    with pytest.raises(DamagedError, match=r"its data/model\.pt2 is not what was registered as version 1"):
+        registry.program_of(uri, version)
 
 
 def register_found(stack: Stack, tracker: tracking.Tracker, model: str, run_key: str) -> str:
