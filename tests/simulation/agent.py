@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from math import inf
 from typing import TYPE_CHECKING
 
 from tests.simulation.clock import Clock
@@ -51,6 +52,7 @@ class SimulatedAgent:
         "clock",
         "closing",
         "frozen",
+        "frozen_at",
         "hangs",
         "has_left",
         "host",
@@ -88,6 +90,8 @@ class SimulatedAgent:
         self.is_preempted = False
         self.frozen = 0
         """By how many faults."""
+        self.frozen_at = -inf
+        """When it last was; infinity: it still is."""
         self.hangs = False
         """Its workers will not stop when told to."""
         self.waiting: list[Callable[[], None]] = []

@@ -196,7 +196,7 @@ def _lost_replies(world: World, agent: SimulatedAgent, fault: Fault) -> None:
 
 
 def _preempt(world: World, agent: SimulatedAgent, fault: Fault) -> None:
-    world.had_idle_preempted |= agent.node.phase != "training"
+    world.had_idle_preempted |= agent.node.phase != "training" or "regroup" in agent.node._asked_workers
     agent.preempt()
     world.plan(15.0, world.invariants.on_preemption_due, agent)
 

@@ -19,6 +19,7 @@ NUM_SOAK_SEEDS = 1_030_000
 """A few of them give schedules that others gave already."""
 SURVIVORS = {
     "a checkpoint is named under any token": "retention, in the same change of the record, checks the token too",
+    "a group that is reached is taken over": "it leaves signs of life, too; tests/unit/test_node.py has the case",
     "time asleep counts": "seldom seen, as records change often; tests/unit/test_node.py has the case",
     "a member that never comes is waited for": "the workers' own time limit ends such a group too",
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from itertools import combinations
+from math import inf
 from random import Random
 from typing import TYPE_CHECKING, Any
 
@@ -58,6 +59,8 @@ class World(Tracing):
         """Faults that wait for a node in a certain state."""
         self.struck: set[tuple[tuple[str, str], str]] = set()
         """States of nodes and faults that struck them there."""
+        self.unwell_at = -1.0
+        """When a link, S3 or an agent was last seen disturbed."""
         self.had_other_faults = False
         """Than of S3."""
         self.had_store_faults = False
@@ -174,10 +177,12 @@ class World(Tracing):
 
     def freeze(self, agent: SimulatedAgent, seconds: float) -> None:
         agent.frozen += 1
+        agent.frozen_at = inf
         self.plan(seconds, self._thaw, agent)
 
     def _thaw(self, agent: SimulatedAgent) -> None:
         agent.frozen -= 1
+        agent.frozen_at = self.unwell_at = self.agenda.now
         self.trace(agent.name, "wakes")
         agent.wake()
         self.network.dial_all()
@@ -198,6 +203,8 @@ class World(Tracing):
         if kind is Tick:
             return
         self.num_events += 1
+        if not (self.network.is_whole and self.store.is_well):
+            self.unwell_at = self.agenda.now
         code = EVENT_CODES[kind] * 32 + index
         if isinstance(event, Heard):
             status = event.status

@@ -274,6 +274,14 @@ def test_a_member_that_one_of_them_reaches_is_not_replaced() -> None:
     assert not proposed(driver.hears(member(1), "0", "old too"))
 
 
+def test_a_waiting_agent_that_was_replaced_and_is_cut_off_keeps_nobody_waiting() -> None:
+    """Seed 99671: the node's new agent reached it, so it was to be a member; but the other node did not, for ever."""
+    driver = outsider(of=group(4, member(0, "old"), member(1, "old too")))
+    driver.links("old", "1")
+    assert not proposed(driver.hears(member(0, "old"), "0"))
+    assert proposed(driver.hears(member(1), "0")) == [["0", "1"]]
+
+
 # ---- who proposes, and whom ------------------------------------------------------------------------------------------
 
 

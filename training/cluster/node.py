@@ -321,7 +321,11 @@ class Node:
         before = {member.incarnation for member in record.members}
         own, *_ = ready = list(ready)
         by_seniority = sorted(ready, key=lambda s: (s.member.incarnation not in before, s.member.node))
-        nodes = {status.member.node: status for status in reversed(by_seniority)}  # of two agents of a node, the senior
+        nodes: dict[int, Status] = {}  # of two agents of a node the one that more can reach, else the senior
+        for status in by_seniority:
+            other = nodes.get(status.member.node)
+            if other is None or _num_reached(status, ready) > _num_reached(other, ready):
+                nodes[status.member.node] = status
         chosen = [status for status in by_seniority if nodes[status.member.node] is status]
         reached = {status.member.incarnation: {status.member.incarnation, *status.reaches} for status in chosen}
 
@@ -356,10 +360,12 @@ class Node:
         return self._may_take_over(record, chosen, now - patience)
 
     def _may_take_over(self, record: Record, chosen: list[Status], now: float) -> bool:
-        """From a group that none of these was in, nor reaches: it left no sign of life, or all its nodes were placed
-        anew, this one after the group began. (Else two agents of one node, each cut off from the other, would take
-        over from one another for ever.)"""
-        if any(member.incarnation in status.reaches for member in record.members for status in chosen):
+        """From a group that none of these was in, nor reaches, but for members that say that they wait too: it left no
+        sign of life, or all its nodes were placed anew, this one after the group began. (Else two agents of one node,
+        each cut off from the other, would take over from one another for ever.)"""
+        waiting = {status.member.incarnation for status in self._ready(record)}
+        members = {member.incarnation for member in record.members} - waiting
+        if any(not members.isdisjoint(status.reaches) for status in chosen):
             return False
         nodes = {status.member.node for status in chosen}
         if record.token == self._first_token and all(member.node in nodes for member in record.members):
@@ -404,6 +410,11 @@ class Node:
         if record is None or not is_new or not record.members or not self._leads_group(record):
             return None
         return replace(record, secret="")  # nosec B106 # it is taken away
+
+
+def _num_reached(status: Status, others: Iterable[Status]) -> int:
+    """Of other nodes, both ways."""
+    return sum(_reach(status, other) for other in others if other.member.node != status.member.node)
 
 
 def _reach(one: Status, other: Status) -> bool:
