@@ -81,6 +81,8 @@ def trial(
                 host.kill_all()
 
 
+@pytest.mark.soak
+@pytest.mark.timeout(1800)
 def test_a_standstill_a_killed_node_and_a_nan_are_told_of_once_each(
     stack: Stack, store: Store, cluster: Cluster, tmp_path: Path
 ) -> None:

@@ -19,7 +19,8 @@ def test_storage_that_is_away_ends_neither_the_ranks_nor_who_follows_them(stack:
     """S3 stops under a run until its follower has found none again and again; no retry is used up for that."""
     before = run_keys(stack)
     steps = 2000  # so that they are not done before it is noticed
-    command = stack.start("run", "digits", "--json", "--set", "seed=21", "--set", f"train.steps={steps}")
+    patient = ("--set", "launch.silence_seconds=60")  # a busy machine is no fault
+    command = stack.start("run", "digits", "--json", "--set", "seed=21", "--set", f"train.steps={steps}", *patient)
     run = wait_for_step(stack, before, step=60)
     ranks = {process.pid for process in processes(stack, "training.cluster.worker")}
     complaints = _num_complaints(stack)  # of other runs
