@@ -107,7 +107,7 @@ def running_stack(home: Path) -> Iterator[Stack]:
     for name in NO_PARTS:
         os.environ.pop(name, None)
     os.environ |= {"UNBROKEN_HOME": str(home), "SOME_API_KEY": CANARY}
-    heir = _take_down_if_we_die(home)
+    _take_down_if_we_die(home)
     started = subprocess.run([UNBROKEN, "up"], capture_output=True, text=True, timeout=240, check=False)
     assert started.returncode == 0, started.stdout + started.stderr
     settings = load_settings()
@@ -118,23 +118,15 @@ def running_stack(home: Path) -> Iterator[Stack]:
     os.environ.clear()
     os.environ.update(before)
     subprocess.run([UNBROKEN, "down"], check=True, timeout=120, env={**os.environ, "UNBROKEN_HOME": str(home)})
-    heir.kill()
     wait_until(lambda: not supervisor.stack_processes(home), what="every process of the stack to be gone")
     assert not left, f"secrets lie in {left}"
 
 
-def _take_down_if_we_die(home: Path) -> subprocess.Popen[bytes]:
-    """A stack outlives whoever started it, and tests may be killed."""
-    script = f'tail --pid={os.getpid()} -f /dev/null; "{UNBROKEN}" down'
+def _take_down_if_we_die(home: Path) -> None:
+    """A stack outlives whoever started it, and tests may be killed. Whoever sees to that is no child of theirs."""
+    script = f'(tail --pid={os.getpid()} -f /dev/null; [ -d "{home}" ] && "{UNBROKEN}" down) > /dev/null 2>&1 &'
     environment = {**os.environ, "UNBROKEN_HOME": str(home)}
-    return subprocess.Popen(
-        ["sh", "-c", script],
-        env=environment,
-        start_new_session=True,
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
+    subprocess.run(["sh", "-c", script], env=environment, start_new_session=True, stdin=subprocess.DEVNULL, check=True)
 
 
 def _secrets_left(stack: Stack) -> list[str]:

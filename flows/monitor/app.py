@@ -15,7 +15,7 @@ from starlette.responses import FileResponse, HTMLResponse, JSONResponse, PlainT
 from starlette.routing import Route
 
 from flows.monitor.board import Board
-from flows.monitor.html import error_html, overview_html, run_html
+from flows.monitor.rendering import error_html, overview_html, run_html
 from flows.monitor.view import to_json
 from infra.hosts import allowed_hosts
 from infra.local.ports import LOOPBACK

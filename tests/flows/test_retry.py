@@ -30,7 +30,7 @@ def test_storage_that_is_away_ends_neither_the_ranks_nor_who_follows_them(stack:
         alive = {process.pid for process in processes(stack, "training.cluster.worker")}
     finally:
         supervisor.remote(stack.home).startProcess("s3")
-    output, _ = command.communicate(timeout=200)
+    output, _ = command.communicate(timeout=400)
     assert command.returncode == 0, output
     record = run.read()
     assert (record.departures, len(record.attempt_starts)) == ((), 1)

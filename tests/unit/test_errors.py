@@ -19,6 +19,7 @@ def test_every_error_has_an_exit_code_of_its_own() -> None:
         "DeterministicError": 4,
         "FencedError": 5,
         "DamagedError": 6,
+        "UntrustedError": 6,
         "OutOfMemoryError": 7,
         "RedDrillError": 8,
         "OvertakenError": 9,

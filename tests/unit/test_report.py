@@ -121,7 +121,6 @@ def test_the_page_has_every_figure_and_nothing_that_acts(settings: Settings, sto
         "node 0 is gone",
         "wall time",
         facts.run_key,
-        "1 losses or gradient",
     ):
         assert said in page.text
     assert run.read().secret not in html

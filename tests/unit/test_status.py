@@ -16,7 +16,7 @@ from flows.monitor import terminal, words
 from flows.monitor.agents import ask_agents, node_view
 from flows.monitor.app import make_app
 from flows.monitor.board import Board
-from flows.monitor.html import error_html, overview_html, run_html
+from flows.monitor.rendering import error_html, overview_html, run_html
 from flows.monitor.seen import MAX_POINTS, Seen
 from flows.monitor.view import Overview, RunView, to_json, view_of
 from infra.launcher import JobState, JobStatus
