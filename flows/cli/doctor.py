@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import psutil
 
-from infra.http import fetch
+from infra.fetching import fetch
 from infra.settings import Settings, activate, home, load_settings
 from training.errors import InfrastructureError, UnbrokenError
 

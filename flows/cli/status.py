@@ -14,7 +14,7 @@ from cyclopts import App, Parameter
 
 from flows.cli.output import print_json
 from flows.cli.stack import Json
-from infra.http import fetch
+from infra.fetching import fetch
 from training.documents import read_document
 from training.errors import DamagedError, InfrastructureError
 

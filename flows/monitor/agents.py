@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 from flows.monitor.view import NodeView, RankView
-from infra.http import fetch
+from infra.fetching import fetch
 from training.cluster.links import Place
 from training.errors import DamagedError
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from flows.monitor.view import AlertView
-from infra.http import fetch
+from infra.fetching import fetch
 from training.documents import read_json
 from training.errors import DamagedError
 

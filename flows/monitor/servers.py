@@ -14,7 +14,7 @@ from typing import Any
 
 from flows.monitor.firing import ask_alertmanager
 from flows.monitor.view import Servers, Waiting
-from infra.http import fetch
+from infra.fetching import fetch
 from infra.passwords import prefect_headers
 from infra.settings import Settings
 from training.documents import read_json

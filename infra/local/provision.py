@@ -8,7 +8,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable
 
-from infra.http import fetch
+from infra.fetching import fetch
 from infra.local.services import MAX_RUNS_AT_ONCE, WORK_POOL, WORK_QUEUES
 from infra.passwords import prefect_headers
 from infra.settings import PROJECT_ROOT, RESULTS_BLOCK, Settings

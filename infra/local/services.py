@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from infra.http import fetch
+from infra.fetching import fetch
 from infra.local.ports import LOOPBACK
 from infra.monitoring.render import write_configs
 from infra.passwords import prefect_headers

@@ -28,7 +28,7 @@ from flows.monitor.page import add_run
 from flows.monitor.runs import write_targets
 from flows.monitor.servers import PrefectServer, answers, ask_prefect
 from flows.monitor.view import RunView, Servers
-from infra.http import fetch
+from infra.fetching import fetch
 from tests.unit.status_views import VIEW
 from training.cluster.links import Place
 from training.errors import DamagedError, UserError
