@@ -68,7 +68,7 @@ def measure(client: SyncPrefectClient, store: Store, *, pairs: int, phase_second
     asked = client.create_flow_run_from_deployment(
         deployment.id, parameters={"preset": "digits", "overrides": overrides}
     )
-    run = _wait_for_steps(client, store, str(asked.id))
+    run = _wait_for_steps(client, store, asked.id)
     time.sleep(SETTLING_SECONDS)
     before = {name: _cpu_seconds(process) for name, process in watchers.items()}
     phases: list[Phase] = []
@@ -99,11 +99,11 @@ def measure(client: SyncPrefectClient, store: Store, *, pairs: int, phase_second
     )
 
 
-def _wait_for_steps(client: SyncPrefectClient, store: Store, flow_run: str) -> RunRecord:
+def _wait_for_steps(client: SyncPrefectClient, store: Store, flow_run: uuid.UUID) -> RunRecord:
     """The run, once it makes steps."""
     while True:
         time.sleep(0.5)
-        state = client.read_flow_run(uuid.UUID(flow_run))
+        state = client.read_flow_run(flow_run)
         assert state.state is not None
         assert not state.state.is_final(), state.state
         key = state.labels.get("unbroken.run_key")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -35,10 +34,10 @@ def test_one_is_lost_at_every_point(victim: str, kind: str) -> None:
         assert fault.fired or world.num_events <= at
 
 
-def storm(seed: int, *, num_replicas: int) -> tuple[Fault, ...]:
+def storm(seed: int) -> tuple[Fault, ...]:
     """Faults far enough apart that a replica that is not filled yet is not the last that a shard has."""
     chance = random.Random(seed)
-    victims = [*VICTIMS, "primary 2", "worker 2"] if num_replicas > 2 else list(VICTIMS)
+    victims = [*VICTIMS, "primary 2", "worker 2"]
     return tuple(
         Fault(
             at=chance.randrange(60) + 250 * number,
@@ -50,13 +49,10 @@ def storm(seed: int, *, num_replicas: int) -> tuple[Fault, ...]:
     )
 
 
-def storms(num_seeds: int) -> Iterator[tuple[int, tuple[Fault, ...]]]:
-    return ((seed, storm(seed, num_replicas=3)) for seed in range(num_seeds))
-
-
 def test_several_are_lost_one_after_another() -> None:
     num_fired = 0
-    for seed, faults in storms(60):
+    for seed in range(60):
+        faults = storm(seed)
         World(seed=seed, faults=faults, **SETTINGS).run()
         num_fired += sum(fault.fired for fault in faults)
     assert num_fired > 60
@@ -75,7 +71,7 @@ def test_a_shard_whose_last_replica_is_lost_says_so() -> None:
 def test_planted_bugs_are_caught(bug: Planted) -> None:
     classes = bug.classes()
     for seed in range(400):
-        faults: tuple[Fault, ...] = storm(seed, num_replicas=3)[:1]
+        faults: tuple[Fault, ...] = storm(seed)[:1]
         if seed % 2 == 0:
             faults = (Fault(at=(seed // 2) % NUM_EVENTS, victim=VICTIMS[seed % 5], kind="kill" if seed % 4 else "cut"),)
         try:

@@ -209,16 +209,13 @@ class World:
         self.processes: dict[str, Replica | Worker] = {}
         self.replicas = [[self._new_replica(shard) for _ in range(num_replicas)] for shard in range(num_shards)]
         self.workers = [self._new_worker() for _ in range(num_workers)]
-        self.cut: set[str] = set()
         for names in self.replicas:
             for name in names:
                 self._replica(name).fill()
         self._regroup()
 
     def _replica(self, name: str) -> Replica:
-        found = self.processes[name]
-        assert isinstance(found, Replica) or not isinstance(found, Worker)
-        return found
+        return cast(Replica, self.processes[name])  # or one with a planted bug
 
     def positions(self, shard: int) -> list[int]:
         return [self._replica(name).position for name in self.replicas[shard] if name in self.processes]
