@@ -42,7 +42,7 @@ check: install ## Lint, types, dependency direction, bandit
 	$(BIN)/bandit --quiet --recursive --configfile pyproject.toml training tasks flows infra
 
 test: check ## All checks and tests that this machine can run
-	$(BIN)/python -m pytest --numprocesses 3 --dist loadfile --no-loadscope-reorder
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 soak: install ## The full counts; writes evidence under docs/evidence
 	$(BIN)/python -m pytest -m soak

@@ -8,8 +8,8 @@ import signal
 import subprocess
 import sys
 import sysconfig
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Generator, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -20,6 +20,7 @@ from infra.local import supervisor
 from infra.passwords import password_path, read_password
 from infra.settings import Settings, activate, credentials_path, load_settings
 from tests.faults.proxy import LosingProxy
+from tests.leftovers import end_all_runs
 from tests.secrets import places_of_secrets
 from tests.waiting import wait_until
 from training.s3 import objectstore
@@ -32,6 +33,7 @@ LONG, QUICK = ("flows", "faults", "slurm"), ("unit",)
 """Folders of tests, by how long a file of theirs takes."""
 CANARY = os.urandom(16).hex()
 """A secret of whoever starts the stack."""
+HAS_FAILED = pytest.StashKey[bool]()
 NO_PARTS = ("UNBROKEN_S3_ENDPOINT", "UNBROKEN_MLFLOW_URI", "UNBROKEN_PREFECT_API_URL", "UNBROKEN_SETTINGS")
 
 
@@ -54,12 +56,32 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=place)
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    report = yield
+    item.stash[HAS_FAILED] = item.stash.get(HAS_FAILED, False) or report.failed
+    return report
+
+
+@pytest.fixture(autouse=True)
+def _no_run_outlives_a_failure(request: pytest.FixtureRequest) -> Iterator[None]:
+    yield
+    if request.node.stash.get(HAS_FAILED, False) and "stack" in request.fixturenames:
+        stack = request.getfixturevalue("stack")
+        end_all_runs(stack.home, stack.settings.prefect_api_url)
+        for command in stack.started:
+            command.kill()
+            command.wait()
+
+
 @dataclass(frozen=True, kw_only=True)
 class Stack:
     """A running local stack, and how to use it from a test."""
 
     home: Path
     settings: Settings
+    started: list[subprocess.Popen[str]] = field(default_factory=list)
+    """All commands that tests did not wait for at once."""
 
     @property
     def location(self) -> StoreLocation:
@@ -78,13 +100,13 @@ class Stack:
 
     def execute(self, command: Sequence[str], *, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
-            command, cwd=cwd, env=self.environment(), capture_output=True, text=True, timeout=200, check=False
+            command, cwd=cwd, env=self.environment(), capture_output=True, text=True, timeout=400, check=False
         )
 
     def start(self, *arguments: str, cwd: Path | None = None, s3_endpoint: str = "") -> subprocess.Popen[str]:
         """Start the `unbroken` command and go on; before another S3 endpoint than the stack's own, if one is given."""
         endpoint = {"UNBROKEN_S3_ENDPOINT": s3_endpoint} if s3_endpoint else {}
-        return subprocess.Popen(
+        command = subprocess.Popen(
             [UNBROKEN, *arguments],
             cwd=cwd,
             env=self.environment() | endpoint,
@@ -92,6 +114,8 @@ class Stack:
             stderr=subprocess.STDOUT,
             text=True,
         )
+        self.started.append(command)
+        return command
 
 
 @pytest.fixture(scope="session")
@@ -117,7 +141,7 @@ def running_stack(home: Path) -> Iterator[Stack]:
     left = _secrets_left(running)
     os.environ.clear()
     os.environ.update(before)
-    subprocess.run([UNBROKEN, "down"], check=True, timeout=120, env={**os.environ, "UNBROKEN_HOME": str(home)})
+    subprocess.run([UNBROKEN, "down"], check=True, timeout=240, env={**os.environ, "UNBROKEN_HOME": str(home)})
     wait_until(lambda: not supervisor.stack_processes(home), what="every process of the stack to be gone")
     assert not left, f"secrets lie in {left}"
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import mmap
 from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 
 import psutil
 
+from training.errors import MissingError
 from training.s3.objectstore import Store
 
 MAX_OBJECTS = 300
@@ -37,8 +39,10 @@ def _objects(store: Store, words: Sequence[bytes]) -> Iterator[str]:
     entries.sort(key=lambda entry: entry.modified)
     reports = [entry for entry in entries[:-MAX_OBJECTS] if entry.key.endswith(REPORT)]
     for entry in [*reports, *entries[-MAX_OBJECTS:]]:
-        if any(word in store.get(entry.key) for word in words):
-            yield store.location.uri(entry.key)
+        with contextlib.suppress(MissingError):  # a run whose test failed may be at work still, and delete
+            content = store.get(entry.key)
+            if any(word in content for word in words):
+                yield store.location.uri(entry.key)
 
 
 def _commands(processes: Sequence[int], words: Sequence[bytes]) -> Iterator[str]:

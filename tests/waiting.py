@@ -13,7 +13,7 @@ PAUSE_SHARE = 4
 """So many times as long as a look took: who asks servers without a pause takes the CPU from what he waits for."""
 
 
-def wait_until(condition: Callable[[], T | None], *, what: str, timeout_seconds: float = 120.0) -> T:
+def wait_until(condition: Callable[[], T | None], *, what: str, timeout_seconds: float = 240.0) -> T:
     """The first true value of `condition`. Fails naming `what` if it does not come."""
     deadline = time.monotonic() + timeout_seconds
     while True:

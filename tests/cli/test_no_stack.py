@@ -36,4 +36,6 @@ def test_down_of_nothing_is_fine(tmp_path: Path) -> None:
 def _unbroken(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     environment = environment_for(folder / "home")
     command = [UNBROKEN, *arguments]
-    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=60, check=False)
+    return subprocess.run(
+        command, cwd=folder, env=environment, capture_output=True, text=True, timeout=240, check=False
+    )

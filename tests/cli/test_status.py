@@ -41,7 +41,7 @@ def disturbed(stack: Stack) -> Iterator[RunRecord]:
     before = run_keys(stack)
     command = stack.start("train", "digits", "--set", "train.steps=100000", *OPTIONS)
     try:
-        run = wait_for_step(stack, before, step=20, timeout_seconds=150)
+        run = wait_for_step(stack, before, step=20)
         fault = KillProcess(processes(stack, "training.cluster.worker")[0])
         fault.fire()
         assert fault.fired
@@ -50,7 +50,7 @@ def disturbed(stack: Stack) -> Iterator[RunRecord]:
         yield run
     finally:
         command.send_signal(signal.SIGINT)
-        command.communicate(timeout=120)
+        command.communicate(timeout=240)
         for key in run_keys(stack) - before:
             stack.command("runs", "cancel", key)
 

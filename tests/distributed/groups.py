@@ -112,6 +112,12 @@ class Group:
         while not (worker.is_waiting and worker.step >= step):
             await asyncio.sleep(0.02)
 
+    async def is_out(self, rank: int) -> None:
+        """Once this one has left the group, or has ended."""
+        worker = self.workers._workers[rank]
+        while worker.is_in:
+            await asyncio.sleep(0.02)
+
     def pids(self) -> list[int]:
         """Of the group's ranks."""
         return [cast(Worker, worker.hand.process).pid for worker in self.workers._workers]

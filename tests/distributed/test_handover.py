@@ -66,18 +66,20 @@ def test_a_rank_killed_in_the_midst_of_a_step_costs_that_step_only(
 
 
 async def freeze_and_stop(group: Group) -> None:
-    """One is frozen, the other waits for it, and both are told to stop."""
+    """One is frozen, the other waits for it, and both are told to stop; who has not once the other has is killed."""
     await group.paused(1)
     group.freeze(1)
     await group.waits(0)
     group.workers.stop()
+    await group.is_out(0)
+    group.workers.kill()
 
 
 def test_a_rank_that_waits_for_a_frozen_one_stops_when_it_is_told(
     node: Node, calm: tuple[str, list[groups.Told]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its main thread is inside a collective, and stays there."""
-    monkeypatch.setattr("training.cluster.workers.STOP_SECONDS", 1.0)
+    monkeypatch.setattr("training.cluster.workers.STOP_SECONDS", 100.0)
 
     first = node.train(2, freeze_and_stop, pauses={1: Pause(MID_STEP, 7)})
     assert first.codes() == [EXIT_STOPPED, -9]
@@ -278,7 +280,7 @@ def test_a_rank_that_waits_for_a_frozen_one_stays_when_it_is_told_to_stop(
     node: Node, calm: tuple[str, list[groups.Told]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Nothing comes by the connection between the two, which is open."""
-    monkeypatch.setattr("training.cluster.workers.STOP_SECONDS", 1.0)
+    monkeypatch.setattr("training.cluster.workers.STOP_SECONDS", 100.0)
 
     first = node.train(2, freeze_and_stop, pauses={1: Pause(MID_STEP, 7)}, may_stay=True)
     second = node.train(2, may_stay=True)

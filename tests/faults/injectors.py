@@ -58,7 +58,7 @@ class Kill:
         victim = chance.choice(victims)
         with contextlib.suppress(psutil.NoSuchProcess):
             victim.kill()  # a child of ours stays, to be asked for its exit code
-            wait_until(lambda: not is_alive(victim.pid), what="the process to be dead", timeout_seconds=10)
+            wait_until(lambda: not is_alive(victim.pid), what="the process to be dead")
             self.num_killed += 1
 
     @property
@@ -76,7 +76,7 @@ class KillProcess:
     def fire(self) -> None:
         with contextlib.suppress(psutil.NoSuchProcess):
             self.victim.kill()
-            wait_until(lambda: not is_alive(self.victim.pid), what="the process to be dead", timeout_seconds=10)
+            wait_until(lambda: not is_alive(self.victim.pid), what="the process to be dead")
             self.num_killed += 1
 
     @property
@@ -94,7 +94,7 @@ class Stop(Lasting):
 
     def fire(self) -> None:
         stopped = self._signal(signal.SIGSTOP)
-        wait_until(lambda: all(map(_is_stopped_or_dead, stopped)), what="the processes to stop", timeout_seconds=10)
+        wait_until(lambda: all(map(_is_stopped_or_dead, stopped)), what="the processes to stop")
         self.num_stopped += sum(is_alive(process.pid) for process in stopped)
 
     def heal(self) -> None:

@@ -69,7 +69,7 @@ class Namespace:
     def execute(self, command: Sequence[str], *, given: str = "") -> str:
         """What a command prints, run to its end in this network by itself; `given` is its standard input."""
         enter = ("nsenter", f"--net={self._path('net')}", *command)
-        done = subprocess.run(enter, input=given, capture_output=True, text=True, timeout=30, check=False)
+        done = subprocess.run(enter, input=given, capture_output=True, text=True, timeout=240, check=False)
         assert done.returncode == 0, f"{' '.join(command)}: {done.stderr.strip()}\n{given}"
         return done.stdout
 

@@ -130,7 +130,6 @@ class PipelineRun:
         wait_until(
             lambda: [run.info.status for run in mlflow_runs(self.stack, key)] == ["FINISHED"],
             what="one MLflow run, finished",
-            timeout_seconds=150,
         )
         (tracked,) = mlflow_runs(self.stack, key)
         client = connect(self.stack.settings.mlflow_uri)

@@ -88,7 +88,7 @@ def test_a_stopped_writer_makes_again_what_was_collected(store: Store, folder: P
         assert sent <= set(garbage.keys)
         assert shards(store) == set(), "the fault fired"
         os.kill(writer.pid, signal.SIGCONT)
-        output, _ = writer.communicate("go on\n", timeout=60)
+        output, _ = writer.communicate("go on\n", timeout=240)
     assert output.strip() == versions(store, "tiny")[0]
     assert shards(store) == sent
     assert_whole(store)
@@ -215,7 +215,7 @@ def test_records_withdrawn_while_they_are_sharded_make_no_result(store: Store, f
     write_csv(folder / "raw/3.csv", range(900, 960))
     with writer_between_its_shards_and_its_manifest(store, folder) as writer:
         withdraw(store, "tiny", first, ["0.csv:5"])
-        writer.communicate("go on\n", timeout=60)
+        writer.communicate("go on\n", timeout=240)
     assert writer.returncode != 0
     again = load_manifest(store, "tiny", write(store, folder))
     ids = {

@@ -86,7 +86,7 @@ def disturb(stack: Stack, *, seed: int, expected: str, with_disk: bool) -> dict[
         _befall(stack, run, plan, chance)
         run.wait_until_completed(timeout_seconds=END_SECONDS)
         seconds = time.monotonic() - begun
-        output, _ = command.communicate(timeout=60)
+        output, _ = command.communicate(timeout=240)
     finally:
         command.kill()
     was_killed = any(each.fault.name == "command" for each in plan)

@@ -40,7 +40,7 @@ def disturb(stack: Stack, *, seed: int) -> dict[str, Any]:
     for fault, step in zip(faults, steps, strict=True):
         run = wait_for_step(stack, before, step=step)
         fault.fire(stack, chance)
-    output, _ = command.communicate(timeout=200)
+    output, _ = command.communicate(timeout=240)
     assert command.returncode == 0, output
     assert all(fault.fired for fault in faults)
     assert run is not None

@@ -53,11 +53,11 @@ class Training:
         assert self._is_killed.wait(timeout=120), "the moment never came"
 
     def wait_until_dead(self) -> None:
-        self._command.communicate(timeout=60)
+        self._command.communicate(timeout=240)
         wait_until(lambda: not processes(self._stack, "training.cluster.worker"), what="all ranks to be gone")
 
     def result(self) -> dict[str, Any]:
-        output, _ = self._command.communicate(timeout=200)
+        output, _ = self._command.communicate(timeout=240)
         found: dict[str, Any] = last_json(output)
         return found
 
@@ -109,7 +109,7 @@ def elastic(stack: Stack, *, seed: int, stops: Sequence[str], steps: int) -> dic
     run = found_run(stack, before)
     assert run is not None
     losses = history(stack, run)
-    calm, _ = stack.start("train", "digits", "--json", "--fresh", "--ranks", "1", *short).communicate(timeout=200)
+    calm, _ = stack.start("train", "digits", "--json", "--fresh", "--ranks", "1", *short).communicate(timeout=240)
     assert all(row["num_killed"] for row in rows), "every stop found ranks to kill"
     assert len(losses) == steps
     return {

@@ -133,7 +133,7 @@ def test_stopped_process_does_nothing_until_it_is_continued(host: Host) -> None:
         used = spinner.cpu_times().user
         time.sleep(0.1)
         assert spinner.cpu_times().user == used
-    wait_until(lambda: spinner.cpu_times().user > used, what="it to go on", timeout_seconds=10)
+    wait_until(lambda: spinner.cpu_times().user > used, what="it to go on")
     assert spinner.status() != psutil.STATUS_STOPPED
 
 

@@ -86,6 +86,12 @@ def require_truth(run: RunRecord, *, steps: int = STEPS) -> None:
     assert record.result.state_sha256 == calm.state.state_sha256()
 
 
+@pytest.fixture(autouse=True)
+def saves_when_due(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a machine however slow: by default a checkpoint that is due waits two seconds for the one before."""
+    monkeypatch.setattr("training.checkpointing.PATIENCE_SECONDS", 60.0)
+
+
 @pytest.fixture
 def run(store: Store) -> RunRecord:
     record = RunRecord(store, "k")

@@ -73,7 +73,7 @@ def write_through_kills(store: Store, folder: Path, chance: random.Random) -> di
             num_runs += 1
             writer = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
             killer.arm(writer, at_request=chance.randint(1, 12 * num_runs), after=chance.random() < 0.5)
-            output, _ = writer.communicate(timeout=60)
+            output, _ = writer.communicate(timeout=240)
             if writer.returncode == 0:
                 break
             assert writer.returncode == -9

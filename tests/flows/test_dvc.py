@@ -196,14 +196,14 @@ def _kill_and_compare(stack: Stack, clone: Clone, *, num_kills: int, **values: i
     for _ in range(num_kills):
         running = _start_dvc(stack, checkout, "repro")
         stage = _stage_of(running)
-        run = wait_for_step(stack, before, step=step + 40, timeout_seconds=200)
+        run = wait_for_step(stack, before, step=step + 40)
         step = run.read().checkpoints[-1].step
         agents = [agent for agent in processes(stack, "training.cluster.agent") if run.run_key in agent.cmdline()]
         victims = [psutil.Process(running.pid), stage, *agents]
         assert len(victims) == 4
         for victim in victims:
             victim.kill()
-        running.communicate(timeout=30)
+        running.communicate(timeout=240)
         assert run.read().result is None, "it was killed after its training"
     _dvc(stack, checkout, "repro")
     record = run.read()
@@ -235,7 +235,7 @@ def _stage_of(dvc: subprocess.Popen[str]) -> psutil.Process:
                     return child
         return None
 
-    return wait_until(look, what="the training stage of dvc repro", timeout_seconds=200)
+    return wait_until(look, what="the training stage of dvc repro")
 
 
 def _work(stack: Stack, key: str) -> tuple[dict[str, Any], Any]:

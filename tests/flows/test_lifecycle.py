@@ -232,7 +232,7 @@ promote(open_stack()[0], Store(StoreLocation(**location)), version, by="killed")
 def kill_at(stack: Stack, model: Model, version: str, moment: str) -> None:
     """A promotion whose process is killed when it is about to do `moment`."""
     told = json.dumps([asdict(model.store.location), f"{model.name}/{version}", moment])
-    done = subprocess.run([sys.executable, "-c", KILLED, told], env=stack.environment(), timeout=120, check=False)
+    done = subprocess.run([sys.executable, "-c", KILLED, told], env=stack.environment(), timeout=240, check=False)
     assert done.returncode == -signal.SIGKILL
 
 
@@ -407,7 +407,7 @@ def wait_for(client: SyncPrefectClient, run: FlowRun, *names: str) -> str:
         state = client.read_flow_run(run.id).state
         return f"{state.name}: {state.message}" if state is not None and state.name in names else None
 
-    return wait_until(look, what=f"a flow run to be {names}", timeout_seconds=120)
+    return wait_until(look, what=f"a flow run to be {names}")
 
 
 def test_promotion_waits_for_approval_and_loses_if_the_champion_changed(

@@ -43,9 +43,9 @@ def test_new_file_makes_a_new_version_and_nothing_else_does(
     settings = stack.home / "unbroken.toml"  # the reaper looks there
     settings.write_text(f'[watch]\npresets = ["{preset}"]\n')
     try:
-        first = wait_until(lambda: _versions(stack), what="a first model version", timeout_seconds=200)
+        first = wait_until(lambda: _versions(stack), what="a first model version")
         add_file(preset)
-        both = wait_until(lambda: _versions(stack) - first, what="one of the new data", timeout_seconds=200) | first
+        both = wait_until(lambda: _versions(stack) - first, what="one of the new data") | first
         assert len(both) == 2
         wait_until(lambda: _states(client) == ["COMPLETED"] * 2, what="both flow runs to end")
         (preset.parent / "raw/more0.jsonl").unlink()

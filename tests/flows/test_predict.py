@@ -26,7 +26,7 @@ from tasks.lifecycle.interchange import EQUAL, export_weights
 from tasks.lifecycle.model_file import KeptVersion, Program
 from tasks.prediction.kept import predictions_prefix
 from tests.conftest import Stack
-from tests.flows.runs import last_json, processes
+from tests.flows.runs import flow_processes, last_json
 from tests.unit.champions import SIGNATURE
 from tests.waiting import wait_until
 from training.config import load_preset
@@ -137,12 +137,11 @@ def strike(stack: Stack, known: Known, *, child: bool) -> dict[str, tuple[str, A
     wait_until(
         lambda: started.poll() is not None or len(known.shards("1")) >= enough,
         what="shards to be finished",
-        timeout_seconds=120,
     )
     parts = parts_below(process) if started.poll() is None else []
     assert parts, started.communicate()
     (parts[0] if child else process).send_signal(signal.SIGKILL)
-    out, _ = started.communicate(timeout=120)
+    out, _ = started.communicate(timeout=240)
     if child:
         assert started.returncode == InfrastructureError.exit_code, out
         assert f"died with code -{signal.SIGKILL.value}" in out
@@ -185,7 +184,7 @@ def test_predictions_are_the_models_and_the_manifest_says_whose(stack: Stack, kn
         for _ in range(2)
     ]
     for each in both:
-        out, _ = each.communicate(timeout=180)
+        out, _ = each.communicate(timeout=240)
         assert each.returncode == 0, out
     contents = known.contents("2")
     prefix = known.prefix("2")
@@ -221,9 +220,8 @@ def test_deployment_whose_process_is_killed_goes_on_by_itself(
     wait_until(
         lambda: known.shards("3") or client.read_flow_run(run.id).end_time is not None,
         what="a shard to be finished",
-        timeout_seconds=180,
     )
-    (engine,) = processes(stack, "prefect.engine")
+    (engine,) = (p for p in flow_processes(stack) if p.environ()["PREFECT__FLOW_RUN_ID"] == str(run.id))
     engine.kill()
     before = known.shards("3")
 
@@ -231,7 +229,7 @@ def test_deployment_whose_process_is_killed_goes_on_by_itself(
         state = client.read_flow_run(run.id).state
         return state is not None and (state.is_completed() or state.is_failed())
 
-    wait_until(is_over, what="the flow run to be over", timeout_seconds=180)
+    wait_until(is_over, what="the flow run to be over")
     assert client.read_flow_run(run.id).state.is_completed()  # type: ignore[union-attr]
     after = known.objects("3")
     assert f"{known.prefix('3')}manifest.json" in after

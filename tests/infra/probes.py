@@ -24,7 +24,7 @@ def kill_9(pid: int) -> None:
     """`kill -9`, and wait until it has happened."""
     victim = psutil.Process(pid)
     victim.kill()
-    _, alive = psutil.wait_procs([victim], timeout=10)
+    _, alive = psutil.wait_procs([victim], timeout=120)
     assert not alive
 
 

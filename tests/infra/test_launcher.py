@@ -127,7 +127,7 @@ def test_job_outlives_who_submitted_it(toy_job: MakeJob) -> None:
         "os.kill(os.getpid(), 9)"
     )
     command = [sys.executable, "-c", program, str(job.home), job.spec.key, *job.spec.command]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
     assert done.returncode == -signal.SIGKILL, done.stderr
     (pid,) = job.wait_for_starts(1)
     assert is_alive(pid)
@@ -201,7 +201,7 @@ def half_cancelled(toy_job: MakeJob) -> tuple[ToyJob, int]:
         "LocalLauncher(pathlib.Path(sys.argv[1])).cancel(sys.argv[2])"
     )
     command = [sys.executable, "-c", program, str(job.home), job.spec.key]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
     assert done.returncode == -signal.SIGKILL, done.stderr
     assert is_alive(pid)
     return job, pid

@@ -120,7 +120,7 @@ def _kill_all_but(home: Path, survivor: int) -> None:
     victims = [head, *(process for process in supervisor.stack_processes(home) if process.pid != survivor)]
     for process in victims:
         process.kill()
-    _, alive = psutil.wait_procs(victims, timeout=10)
+    _, alive = psutil.wait_procs(victims, timeout=120)
     assert not alive
     assert [process.pid for process in supervisor.stack_processes(home)] == [survivor]
 
@@ -143,6 +143,6 @@ def _store() -> Store:
 
 
 def _unbroken(verb: str, *, expect: int = 0) -> subprocess.CompletedProcess[str]:
-    done = subprocess.run([UNBROKEN, verb], capture_output=True, text=True, timeout=150, check=False)
+    done = subprocess.run([UNBROKEN, verb], capture_output=True, text=True, timeout=240, check=False)
     assert done.returncode == expect, done.stdout + done.stderr
     return done

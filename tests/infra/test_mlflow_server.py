@@ -56,7 +56,7 @@ def test_mlflow_killed_while_it_makes_its_database_comes_up_again(tmp_path: Path
     assert not ask(database, "SELECT * FROM experiments")
 
     with server(database, sys.executable, "-m", "infra.local.mlflow_server", str(database)) as (process, port):
-        wait_until(lambda: answers(f"http://{LOOPBACK}:{port}/health"), what="MLflow to serve", timeout_seconds=60)
+        wait_until(lambda: answers(f"http://{LOOPBACK}:{port}/health"), what="MLflow to serve")
     assert ask(database, "SELECT * FROM alembic_version") != unfinished
     served = database.read_bytes()
     remove_unfinished(database)

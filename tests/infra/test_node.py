@@ -49,7 +49,7 @@ def _run_node(home: Path, command: list[str], *, starts: int = 0) -> subprocess.
 
 def _run(home: Path) -> subprocess.CompletedProcess[str]:
     program = [sys.executable, "-m", "infra.local.node", str(home), KEY, "3"]
-    return subprocess.run(program, capture_output=True, text=True, timeout=30, check=False)
+    return subprocess.run(program, capture_output=True, text=True, timeout=240, check=False)
 
 
 def test_node_becomes_its_command(tmp_path: Path) -> None:

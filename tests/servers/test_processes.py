@@ -134,7 +134,7 @@ def test_servers_and_workers_are_killed_one_after_another(cluster: Cluster) -> N
         goal = cluster.step() + chance.randrange(1, 4)
         wait_until(lambda goal=goal: cluster.step() >= goal, what=f"step {goal}")  # type: ignore[misc]
         cluster.kill(victim())
-    wait_until(lambda: all(worker.maybe_digest for worker in cluster.workers), what="the end", timeout_seconds=120)
+    wait_until(lambda: all(worker.maybe_digest for worker in cluster.workers), what="the end")
     expected = hash_of(one_process(adamw, num_steps=NUM_STEPS))
     assert {worker.maybe_digest for worker in cluster.workers} == {expected}
     assert cluster.step() == NUM_STEPS

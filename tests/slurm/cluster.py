@@ -90,7 +90,7 @@ class SlurmCluster:
 
     def run(self, command: str, *arguments: str) -> str:
         done = subprocess.run(
-            [self.commands / command, *arguments], capture_output=True, text=True, timeout=60, check=False
+            [self.commands / command, *arguments], capture_output=True, text=True, timeout=240, check=False
         )
         assert done.returncode == 0, done.stderr
         return done.stdout
@@ -105,7 +105,7 @@ class SlurmCluster:
             )
             return done.stdout.split().count("idle") >= num_nodes
 
-        wait_until(look, what=f"{num_nodes} idle nodes", timeout_seconds=60)
+        wait_until(look, what=f"{num_nodes} idle nodes")
 
     def kill_node(self, name: str) -> None:
         """Its cable goes first, and then all that runs on it."""

@@ -42,6 +42,6 @@ def calm(cluster: SlurmCluster, stack: Stack, tmp_path_factory: pytest.TempPathF
     started = Run(cluster, store, tmp_path_factory.mktemp("calm") / "run")
     started.agents.hurry()
     started.submit()
-    wait_until(lambda: started.record().result, what="the calm run's result", timeout_seconds=120)
+    wait_until(lambda: started.record().result, what="the calm run's result")
     wait_until(lambda: not started.tasks(), what="the job's end")
     return started

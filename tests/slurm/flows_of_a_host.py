@@ -40,7 +40,7 @@ def main() -> None:
 def _flow(folder: Path, name: str, preset: Preset, dataset: Dataset) -> None:
     logging.basicConfig(filename=folder / f"{name}.log", level=logging.INFO, force=True)  # libraries have set it up
     start = folder / f"{name}.start"
-    owner = wait_until(lambda: start.exists() and start.read_text(), what="a start", timeout_seconds=200)
+    owner = wait_until(lambda: start.exists() and start.read_text(), what="a start")
     model = train.fn(preset, dataset, owner=str(owner))
     (folder / f"{name}.json").write_text(json.dumps(asdict(model)))
 

@@ -96,7 +96,7 @@ class Run:
 
     def finish(self) -> None:
         self.agents.hurry()
-        wait_until(lambda: self.record().result, what="the run's result", timeout_seconds=120)
+        wait_until(lambda: self.record().result, what="the run's result")
         wait_until(lambda: not self.tasks(), what="the job's end")
 
     def history(self) -> list[tuple[int, float, str]]:

@@ -192,7 +192,6 @@ def test_without_a_controller_nothing_is_known_and_nothing_is_lost(launcher: Lau
             == JobStatus(state=JobState.RUNNING, nodes={f"node{task.node}": task.describe() for task in before})
         ),
         what="the controller to know its jobs again",
-        timeout_seconds=60,
     )
 
 

@@ -97,10 +97,10 @@ def ended_seconds(on_slurm: tuple[Stack, SlurmLauncher], end: Callable[[Any, Sta
     stack, launcher = on_slurm
     before = run_keys(stack)
     running = stack.start("run", "digits", *LONG, *ON_FOUR, "--set", f"seed={seed}")
-    run = wait_for_step(stack, before, step=25, timeout_seconds=200)
+    run = wait_for_step(stack, before, step=25)
     began = time.monotonic()
     end(running, stack, run.run_key)
     wait_until(lambda: not launcher.tasks(run.run_key), what="the job to be gone")
     seconds = round(time.monotonic() - began, 2)
-    running.communicate(timeout=60)
+    running.communicate(timeout=240)
     return seconds

@@ -67,7 +67,7 @@ def test_the_dead_block_nobody_for_long(store: Store) -> None:
 
 
 def test_a_claim_is_renewed_while_it_is_held(store: Store) -> None:
-    with writing(store, "d", seconds=0.8) as lease:
+    with writing(store, "d", seconds=6.0) as lease:
         first = store.read_versioned(activity_key("d")).document["holders"]
         renewed = wait_until(
             lambda: store.read_versioned(activity_key("d")).document["holders"] != first, what="a renewal"
@@ -114,6 +114,6 @@ def test_renewals_go_on_after_the_store_was_away(store: Store, monkeypatch: pyte
         return real(self, *args, **kwargs)  # type: ignore[arg-type]
 
     monkeypatch.setattr(Store, "replace_versioned", sometimes)
-    with writing(store, "d", seconds=0.8) as lease:
+    with writing(store, "d", seconds=6.0) as lease:
         wait_until(lambda: len(calls) >= 5 and lease.is_sure, what="a renewal after two failures")
         assert holders(store) == ["writer"]

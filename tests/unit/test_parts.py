@@ -34,6 +34,6 @@ def test_ctrl_c_stops_the_parts_without_a_word_of_theirs(tmp_path: Path) -> None
     )
     wait_until(lambda: told.exists() and told.read_text() == "up", what="the part to be at work")
     os.killpg(whole.pid, signal.SIGINT)  # as a terminal does
-    said = whole.communicate(timeout=60)[1]  # once no part holds the pipe any more
+    said = whole.communicate(timeout=240)[1]  # once no part holds the pipe any more
     assert "waits.py" not in said
     assert "KeyboardInterrupt" in said, "of the process that shares the work out"

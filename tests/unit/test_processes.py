@@ -12,7 +12,7 @@ def run(code: str) -> int:
         f"import os, time\nfrom training.processes import die_after, die_with\n{code}\nprint('alive')\ntime.sleep(60)"
     )
     return subprocess.run(
-        [sys.executable, "-c", program], timeout=50, check=False, stdout=subprocess.DEVNULL
+        [sys.executable, "-c", program], timeout=240, check=False, stdout=subprocess.DEVNULL
     ).returncode
 
 

@@ -171,7 +171,7 @@ def test_the_same_bytes_whatever_the_process(settings: Settings, store: Store, t
         subprocess.Popen(command, env={**os.environ, **variables}, stdout=subprocess.PIPE, text=True)
         for variables in (odd, {"PYTHONHASHSEED": "2"})
     ]
-    assert [process.communicate(timeout=200)[0].split() for process in processes] == [expected, expected]
+    assert [process.communicate(timeout=240)[0].split() for process in processes] == [expected, expected]
 
 
 def _sha256(page: str) -> str:

@@ -497,7 +497,7 @@ def test_memory_is_bounded_whatever_the_size(store: Store, tmp_path: Path, kind:
                 writer.write_table(pa.table({"x": [random.bytes(64_000) for _ in range(40)]}, schema=schema))
     store.put("big", path.read_bytes())
     command = [sys.executable, "-c", STREAM, store.location.uri("big"), kind, str(store.location.endpoint)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=100, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
     assert done.returncode == 0, done.stderr
     growth_mib, num_records = map(int, done.stdout.split())
     assert num_records == 2000

@@ -102,7 +102,7 @@ def test_processes_give_the_same_and_end_with_the_stream(store: Store, preset: P
     readers = [process for process in psutil.Process().children(recursive=True) if process.ppid() != os.getpid()]
     assert len(readers) == 3, "children of the fork server"
     assert places([*first, *microbatches]) == expected(store, preset, manifest, range(4), 2)
-    _, alive = psutil.wait_procs(readers, timeout=30)
+    _, alive = psutil.wait_procs(readers, timeout=120)
     assert alive == []
 
 
@@ -127,7 +127,7 @@ def test_killed_rank_leaves_no_process_and_no_shared_memory(store: Store, preset
     children = json.loads(rank.stdout.readline())
     assert len(children) >= 3, "a fork server and two readers"
     rank.kill()
-    rank.communicate(timeout=30)
+    rank.communicate(timeout=240)
     wait_until(lambda: not any(psutil.pid_exists(pid) for pid in children), what="its children to die")
     wait_until(lambda: set(os.listdir("/dev/shm")) <= shared, what="nothing new to be left in shared memory")
 

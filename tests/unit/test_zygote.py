@@ -192,7 +192,7 @@ for stop in (signal.SIGTERM, signal.SIGINT):
 print(zygote.start({{"code": 6}}, {{}}).wait(60), zygote.pid == pid)
 """
     agent = subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, text=True, timeout=100, start_new_session=True, check=True
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=240, start_new_session=True, check=True
     )
     assert agent.stdout.splitlines() == ["True -9 True", "True -9 True", "6 True"]
 
