@@ -29,20 +29,20 @@ from training.errors import UnbrokenError
 
 log = logging.getLogger("flows.monitor")
 
-LOOK_SECONDS = 2.0
-SERVERS_LOOK_SECONDS = 5.0
-"""As often as Prometheus asks: a look is a dozen requests, most of what Prefect is asked while nothing runs."""
+LOOK_SECONDS = 5.0
+"""As often as Prometheus asks: a look at the servers is a dozen requests, most of what Prefect is asked while nothing
+runs, and one at a run reads its record and what it told since."""
 TARGETS = Path("monitoring") / "nodes.json"
 """In the stack's folder: the agents, for Prometheus's file discovery."""
 
 
-def keep_looking(part: str, look: Callable[[], None], *, every_seconds: float) -> None:
+def keep_looking(part: str, look: Callable[[], None]) -> None:
     while True:
         try:
             look()
         except UnbrokenError as error:
             log.warning("%s could not be looked at: %s", part, error)
-        time.sleep(every_seconds)
+        time.sleep(LOOK_SECONDS)
 
 
 def main() -> None:
@@ -75,8 +75,8 @@ def main() -> None:
         )
     )
     parts = {
-        "runs": lambda: keep_looking("runs", look_at_runs, every_seconds=LOOK_SECONDS),
-        "servers": lambda: keep_looking("servers", look_at_all_servers, every_seconds=SERVERS_LOOK_SECONDS),
+        "runs": lambda: keep_looking("runs", look_at_runs),
+        "servers": lambda: keep_looking("servers", look_at_all_servers),
         "http": server.run,
     }
     threads = [threading.Thread(name=name, target=part, daemon=True) for name, part in parts.items()]
