@@ -68,6 +68,9 @@ class TrainConfig:
     clip_norm: float | None = None
     mode: Literal["exact", "fast"] = "exact"
     """`fast` is plain DistributedDataParallel: the same order of data, and no promise on bits."""
+    strategy: Literal["all_reduce", "parameter_server"] = "all_reduce"
+    """Who makes the optimizer's step: every rank the whole of it, or servers a part each (`launch.servers`). The bits
+    are the same."""
     precision: Literal["float32", "bfloat16"] = "float32"
     """`bfloat16`: the loss is computed under torch.autocast; weights, gradients and sums stay float32."""
     warm_start: str | None = None
@@ -88,6 +91,11 @@ class TrainConfig:
         _require(1 <= self.virtual_workers <= 65_536, "train.virtual_workers", "must lie between 1 and 65536")
         _require(self.shuffle_window_shards >= 1, "train.shuffle_window_shards", "must be at least 1")
         _require(self.checkpoint_every_steps >= 1, "train.checkpoint_every_steps", "must be at least 1")
+        _require(
+            self.strategy == "all_reduce" or self.mode == "exact",
+            "train.strategy",
+            "'parameter_server' needs train.mode = 'exact'",
+        )
         _require(self.keep_checkpoints >= 1, "train.keep_checkpoints", "must be at least 1")
         _require(
             self.keep_every_steps is None or self.keep_every_steps % self.checkpoint_every_steps == 0,
@@ -169,6 +177,11 @@ class LaunchConfig:
     keep_spares: bool = False
     """For each rank of a node, one more process that has made its model and takes the place of one that dies at once.
     It takes the memory of the weights."""
+    servers: int = 2
+    """Of train.strategy = "parameter_server": into so many shards the parameters are cut."""
+    server_replicas: int = 2
+    """So many ranks hold each of these, as far as there are ranks; on different nodes, if there are. Only if all of
+    them die at once, the steps since the newest checkpoint are done again."""
     max_quarantined: int = 10
     """With `--quarantine`: so many records are left out at most that make the training fail. (The run without them is
     another one, of another dataset version.)"""
@@ -201,6 +214,8 @@ class LaunchConfig:
         _require(self.collective_timeout_seconds >= 5, "launch.collective_timeout_seconds", "must be at least 5")
         _require(self.balance_seconds >= 0, "launch.balance_seconds", "must not be negative (0: never)")
         _require(self.max_restarts >= 0, "launch.max_restarts", "must not be negative")
+        _require(self.servers >= 1, "launch.servers", "must be at least 1")
+        _require(self.server_replicas >= 1, "launch.server_replicas", "must be at least 1")
         _require(self.max_quarantined >= 0, "launch.max_quarantined", "must not be negative")
         _require(self.data_workers >= 0, "launch.data_workers", "must not be negative")
         _require(self.evaluate_processes >= 1, "launch.evaluate_processes", "must be at least 1")
@@ -246,6 +261,7 @@ class Preset:
             "keep_checkpoints",
             "keep_every_steps",
             "digest_every_steps",
+            "strategy",
             "validate_every_steps",
             "warm_start",
         ):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from typing import Protocol
@@ -17,8 +18,8 @@ from training.arithmetic.collectives import is_of_lost_peer, of_all_ranks
 from training.arithmetic.exact import ExactReducer
 from training.arithmetic.extras import NUM_CONTROL_WORDS, Control, Extras
 from training.arithmetic.fast import FastReducer
-from training.arithmetic.norm import block_norms, clip_factor, norm_of
 from training.arithmetic.objective import Objective, fill_new_memory, recipe_errors, seed_streams, stream_seed
+from training.arithmetic.update import LocalUpdate, Update
 from training.arithmetic.validation import HeldOut, validate
 from training.beside import beside
 from training.checkpointing import Checkpointing
@@ -39,7 +40,9 @@ from training.runs.events import Entry, EventWriter, json_number
 from training.runs.failures import crash_to_explain
 from training.runs.figures import Figures
 from training.runs.pace import Pace, Straggler, maybe_straggler
-from training.runs.record import InitialWeights, Record, Result, RunRecord, with_result, with_resume_step
+from training.runs.record import CheckpointRef, InitialWeights, Record, Result, RunRecord, with_result, with_resume_step
+from training.servers.colocated import Colocated, ServedReducer
+from training.servers.endpoints import PrimaryLost
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,9 +127,11 @@ class Trainer:
         handover: Handover | None = None,
         tell: Callable[[Note], None] = lambda note: None,
         crashes: Crashes | None = None,
+        servers: Colocated | None = None,
     ) -> None:
         """`record` is the run's as the group began. `state` is a new one, or that of the group before, which `handover`
-        knows. `tell` hears how far this rank has come. `crashes` finds what killed ranks before."""
+        knows. `tell` hears how far this rank has come. `crashes` finds what killed ranks before. `servers`
+        make the optimizer's steps in its place."""
         self.preset = preset
         self.recipe = recipe
         self.feed = feed
@@ -150,9 +155,11 @@ class Trainer:
             over_seconds=preset.launch.balance_seconds if self._knows_its_pace else 0.0,
         )
         self._maybe_crashes = crashes
+        self._maybe_servers = servers
         self._maybe_suspect_step = crash_to_explain(record)
         """After which ranks died twice alike."""
         self._nodes = [member.node for member in record.members]
+        """Ranks follow their order."""
         self.checkpoints = Checkpointing(
             preset.train,
             saver=saver,
@@ -185,7 +192,20 @@ class Trainer:
         owned, rank = ranges(self.balance.shares), self.rank.rank
         if train.mode == "fast":
             return FastReducer(objective, ranges=owned, rank=rank)
-        return ExactReducer(objective, num_extras=self.extras.num_elements, ranges=owned, rank=rank)
+        exact = ExactReducer(
+            objective,
+            num_extras=self.extras.num_elements,
+            ranges=owned,
+            rank=rank,
+            is_exchanged=self._maybe_servers is None,
+        )
+        if self._maybe_servers is None:
+            return exact
+        return ServedReducer(exact, self._maybe_servers, next_step=lambda: self.state.step + 1)
+
+    @property
+    def updater(self) -> Update:
+        return self._maybe_servers or LocalUpdate(self.state, clip_norm=self.preset.train.clip_norm)
 
     def train(self) -> None:
         """Resume, step to the end, checkpoint on the way, and commit the result."""
@@ -210,6 +230,10 @@ class Trainer:
         weights; rank 0 notes which."""
         since = self.checkpoints.committed_step
         found = self.handover.find(since=since, device=self.rank.device)
+        if self._maybe_servers is not None and not self._maybe_servers.can_go_on(
+            found.step if found else None, nodes=self._nodes_of_ranks, device=self.rank.device
+        ):
+            found = None
         if self.handover.has_kept and not (found is not None and found.is_here):
             self.state = self.new_state()  # nothing of another step may stay, and that one may still be asked for
         journal: Sequence[Entry] = ()
@@ -224,10 +248,28 @@ class Trainer:
             self.begin_reading(since)
         noting.result()
         self.checkpoints.committed_step = since
+        if self._maybe_servers is not None:
+            rank = self.rank
+            self._maybe_servers.begin(self.state, token=rank.token, rank=rank.rank, device=rank.device)
         self.handover.keep(self.settled_state, journal)
         self.handover.step = self.state.step
+        self.maybe_finish_step()
         self.tell_history(source="memory" if found is not None else "checkpoint" if since else "start")
         self.tell(Note(event="began", step=self.state.step))
+
+    def maybe_finish_step(self) -> None:
+        """The one that the group before left when servers had begun to apply it: no gradient is computed again."""
+        servers = self._maybe_servers
+        if servers is None or servers.newest_step == self.state.step:
+            return
+        started = time.monotonic()
+        self.hold_buffers()
+        with self.handover.waiting(), _group_is_lost_with_servers():
+            total = servers.step(self.state.step + 1, ())
+        self.take_step(total, started)
+        if isinstance(self._maybe_microbatches, Generator):
+            beside(self._maybe_microbatches.close)
+        self._maybe_microbatches = None  # they were to begin with that step
 
     def note_resumption(self, step: int) -> None:
         """In the record, that steps after this one are told of by this group."""
@@ -291,10 +333,7 @@ class Trainer:
         workers_seconds = time.monotonic() - started - (self.handover.waited_seconds - waited)
         with self.handover.waiting():
             total = self.reduce()
-        with self.handover.update():
-            outcome = self.update(total)
-            self.handover.note(self.state.step, self.values(outcome, seconds=time.monotonic() - started))
-            self.extras.release()
+        outcome = self.take_step(total, started)
         self.handover.forget(outcome.control.committed_step)
         outcome = replace(outcome, validation=self.maybe_validate())
         waited_seconds = self.handover.waited_seconds - waited
@@ -303,6 +342,14 @@ class Trainer:
         self.count_step(outcome, fixed_seconds, workers_seconds, waited_seconds)
         self.balance.hear(self.extras.other_words(total))
         self.balance.note(fixed_seconds, workers_seconds)
+        return outcome
+
+    def take_step(self, total: Tensor, started: float) -> StepOutcome:
+        """What was summed becomes this rank's next state."""
+        with self.handover.update():
+            outcome = self.update(total)
+            self.handover.note(self.state.step, self.values(outcome, seconds=time.monotonic() - started))
+            self.extras.release()
         return outcome
 
     def count_step(
@@ -320,7 +367,8 @@ class Trainer:
     def reduce(self) -> Tensor:
         """The sums over all virtual workers. Raises `GroupLost` if another rank does not give its part."""
         try:
-            return self.reducer.finish()
+            with _group_is_lost_with_servers():
+                return self.reducer.finish()
         except RuntimeError as error:
             if is_of_lost_peer(error):
                 raise GroupLost(str(error)) from error
@@ -351,14 +399,14 @@ class Trainer:
         not finite, and it is over)."""
         step = self.state.step
         loss = self.extras.hand_out(total / self.preset.train.virtual_workers)
-        grad_norm = self.clip()
+        grad_norm = self.updater.clip()
         if not (math.isfinite(loss) and math.isfinite(grad_norm)):
             self.figures.losses_not_finite += 1
             error = DeterministicError(f"step {step + 1}: the loss is {loss}, the gradient norm {grad_norm}")
             raise self.explainer.of_ranks(error, self.reducer.owned, self.state, self.extras)
-        self.state.set_learning_rate_scale(learning_rate_scale(self.recipe, step, self.preset.train.steps))
+        scale = learning_rate_scale(self.recipe, step, self.preset.train.steps)
         with recipe_errors(f"step {step + 1}, optimizer.step()"):
-            self.state.optimizer.step()
+            self.updater.apply(scale)
         self.state.step = step + 1
         return StepOutcome(
             loss=loss,
@@ -381,13 +429,30 @@ class Trainer:
         """What the ranks decided."""
         if control.checkpoint:
             self.compare_pace()
-            self.checkpoints.begin(self.state)
+            with self.whole_state():
+                self.checkpoints.begin(self.state)
         if control.checkpoint_and_regroup:
             end = self.handover.maybe_must_end_at or time.monotonic() + self.preset.launch.grace_seconds
-            self.checkpoints.save_in_time(self.state, end, is_begun=control.checkpoint)
+            with self.whole_state():
+                self.checkpoints.save_in_time(self.state, end, is_begun=control.checkpoint)
         if control.regroup or control.checkpoint_and_regroup:
             raise GroupEnded
         self.rebalance()
+
+    @contextmanager
+    def whole_state(self) -> Iterator[None]:
+        """Meanwhile the state has what the servers keep. All ranks must ask for it after the same step."""
+        servers = self._maybe_servers
+        if servers is None:
+            yield
+            return
+        with self.handover.waiting(), _group_is_lost_with_servers():
+            entries = servers.optimizer_entries()
+        with self.handover.standstill():
+            self.state.optimizer.state.update(entries)
+        yield
+        with self.handover.standstill():
+            self.state.optimizer.state.clear()
 
     def rebalance(self) -> None:
         """Compute other virtual workers from here on, if the ranks' paces say so. All do so after the same step."""
@@ -411,9 +476,12 @@ class Trainer:
 
     def named(self, slow: Straggler) -> dict[str, object]:
         """With its node: ranks follow the order of nodes."""
-        place = slow.rank // self.preset.launch.processes_per_node
-        node = self._nodes[place] if place < len(self._nodes) else place
-        return {"rank": slow.rank, "node": node, "factor": slow.factor}
+        return {"rank": slow.rank, "node": self._nodes_of_ranks[slow.rank], "factor": slow.factor}
+
+    @property
+    def _nodes_of_ranks(self) -> list[int]:
+        places = [rank // self.preset.launch.processes_per_node for rank in range(self.rank.world_size)]
+        return [self._nodes[place] if place < len(self._nodes) else place for place in places]
 
     def try_scores(self) -> None:
         """Judge one batch, as is done after training: what is wrong with that should not be found out only then."""
@@ -477,15 +545,6 @@ class Trainer:
         assert (batch.step, batch.worker) == (self.state.step, worker)
         return batch.ids, on_device(batch, self.rank.device)
 
-    def clip(self) -> float:
-        """Scale the gradients; returns the norm before. It is taken block by block, whoever has which."""
-        gradients = [p.grad for p in self.state.trained.values() if p.grad is not None]
-        norm = norm_of(block_norms(gradients))
-        factor = clip_factor(norm, self.preset.train.clip_norm)
-        if factor is not None:
-            torch._foreach_mul_(gradients, factor)
-        return norm
-
     def values(self, outcome: StepOutcome, *, seconds: float) -> dict[str, object]:
         """What is told of a step, but for its validation."""
         told: dict[str, object] = {
@@ -506,8 +565,12 @@ class Trainer:
         self.tell(Note(event="step", step=self.state.step))
 
     def finish(self) -> None:
-        """Prove the last state, then commit the result. Only rank 0 speaks to the record."""
-        maybe_last = self.checkpoints.prove_last(self.state)
+        """Prove the last state, then commit the result."""
+        with self.whole_state():
+            self.commit_result(self.checkpoints.prove_last(self.state))
+
+    def commit_result(self, maybe_last: CheckpointRef | None) -> None:
+        """Only rank 0 speaks to the record."""
         if self.rank.rank == 0:
             assert maybe_last is not None
             assert self.maybe_events is not None
@@ -529,3 +592,11 @@ class Trainer:
         """Of a step, or of the last finished one."""
         if self.maybe_events is not None:
             self.maybe_events.add(kind, step=self.state.step if step is None else step, **values)
+
+
+@contextmanager
+def _group_is_lost_with_servers() -> Iterator[None]:
+    try:
+        yield
+    except PrimaryLost as error:
+        raise GroupLost(str(error)) from error

@@ -27,6 +27,7 @@ from training.recipe import Recipe, load_recipe
 from training.runs.events import EventWriter
 from training.runs.job import Job
 from training.runs.record import Record, RunRecord, run_key, with_environment
+from training.servers.colocated import Colocated
 from training.signatures import keyring
 
 
@@ -44,12 +45,20 @@ class Kit:
     """To the other ranks of the group."""
     maybe_leaving: Future[None] | None = None
     """The group before, as long as its connections are being closed."""
+    maybe_servers: Colocated | None = None
+    """Parameter servers in this process, from the first group on."""
 
     @property
     def may_stay(self) -> bool:
         """Whether this process can leave a group and join another: DistributedDataParallel and NCCL are not known to
         let go of what they hold."""
         return self.job.preset.train.mode == "exact" and self.device.type == "cpu"
+
+    def cut(self) -> None:
+        """Whatever this process waits for in its group, it hears that it is over. May be called by another thread."""
+        self.connections.cut()
+        if self.maybe_servers is not None:
+            self.maybe_servers.give_up()
 
 
 def prepare(job: Job, *, local_rank: int) -> Kit:
@@ -87,6 +96,7 @@ def train(
     job = kit.job
     state, kit.maybe_state = kit.maybe_state, None
     run = job.open_run()
+    servers = _servers(kit, seat, record)
     record = _admitted(run, record, kit.environment)
     _join(kit, seat, rendezvous)
     events = make_events(run.store, run.prefix(record), seat.token) if seat.rank == 0 else None
@@ -106,6 +116,7 @@ def train(
         handover=handover,
         tell=tell,
         crashes=Crashes(feed, local_rank=seat.local_rank, seconds=patience),
+        servers=servers,
     )
     try:
         trainer.train()
@@ -149,6 +160,14 @@ def _admitted(run: RunRecord, record: Record, here: dict[str, str]) -> Record:
         record = run.update(lambda newest: with_environment(newest, here, token=record.token))
     environment.require_same(record.environment, here)
     return record
+
+
+def _servers(kit: Kit, seat: Seat, record: Record) -> Colocated | None:
+    preset = kit.job.preset
+    if preset.train.strategy == "parameter_server" and kit.maybe_servers is None:
+        member = record.members[seat.rank // preset.launch.processes_per_node]
+        kit.maybe_servers = Colocated(kit.recipe, preset, address=member.address, secret=record.secret)
+    return kit.maybe_servers
 
 
 def _saver(job: Job, seat: Seat, prefix: str, rendezvous: Any, maybe_events: EventWriter | None) -> CheckpointSaver:

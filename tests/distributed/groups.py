@@ -16,9 +16,10 @@ from typing import Any, cast
 from tests.unit.tiny import Tiny, exact_arithmetic, make_trainer, tiny_preset
 from training.cluster.workers import Hand, Outcome, Workers
 from training.cluster.zygote import Worker, Zygote
-from training.config import LaunchConfig
+from training.config import LaunchConfig, Preset
 from training.control import Order
 from training.memory.slots import Header, Slots, create_slots
+from training.recipe import Recipe
 from training.runs.events import Event
 from training.runs.history import committed_steps, events_of
 from training.runs.job import Job
@@ -29,6 +30,7 @@ ENTRY = "tests.distributed.pausing:run"
 STEPS = 12
 EVERY = 5
 VALIDATE_EVERY = 3
+TINY = Tiny()
 PRESET = tiny_preset(steps=STEPS, checkpoint_every_steps=EVERY, validate_every_steps=VALIDATE_EVERY)
 Slot = tuple[int, int]
 Told = tuple[int, float, str, dict[str, float]]
@@ -219,17 +221,17 @@ class Node:
                 os.close(fd)
 
 
-def make_node(store: Store, zygote: Zygote) -> Node:
-    key = run_key(recipe=Tiny(), preset=PRESET, dataset_digest="d")
+def make_node(store: Store, zygote: Zygote, *, preset: Preset = PRESET, recipe: Recipe = TINY) -> Node:
+    key = run_key(recipe=recipe, preset=preset, dataset_digest="d")
     run = RunRecord(store, key)
     run.create_if_missing()
-    job = Job(key=key, generation=0, preset=PRESET, dataset_digest="d", location=store.location)
+    job = Job(key=key, generation=0, preset=preset, dataset_digest="d", location=store.location)
     return Node(run=run, job=job, zygote=zygote)
 
 
-def calm() -> tuple[str, list[Told]]:
+def calm(*, preset: Preset = PRESET, recipe: Recipe = TINY) -> tuple[str, list[Told]]:
     """State and history of a run in one process that nothing happens to."""
-    trainer = make_trainer(preset=PRESET)
+    trainer = make_trainer(preset=preset, recipe=recipe)
     told = []
     with exact_arithmetic():
         for step in range(1, STEPS + 1):

@@ -15,10 +15,12 @@ from training.cluster import worker
 from training.config import Preset
 from training.loop import Trainer
 from training.memory.handover import Handover
+from training.servers.replica import Replica
 
 MID_STEP = "in the midst of the step after"
 VALIDATED = "after validation, before it is noted"
 UPDATING = "in the update to the step after"
+APPLIED = "once a shard's primary has applied it, and told nobody"
 
 
 def run(order: dict[str, Any]) -> int:
@@ -41,6 +43,7 @@ def _pause_at(place: str, step: int, test: socket.socket) -> None:
         MID_STEP: (Trainer, "microbatch"),
         UPDATING: (Trainer, "clip"),
         VALIDATED: (Handover, "complete"),
+        APPLIED: (Replica, "_tell_backups"),
     }[place]
     go_on: Callable[..., Any] = getattr(owner, name)
 

@@ -82,7 +82,7 @@ def train(mesh: Mesh, waiting: queue.SimpleQueue[tuple[Remote, range]], num_shar
             while step < num_steps:
                 step += 1
                 parts = sums(step, leaves, torch.cat(values))
-                values = remote.step(step, [[(t, elements(v, one)) for t, v in parts] for one in all_shards])
+                _, values = remote.step(step, [[(t, elements(v, one)) for t, v in parts] for one in all_shards])
                 say(step=step)
             say(digest=hash_of(torch.cat(values)))
         except PrimaryLost as error:

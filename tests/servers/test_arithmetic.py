@@ -142,7 +142,7 @@ def test_the_bits_are_those_of_one_process(num_workers: int, num_shards: int) ->
 def test_a_copy_goes_on_as_the_original_would() -> None:
     shard = shards(SIZES, 2)[1]
     states = [TensorState(adamw(net := Net()), list(net.parameters()), shard) for _ in range(2)]
-    decision = Decision(grad_norm=2.0, clip_norm=1.0, learning_rate_scale=0.5)
+    decision = Decision(grad_norm=2.0, clip_norm=1.0, learning_rate_scale=0.5, extras=torch.empty(0))
     total = elements(gradient(1, 0, torch.cat([p.detach() for p in Net().parameters()])), shard)
     states[0].apply(total.clone(), decision)
     states[1].load(states[0].snapshot(), 1)

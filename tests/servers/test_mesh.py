@@ -18,11 +18,12 @@ from training.servers.protocol import Apply, Copy, Held, Message, Pull, Push, Se
 from training.servers.wire import decode, encode
 
 MAX_BYTES = 1 << 24
+DECISION = Decision(grad_norm=0.1 + 0.2, clip_norm=None, learning_rate_scale=1e-300, extras=torch.tensor([2.0]))
 MESSAGES: list[Message] = [
     Pull(token=3),
     Push(token=3, step=7, parts=((Subtree(0, 2), torch.arange(5.0)), (Subtree(2, 1), torch.empty(0)))),
     Held(token=3, step=7, report=Report(norms=torch.tensor([0.1]), extras=torch.zeros(2))),
-    Apply(token=3, step=7, decision=Decision(grad_norm=0.1 + 0.2, clip_norm=None, learning_rate_scale=1e-300)),
+    Apply(token=3, step=7, decision=DECISION),
     Copy(
         token=3,
         position=13,

@@ -16,6 +16,16 @@ def of_all_ranks(own: Tensor) -> Tensor:
     return found.view(-1, len(own))
 
 
+def texts_of_all_ranks(own: str, device: torch.device) -> list[str]:
+    """Every rank's, in their order. Collective."""
+    data = torch.frombuffer(bytearray(own.encode()), dtype=torch.uint8)
+    sizes: list[int] = of_all_ranks(torch.tensor([len(data)], device=device)).flatten().tolist()
+    padded = torch.zeros(max(sizes), dtype=torch.uint8)
+    padded[: len(data)] = data
+    found = of_all_ranks(padded.to(device)).cpu()
+    return [bytes(row[:size].tolist()).decode() for row, size in zip(found, sizes, strict=True)]
+
+
 def is_of_lost_peer(error: BaseException) -> bool:
     """Whether an error of a collective says only that another rank is gone."""
     return isinstance(error, dist.DistError) or "gloo" in str(error) or "Connection" in str(error)

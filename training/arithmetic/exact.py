@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from training.arithmetic.reduce import Place, TreeSum, fold, places, subtrees
+from training.arithmetic.reduce import Place, Subtree, TreeSum, fold, places, subtrees
 from training.errors import UserError
 
 BUCKET_BYTES = 25 << 20
@@ -49,9 +49,11 @@ class ExactReducer:
         ranges: Sequence[range],
         rank: int,
         bucket_bytes: int = BUCKET_BYTES,
+        is_exchanged: bool = True,
     ) -> None:
         """`objective` gives the loss of a batch; `num_extras` more numbers per virtual worker are summed alike.
-        `ranges` are the virtual workers of each rank, from the first to the last.
+        `ranges` are the virtual workers of each rank, from the first to the last. Unless it `is_exchanged`, no rank
+        hears of another, and `sums` says what this one has.
 
         Raises `UserError` if a parameter is not float32.
         """
@@ -61,8 +63,12 @@ class ExactReducer:
         self._objective = objective
         self._virtual_workers = ranges[-1].stop
         self._places = places(self.owned)
-        group = _Group(ranges, rank, parameters[0].device)
-        planned = plan_buckets([p.numel() for p in parameters], bucket_bytes // 4)
+        group = (
+            _Group(ranges, rank, parameters[0].device)
+            if is_exchanged
+            else _Alone([self.owned], 0, parameters[0].device)
+        )
+        self._planned = planned = plan_buckets([p.numel() for p in parameters], bucket_bytes // 4)
         self._buckets = [
             _Bucket(
                 [parameters[n] for n in numbers], num_extras if numbers is planned[-1] else 0, group, self._when_full
@@ -94,6 +100,22 @@ class ExactReducer:
         for bucket in self._buckets:
             bucket.hand_out()
         return self._buckets[-1].extras
+
+    def sums(self) -> list[tuple[Subtree, list[Tensor], Tensor]]:
+        """Of each of this rank's subtrees: the gradients, as the parameters are numbered, and the extras. They are
+        overwritten in the next step."""
+        self._exchange.wait()
+        for bucket in self._buckets:
+            bucket.is_full = False
+        return [(subtree, *self._sums_of(number)) for number, subtree in enumerate(subtrees(self.owned))]
+
+    def _sums_of(self, subtree: int) -> tuple[list[Tensor], Tensor]:
+        found: dict[int, Tensor] = {}
+        extras = torch.empty(0)
+        for numbers, bucket in zip(self._planned, self._buckets, strict=True):
+            *views, extras = bucket.row(subtree)
+            found |= zip(numbers, views, strict=True)
+        return [found[number] for number in sorted(found)], extras
 
     def close(self) -> None:
         """Let the parameters go: another reducer may be made for them."""
@@ -134,6 +156,13 @@ class _Group:
         dist.all_gather_single(flat, fold(everybody, torch.split(received, slice_size)))
 
 
+class _Alone(_Group):
+    """Of one rank, whose sums another process adds up."""
+
+    def exchange(self, rows: Tensor, received: Tensor, flat: Tensor) -> None:
+        """There is nobody here."""
+
+
 class _Bucket:
     """Some parameters: their gradients added up along the tree as they come, then the sum over all ranks."""
 
@@ -167,6 +196,10 @@ class _Bucket:
         *pieces, extras = torch.split(flat[: sum(sizes)], sizes)
         shaped = [piece.view(p.shape) for piece, p in zip(pieces, self._parameters, strict=True)]
         return [*shaped, extras]
+
+    def row(self, subtree: int) -> list[Tensor]:
+        """The sums of one of this rank's subtrees."""
+        return self._row_views[subtree]
 
     def begin(self, place: Place) -> None:
         """The next virtual worker. Autograd itself adds a right sibling's gradients to the left one's."""

@@ -123,7 +123,7 @@ class _Worker:
     def _stop(self) -> None:
         """Have the training thread leave its group; or end this process, once what it holds is left in memory."""
         if self._maybe_kit is not None:
-            self._maybe_kit.connections.cut()
+            self._maybe_kit.cut()
         if self._attendance.must_end(PATIENCE_SECONDS if self._maybe_kit is not None else 0.0):
             self._handover.leave()
             os._exit(EXIT_STOPPED)

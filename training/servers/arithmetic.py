@@ -35,12 +35,19 @@ class Decision:
     grad_norm: float
     clip_norm: float | None
     learning_rate_scale: float
+    extras: Tensor
+    """The sum of what was summed beside gradients: who joins after the step hears of it so."""
 
 
 def decide(reports: Sequence[Report], *, clip_norm: float | None, learning_rate_scale: float) -> Decision:
     """Reports in the order of shards, so blocks are in that of parameters, as in training.loop."""
     norm = norm_of(torch.cat([report.norms for report in reports]))
-    return Decision(grad_norm=norm, clip_norm=clip_norm, learning_rate_scale=learning_rate_scale)
+    return Decision(
+        grad_norm=norm,
+        clip_norm=clip_norm,
+        learning_rate_scale=learning_rate_scale,
+        extras=reports[0].extras.clone(),
+    )
 
 
 class TensorState:
@@ -157,9 +164,7 @@ def require_elementwise(make: Callable[[nn.Module], Optimizer]) -> None:
             module = _Probe(first)
             state = TensorState(make(module), [module.weight], shard)
             for gradient in gradients:
-                state.apply(
-                    pieces_of([gradient], shard), Decision(grad_norm=1.0, clip_norm=None, learning_rate_scale=1.0)
-                )
+                state.apply(pieces_of([gradient], shard), _PROBE_DECISION)
             found.append(state.values())
         results.append(torch.cat(found))
     if not torch.equal(*results):
@@ -168,6 +173,9 @@ def require_elementwise(make: Callable[[nn.Module], Optimizer]) -> None:
             f"the recipe's optimizer, {name}, gives other bits if a parameter is cut in pieces, as parameter servers"
             " have it: use train.strategy = 'all_reduce', or an optimizer that treats each element by itself"
         )
+
+
+_PROBE_DECISION = Decision(grad_norm=1.0, clip_norm=None, learning_rate_scale=1.0, extras=torch.empty(0))
 
 
 class _Probe(nn.Module):

@@ -23,14 +23,16 @@ class Client:
         self.phase: Phase = "idle"
         self.step = 0
         """In hand, or finished if idle."""
+        self.maybe_decision: Any = None
+        """Of that step."""
         self._primaries = tuple(primaries)
         self._decide = decide
         self._answers: dict[str, Message] = {}
 
-    def pull(self) -> list[Send]:
-        """Asks for the parameters."""
+    def pull(self, *, with_optimizer: bool = False) -> list[Send]:
+        """Asks for the parameters, or for all that the shards hold."""
         self.phase = "pulling"
-        return self._say(lambda shard: Pull(token=self.token))
+        return self._say(lambda shard: Pull(token=self.token, with_optimizer=with_optimizer))
 
     def push(self, step: int, parts: Sequence[Sequence[tuple[Subtree, Any]]]) -> list[Send]:
         """The sums of this worker's subtrees, for each shard."""
@@ -51,7 +53,7 @@ class Client:
         answers = [self._answers[name] for name in self._primaries]
         if self.phase == "pushing":
             self.phase = "applying"
-            decision = self._decision(answers)
+            decision = self.maybe_decision = self._decision(answers)
             return self._say(lambda shard: Apply(token=self.token, step=self.step, decision=decision))
         self.phase = "idle"
         return []

@@ -76,9 +76,14 @@ class Remote:
             found = self._until_answered(self._client.push(newest, [()] * len(found)))
         return newest, [values for _, values in found]
 
-    def step(self, step: int, parts: Sequence[Sequence[tuple[Subtree, Any]]]) -> list[Any]:
-        """Give this worker's sums, for each shard, and get the parameters after the step."""
-        return [values for _, values in self._until_answered(self._client.push(step, parts))]
+    def pull_all(self) -> list[Any]:
+        """Snapshots of all shards, which are at the same step."""
+        return [values for _, values in self._until_answered(self._client.pull(with_optimizer=True))]
+
+    def step(self, step: int, parts: Sequence[Sequence[tuple[Subtree, Any]]]) -> tuple[Any, list[Any]]:
+        """Give this worker's sums, for each shard; get what was decided, and the parameters after the step."""
+        found = self._until_answered(self._client.push(step, parts))
+        return self._client.maybe_decision, [values for _, values in found]
 
     def give_up(self) -> None:
         """May be called by another thread: what waits for an answer raises `PrimaryLost`."""

@@ -59,6 +59,9 @@ class Apply(Message):
 class Pull(Message):
     """Asks for the parameters as they are."""
 
+    with_optimizer: bool = False
+    """And for what the optimizer keeps: then the answer's values are a snapshot."""
+
 
 # ---- from a primary to a worker --------------------------------------------------------------------------------------
 

@@ -246,7 +246,8 @@ class Replica:
         is_to_come = isinstance(message, Apply) and message.step > done
         if is_to_come or not self._are_all_at(2 * done):
             return None
-        return self._to(name, Values, step=done, values=self.state.values())
+        is_of_all = isinstance(message, Pull) and message.with_optimizer
+        return self._to(name, Values, step=done, values=self.state.snapshot() if is_of_all else self.state.values())
 
     def _hear_reached(self, sender: str, message: Reached) -> list[Send]:
         self._positions[sender] = message.position

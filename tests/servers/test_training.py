@@ -1,0 +1,155 @@
+"""Real ranks with parameter servers in their processes: the bits of exact mode, and of one process, whoever dies."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import closing
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import pytest
+
+from tests.distributed import groups
+from tests.distributed.groups import ENTRY, Group, Node, Pause, make_node
+from tests.distributed.pausing import APPLIED, MID_STEP
+from tests.servers.wide import Wide
+from training.cluster.zygote import Zygote
+from training.control import Order
+from training.memory.slots import create_slots
+from training.s3.objectstore import Store
+
+TRAIN = replace(groups.PRESET.train, strategy="parameter_server")
+PRESET = replace(groups.PRESET, recipe="tests.servers.wide:Wide", train=TRAIN)
+
+
+@pytest.fixture(scope="module")
+def zygote() -> Iterator[Zygote]:
+    with closing(Zygote(PRESET, entry=ENTRY)) as running:
+        yield running
+
+
+@pytest.fixture
+def node(store: Store, zygote: Zygote) -> Iterator[Node]:
+    with closing(make_node(store, zygote, preset=PRESET, recipe=Wide())) as made:
+        made.slots.append(create_slots())
+        yield made
+
+
+@pytest.fixture(scope="module")
+def calm() -> tuple[str, list[groups.Told]]:
+    return groups.calm(preset=PRESET, recipe=Wide())
+
+
+def require_same(node: Node, calm: tuple[str, list[groups.Told]]) -> None:
+    record = node.run.read()
+    assert record.result is not None
+    assert (record.result.step, record.result.state_sha256) == (groups.STEPS, calm[0])
+    assert node.told() == calm[1]
+
+
+@pytest.mark.parametrize("num_servers", [1, 2, 4])
+@pytest.mark.parametrize("num_ranks", [1, 2, 4])
+def test_the_bits_are_those_of_one_process(
+    node: Node, calm: tuple[str, list[groups.Told]], num_ranks: int, num_servers: int
+) -> None:
+    node.train(num_ranks, servers=num_servers)
+    require_same(node, calm)
+
+
+async def regroup(group: Group, *, rank: int) -> None:
+    await group.paused(rank)
+    group.order(rank, Order(do="regroup"))
+    await group.has_read(rank)
+    group.go_on(rank)
+
+
+async def kill(group: Group, victim: int) -> None:
+    await group.paused(victim)
+    await group.waits(1 - victim, step=7)
+    group.kill(victim)
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_server_that_dies_costs_the_step_that_it_was_in(
+    node: Node, calm: tuple[str, list[groups.Told]], victim: int
+) -> None:
+    """Each of two ranks is the primary of a shard, and has the other's backup."""
+
+    async def act(group: Group) -> None:
+        await kill(group, victim)
+
+    settings: dict[str, Any] = {"may_stay": True, "servers": 2, "server_replicas": 2}
+    first = node.train(2, act, pauses={victim: Pause(MID_STEP, 7)}, **settings)
+    second = node.train(2, **settings)
+    assert [a == b for a, b in zip(first.pids(), second.pids(), strict=True)] == [victim == 1, victim == 0]
+    assert node.attempts()[-1] == (2, 7, "memory")
+    require_same(node, calm)
+
+
+def test_a_step_that_one_shard_has_applied_is_finished_without_a_gradient(
+    node: Node, calm: tuple[str, list[groups.Told]]
+) -> None:
+    """No rank has heard that it was done when one of the two dies."""
+
+    async def act(group: Group) -> None:
+        await group.paused(0)
+        group.kill(1)
+        group.go_on(0)
+
+    settings: dict[str, Any] = {"may_stay": True, "servers": 2, "server_replicas": 2}
+    node.train(2, act, pauses={0: Pause(APPLIED, 8)}, **settings)
+    node.train(2, **settings)
+    assert node.attempts()[-1] == (2, 8, "memory")
+    require_same(node, calm)
+
+
+def test_servers_regroup_with_more_and_with_fewer_ranks(node: Node, calm: tuple[str, list[groups.Told]]) -> None:
+    settings: dict[str, Any] = {"may_stay": True, "servers": 3, "server_replicas": 2}
+    node.train(2, partial(regroup, rank=1), pauses={1: Pause(MID_STEP, 4)}, **settings)
+    node.train(4, partial(regroup, rank=3), pauses={3: Pause(MID_STEP, 8)}, **settings)
+    node.hands.pop(3).end()
+    node.train(3, **settings)
+    assert node.attempts()[-1][2] == "memory"
+    require_same(node, calm)
+
+
+def test_without_a_backup_the_steps_since_the_checkpoint_are_done_again(
+    node: Node, calm: tuple[str, list[groups.Told]]
+) -> None:
+    async def act(group: Group) -> None:
+        await kill(group, 1)
+
+    settings: dict[str, Any] = {"may_stay": True, "servers": 2, "server_replicas": 1}
+    node.train(2, act, pauses={1: Pause(MID_STEP, 7)}, **settings)
+    node.train(2, **settings)
+    assert node.attempts()[-1] == (2, groups.EVERY, "checkpoint")
+    require_same(node, calm)
+
+
+def test_a_checkpoint_of_servers_goes_on_without_and_the_other_way_round(
+    node: Node, calm: tuple[str, list[groups.Told]]
+) -> None:
+    async def stop(group: Group) -> None:
+        await group.paused(0, 1)
+        group.workers.stop()
+
+    node.train(2, stop, pauses={rank: Pause(MID_STEP, 6) for rank in range(2)}, servers=2)
+    job = node.job
+    node.job = replace(job, preset=replace(PRESET, train=replace(TRAIN, strategy="all_reduce")))
+    node.slots = [create_slots() for _ in range(3)]
+    node.train(1, stop_at(11), pauses={0: Pause(MID_STEP, 11)})
+    assert node.attempts()[-1] == (1, groups.EVERY, "checkpoint")
+    node.job = job
+    node.slots = [create_slots() for _ in range(3)]
+    node.train(3, servers=4)
+    assert node.attempts()[-1] == (3, 2 * groups.EVERY, "checkpoint")
+    require_same(node, calm)
+
+
+def stop_at(step: int) -> groups.Act:
+    async def stop(group: Group) -> None:
+        await group.paused(0)
+        group.workers.stop()
+
+    return stop

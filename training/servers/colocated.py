@@ -1,0 +1,298 @@
+"""Parameter servers in the ranks' own processes: what a rank has of them, from one group to the next."""
+
+from __future__ import annotations
+
+import json
+import math
+import queue
+import threading
+import uuid
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from inspect import signature
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from training.arithmetic.collectives import texts_of_all_ranks
+from training.arithmetic.exact import ExactReducer
+from training.arithmetic.reduce import Subtree
+from training.checkpoints.state import TrainState
+from training.config import Preset
+from training.recipe import Recipe, learning_rate_scale
+from training.servers.arithmetic import Decision, Report, TensorState, decide, pieces_of, require_elementwise
+from training.servers.endpoints import Begun, Remote, serve, wake
+from training.servers.layout import Shard, shards
+from training.servers.mesh import Address, Mesh
+from training.servers.placement import place
+from training.servers.protocol import Assignment
+from training.servers.replica import Replica
+
+MAX_BYTES_PER_PARAMETER_BYTE = 16
+"""Of a message: a copy has the parameters, and what the optimizer keeps of each."""
+MAX_OTHER_BYTES = 1 << 28
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Hosted:
+    """A replica in this process, and the thread that serves it."""
+
+    mesh: Mesh
+    replica: Replica
+    changes: queue.SimpleQueue[Begun | None]
+
+    def tell(self, maybe_begun: Begun | None) -> None:
+        self.changes.put(maybe_begun)
+        wake(self.mesh)
+
+    def close(self) -> None:
+        self.tell(None)
+        self.mesh.close()
+
+
+class Colocated:
+    """Shards' replicas in this process, and its way to all shards. They outlast a group if the process does.
+
+    A group goes on with what its ranks hold of all shards, or begins all of them anew from a whole state.
+    """
+
+    def __init__(self, recipe: Recipe, preset: Preset, *, address: str, secret: str) -> None:
+        """`address` is this node's, for the other ranks; all prove that they know `secret`."""
+        self._recipe = recipe
+        self._preset = preset
+        self._address = address
+        self._secret = secret
+        self._hosted: dict[int, _Hosted] = {}
+        self._placement: tuple[tuple[int, ...], ...] = ()
+        self._is_new = True
+        self._maybe_remote: Remote | None = None
+        self._maybe_parameters: Sequence[Tensor] | None = None
+        self._step = 0
+        """In hand."""
+        self._maybe_answer: tuple[Decision, Sequence[Tensor]] | None = None
+        self.newest_step = 0
+        """That any shard has applied, as the group began."""
+
+    # ---- a group begins ----------------------------------------------------------------------------------------------
+
+    def can_go_on(self, maybe_step: int | None, *, nodes: Sequence[int], device: torch.device) -> bool:
+        """Whether the ranks' replicas are of a state at that step of the ranks' own, or one further. If not, all forget
+        what they have. Collective."""
+        launch = self._preset.launch
+        own = {shard: hosted.replica.position for shard, hosted in self._hosted.items()}
+        holdings = [
+            {int(shard): position for shard, position in json.loads(text).items()}
+            for text in texts_of_all_ranks(json.dumps(own), device)
+        ]
+        farthest = [max(holding.get(shard, -1) for holding in holdings) for shard in range(launch.servers)]
+        self.newest_step = max(farthest) // 2
+        is_whole = min(farthest) >= 0 and maybe_step is not None and 0 <= self.newest_step - maybe_step <= 1
+        if not is_whole:
+            self._forget()
+            holdings = [{} for _ in holdings]
+        self._is_new = not is_whole
+        self._placement = place(launch.servers, launch.server_replicas, holdings=holdings, nodes=nodes)
+        return is_whole
+
+    def begin(self, state: TrainState, *, token: int, rank: int, device: torch.device) -> None:
+        """With what `can_go_on` found, or with `state` and its optimizer's part, which it leaves. Collective.
+
+        Raises `UserError` if the optimizer cannot be cut.
+        """
+        self._maybe_parameters = list(state.trained.values())
+        if self._is_new:
+            _require_divisible(state.optimizer)
+            self.newest_step = state.step
+        mine = [shard for shard, ranks in enumerate(self._placement) if rank in ranks]
+        for shard in self._hosted.keys() - set(mine):
+            self._hosted.pop(shard).close()
+        for shard in mine:
+            if shard not in self._hosted:
+                self._hosted[shard] = self._host(shard, state)
+        state.optimizer.state.clear()
+        self._meet(token, device)
+
+    def _host(self, shard: int, state: TrainState) -> _Hosted:
+        optimizer = self._recipe.optimizer(state.model)
+        optimizer.state.update(state.optimizer.state)
+        tensors = TensorState(optimizer, list(state.trained.values()), self.shards[shard])
+        tensors.step = state.step
+        mesh = self._mesh(f"server {shard}")
+        replica = Replica(mesh.name, tensors, num_virtual_workers=self._preset.train.virtual_workers)
+        if self._is_new:
+            replica.fill()
+        hosted = _Hosted(mesh=mesh, replica=replica, changes=queue.SimpleQueue())
+        threading.Thread(target=serve, args=(mesh, replica, hosted.changes), name=mesh.name, daemon=True).start()
+        return hosted
+
+    def _mesh(self, what: str) -> Mesh:
+        num_bytes = sum(parameter.nbytes for parameter in self._parameters)
+        return Mesh(
+            f"{what} {uuid.uuid4().hex}",
+            secret=self._secret,
+            address=self._address,
+            max_bytes=MAX_BYTES_PER_PARAMETER_BYTE * num_bytes + MAX_OTHER_BYTES,
+        )
+
+    def _meet(self, token: int, device: torch.device) -> None:
+        """Tell all ranks where what is here listens, and begin with what they tell."""
+        own = {
+            "worker": [self._worker.name, *self._worker.address],
+            "servers": {shard: [hosted.mesh.name, *hosted.mesh.address] for shard, hosted in self._hosted.items()},
+        }
+        told = [json.loads(text) for text in texts_of_all_ranks(json.dumps(own), device)]
+        places: dict[str, Address] = {}
+        for name, host, port in (entry for one in told for entry in (one["worker"], *one["servers"].values())):
+            places[name] = (host, port)
+        names = [
+            [told[rank]["servers"][str(shard)][0] for rank in ranks] for shard, ranks in enumerate(self._placement)
+        ]
+        for shard, hosted in self._hosted.items():
+            primary, *backups = names[shard]
+            assignment = Assignment(token=token, primary=primary, backups=tuple(backups))
+            hosted.tell(Begun(assignment=assignment, places=places))
+        self._maybe_remote = Remote(
+            self._worker, token=token, primaries=[one[0] for one in names], places=places, decide=self._decide
+        )
+
+    def _forget(self) -> None:
+        for hosted in self._hosted.values():
+            hosted.close()
+        self._hosted = {}
+
+    # ---- a step ------------------------------------------------------------------------------------------------------
+
+    @cached_property
+    def shards(self) -> tuple[Shard, ...]:
+        return shards([parameter.numel() for parameter in self._parameters], self._preset.launch.servers)
+
+    @cached_property
+    def _worker(self) -> Mesh:
+        return self._mesh("worker")
+
+    @property
+    def _parameters(self) -> Sequence[Tensor]:
+        assert self._maybe_parameters is not None, "a group has begun"
+        return self._maybe_parameters
+
+    @property
+    def _remote(self) -> Remote:
+        assert self._maybe_remote is not None, "a group has begun"
+        return self._maybe_remote
+
+    @property
+    def _answer(self) -> tuple[Decision, Sequence[Tensor]]:
+        assert self._maybe_answer is not None, "a step was decided"
+        return self._maybe_answer
+
+    def step(self, step: int, sums: Sequence[tuple[Subtree, Sequence[Tensor], Tensor]]) -> Tensor:
+        """Give this rank's sums (training.arithmetic.exact) of a step; none if it has been summed up before. Returns
+        the sum of all extras. Raises `PrimaryLost`."""
+        self._step, self._maybe_answer = step, None
+        parts = [
+            [
+                (subtree, torch.cat([pieces_of(gradients, shard), *([] if number else [extras])]))
+                for subtree, gradients, extras in sums
+            ]
+            for number, shard in enumerate(self.shards)
+        ]
+        try:
+            self._maybe_answer = self._remote.step(step, parts)
+        except _NotFiniteError as error:  # no shard has applied it, and the trainer says what is wrong
+            self._maybe_answer = error.decision, ()
+        return self._answer[0].extras
+
+    def _decide(self, reports: Sequence[Report]) -> Decision:
+        train = self._preset.train
+        scale = learning_rate_scale(self._recipe, self._step - 1, train.steps)
+        decision = decide(reports, clip_norm=train.clip_norm, learning_rate_scale=scale)
+        if not math.isfinite(decision.grad_norm):
+            raise _NotFiniteError(decision)
+        return decision
+
+    def clip(self) -> float:
+        """The norm of the gradients, before they were clipped."""
+        return self._answer[0].grad_norm
+
+    @torch.no_grad()
+    def apply(self, learning_rate_scale: float) -> None:
+        """Take the parameters after the step."""
+        for shard, values in zip(self.shards, self._answer[1], strict=True):
+            for piece, elements in zip(shard, _split(values, shard), strict=True):
+                self._parameters[piece.parameter].view(-1)[piece.start : piece.stop] = elements
+
+    def optimizer_entries(self) -> dict[Tensor, dict[str, Any]]:
+        """What the shards keep of each parameter, as one optimizer would. Raises `PrimaryLost`."""
+        parts: dict[Tensor, dict[str, list[Any]]] = {}
+        for shard, snapshot in zip(self.shards, self._remote.pull_all(), strict=True):
+            for number, piece in enumerate(shard):
+                entries = parts.setdefault(self._parameters[piece.parameter], {})
+                for key, value in snapshot["optimizer"][number].items():
+                    entries.setdefault(key, []).append(value)
+        return {
+            parameter: {key: _joined(values, parameter) for key, values in entries.items()}
+            for parameter, entries in parts.items()
+        }
+
+    def give_up(self) -> None:
+        """May be called by another thread: whoever waits for an answer of this group gets none."""
+        if self._maybe_remote is not None:
+            self._maybe_remote.give_up()
+
+
+class ServedReducer:
+    """Gives the servers this rank's sums, where `ExactReducer` gives them to other ranks."""
+
+    def __init__(self, exact: ExactReducer, servers: Colocated, next_step: Callable[[], int]) -> None:
+        """`exact` exchanges nothing."""
+        self._exact = exact
+        self._servers = servers
+        self._next_step = next_step
+        self.owned = exact.owned
+
+    def forward(self, worker: int, batch: Mapping[str, Tensor]) -> Tensor:
+        return self._exact.forward(worker, batch)
+
+    def backward(self, worker: int, loss: Tensor, extras: Tensor) -> None:
+        self._exact.backward(worker, loss, extras)
+
+    def finish(self) -> Tensor:
+        """Raises `PrimaryLost`."""
+        return self._servers.step(self._next_step(), self._exact.sums())
+
+    def close(self) -> None:
+        self._exact.close()
+
+
+class _NotFiniteError(Exception):
+    """Nothing to be applied."""
+
+    def __init__(self, decision: Decision) -> None:
+        super().__init__()
+        self.decision = decision
+
+
+def _split(values: Tensor, shard: Shard) -> Iterator[Tensor]:
+    start = 0
+    for piece in shard:
+        yield values[start : start + piece.num_elements]
+        start += piece.num_elements
+
+
+def _joined(values: Sequence[Any], parameter: Tensor) -> Any:
+    """Of an entry of one parameter's pieces: vectors are cut, all else is the same in each."""
+    first = values[0]
+    if isinstance(first, Tensor) and first.dim() == 1 and sum(map(len, values)) == parameter.numel():
+        return torch.cat(list(values)).view(parameter.shape)
+    return first
+
+
+def _require_divisible(optimizer: Optimizer) -> None:
+    """Raises `UserError` if an optimizer of that kind does not treat each element by itself."""
+    kind = type(optimizer)
+    taken = signature(kind).parameters  # AdamW has more defaults than it takes
+    settings = {name: value for name, value in optimizer.defaults.items() if name in taken}
+    require_elementwise(lambda module: kind(module.parameters(), **settings))

@@ -1,0 +1,39 @@
+"""Which ranks of a group have the replicas of which shard: a pure function of what they hold and where they are."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+
+def place(
+    num_shards: int, num_replicas: int, *, holdings: Sequence[Mapping[int, int]], nodes: Sequence[int]
+) -> tuple[tuple[int, ...], ...]:
+    """Of each shard, the ranks that have a replica, the primary first.
+
+    `holdings` are, for each rank, how far its replica of a shard has come (training.servers.protocol), by the shard's
+    number; `nodes` the node of each rank. Who has a shard keeps it, the farthest first; others are added on other nodes
+    if there are, where there are fewest. The primary is one of the farthest.
+    """
+    num_replicas = min(num_replicas, len(holdings))
+    counts, num_primaries = [0] * len(holdings), [0] * len(holdings)
+    found = []
+    for shard in range(num_shards):
+        positions = [holding.get(shard, -1) for holding in holdings]
+        chosen = _chosen(num_replicas, positions, counts, nodes)
+        farthest = max(positions[rank] for rank in chosen)
+        primary = min((num_primaries[rank], rank) for rank in chosen if positions[rank] == farthest)[1]
+        num_primaries[primary] += 1
+        for rank in chosen:
+            counts[rank] += 1
+        found.append((primary, *(rank for rank in chosen if rank != primary)))
+    return tuple(found)
+
+
+def _chosen(num_replicas: int, positions: Sequence[int], counts: Sequence[int], nodes: Sequence[int]) -> list[int]:
+    holders = sorted((-position, rank) for rank, position in enumerate(positions) if position >= 0)
+    chosen = [rank for _, rank in holders[:num_replicas]]
+    while len(chosen) < num_replicas:
+        taken = {nodes[rank] for rank in chosen}
+        others = [rank for rank in range(len(positions)) if rank not in chosen]
+        chosen.append(min(others, key=lambda rank: (nodes[rank] in taken, counts[rank], rank)))
+    return chosen
