@@ -253,23 +253,8 @@ class Trainer:
             self._maybe_servers.begin(self.state, token=rank.token, rank=rank.rank, device=rank.device)
         self.handover.keep(self.settled_state, journal)
         self.handover.step = self.state.step
-        self.maybe_finish_step()
         self.tell_history(source="memory" if found is not None else "checkpoint" if since else "start")
         self.tell(Note(event="began", step=self.state.step))
-
-    def maybe_finish_step(self) -> None:
-        """The one that the group before left when servers had begun to apply it: no gradient is computed again."""
-        servers = self._maybe_servers
-        if servers is None or servers.newest_step == self.state.step:
-            return
-        started = time.monotonic()
-        self.hold_buffers()
-        with self.handover.waiting(), _group_is_lost_with_servers():
-            total = servers.step(self.state.step + 1, ())
-        self.take_step(total, started)
-        if isinstance(self._maybe_microbatches, Generator):
-            beside(self._maybe_microbatches.close)
-        self._maybe_microbatches = None  # they were to begin with that step
 
     def note_resumption(self, step: int) -> None:
         """In the record, that steps after this one are told of by this group."""
@@ -333,7 +318,10 @@ class Trainer:
         workers_seconds = time.monotonic() - started - (self.handover.waited_seconds - waited)
         with self.handover.waiting():
             total = self.reduce()
-        outcome = self.take_step(total, started)
+        with self.handover.update():
+            outcome = self.update(total)
+            self.handover.note(self.state.step, self.values(outcome, seconds=time.monotonic() - started))
+            self.extras.release()
         self.handover.forget(outcome.control.committed_step)
         outcome = replace(outcome, validation=self.maybe_validate())
         waited_seconds = self.handover.waited_seconds - waited
@@ -342,14 +330,6 @@ class Trainer:
         self.count_step(outcome, fixed_seconds, workers_seconds, waited_seconds)
         self.balance.hear(self.extras.other_words(total))
         self.balance.note(fixed_seconds, workers_seconds)
-        return outcome
-
-    def take_step(self, total: Tensor, started: float) -> StepOutcome:
-        """What was summed becomes this rank's next state."""
-        with self.handover.update():
-            outcome = self.update(total)
-            self.handover.note(self.state.step, self.values(outcome, seconds=time.monotonic() - started))
-            self.extras.release()
         return outcome
 
     def count_step(

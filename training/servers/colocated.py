@@ -73,14 +73,12 @@ class Colocated:
         self._step = 0
         """In hand."""
         self._maybe_answer: tuple[Decision, Sequence[Tensor]] | None = None
-        self.newest_step = 0
-        """That any shard has applied, as the group began."""
 
     # ---- a group begins ----------------------------------------------------------------------------------------------
 
     def can_go_on(self, maybe_step: int | None, *, nodes: Sequence[int], device: torch.device) -> bool:
-        """Whether the ranks' replicas are of a state at that step of the ranks' own, or one further. If not, all forget
-        what they have. Collective."""
+        """Whether the ranks' replicas are at that step, which the ranks are at, or in part one further: the ranks then
+        compute that one again, and who has applied it drops it. If not, all forget what they have. Collective."""
         launch = self._preset.launch
         own = {shard: hosted.replica.position for shard, hosted in self._hosted.items()}
         holdings = [
@@ -88,8 +86,8 @@ class Colocated:
             for text in texts_of_all_ranks(json.dumps(own), device)
         ]
         farthest = [max(holding.get(shard, -1) for holding in holdings) for shard in range(launch.servers)]
-        self.newest_step = max(farthest) // 2
-        is_whole = min(farthest) >= 0 and maybe_step is not None and 0 <= self.newest_step - maybe_step <= 1
+        newest_step = max(farthest) // 2
+        is_whole = min(farthest) >= 0 and maybe_step is not None and 0 <= newest_step - maybe_step <= 1
         if not is_whole:
             self._forget()
             holdings = [{} for _ in holdings]
@@ -105,7 +103,6 @@ class Colocated:
         self._maybe_parameters = list(state.trained.values())
         if self._is_new:
             _require_divisible(state.optimizer)
-            self.newest_step = state.step
         mine = [shard for shard, ranks in enumerate(self._placement) if rank in ranks]
         for shard in self._hosted.keys() - set(mine):
             self._hosted.pop(shard).close()
@@ -189,8 +186,8 @@ class Colocated:
         return self._maybe_answer
 
     def step(self, step: int, sums: Sequence[tuple[Subtree, Sequence[Tensor], Tensor]]) -> Tensor:
-        """Give this rank's sums (training.arithmetic.exact) of a step; none if it has been summed up before. Returns
-        the sum of all extras. Raises `PrimaryLost`."""
+        """Give this rank's sums (training.arithmetic.exact) of a step. Returns the sum of all extras. Raises
+        `PrimaryLost`."""
         self._step, self._maybe_answer = step, None
         parts = [
             [
