@@ -6,9 +6,8 @@ import math
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import cached_property, partial
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -19,7 +18,6 @@ from training.arithmetic.exact import ExactReducer
 from training.arithmetic.extras import NUM_CONTROL_WORDS, Control, Extras
 from training.arithmetic.fast import FastReducer
 from training.arithmetic.objective import Objective, fill_new_memory, recipe_errors, seed_streams, stream_seed
-from training.arithmetic.update import LocalUpdate, Update
 from training.arithmetic.validation import HeldOut, validate
 from training.beside import beside
 from training.checkpointing import Checkpointing
@@ -43,17 +41,7 @@ from training.runs.pace import Pace, Straggler, maybe_straggler
 from training.runs.record import CheckpointRef, InitialWeights, Record, Result, RunRecord, with_result, with_resume_step
 from training.servers.colocated import Colocated, ServedReducer
 from training.servers.endpoints import PrimaryLost
-
-
-@dataclass(frozen=True, kw_only=True)
-class Rank:
-    """Which part of the group this process is."""
-
-    rank: int
-    world_size: int
-    token: int
-    device: torch.device
-
+from training.step import Feed, LocalUpdate, Rank, Reducer, StepOutcome, Update
 
 DIGEST_BYTES_PER_STEP = 4 << 20
 """So much of the weights is hashed per step on average, unless the preset says how often: less than 0.5 ms."""
@@ -66,46 +54,6 @@ def digest_period(train: TrainConfig, num_weight_bytes: int) -> int:
     if train.digest_every_steps is not None:
         return train.digest_every_steps
     return max(1, -(-num_weight_bytes // DIGEST_BYTES_PER_STEP))
-
-
-class Reducer(Protocol):
-    """Mean gradients over all virtual workers: training.arithmetic.exact or training.arithmetic.fast."""
-
-    owned: range
-
-    def forward(self, worker: int, batch: Mapping[str, Tensor]) -> Tensor: ...
-
-    def backward(self, worker: int, loss: Tensor, extras: Tensor) -> None: ...
-
-    def finish(self) -> Tensor: ...
-
-    def close(self) -> None: ...
-
-
-class Feed(Protocol):
-    """Where a rank's samples come from (training.data.loader has the real one)."""
-
-    def microbatches(self, *, workers: Sequence[int], step: int) -> Iterator[Microbatch]:
-        """Of the given virtual workers, from `step` on, in the order of (step, worker)."""
-        ...
-
-    def held_out(self) -> HeldOut:
-        """The samples of the test split."""
-        ...
-
-
-@dataclass(frozen=True, kw_only=True)
-class StepOutcome:
-    """What a step gave, the same on every rank."""
-
-    loss: float
-    grad_norm: float
-    samples: str
-    """The step's line in the ledger (training.data.ledger)."""
-    control: Control
-    """What the ranks decided on the way."""
-    validation: Mapping[str, float] = field(default_factory=dict)
-    """The means of the held-out scores, if they were due after this step."""
 
 
 class Trainer:

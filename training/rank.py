@@ -21,7 +21,7 @@ from training.control import Note, Seat
 from training.data.loader import Feed
 from training.diagnosis.crashes import Crashes
 from training.errors import UserError
-from training.loop import Rank, Trainer
+from training.loop import Trainer
 from training.memory.handover import GroupOver, Handover
 from training.recipe import Recipe, load_recipe
 from training.runs.events import EventWriter
@@ -29,6 +29,7 @@ from training.runs.job import Job
 from training.runs.record import Record, RunRecord, run_key, with_environment
 from training.servers.colocated import Colocated
 from training.signatures import keyring
+from training.step import Rank
 
 
 @dataclass(kw_only=True)

@@ -12,9 +12,10 @@ from training.checkpoints.saver import CheckpointSaver
 from training.config import Preset
 from training.data.loader import Feed
 from training.errors import DamagedError, UserError
-from training.loop import Rank, Trainer
+from training.loop import Trainer
 from training.runs.job import Job
 from training.runs.record import CheckpointRef, Record, RunRecord
+from training.step import Rank
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -18,10 +18,11 @@ from tests.unit.tiny import make_trainer, tiny_preset
 from training.checkpoints.checkpoint import load_checkpoint
 from training.checkpoints.state import TrainState, tensors_sha256
 from training.errors import InfrastructureError
-from training.loop import StepOutcome, Trainer
+from training.loop import Trainer
 from training.runs.history import events_of
 from training.runs.record import RunRecord
 from training.s3.objectstore import Store
+from training.step import StepOutcome
 
 STEPS = 16
 STRUCK = 4

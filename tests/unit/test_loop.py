@@ -30,9 +30,10 @@ from training.arithmetic.objective import stream_seed
 from training.data.stream import Microbatch
 from training.environment import NUMERICS_VERSION, fingerprint
 from training.errors import DeterministicError, FencedError, UserError
-from training.loop import StepOutcome, Trainer
+from training.loop import Trainer
 from training.runs.record import RunRecord
 from training.s3.objectstore import Store
+from training.step import StepOutcome
 
 GOLDEN_FILE = Path(__file__).parents[1] / "golden" / "numerics.json"
 

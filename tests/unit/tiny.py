@@ -21,12 +21,13 @@ from training.config import DataConfig, LaunchConfig, Preset, TrainConfig
 from training.data.order import Order
 from training.data.reader import Rows
 from training.data.stream import Microbatch
-from training.loop import Rank, Trainer
+from training.loop import Trainer
 from training.memory.handover import Handover
 from training.recipe import Recipe, Record, Sample
 from training.runs.events import EventWriter
 from training.runs.record import Record as RunsRecord
 from training.runs.record import RunRecord
+from training.step import Rank
 
 NUM_CLASSES = 3
 NUM_INPUTS = 5

@@ -26,9 +26,10 @@ from training.arithmetic.validation import HeldOut
 from training.checkpoints.saver import CheckpointSaver
 from training.config import DataConfig, LaunchConfig, Preset, TrainConfig
 from training.data.stream import Microbatch
-from training.loop import Rank, Trainer
+from training.loop import Trainer
 from training.recipe import Recipe
 from training.runs.record import Record, RunRecord
+from training.step import Rank
 
 NUM_STEPS = 10**6
 
