@@ -120,6 +120,11 @@ class Group:
         while worker.is_in:
             await asyncio.sleep(0.02)
 
+    async def has_spares(self, number: int) -> None:
+        """Once so many processes wait to replace one that dies."""
+        while len(self.workers.spares) < number:
+            await asyncio.sleep(0.02)
+
     def pids(self) -> list[int]:
         """Of the group's ranks."""
         return [cast(Worker, worker.hand.process).pid for worker in self.workers._workers]

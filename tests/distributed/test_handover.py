@@ -306,6 +306,7 @@ def test_ranks_that_cannot_leave_in_time_end_instead(node: Node, calm: tuple[str
 def test_a_spare_takes_the_place_of_a_rank_that_dies(node: Node, calm: tuple[str, list[groups.Told]]) -> None:
     async def kill(group: Group) -> None:
         await group.paused(1)
+        await group.has_spares(2)
         group.kill(1)
 
     first = node.train(2, kill, pauses={1: Pause(MID_STEP, 7)}, may_stay=True, keep_spares=True)
