@@ -41,7 +41,7 @@ def _feed_from_memory() -> None:
 def _pause_at(place: str, step: int, test: socket.socket) -> None:
     owner, name = {
         MID_STEP: (Trainer, "microbatch"),
-        UPDATING: (Trainer, "clip"),
+        UPDATING: (Trainer, "update"),
         VALIDATED: (Handover, "complete"),
         APPLIED: (Replica, "_tell_backups"),
     }[place]
