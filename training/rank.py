@@ -164,8 +164,13 @@ def _admitted(run: RunRecord, record: Record, here: dict[str, str]) -> Record:
 
 
 def _servers(kit: Kit, seat: Seat, record: Record) -> Colocated | None:
+    """Raises `UserError` on a GPU."""
     preset = kit.job.preset
     if preset.train.strategy == "parameter_server" and kit.maybe_servers is None:
+        if kit.device.type != "cpu":
+            raise UserError(
+                "train.strategy = 'parameter_server' has servers on processors alone: use 'all_reduce' on GPUs"
+            )
         member = record.members[seat.rank // preset.launch.processes_per_node]
         kit.maybe_servers = Colocated(kit.recipe, preset, address=member.address, secret=record.secret)
     return kit.maybe_servers

@@ -26,6 +26,8 @@ CONTESTANTS = {
     "ddp one-batch": Contestant("ddp", "DDP, one batch per rank"),
     "unbroken exact": Contestant("unbroken", "**Unbroken**, exact"),
     "unbroken fast": Contestant("unbroken", "**Unbroken**, fast"),
+    "unbroken servers-1": Contestant("unbroken", "**Unbroken**, parameter servers"),
+    "unbroken servers-2": Contestant("unbroken", "**Unbroken**, parameter servers with a backup each"),
     "fabric": Contestant("fabric", "Lightning Fabric", ("lightning==2.6.6", TORCH, "numpy")),
     "lightning_trainer": Contestant("lightning_trainer", "Lightning Trainer", ("lightning==2.6.6", TORCH, "numpy")),
     "accelerate": Contestant("accelerate", "Accelerate", ("accelerate==1.15.0", TORCH, "numpy")),

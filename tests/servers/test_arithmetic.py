@@ -173,6 +173,20 @@ def test_an_optimizer_that_looks_at_whole_parameters_is_refused() -> None:
         require_elementwise(lambda module: Normed(module.parameters(), lr=0.1))
 
 
+class Decaying(torch.optim.SGD):
+    """Keeps the momentum that comes next in its group, as ASGD-like ones do."""
+
+    def step(self, closure: Any = None) -> Any:
+        for group in self.param_groups:
+            group["momentum"] *= 0.5
+        return super().step(closure)
+
+
+def test_an_optimizer_that_keeps_state_beside_the_parameters_is_refused() -> None:
+    with pytest.raises(UserError, match=r"Decaying, keeps its state in setting_number.0.momentum"):
+        require_elementwise(lambda module: Decaying(module.parameters(), lr=0.1, momentum=0.9))
+
+
 def test_shards_are_balanced_and_cut_no_block() -> None:
     for sizes in ([], [1], [10 * BLOCK_ELEMENTS + 1], [5] * 40, SIZES):
         for num_shards in (1, 2, 3, 4, 7):

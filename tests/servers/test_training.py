@@ -14,10 +14,13 @@ from tests.distributed import groups
 from tests.distributed.groups import ENTRY, Group, Node, Pause, make_node
 from tests.distributed.pausing import APPLIED, MID_STEP
 from tests.servers.wide import Wide
+from tests.unit.tiny import CPU, make_trainer
 from training.cluster.zygote import Zygote
 from training.control import Order
+from training.errors import UserError
 from training.memory.slots import create_slots
 from training.s3.objectstore import Store
+from training.servers.colocated import Colocated
 
 TRAIN = replace(groups.PRESET.train, strategy="parameter_server")
 PRESET = replace(groups.PRESET, recipe="tests.servers.wide:Wide", train=TRAIN)
@@ -46,6 +49,15 @@ def require_same(node: Node, calm: tuple[str, list[groups.Told]]) -> None:
     assert record.result is not None
     assert (record.result.step, record.result.state_sha256) == (groups.STEPS, calm[0])
     assert node.told() == calm[1]
+
+
+def test_a_parameter_that_cannot_be_cut_in_place_is_refused_by_name() -> None:
+    servers = Colocated(Wide(), PRESET, address="127.0.0.1", secret="s")
+    state = make_trainer(preset=PRESET, recipe=Wide()).state
+    state.model.weight.data = state.model.weight.data.t().contiguous().t()
+    assert not servers.can_go_on(None, nodes=[0], device=CPU)
+    with pytest.raises(UserError, match="weight is not contiguous"):
+        servers.begin(state, token=1, rank=0, device=CPU)
 
 
 @pytest.mark.parametrize("num_servers", [1, 2, 4])

@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 
 from training.arithmetic.norm import BLOCK_ELEMENTS, block_norms, clip_factor, norm_of
 from training.arithmetic.reduce import Subtree, fold
+from training.checkpoints.optimizer_state import changed_settings, settings_of
 from training.errors import UserError
 from training.servers.layout import Piece, Shard, shards
 
@@ -149,7 +150,8 @@ def _is_like(value: Any, parameter: Tensor) -> bool:
 
 
 def require_elementwise(make: Callable[[nn.Module], Optimizer]) -> None:
-    """That the optimizer that `make` makes of a module's parameters treats each element by itself, to the last bit.
+    """That the optimizer that `make` makes of a module's parameters treats each element by itself, to the last bit, and
+    keeps nothing elsewhere.
 
     Found out by trying: three steps of a matrix, whole and cut. Raises `UserError` if the results differ.
     """
@@ -163,16 +165,24 @@ def require_elementwise(make: Callable[[nn.Module], Optimizer]) -> None:
         for shard in shards([size], num_shards):
             module = _Probe(first)
             state = TensorState(make(module), [module.weight], shard)
+            first_settings = settings_of(state.optimizer)
             for gradient in gradients:
                 state.apply(pieces_of([gradient], shard), _PROBE_DECISION)
+            if changed := changed_settings(state.optimizer, first_settings):
+                raise UserError(
+                    _refusal(state.optimizer, f"keeps its state in {min(changed)}, not with the parameters")
+                )
             found.append(state.values())
         results.append(torch.cat(found))
     if not torch.equal(*results):
-        name = type(make(_Probe(first))).__name__
-        raise UserError(
-            f"the recipe's optimizer, {name}, gives other bits if a parameter is cut in pieces, as parameter servers"
-            " have it: use train.strategy = 'all_reduce', or an optimizer that treats each element by itself"
-        )
+        raise UserError(_refusal(make(_Probe(first)), "gives other bits if a parameter is cut in pieces"))
+
+
+def _refusal(optimizer: Optimizer, why: str) -> str:
+    return (
+        f"the recipe's optimizer, {type(optimizer).__name__}, {why}: parameter servers need one that treats each element"
+        " by itself; or use train.strategy = 'all_reduce'"
+    )
 
 
 _PROBE_DECISION = Decision(grad_norm=1.0, clip_norm=None, learning_rate_scale=1.0, extras=torch.empty(0))

@@ -22,6 +22,7 @@ from training.arithmetic.exact import ExactReducer
 from training.arithmetic.reduce import Subtree
 from training.checkpoints.state import TrainState
 from training.config import Preset
+from training.errors import UserError
 from training.recipe import Recipe, learning_rate_scale
 from training.servers.arithmetic import Decision, Report, TensorState, decide, pieces_of, require_elementwise
 from training.servers.endpoints import Begun, Remote, serve, wake
@@ -98,10 +99,11 @@ class Colocated:
     def begin(self, state: TrainState, *, token: int, rank: int, device: torch.device) -> None:
         """With what `can_go_on` found, or with `state` and its optimizer's part, which it leaves. Collective.
 
-        Raises `UserError` if the optimizer cannot be cut.
+        Raises `UserError` if the optimizer or a parameter cannot be cut.
         """
         self._maybe_parameters = list(state.trained.values())
         if self._is_new:
+            _require_contiguous(state.trained)
             _require_divisible(state.optimizer)
         mine = [shard for shard, ranks in enumerate(self._placement) if rank in ranks]
         for shard in self._hosted.keys() - set(mine):
@@ -285,6 +287,14 @@ def _joined(values: Sequence[Any], parameter: Tensor) -> Any:
     if isinstance(first, Tensor) and first.dim() == 1 and sum(map(len, values)) == parameter.numel():
         return torch.cat(list(values)).view(parameter.shape)
     return first
+
+
+def _require_contiguous(parameters: Mapping[str, Tensor]) -> None:
+    for name, parameter in parameters.items():
+        if not parameter.is_contiguous():
+            raise UserError(
+                f"{name} is not contiguous: parameter servers need elements in their order; clone it in model()"
+            )
 
 
 def _require_divisible(optimizer: Optimizer) -> None:

@@ -1,4 +1,4 @@
-"""This library, in exact or fast mode: whole steps of its Trainer, ledger included."""
+"""This library, in exact or fast mode, or with parameter servers: whole steps of its Trainer, ledger included."""
 
 from __future__ import annotations
 
@@ -29,9 +29,11 @@ from training.data.stream import Microbatch
 from training.loop import Trainer
 from training.recipe import Recipe
 from training.runs.record import Record, RunRecord
+from training.servers.colocated import Colocated
 from training.step import Rank
 
 NUM_STEPS = 10**6
+CPU = torch.device("cpu")
 
 
 def _not_used(*_: Any) -> NoReturn:
@@ -77,7 +79,8 @@ class MemoryFeed:
                 yield Microbatch(step=number, worker=worker, ids=ids[number % NUM_DATA_STEPS, worker], fields=fields)
 
 
-def steps(workload: Workload, mode: Literal["exact", "fast"]) -> Iterator[None]:
+def steps(workload: Workload, mode: Literal["exact", "fast"], *, num_replicas: int = 0) -> Iterator[None]:
+    """With `num_replicas`, each rank is a server too, and as many hold each shard."""
     torch.use_deterministic_algorithms(True)
     fill_new_memory(False)  # as Trainer.train does after its first step
     train = TrainConfig(
@@ -87,29 +90,37 @@ def steps(workload: Workload, mode: Literal["exact", "fast"]) -> Iterator[None]:
         virtual_workers=VIRTUAL_WORKERS,
         clip_norm=CLIP_NORM,
         mode=mode,
+        strategy="parameter_server" if num_replicas else "all_reduce",
     )
     preset = Preset(
         name="bench",
         recipe="bench:Bench",
         data=DataConfig(name="bench", source="nowhere", format="files"),
         train=train,
-        launch=LaunchConfig(nodes=1),
+        launch=LaunchConfig(nodes=1, servers=workload.world_size, server_replicas=max(1, num_replicas)),
         seed=SEED,
     )
+    recipe = Bench(workload=workload)
+    maybe_servers = Colocated(recipe, preset, address="127.0.0.1", secret="bench") if num_replicas else None
     trainer = Trainer(
         preset=preset,
-        recipe=Bench(workload=workload),
+        recipe=recipe,
         feed=MemoryFeed(workload),
         run=cast(RunRecord, None),
         record=Record(key="bench"),
         saver=cast(CheckpointSaver, None),
         events=None,
-        rank=Rank(rank=workload.rank, world_size=workload.world_size, token=1, device=torch.device("cpu")),
+        rank=Rank(rank=workload.rank, world_size=workload.world_size, token=1, device=CPU),
+        servers=maybe_servers,
     )
+    if maybe_servers is not None:
+        maybe_servers.can_go_on(None, nodes=range(workload.world_size), device=CPU)
+        maybe_servers.begin(trainer.state, token=1, rank=workload.rank, device=CPU)
     while True:
         trainer.train_step()
         yield
 
 
 if __name__ == "__main__":
-    serve(lambda workload: steps(workload, "exact" if sys.argv[2] == "exact" else "fast"))
+    mode, _, replicas = sys.argv[2].partition("-")
+    serve(lambda workload: steps(workload, "fast" if mode == "fast" else "exact", num_replicas=int(replicas or 0)))
