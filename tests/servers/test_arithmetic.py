@@ -183,7 +183,7 @@ class Decaying(torch.optim.SGD):
 
 
 def test_an_optimizer_that_keeps_state_beside_the_parameters_is_refused() -> None:
-    with pytest.raises(UserError, match=r"Decaying, keeps its state in setting_number.0.momentum"):
+    with pytest.raises(UserError, match=r"Decaying, keeps setting_number.0.momentum"):
         require_elementwise(lambda module: Decaying(module.parameters(), lr=0.1, momentum=0.9))
 
 

@@ -169,9 +169,7 @@ def require_elementwise(make: Callable[[nn.Module], Optimizer]) -> None:
             for gradient in gradients:
                 state.apply(pieces_of([gradient], shard), _PROBE_DECISION)
             if changed := changed_settings(state.optimizer, first_settings):
-                raise UserError(
-                    _refusal(state.optimizer, f"keeps its state in {min(changed)}, not with the parameters")
-                )
+                raise UserError(_refusal(state.optimizer, f"keeps {min(changed)} beside what it has of parameters"))
             found.append(state.values())
         results.append(torch.cat(found))
     if not torch.equal(*results):
@@ -180,8 +178,8 @@ def require_elementwise(make: Callable[[nn.Module], Optimizer]) -> None:
 
 def _refusal(optimizer: Optimizer, why: str) -> str:
     return (
-        f"the recipe's optimizer, {type(optimizer).__name__}, {why}: parameter servers need one that treats each element"
-        " by itself; or use train.strategy = 'all_reduce'"
+        f"the recipe's optimizer, {type(optimizer).__name__}, {why}: parameter servers need one that treats each"
+        " element by itself; or use train.strategy = 'all_reduce'"
     )
 
 
