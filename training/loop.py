@@ -333,8 +333,9 @@ class Trainer:
             error = DeterministicError(f"step {step + 1}: the loss is {loss}, the gradient norm {grad_norm}")
             raise self.explainer.of_ranks(error, self.reducer.owned, self.state, self.extras)
         scale = learning_rate_scale(self.recipe, step, self.preset.train.steps)
+        self.state.set_learning_rate_scale(scale)
         with recipe_errors(f"step {step + 1}, optimizer.step()"):
-            self.updater.apply(scale)
+            self.updater.apply()
         self.state.step = step + 1
         return StepOutcome(
             loss=loss,
@@ -443,6 +444,9 @@ class Trainer:
 
     def virtual_worker_step(self, worker: int) -> None:
         """Forward and backward of one virtual worker's microbatch."""
+        if self._maybe_servers is not None:
+            with _group_is_lost_with_servers():
+                self._maybe_servers.require_group()
         ids, batch = self.microbatch(worker)
         self.extras.begin_worker()
         seed_streams(stream_seed(self.preset.seed, self.state.step, worker), self.rank.device)

@@ -73,8 +73,8 @@ class Update(Protocol):
         """Scale the gradients; returns the norm before. It is taken block by block, whoever has which."""
         ...
 
-    def apply(self, learning_rate_scale: float) -> None:
-        """The optimizer's step."""
+    def apply(self) -> None:
+        """The optimizer's step, at the learning rate that is set."""
         ...
 
 
@@ -93,6 +93,5 @@ class LocalUpdate:
             torch._foreach_mul_(gradients, factor)
         return norm
 
-    def apply(self, learning_rate_scale: float) -> None:
-        self._state.set_learning_rate_scale(learning_rate_scale)
+    def apply(self) -> None:
         self._state.optimizer.step()

@@ -173,6 +173,30 @@ def test_an_optimizer_that_looks_at_whole_parameters_is_refused() -> None:
         require_elementwise(lambda module: Normed(module.parameters(), lr=0.1))
 
 
+class MatricesOnly(torch.optim.SGD):
+    """Decays matrices, and not vectors."""
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        for parameter in self.param_groups[0]["params"]:
+            parameter.mul_(0.9 if parameter.ndim > 1 else 1.0)
+        return super().step(closure)
+
+
+def test_an_optimizer_that_looks_at_shapes_is_refused() -> None:
+    with pytest.raises(UserError, match="MatricesOnly, gives other bits"):
+        require_elementwise(lambda module: MatricesOnly(module.parameters(), lr=0.1))
+
+
+def test_a_total_that_goes_to_a_backup_later_is_not_written_into() -> None:
+    net, shard = Net(), shards(SIZES, 1)[0]
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9, nesterov=True, foreach=True)
+    state, total = TensorState(optimizer, list(net.parameters()), shard), torch.ones(sum(SIZES))
+    for clip_norm in (None, 0.5):
+        state.apply(total, Decision(grad_norm=1.0, clip_norm=clip_norm, learning_rate_scale=1.0, extras=torch.empty(0)))
+        assert torch.equal(total, torch.ones(sum(SIZES)))
+
+
 class Decaying(torch.optim.SGD):
     """Keeps the momentum that comes next in its group, as ASGD-like ones do."""
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from hypothesis import given
 from hypothesis import strategies as st
 
-from training.servers.placement import place
+from training.servers.placement import may_go_on, place
 
 HOLDINGS = st.lists(st.dictionaries(st.integers(0, 3), st.integers(-1, 5)), min_size=1, max_size=6)
 
@@ -36,3 +36,12 @@ def test_a_new_group_shares_the_load_and_puts_replicas_on_different_nodes() -> N
 
 def test_on_one_node_replicas_lie_in_different_processes() -> None:
     assert place(1, 2, holdings=[{}, {}], nodes=[0, 0]) == ((0, 1),)
+
+
+def test_a_shard_that_was_left_behind_is_none() -> None:
+    assert may_go_on([14, 14], 7)
+    assert may_go_on([15, 16], 7)
+    assert may_go_on([16, 16], 7)
+    assert not may_go_on([6, 14], 7), "its copy was on the way when the primary died"
+    assert not may_go_on([-1, 14], 7)
+    assert not may_go_on([18, 18], 7)

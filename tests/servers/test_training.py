@@ -14,13 +14,17 @@ from tests.distributed import groups
 from tests.distributed.groups import ENTRY, Group, Node, Pause, make_node
 from tests.distributed.pausing import APPLIED, MID_STEP
 from tests.servers.wide import Wide
-from tests.unit.tiny import CPU, make_trainer
+from tests.unit.tiny import CPU, exact_arithmetic, make_trainer
 from training.cluster.zygote import Zygote
 from training.control import Order
-from training.errors import UserError
+from training.errors import DeterministicError, UserError
+from training.loop import Trainer
 from training.memory.slots import create_slots
 from training.s3.objectstore import Store
+from training.servers.arithmetic import TensorState
 from training.servers.colocated import Colocated
+from training.servers.endpoints import PrimaryLost, Remote
+from training.servers.mesh import Mesh
 
 TRAIN = replace(groups.PRESET.train, strategy="parameter_server")
 PRESET = replace(groups.PRESET, recipe="tests.servers.wide:Wide", train=TRAIN)
@@ -58,6 +62,48 @@ def test_a_parameter_that_cannot_be_cut_in_place_is_refused_by_name() -> None:
     assert not servers.can_go_on(None, nodes=[0], device=CPU)
     with pytest.raises(UserError, match="weight is not contiguous"):
         servers.begin(state, token=1, rank=0, device=CPU)
+
+
+def alone(*, num_servers: int) -> Trainer:
+    """A trainer of one rank, with servers in this process; without any if there are to be none."""
+    trainer = make_trainer(preset=PRESET, recipe=Wide())
+    if num_servers:
+        preset = replace(PRESET, launch=replace(PRESET.launch, servers=num_servers))
+        servers = Colocated(Wide(), preset, address="127.0.0.1", secret="s")
+        trainer = make_trainer(preset=PRESET, recipe=Wide(), servers=servers)
+        assert not servers.can_go_on(None, nodes=[0], device=CPU)
+        servers.begin(trainer.state, token=1, rank=0, device=CPU)
+    return trainer
+
+
+def test_all_that_is_told_of_a_step_is_the_same() -> None:
+    calm, served = alone(num_servers=0), alone(num_servers=3)
+    with exact_arithmetic():
+        for _ in range(4):
+            told = []
+            for trainer in (calm, served):
+                trainer.train_step()
+                values = trainer.handover.journal[-1].values
+                told.append({name: value for name, value in values.items() if "second" not in name})
+            assert told[0] == told[1]
+            assert "learning_rate" in told[0]
+
+
+def test_an_error_on_a_server_ends_the_rank_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise ValueError("the optimizer fails")
+
+    trainer = alone(num_servers=2)
+    monkeypatch.setattr(TensorState, "apply", fail)
+    with exact_arithmetic(), pytest.raises(DeterministicError, match=r"on a server.*the optimizer fails"):
+        trainer.train_step()
+
+
+def test_who_gets_no_answer_does_not_wait_for_ever() -> None:
+    with closing(Mesh("worker", secret="s", address="127.0.0.1", max_bytes=1)) as mesh:
+        remote = Remote(mesh, token=1, primaries=["gone"], places={}, decide=len, patience_seconds=0.2)
+        with pytest.raises(PrimaryLost, match="no server answered"):
+            remote.pull()
 
 
 @pytest.mark.parametrize("num_servers", [1, 2, 4])
@@ -99,20 +145,37 @@ def test_a_server_that_dies_costs_the_step_that_it_was_in(
     require_same(node, calm)
 
 
-def test_a_step_that_one_shard_has_applied_is_not_applied_again(
+def test_servers_outlast_a_group_that_ends_while_their_rank_computes(
     node: Node, calm: tuple[str, list[groups.Told]]
 ) -> None:
-    """No rank has heard that it was done when one of the two dies."""
-
     async def act(group: Group) -> None:
-        await group.paused(0)
+        await group.paused(0, 1)
         group.kill(1)
         group.go_on(0)
 
     settings: dict[str, Any] = {"may_stay": True, "servers": 2, "server_replicas": 2}
-    node.train(2, act, pauses={0: Pause(APPLIED, 8)}, **settings)
-    node.train(2, **settings)
+    first = node.train(2, act, pauses={rank: Pause(MID_STEP, 7) for rank in range(2)}, **settings)
+    second = node.train(2, **settings)
+    assert first.pids()[0] == second.pids()[0]
     assert node.attempts()[-1] == (2, 7, "memory")
+    require_same(node, calm)
+
+
+@pytest.mark.parametrize(("num_before", "num_after"), [(2, 2), (3, 2)])
+def test_a_step_that_one_shard_has_applied_is_not_applied_again(
+    node: Node, calm: tuple[str, list[groups.Told]], num_before: int, num_after: int
+) -> None:
+    """No rank has heard that it was done when the last of them dies."""
+
+    async def act(group: Group) -> None:
+        await group.paused(0)
+        group.kill(num_before - 1)
+        group.go_on(0)
+
+    settings: dict[str, Any] = {"may_stay": True, "servers": 2, "server_replicas": 2}
+    node.train(num_before, act, pauses={0: Pause(APPLIED, 8)}, **settings)
+    node.train(num_after, **settings)
+    assert node.attempts()[-1] == (num_after, 7, "memory")
     require_same(node, calm)
 
 

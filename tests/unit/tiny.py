@@ -27,6 +27,7 @@ from training.recipe import Recipe, Record, Sample
 from training.runs.events import EventWriter
 from training.runs.record import Record as RunsRecord
 from training.runs.record import RunRecord
+from training.servers.colocated import Colocated
 from training.step import Rank
 
 NUM_CLASSES = 3
@@ -163,6 +164,7 @@ def make_trainer(
     events: EventWriter | None = None,
     token: int = 1,
     handover: Handover | None = None,
+    servers: Colocated | None = None,
 ) -> Trainer:
     """A trainer that can step; with `run`, `saver` and `events` it can also resume, save and finish."""
     preset = preset or tiny_preset()
@@ -176,6 +178,7 @@ def make_trainer(
         events=events,
         rank=Rank(rank=rank, world_size=world_size, token=token, device=CPU),
         handover=handover,
+        servers=servers,
     )
 
 

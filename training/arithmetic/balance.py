@@ -112,7 +112,10 @@ class Balance:
         return said
 
     def hear(self, words: Sequence[float]) -> None:
-        """The sum of what all ranks said in a step: nothing, in the first one with these shares."""
+        """The sum of what all ranks said in a step: nothing, in the first one with these shares. Of a step that a group
+        of another size summed up, nothing is heard."""
+        if len(words) != self.num_words:
+            return
         heard = np.array(words, np.float64).reshape(-1, WORDS_PER_RANK)
         if not len(heard) or not heard[:, 1].all():
             return

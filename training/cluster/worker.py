@@ -29,6 +29,8 @@ BEAT_SECONDS = 0.25
 BEATS_PER_FIGURES = 4
 PATIENCE_SECONDS = 0.2
 """How long a worker that is told to stop may take to leave its group and stay, before it ends instead."""
+PATIENCE_WITH_SERVERS_SECONDS = 2.5
+"""If servers would end with it, and what they hold. Its agent waits for 3."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,9 +126,15 @@ class _Worker:
         """Have the training thread leave its group; or end this process, once what it holds is left in memory."""
         if self._maybe_kit is not None:
             self._maybe_kit.cut()
-        if self._attendance.must_end(PATIENCE_SECONDS if self._maybe_kit is not None else 0.0):
+        if self._attendance.must_end(self._patience_seconds):
             self._handover.leave()
             os._exit(EXIT_STOPPED)
+
+    @property
+    def _patience_seconds(self) -> float:
+        if self._maybe_kit is None:
+            return 0.0
+        return PATIENCE_SECONDS if self._maybe_kit.maybe_servers is None else PATIENCE_WITH_SERVERS_SECONDS
 
     def _beat(self) -> None:
         """Tell the agent that this process lives, and whether it waits for others."""

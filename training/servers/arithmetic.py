@@ -16,7 +16,7 @@ from training.checkpoints.optimizer_state import changed_settings, settings_of
 from training.errors import UserError
 from training.servers.layout import Piece, Shard, shards
 
-NUM_PROBE_STEPS, NUM_PROBE_SHARDS = 3, 3
+NUM_PROBE_STEPS, NUM_PROBE_SHARDS, NUM_PROBE_COLUMNS = 3, 3, 8
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,9 +73,9 @@ class TensorState:
 
     def apply(self, total: Tensor, decision: Decision) -> None:
         factor = clip_factor(decision.grad_norm, decision.clip_norm)
-        gradients = self._split(total)
+        gradients = [each.clone() for each in self._split(total)]  # `total` may still be on its way to a backup
         if factor is not None and gradients:
-            gradients = torch._foreach_mul(gradients, factor)  # `total` may still be on its way to a backup
+            torch._foreach_mul_(gradients, factor)
         for piece, gradient in zip(self._pieces, gradients, strict=True):
             piece.grad = gradient
         for group in self.optimizer.param_groups:
@@ -157,23 +157,29 @@ def require_elementwise(make: Callable[[nn.Module], Optimizer]) -> None:
     """
     size = NUM_PROBE_SHARDS * BLOCK_ELEMENTS
     chance = torch.Generator().manual_seed(0)
-    first = torch.randn(size, 1, generator=chance)
+    first = torch.randn(size // NUM_PROBE_COLUMNS, NUM_PROBE_COLUMNS, generator=chance)
     gradients = torch.randn(NUM_PROBE_STEPS, size, generator=chance)
-    results = []
-    for num_shards in (1, NUM_PROBE_SHARDS):
-        found = []
-        for shard in shards([size], num_shards):
-            module = _Probe(first)
-            state = TensorState(make(module), [module.weight], shard)
-            first_settings = settings_of(state.optimizer)
-            for gradient in gradients:
-                state.apply(pieces_of([gradient], shard), _PROBE_DECISION)
-            if changed := changed_settings(state.optimizer, first_settings):
-                raise UserError(_refusal(state.optimizer, f"keeps {min(changed)} beside what it has of parameters"))
-            found.append(state.values())
-        results.append(torch.cat(found))
-    if not torch.equal(*results):
-        raise UserError(_refusal(make(_Probe(first)), "gives other bits if a parameter is cut in pieces"))
+    whole = _Probe(first)
+    optimizer = make(whole)
+    first_settings = settings_of(optimizer)
+    for gradient in gradients:
+        whole.weight.grad = gradient.view_as(first).clone()
+        optimizer.step()
+    if changed := changed_settings(optimizer, first_settings):
+        raise UserError(_refusal(optimizer, f"keeps {min(changed)} beside what it has of parameters"))
+    if not torch.equal(whole.weight.detach().reshape(-1), _stepped_in_pieces(make, first, gradients)):
+        raise UserError(_refusal(optimizer, "gives other bits if a parameter is cut in pieces"))
+
+
+def _stepped_in_pieces(make: Callable[[nn.Module], Optimizer], first: Tensor, gradients: Tensor) -> Tensor:
+    found = []
+    for shard in shards([first.numel()], NUM_PROBE_SHARDS):
+        module = _Probe(first)
+        state = TensorState(make(module), [module.weight], shard)
+        for gradient in gradients:
+            state.apply(pieces_of([gradient], shard), _PROBE_DECISION)
+        found.append(state.values())
+    return torch.cat(found)
 
 
 def _refusal(optimizer: Optimizer, why: str) -> str:

@@ -8,6 +8,7 @@ import queue
 import threading
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from inspect import signature
@@ -19,21 +20,22 @@ from torch.optim import Optimizer
 
 from training.arithmetic.collectives import texts_of_all_ranks
 from training.arithmetic.exact import ExactReducer
+from training.arithmetic.objective import recipe_errors
 from training.arithmetic.reduce import Subtree
 from training.checkpoints.state import TrainState
 from training.config import Preset
 from training.errors import UserError
 from training.recipe import Recipe, learning_rate_scale
 from training.servers.arithmetic import Decision, Report, TensorState, decide, pieces_of, require_elementwise
-from training.servers.endpoints import Begun, Remote, serve, wake
+from training.servers.endpoints import Begun, PrimaryLost, Remote, serve, wake
 from training.servers.layout import Shard, shards
 from training.servers.mesh import Address, Mesh
-from training.servers.placement import place
+from training.servers.placement import may_go_on, place
 from training.servers.protocol import Assignment
 from training.servers.replica import Replica
 
-MAX_BYTES_PER_PARAMETER_BYTE = 16
-"""Of a message: a copy has the parameters, and what the optimizer keeps of each."""
+MAX_COPIES = 16
+"""Of the parameters in a message: they, and what the optimizer keeps of each. A push has at most 2·log2(V) sums."""
 MAX_OTHER_BYTES = 1 << 28
 
 
@@ -73,13 +75,17 @@ class Colocated:
         self._maybe_parameters: Sequence[Tensor] | None = None
         self._step = 0
         """In hand."""
+        self._over_token = 0
+        """Of the last group that was given up."""
+        self._maybe_error: Exception | None = None
+        """That ended a replica here: this process cannot go on."""
         self._maybe_answer: tuple[Decision, Sequence[Tensor]] | None = None
 
     # ---- a group begins ----------------------------------------------------------------------------------------------
 
     def can_go_on(self, maybe_step: int | None, *, nodes: Sequence[int], device: torch.device) -> bool:
-        """Whether the ranks' replicas are at that step, which the ranks are at, or in part one further: the ranks then
-        compute that one again, and who has applied it drops it. If not, all forget what they have. Collective."""
+        """Whether the ranks, which have finished that step, can go on with their replicas. If not, all forget what they
+        have. Collective."""
         launch = self._preset.launch
         own = {shard: hosted.replica.position for shard, hosted in self._hosted.items()}
         holdings = [
@@ -87,8 +93,7 @@ class Colocated:
             for text in texts_of_all_ranks(json.dumps(own), device)
         ]
         farthest = [max(holding.get(shard, -1) for holding in holdings) for shard in range(launch.servers)]
-        newest_step = max(farthest) // 2
-        is_whole = min(farthest) >= 0 and maybe_step is not None and 0 <= newest_step - maybe_step <= 1
+        is_whole = maybe_step is not None and may_go_on(farthest, maybe_step)
         if not is_whole:
             self._forget()
             holdings = [{} for _ in holdings]
@@ -115,7 +120,8 @@ class Colocated:
         self._meet(token, device)
 
     def _host(self, shard: int, state: TrainState) -> _Hosted:
-        optimizer = self._recipe.optimizer(state.model)
+        with recipe_errors("optimizer()"):
+            optimizer = self._recipe.optimizer(state.model)
         optimizer.state.update(state.optimizer.state)
         tensors = TensorState(optimizer, list(state.trained.values()), self.shards[shard])
         tensors.step = state.step
@@ -124,7 +130,8 @@ class Colocated:
         if self._is_new:
             replica.fill()
         hosted = _Hosted(mesh=mesh, replica=replica, changes=queue.SimpleQueue())
-        threading.Thread(target=serve, args=(mesh, replica, hosted.changes), name=mesh.name, daemon=True).start()
+        arguments = (mesh, replica, hosted.changes, self._hear_of_trouble)
+        threading.Thread(target=serve, args=arguments, name=mesh.name, daemon=True).start()
         return hosted
 
     def _mesh(self, what: str) -> Mesh:
@@ -133,7 +140,7 @@ class Colocated:
             f"{what} {uuid.uuid4().hex}",
             secret=self._secret,
             address=self._address,
-            max_bytes=MAX_BYTES_PER_PARAMETER_BYTE * num_bytes + MAX_OTHER_BYTES,
+            max_bytes=(MAX_COPIES + 2 * self._preset.train.virtual_workers.bit_length()) * num_bytes + MAX_OTHER_BYTES,
         )
 
     def _meet(self, token: int, device: torch.device) -> None:
@@ -154,7 +161,12 @@ class Colocated:
             assignment = Assignment(token=token, primary=primary, backups=tuple(backups))
             hosted.tell(Begun(assignment=assignment, places=places))
         self._maybe_remote = Remote(
-            self._worker, token=token, primaries=[one[0] for one in names], places=places, decide=self._decide
+            self._worker,
+            token=token,
+            primaries=[one[0] for one in names],
+            places=places,
+            decide=self._decide,
+            patience_seconds=self._preset.launch.collective_timeout_seconds,
         )
 
     def _forget(self) -> None:
@@ -199,10 +211,22 @@ class Colocated:
             for number, shard in enumerate(self.shards)
         ]
         try:
-            self._maybe_answer = self._remote.step(step, parts)
+            with self._own_errors():
+                self._maybe_answer = self._remote.step(step, parts)
         except _NotFiniteError as error:  # no shard has applied it, and the trainer says what is wrong
             self._maybe_answer = error.decision, ()
         return self._answer[0].extras
+
+    @contextmanager
+    def _own_errors(self) -> Iterator[None]:
+        """What ended a replica here is raised in the place of `PrimaryLost`, which it led to."""
+        try:
+            yield
+        except PrimaryLost:
+            if self._maybe_error is None:
+                raise
+            with recipe_errors(f"step {self._step}, on a server"):
+                raise self._maybe_error from None
 
     def _decide(self, reports: Sequence[Report]) -> Decision:
         train = self._preset.train
@@ -217,7 +241,7 @@ class Colocated:
         return self._answer[0].grad_norm
 
     @torch.no_grad()
-    def apply(self, learning_rate_scale: float) -> None:
+    def apply(self) -> None:
         """Take the parameters after the step."""
         for shard, values in zip(self.shards, self._answer[1], strict=True):
             for piece, elements in zip(shard, _split(values, shard), strict=True):
@@ -226,7 +250,9 @@ class Colocated:
     def optimizer_entries(self) -> dict[Tensor, dict[str, Any]]:
         """What the shards keep of each parameter, as one optimizer would. Raises `PrimaryLost`."""
         parts: dict[Tensor, dict[str, list[Any]]] = {}
-        for shard, snapshot in zip(self.shards, self._remote.pull_all(), strict=True):
+        with self._own_errors():
+            snapshots = self._remote.pull_all()
+        for shard, snapshot in zip(self.shards, snapshots, strict=True):
             for number, piece in enumerate(shard):
                 entries = parts.setdefault(self._parameters[piece.parameter], {})
                 for key, value in snapshot["optimizer"][number].items():
@@ -239,7 +265,19 @@ class Colocated:
     def give_up(self) -> None:
         """May be called by another thread: whoever waits for an answer of this group gets none."""
         if self._maybe_remote is not None:
+            self._over_token = self._maybe_remote.token
             self._maybe_remote.give_up()
+
+    def _hear_of_trouble(self, token: int, maybe_error: Exception | None) -> None:
+        """From a replica here, of the group of that token."""
+        self._maybe_error = self._maybe_error or maybe_error
+        if self._maybe_remote is not None and self._maybe_remote.token == token:
+            self.give_up()
+
+    def require_group(self) -> None:
+        """Raises `PrimaryLost` if it is known that this group is over: who computes hears of it so."""
+        if self._over_token == self._remote.token:
+            raise PrimaryLost("the group is over")
 
 
 class ServedReducer:
@@ -302,4 +340,12 @@ def _require_divisible(optimizer: Optimizer) -> None:
     kind = type(optimizer)
     taken = signature(kind).parameters  # AdamW has more defaults than it takes
     settings = {name: value for name, value in optimizer.defaults.items() if name in taken}
-    require_elementwise(lambda module: kind(module.parameters(), **settings))
+    try:
+        require_elementwise(lambda module: kind(module.parameters(), **settings))
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(
+            f"parameter servers need an optimizer that treats each element by itself, and the recipe's {kind.__name__}"
+            f" could not be tried for that ({error}): use train.strategy = 'all_reduce'"
+        ) from error

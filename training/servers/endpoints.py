@@ -23,21 +23,33 @@ class Begun:
     places: Mapping[str, Address]
 
 
-def serve(mesh: Mesh, replica: Replica, changes: queue.SimpleQueue[Begun | None]) -> None:
+def serve(
+    mesh: Mesh,
+    replica: Replica,
+    changes: queue.SimpleQueue[Begun | None],
+    on_trouble: Callable[[int, Exception | None], None] = lambda token, maybe_error: None,
+) -> None:
     """Until `changes` gives None. Whoever puts something there calls `wake`.
 
-    Who is lost is for those to notice who make groups: a replica answers nobody before it can.
+    `on_trouble` hears that a peer of this group is lost, or of an error of the replica's own, which is its end: nobody
+    else may notice, and all wait for its answer.
     """
     while True:
         sender, message = mesh.inbox.get()
-        while not changes.empty():
-            begun = changes.get()
-            if begun is None:
-                return
-            mesh.begin(begun.assignment.token, begun.places)
-            mesh.send(replica.begin(begun.assignment))
-        if not isinstance(message, Lost):
-            mesh.send(replica.handle(sender, message))
+        try:
+            while not changes.empty():
+                begun = changes.get()
+                if begun is None:
+                    return
+                mesh.begin(begun.assignment.token, begun.places)
+                mesh.send(replica.begin(begun.assignment))
+            if not isinstance(message, Lost):
+                mesh.send(replica.handle(sender, message))
+            elif message.token == replica.token and sender != mesh.name:
+                on_trouble(replica.token, None)
+        except Exception as error:  # whoever waits for this replica raises it
+            on_trouble(replica.token, error)
+            return
 
 
 def wake(mesh: Mesh) -> None:
@@ -61,7 +73,11 @@ class Remote:
         primaries: Sequence[str],
         places: Mapping[str, Address],
         decide: Callable[[Sequence[Any]], Any],
+        patience_seconds: float | None = None,
     ) -> None:
+        """An answer is waited for no longer than `patience_seconds`."""
+        self.token = token
+        self._patience_seconds = patience_seconds
         self._mesh = mesh
         self._primaries = primaries
         mesh.begin(token, places)
@@ -92,7 +108,10 @@ class Remote:
     def _until_answered(self, sends: list[Send]) -> list[tuple[int, Any]]:
         self._mesh.send(sends)
         while self._client.phase != "idle":
-            sender, message = self._mesh.inbox.get()
+            try:
+                sender, message = self._mesh.inbox.get(timeout=self._patience_seconds)
+            except queue.Empty:
+                raise PrimaryLost(f"no server answered for {self._patience_seconds:.0f} s") from None
             if isinstance(message, Message):
                 self._mesh.send(self._client.handle(sender, message))
             elif message.token == self._client.token and sender in self._primaries:

@@ -8,12 +8,14 @@ trusted, as in a group of gloo.
 from __future__ import annotations
 
 import hmac
+import logging
 import queue
 import secrets
 import socket
 import threading
-from collections.abc import Mapping
-from contextlib import suppress
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from hashlib import sha256
 
@@ -23,12 +25,14 @@ from training.servers.protocol import Message, Send
 from training.servers.wire import decode, encode
 
 HANDSHAKE_SECONDS = 5.0
+ACCEPT_PAUSE_SECONDS = 0.1
 NONCE_BYTES = 16
 MAX_NAME_BYTES = 256
 MAX_BUFFERS = 512
 """That one call of the kernel takes."""
 
 Address = tuple[str, int]
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,10 +53,12 @@ class Mesh:
         self._listener = socket.create_server((address, 0))
         self.address: Address = self._listener.getsockname()[:2]
         self._lock = threading.Lock()
+        self._is_closed = False
         self._token = 0
         self._places: Mapping[str, Address] = {}
         self._outboxes: dict[str, queue.SimpleQueue[Message | None]] = {}
-        self._sockets: set[socket.socket] = set()
+        self._sockets: dict[socket.socket, int] = {}
+        """Of both directions, and the token that each is of."""
         self._start(self._accept)
 
     def begin(self, token: int, places: Mapping[str, Address]) -> None:
@@ -61,6 +67,10 @@ class Mesh:
             for outbox in self._outboxes.values():
                 outbox.put(None)
             self._token, self._places, self._outboxes = token, places, {}
+        for connection, of_token in list(self._sockets.items()):
+            if of_token < token:  # whoever is stuck in one hears of its end
+                with suppress(OSError):
+                    connection.shutdown(socket.SHUT_RDWR)
 
     def send(self, sends: list[Send]) -> None:
         """In order, for each receiver. Whoever is in no group, or gone, gets nothing."""
@@ -80,6 +90,7 @@ class Mesh:
             self._outboxes[one.to].put(one.message)
 
     def close(self) -> None:
+        self._is_closed = True
         self.begin(0, {})
         with self._lock, suppress(OSError):
             self._listener.shutdown(socket.SHUT_RDWR)
@@ -99,10 +110,21 @@ class Mesh:
                 connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
                 self._introduce(connection, to, token)
                 connection.settimeout(None)
-                while (message := outbox.get()) is not None:
-                    _send_all(connection, message)
-        except (OSError, DamagedError):
+                with self._known(connection, token):
+                    while (message := outbox.get()) is not None:
+                        _send_all(connection, message)
+        except Exception as error:  # also what cannot be encoded: whoever waits for it hears that it will not come
+            if not isinstance(error, OSError | DamagedError):
+                log.exception("%s could not say something to %s", self.name, to)
             self.inbox.put((to, Lost(token=token)))
+
+    @contextmanager
+    def _known(self, connection: socket.socket, token: int) -> Iterator[None]:
+        self._sockets[connection] = token
+        try:
+            yield
+        finally:
+            self._sockets.pop(connection)
 
     def _introduce(self, connection: socket.socket, to: str, token: int) -> None:
         """Raises `DamagedError` for somebody who does not know the secret."""
@@ -122,9 +144,12 @@ class Mesh:
     # ---- receiving ---------------------------------------------------------------------------------------------------
 
     def _accept(self) -> None:
-        with suppress(OSError):  # closed
-            while True:
+        while not self._is_closed:
+            try:
                 connection, _ = self._listener.accept()
+            except OSError:
+                time.sleep(ACCEPT_PAUSE_SECONDS)  # closed, or there is no file descriptor left
+            else:
                 self._start(self._hear, connection)
 
     def _hear(self, connection: socket.socket) -> None:
@@ -135,16 +160,14 @@ class Mesh:
                 connection.settimeout(None)
             except (OSError, DamagedError):
                 return
-            self._sockets.add(connection)
             try:
-                while True:
-                    message = decode(lambda view: _read_into(connection, view), max_bytes=self._max_bytes)
-                    if message.token == token:
-                        self.inbox.put((sender, message))
-            except (OSError, DamagedError):
+                with self._known(connection, token):
+                    while True:
+                        message = decode(lambda view: _read_into(connection, view), max_bytes=self._max_bytes)
+                        if message.token == token:
+                            self.inbox.put((sender, message))
+            except (OSError, DamagedError, MemoryError):
                 self.inbox.put((sender, Lost(token=token)))
-            finally:
-                self._sockets.discard(connection)
 
     def _greet(self, connection: socket.socket) -> tuple[str, int]:
         """Who sends here, and of which token. Raises `DamagedError` for somebody who does not know the secret."""

@@ -29,6 +29,12 @@ def place(
     return tuple(found)
 
 
+def may_go_on(farthest: Sequence[int], step: int) -> bool:
+    """Whether shards whose best replicas are so far belong to ranks that have finished that step: none is behind, and
+    none further than the step after, which the ranks compute again, and who has applied it drops it."""
+    return min(farthest) >= 2 * step and max(farthest) // 2 <= step + 1
+
+
 def _chosen(num_replicas: int, positions: Sequence[int], counts: Sequence[int], nodes: Sequence[int]) -> list[int]:
     holders = sorted((-position, rank) for rank, position in enumerate(positions) if position >= 0)
     chosen = [rank for _, rank in holders[:num_replicas]]

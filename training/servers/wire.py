@@ -17,7 +17,7 @@ from training.errors import DamagedError
 from training.servers import protocol
 from training.servers.arithmetic import Decision, Report
 
-MAX_HEAD_BYTES = 1 << 20
+MAX_HEAD_BYTES = 1 << 26
 KINDS = {
     kind.__name__: kind
     for kind in (
