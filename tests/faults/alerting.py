@@ -146,6 +146,7 @@ class Site:
     home: Path
     """Whose disk the monitor takes for that of the stack."""
     monitor: Door
+    prometheus: Program
     messages: list[Message] = field(default_factory=list)
 
     def query(self, expression: str) -> list[dict[str, Any]]:
@@ -170,6 +171,14 @@ class Site:
             return self.fired(4) == [] and self.query('ALERTS{alertstate="pending"}') == []
 
         wait_until(look, what="all alerts to be over", timeout_seconds=timeout_seconds)
+
+    def forget(self) -> None:
+        """What is over. For a quarter of an hour Prometheus tells Alertmanager of that again, which then says again what
+        it has said of what goes on: a message for another fault's sake."""
+        self.prometheus.restart()
+        again = time.time()
+        wait_until(lambda: _is_ready(self.url), what="Prometheus to be ready again")
+        self.wait_for(f'timestamp(up{{job="unbroken_monitor"}}) > {again}')
 
     def wait_for_message(self, number: int, *, timeout_seconds: float = 240.0) -> Message:
         """The message of that number, from 0."""
@@ -218,13 +227,14 @@ def site(
         write_targets(folder / "nodes.json", [])
         _repeat(stack, cluster, look_at_runs)
         _repeat(stack, cluster, look_at_all_servers)
-        url = _start_programs(stack, cluster, folder, ports)
+        prometheus, url = _start_programs(stack, cluster, folder, ports)
         yield Site(
             url=url,
             services=relays,
             flow_run=engine.flow_run,
             home=home,
             monitor=monitor,
+            prometheus=prometheus,
             messages=messages,
         )
 
@@ -269,24 +279,45 @@ def _repeat(stack: ExitStack, cluster: Cluster, look: Callable[[], None]) -> Non
     stack.callback(is_over.set)
 
 
-def _start_programs(stack: ExitStack, cluster: Cluster, folder: Path, ports: Mapping[str, int]) -> str:
-    """The URL of Prometheus as this process reaches it, once it is ready."""
-    namespace = cluster.router.namespace
+class Program:
+    """One that runs in the router's network, and says what it does in a file."""
+
+    def __init__(self, cluster: Cluster, command: Sequence[str], log: Path) -> None:
+        self._namespace = cluster.router.namespace
+        self._command = command
+        self._log = log
+        self.start()
+
+    def start(self) -> None:
+        with self._log.open("a") as log:
+            self._process = self._namespace.start(self._command, stdout=log, stderr=log)
+
+    def stop(self) -> None:
+        self._process.terminate()
+        self._process.wait()
+
+    def restart(self) -> None:
+        self.stop()
+        self.start()
+
+
+def _start_programs(stack: ExitStack, cluster: Cluster, folder: Path, ports: Mapping[str, int]) -> tuple[Program, str]:
+    """Prometheus, and its URL as this process reaches it, once it is ready."""
+    programs = {}
     for program, name, more in (
         (PROMETHEUS, "prometheus", [f"--storage.tsdb.path={folder / 'data'}"]),
         (ALERTMANAGER, "alertmanager", [f"--storage.path={folder / 'am'}", "--cluster.listen-address="]),
     ):
         listens = f"--web.listen-address={LOOPBACK}:{ports[name]}"
-        with (folder / f"{name}.log").open("w") as log:
-            command = [str(program), f"--config.file={folder / name}.yaml", listens, *more]
-            process = namespace.start(command, stdout=log, stderr=log)
-        stack.callback(process.wait)
-        stack.callback(process.terminate)
+        command = [str(program), f"--config.file={folder / name}.yaml", listens, *more]
+        programs[name] = Program(cluster, command, folder / f"{name}.log")
+        stack.callback(programs[name].stop)
+    enter_network = cluster.router.namespace.enter_network
     there = f"http://{LOOPBACK}:{ports['prometheus']}"
-    relay = _relay(stack, socket.create_server((LOOPBACK, 0)), there, enter_network=namespace.enter_network)
+    relay = _relay(stack, socket.create_server((LOOPBACK, 0)), there, enter_network=enter_network)
     url = f"http://{LOOPBACK}:{relay.port}"
     wait_until(lambda: _is_ready(url), what="Prometheus to be ready")
-    return url
+    return programs["prometheus"], url
 
 
 def _is_ready(url: str) -> bool:

@@ -68,6 +68,7 @@ class Trial:
         """A row of the evidence. Fails if anything else was told than this alert, once, and that it is over, once."""
         site = self.site
         site.wait_until_calm()
+        site.forget()
         before, began, since = len(site.messages), time.monotonic(), time.time()
         alarm.fire()
         try:
