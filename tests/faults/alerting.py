@@ -173,8 +173,8 @@ class Site:
         wait_until(look, what="all alerts to be over", timeout_seconds=timeout_seconds)
 
     def forget(self) -> None:
-        """What is over. For a quarter of an hour Prometheus tells Alertmanager of that again, which then says again what
-        it has said of what goes on: a message for another fault's sake."""
+        """What is over. For a quarter of an hour Prometheus tells Alertmanager of it again, which then repeats what it
+        has said of what goes on: a message for another fault's sake."""
         self.prometheus.restart()
         again = time.time()
         wait_until(lambda: _is_ready(self.url), what="Prometheus to be ready again")
