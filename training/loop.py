@@ -294,13 +294,8 @@ class Trainer:
 
     def reduce(self) -> Tensor:
         """The sums over all virtual workers. Raises `GroupLost` if another rank does not give its part."""
-        try:
-            with _group_is_lost_with_servers():
-                return self.reducer.finish()
-        except RuntimeError as error:
-            if is_of_lost_peer(error):
-                raise GroupLost(str(error)) from error
-            raise
+        with _lost_with_a_peer():
+            return self.reducer.finish()
 
     def let_go(self) -> None:
         """After `GroupOver`: the state is whole, and may be trained further in another group by another Trainer."""
@@ -375,7 +370,7 @@ class Trainer:
         if servers is None:
             yield
             return
-        with self.handover.waiting(), _group_is_lost_with_servers():
+        with self.handover.waiting(), _lost_with_a_peer():
             entries = servers.optimizer_entries()
         with self.handover.standstill():
             self.state.optimizer.state.update(entries)
@@ -397,7 +392,7 @@ class Trainer:
     def compare_pace(self) -> None:
         """Since the last time: how long a step takes each rank without waiting, if it has as many virtual workers as
         the others, and who is slow."""
-        with self.handover.waiting():
+        with self.handover.waiting(), _lost_with_a_peer():
             mine = torch.tensor([self.pace.take_median()], dtype=torch.float64)
             outside: list[float] = of_all_ranks(mine.to(self.rank.device)).flatten().tolist()
         slow = maybe_straggler(outside) if self.preset.train.mode == "exact" else None  # DDP waits as it goes back
@@ -420,16 +415,17 @@ class Trainer:
         """Held-out scores; of all ranks together, unless each does it `alone`."""
         self._maybe_held_out = self._maybe_held_out or self.feed.held_out()
         self.hold_buffers()
-        scores = validate(
-            self.recipe,
-            self.state.model,
-            self._maybe_held_out,
-            batch_size=self.preset.evaluate.batch_size,
-            max_samples=max_samples,
-            rank=0 if alone else self.rank.rank,
-            world_size=1 if alone else self.rank.world_size,
-            waiting=self.handover.waiting,
-        )
+        with _lost_with_a_peer():
+            scores = validate(
+                self.recipe,
+                self.state.model,
+                self._maybe_held_out,
+                batch_size=self.preset.evaluate.batch_size,
+                max_samples=max_samples,
+                rank=0 if alone else self.rank.rank,
+                world_size=1 if alone else self.rank.world_size,
+                waiting=self.handover.waiting,
+            )
         self.extras.release()
         return scores
 
@@ -445,7 +441,7 @@ class Trainer:
     def virtual_worker_step(self, worker: int) -> None:
         """Forward and backward of one virtual worker's microbatch."""
         if self._maybe_servers is not None:
-            with _group_is_lost_with_servers():
+            with _lost_with_a_peer():
                 self._maybe_servers.require_group()
         ids, batch = self.microbatch(worker)
         self.extras.begin_worker()
@@ -527,8 +523,13 @@ class Trainer:
 
 
 @contextmanager
-def _group_is_lost_with_servers() -> Iterator[None]:
+def _lost_with_a_peer() -> Iterator[None]:
+    """Only where the state is that of the last finished step, which the next group goes on with."""
     try:
         yield
     except PrimaryLost as error:
         raise GroupLost(str(error)) from error
+    except RuntimeError as error:
+        if is_of_lost_peer(error):
+            raise GroupLost(str(error)) from error
+        raise

@@ -18,6 +18,7 @@ from training.memory.handover import Handover
 from training.servers.replica import Replica
 
 MID_STEP = "in the midst of the step after"
+VALIDATING = "before validation"
 VALIDATED = "after validation, before it is noted"
 UPDATING = "in the update to the step after"
 APPLIED = "once a shard's primary has applied it, and told nobody"
@@ -42,6 +43,7 @@ def _pause_at(place: str, step: int, test: socket.socket) -> None:
     owner, name = {
         MID_STEP: (Trainer, "microbatch"),
         UPDATING: (Trainer, "update"),
+        VALIDATING: (Trainer, "validate"),
         VALIDATED: (Handover, "complete"),
         APPLIED: (Replica, "_tell_backups"),
     }[place]

@@ -12,7 +12,7 @@ import pytest
 
 from tests.distributed import groups
 from tests.distributed.groups import ENTRY, PRESET, STEPS, Group, Node, Pause, make_node
-from tests.distributed.pausing import MID_STEP, UPDATING, VALIDATED
+from tests.distributed.pausing import MID_STEP, UPDATING, VALIDATED, VALIDATING
 from tests.faults.proxy import LosingProxy
 from training import tensorfile
 from training.cluster.zygote import Zygote
@@ -252,6 +252,19 @@ def test_survivors_keep_their_process_and_go_on_with_the_state_that_they_have(
     for before, after, victim in zip(pids, pids[1:], victims, strict=False):
         assert [rank for rank in range(3) if before[rank] != after[rank]] == [victim]
     assert node.attempts()[-1] == (3, 7, "memory")
+    require_same(node, calm)
+
+
+def test_who_waits_in_validation_for_one_that_dies_stays(node: Node, calm: tuple[str, list[groups.Told]]) -> None:
+    async def kill(group: Group) -> None:
+        await group.paused(1)
+        await group.waits(0, step=6)
+        group.kill(1)
+
+    first = node.train(2, kill, pauses={1: Pause(VALIDATING, 6)}, may_stay=True)
+    second = node.train(2, may_stay=True)
+    assert [before == after for before, after in zip(first.pids(), second.pids(), strict=True)] == [True, False]
+    assert node.attempts()[-1] == (2, 6, "memory")
     require_same(node, calm)
 
 
