@@ -258,7 +258,7 @@ def test_survivors_keep_their_process_and_go_on_with_the_state_that_they_have(
 def test_who_waits_in_validation_for_one_that_dies_stays(node: Node, calm: tuple[str, list[groups.Told]]) -> None:
     async def kill(group: Group) -> None:
         await group.paused(1)
-        await group.waits(0, step=6)
+        await group.waits(0, step=5)
         group.kill(1)
 
     first = node.train(2, kill, pauses={1: Pause(VALIDATING, 6)}, may_stay=True)
