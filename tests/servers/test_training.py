@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import replace
@@ -189,10 +190,17 @@ def test_servers_regroup_with_more_and_with_fewer_ranks(node: Node, calm: tuple[
     require_same(node, calm)
 
 
+async def has_checkpoint(node: Node, step: int) -> None:
+    """Once the record names one of that step."""
+    while [checkpoint.step for checkpoint in node.run.read().checkpoints][-1:] != [step]:
+        await asyncio.sleep(0.05)
+
+
 def test_without_a_backup_the_steps_since_the_checkpoint_are_done_again(
     node: Node, calm: tuple[str, list[groups.Told]]
 ) -> None:
     async def act(group: Group) -> None:
+        await has_checkpoint(node, groups.EVERY)
         await kill(group, 1)
 
     settings: dict[str, Any] = {"may_stay": True, "servers": 2, "server_replicas": 1}
@@ -205,26 +213,19 @@ def test_without_a_backup_the_steps_since_the_checkpoint_are_done_again(
 def test_a_checkpoint_of_servers_goes_on_without_and_the_other_way_round(
     node: Node, calm: tuple[str, list[groups.Told]]
 ) -> None:
-    async def stop(group: Group) -> None:
-        await group.paused(0, 1)
+    async def stop(group: Group, *, checkpoint: int) -> None:
+        await group.paused(0)
+        await has_checkpoint(node, checkpoint)
         group.workers.stop()
 
-    node.train(2, stop, pauses={rank: Pause(MID_STEP, 6) for rank in range(2)}, servers=2)
+    node.train(2, partial(stop, checkpoint=5), pauses={0: Pause(MID_STEP, 6)}, servers=2)
     job = node.job
     node.job = replace(job, preset=replace(PRESET, train=replace(TRAIN, strategy="all_reduce")))
     node.slots = [create_slots() for _ in range(3)]
-    node.train(1, stop_at(11), pauses={0: Pause(MID_STEP, 11)})
-    assert node.attempts()[-1] == (1, groups.EVERY, "checkpoint")
+    node.train(1, partial(stop, checkpoint=10), pauses={0: Pause(MID_STEP, 11)})
+    assert node.attempts()[-1] == (1, 5, "checkpoint")
     node.job = job
     node.slots = [create_slots() for _ in range(3)]
     node.train(3, servers=4)
-    assert node.attempts()[-1] == (3, 2 * groups.EVERY, "checkpoint")
+    assert node.attempts()[-1] == (3, 10, "checkpoint")
     require_same(node, calm)
-
-
-def stop_at(step: int) -> groups.Act:
-    async def stop(group: Group) -> None:
-        await group.paused(0)
-        group.workers.stop()
-
-    return stop
