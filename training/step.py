@@ -27,7 +27,8 @@ class Rank:
 
 
 class Reducer(Protocol):
-    """Mean gradients over all virtual workers: training.arithmetic.exact or training.arithmetic.fast."""
+    """Mean gradients over all virtual workers: training.arithmetic.exact or training.arithmetic.fast; or what
+    servers make of their sums: training.servers.colocated."""
 
     owned: range
 

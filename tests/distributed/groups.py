@@ -234,6 +234,22 @@ def make_node(store: Store, zygote: Zygote, *, preset: Preset = PRESET, recipe: 
     return Node(run=run, job=job, zygote=zygote)
 
 
+def require_same(node: Node, calm: tuple[str, list[Told]]) -> None:
+    """The run ended in the state and with the history of `calm`."""
+    record = node.run.read()
+    assert record.result is not None
+    assert (record.result.step, record.result.state_sha256) == (STEPS, calm[0])
+    assert node.told() == calm[1]
+
+
+async def regroup(group: Group, rank: int = 1) -> None:
+    """One rank, which is paused, is told to."""
+    await group.paused(rank)
+    group.order(rank, Order(do="regroup"))
+    await group.has_read(rank)
+    group.go_on(rank)
+
+
 def calm(*, preset: Preset = PRESET, recipe: Recipe = TINY) -> tuple[str, list[Told]]:
     """State and history of a run in one process that nothing happens to."""
     trainer = make_trainer(preset=preset, recipe=recipe)

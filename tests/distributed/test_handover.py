@@ -11,7 +11,7 @@ from functools import partial
 import pytest
 
 from tests.distributed import groups
-from tests.distributed.groups import ENTRY, PRESET, STEPS, Group, Node, Pause, make_node
+from tests.distributed.groups import ENTRY, PRESET, Group, Node, Pause, make_node, regroup, require_same
 from tests.distributed.pausing import MID_STEP, UPDATING, VALIDATED, VALIDATING
 from tests.faults.proxy import LosingProxy
 from training import tensorfile
@@ -36,13 +36,6 @@ def node(store: Store, zygote: Zygote) -> Iterator[Node]:
 @pytest.fixture(scope="module")
 def calm() -> tuple[str, list[groups.Told]]:
     return groups.calm()
-
-
-def require_same(node: Node, calm: tuple[str, list[groups.Told]]) -> None:
-    record = node.run.read()
-    assert record.result is not None
-    assert (record.result.step, record.result.state_sha256) == (STEPS, calm[0])
-    assert node.told() == calm[1]
 
 
 @pytest.mark.parametrize("num_ranks_after", [1, 2, 3])
@@ -122,13 +115,6 @@ def test_ranks_of_which_one_has_noted_the_validation_go_on_alike(
     node.train(2)
     assert node.attempts()[-1] == (2, 6, "memory")
     require_same(node, calm)
-
-
-async def regroup(group: Group, rank: int = 1) -> None:
-    await group.paused(rank)
-    group.order(rank, Order(do="regroup"))
-    await group.has_read(rank)
-    group.go_on(rank)
 
 
 def test_all_ranks_regroup_after_the_same_step_although_one_is_told(

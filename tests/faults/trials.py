@@ -95,7 +95,10 @@ class Trial:
             "seconds_from_healing_to_resolved": round(over.at - healed, 1),
             "messages": seen,
             "fired_but_not_told": [name for name in fired if name != alarm.alert],
-            "text": {name: alerts[0]["annotations"][name] for name in ("summary", "cause", "link")},
+            "text": {
+                name: alerts[0]["annotations"][name].replace(str(self.folder), "FOLDER")
+                for name in ("summary", "cause", "link")
+            },
         }
 
     def _require_text(self, alarm: Alarm, alerts: Sequence[dict[str, Any]]) -> None:

@@ -23,7 +23,7 @@ def run_keys(stack: Stack) -> set[str]:
     return set(stack.store.list_folders("runs/"))
 
 
-def wait_for_step(stack: Stack, before: set[str], *, step: int, timeout_seconds: float = 240.0) -> RunRecord:
+def wait_for_step(stack: Stack, before: set[str], *, step: int) -> RunRecord:
     """The run that appeared since `before`, once it has done `step` steps and has a checkpoint."""
 
     def look() -> RunRecord | None:
@@ -38,7 +38,7 @@ def wait_for_step(stack: Stack, before: set[str], *, step: int, timeout_seconds:
                 return run
         return None
 
-    return wait_until(look, what=f"step {step} of a new run", timeout_seconds=timeout_seconds)
+    return wait_until(look, what=f"step {step} of a new run")
 
 
 def processes(stack: Stack, module: str) -> list[psutil.Process]:

@@ -139,3 +139,12 @@ def test_messages_of_another_token_are_not_sent(pair: tuple[Mesh, Mesh]) -> None
     one, other = pair
     one.send([Send(to="other", message=Pull(token=2)), Send(to="other", message=MESSAGES[0])])
     assert other.inbox.get(timeout=30)[1] == MESSAGES[0]
+
+
+def test_what_cannot_be_said_is_told_as_a_loss(pair: tuple[Mesh, Mesh], caplog: pytest.LogCaptureFixture) -> None:
+    """Or whoever asked would wait for it for ever."""
+    one, _ = pair
+    unsayable = Held(token=3, step=7, report=object())
+    one.send([Send(to="other", message=unsayable)])
+    assert one.inbox.get(timeout=60) == ("other", Lost(token=3))
+    assert "could not say something to other" in caplog.text

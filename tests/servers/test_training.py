@@ -12,12 +12,11 @@ from typing import Any
 import pytest
 
 from tests.distributed import groups
-from tests.distributed.groups import ENTRY, Group, Node, Pause, make_node
+from tests.distributed.groups import ENTRY, Group, Node, Pause, make_node, regroup, require_same
 from tests.distributed.pausing import APPLIED, MID_STEP
 from tests.servers.wide import Wide
 from tests.unit.tiny import CPU, exact_arithmetic, make_trainer
 from training.cluster.zygote import Zygote
-from training.control import Order
 from training.errors import DeterministicError, UserError
 from training.loop import Trainer
 from training.memory.slots import create_slots
@@ -47,13 +46,6 @@ def node(store: Store, zygote: Zygote) -> Iterator[Node]:
 @pytest.fixture(scope="module")
 def calm() -> tuple[str, list[groups.Told]]:
     return groups.calm(preset=PRESET, recipe=Wide())
-
-
-def require_same(node: Node, calm: tuple[str, list[groups.Told]]) -> None:
-    record = node.run.read()
-    assert record.result is not None
-    assert (record.result.step, record.result.state_sha256) == (groups.STEPS, calm[0])
-    assert node.told() == calm[1]
 
 
 def test_a_parameter_that_cannot_be_cut_in_place_is_refused_by_name() -> None:
@@ -114,13 +106,6 @@ def test_the_bits_are_those_of_one_process(
 ) -> None:
     node.train(num_ranks, servers=num_servers)
     require_same(node, calm)
-
-
-async def regroup(group: Group, *, rank: int) -> None:
-    await group.paused(rank)
-    group.order(rank, Order(do="regroup"))
-    await group.has_read(rank)
-    group.go_on(rank)
 
 
 async def kill(group: Group, victim: int) -> None:

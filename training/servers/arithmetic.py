@@ -85,9 +85,7 @@ class TensorState:
         self.step += 1
 
     def _split(self, total: Tensor) -> tuple[Tensor, ...]:
-        if not self._shard:
-            return ()
-        return torch.split(total[: self._num_elements], [piece.num_elements for piece in self._shard])
+        return split(total[: self._num_elements], self._shard)
 
     def values(self) -> Tensor:
         """The pieces' elements, end to end."""
@@ -112,6 +110,11 @@ class TensorState:
 def pieces_of(tensors: Sequence[Tensor], shard: Shard) -> Tensor:
     """A shard's elements of tensors like the parameters, end to end."""
     return joined([_slice(tensors[piece.parameter], piece) for piece in shard])
+
+
+def split(vector: Tensor, shard: Shard) -> tuple[Tensor, ...]:
+    """The inverse: each piece's elements, not copied."""
+    return torch.split(vector, [piece.num_elements for piece in shard]) if shard else ()
 
 
 def joined(parts: Sequence[Tensor]) -> Tensor:

@@ -26,7 +26,7 @@ from training.checkpoints.state import TrainState
 from training.config import Preset
 from training.errors import UserError
 from training.recipe import Recipe, learning_rate_scale
-from training.servers.arithmetic import Decision, Report, TensorState, decide, pieces_of, require_elementwise
+from training.servers.arithmetic import Decision, Report, TensorState, decide, pieces_of, require_elementwise, split
 from training.servers.endpoints import Begun, PrimaryLost, Remote, serve, wake
 from training.servers.layout import Shard, shards
 from training.servers.mesh import Address, Mesh
@@ -244,7 +244,7 @@ class Colocated:
     def apply(self) -> None:
         """Take the parameters after the step."""
         for shard, values in zip(self.shards, self._answer[1], strict=True):
-            for piece, elements in zip(shard, _split(values, shard), strict=True):
+            for piece, elements in zip(shard, split(values, shard), strict=True):
                 self._parameters[piece.parameter].view(-1)[piece.start : piece.stop] = elements
 
     def optimizer_entries(self) -> dict[Tensor, dict[str, Any]]:
@@ -310,13 +310,6 @@ class _NotFiniteError(Exception):
     def __init__(self, decision: Decision) -> None:
         super().__init__()
         self.decision = decision
-
-
-def _split(values: Tensor, shard: Shard) -> Iterator[Tensor]:
-    start = 0
-    for piece in shard:
-        yield values[start : start + piece.num_elements]
-        start += piece.num_elements
 
 
 def _joined(values: Sequence[Any], parameter: Tensor) -> Any:
