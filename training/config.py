@@ -11,7 +11,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast, get_type_hints
 
-from training.documents import canonical_json, read_json, read_toml
+from training.documents import canonical_json, read_json, read_toml, require_shallow
 from training.errors import DamagedError, UserError
 
 if TYPE_CHECKING:
@@ -323,9 +323,11 @@ def parse_override(text: str) -> tuple[str, Any]:
     if not sign or not key:
         raise UserError(f"--set {text!r}: must read key=value, as in train.steps=20")
     try:
-        return key, tomllib.loads(f"value = {value}")["value"]
+        read = tomllib.loads(f"value = {value}")["value"]
+        require_shallow([read])
     except (ValueError, RecursionError):
         return key, value
+    return key, read
 
 
 def build(kind: type[T], document: Any, *, where: str) -> T:
@@ -354,7 +356,8 @@ def build(kind: type[T], document: Any, *, where: str) -> T:
         except ValidationError as error:
             reason = error.errors()[0]["msg"]
             raise UserError(f"{prefix + key} = {value!r}: {reason[0].lower()}{reason[1:]}") from error
-        _require(not isinstance(value, float) or math.isfinite(value), prefix + key, f"= {value}: must be finite")
+        if isinstance(value, float):
+            _require(math.isfinite(value), prefix + key, f"= {value}: must be finite")
     missing = [prefix + item.name for item in fields(kind) if _is_required(item) and item.name not in values]  # type: ignore[arg-type]
     if missing:
         raise UserError(f"missing key{'s' * (len(missing) > 1)}: {', '.join(missing)}")

@@ -61,13 +61,16 @@ def unsealed(name: str, data: bytes) -> Any:
 def read_json(data: bytes | str, *, what: str) -> Any:
     """What JSON that was stored, or sent, says: however deep or odd it is, it is this or a `DamagedError`.
 
-    It is at most `MAX_DEPTH` deep, its numbers are finite, and its whole ones have at most `MAX_DIGITS` digits.
+    It is at most `MAX_DEPTH` deep, says each name once, its numbers are finite, and its whole ones have at most
+    `MAX_DIGITS` digits.
     """
     try:
         text = data if isinstance(data, str) else data.decode()
-        value = json.loads(text, parse_constant=_refuse_constant, parse_float=_finite, parse_int=_whole)
+        value = json.loads(
+            text, parse_constant=_refuse_constant, parse_float=_finite, parse_int=_whole, object_pairs_hook=_once_each
+        )
         if text.count("[") + text.count("{") > MAX_DEPTH:
-            _require_shallow(value)
+            require_shallow(value)
         if "\\u" in text:
             canonical_json(value)  # half of a surrogate pair can be said in JSON, and written nowhere
     except (ValueError, RecursionError) as error:
@@ -84,16 +87,19 @@ def read_document(data: bytes | str, *, what: str) -> dict[str, Any]:
 
 
 def read_toml(path: Path) -> dict[str, Any]:
-    """A file of settings. Raises `UserError` naming it if it is no TOML, or cannot be read."""
+    """A file of settings, at most `MAX_DEPTH` deep. Raises `UserError` naming it if it is no TOML, or cannot be read."""
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
+        value = tomllib.loads(path.read_text(encoding="utf-8"))
+        require_shallow(value)
+        return value
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}") from error
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: not valid TOML: {error}") from error
 
 
-def _require_shallow(value: Any) -> None:
+def require_shallow(value: Any) -> None:
+    """Raises `ValueError` for tables and lists more than `MAX_DEPTH` deep."""
     level = [value]
     for _ in range(MAX_DEPTH):
         level = [
@@ -105,6 +111,13 @@ def _require_shallow(value: Any) -> None:
         if not level:
             return
     raise ValueError(f"it is deeper than {MAX_DEPTH} levels")
+
+
+def _once_each(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    made = dict(pairs)
+    if len(made) != len(pairs):  # of two, one reader may take the first, and another the last
+        raise ValueError("it says a name twice")
+    return made
 
 
 def _whole(text: str) -> int:
@@ -133,15 +146,18 @@ def fast_digest(*pieces: bytes | memoryview) -> str:
 
 
 def parse(kind: type[T], document: Any) -> T:
-    """Make the dataclass `kind`, nested ones included, from a JSON document that this project wrote.
+    """Make the dataclass `kind`, nested ones included, from a JSON document that this project wrote: a number in quotes
+    is none.
 
     Raises `DamagedError` naming the field that is not as it should be.
     """
     from pydantic import ValidationError
 
     try:
-        made: T = _adapter(cast(Any, kind)).validate_python(document)
-    except ValidationError as error:
+        made: T = _adapter(cast(Any, kind)).validate_json(canonical_json(document), strict=True)
+    except (TypeError, ValueError, RecursionError) as error:
+        if not isinstance(error, ValidationError):
+            raise DamagedError(f"a stored {kind.__name__} is damaged: {error}") from error
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])
         raise DamagedError(f"a stored {kind.__name__} is damaged: {where}: {first['msg']}") from error

@@ -6,6 +6,7 @@ import importlib.util
 import json
 import os
 import pty
+import select
 import shutil
 import signal
 import subprocess
@@ -21,9 +22,10 @@ import psutil
 import pytest
 
 from infra.local.stack import monitor_url
+from infra.local.supervisor import supervisor_process
 from tests.cli.commands import complaint, unbroken
 from tests.conftest import UNBROKEN, Stack
-from tests.faults.injectors import KillProcess
+from tests.faults.injectors import KillProcess, Stop
 from tests.flows.runs import last_json, processes, run_keys, wait_for_step
 from tests.infra.probes import service_pid
 from tests.waiting import wait_until
@@ -101,9 +103,12 @@ def test_a_terminal_is_shown_it_anew_though_the_monitor_dies(stack: Stack, distu
     _read_until(ours, b"TRAINING")
     _read_until(ours, b"TRAINING")
     fault = KillProcess(psutil.Process(service_pid(stack.home, "monitor")))
-    fault.fire()
-    assert fault.fired
-    assert b"\x1b[J" in _read_until(ours, b"the monitor does not answer"), "it replaces what was there"
+    supervisor = supervisor_process(stack.home)
+    assert supervisor is not None
+    with Stop([supervisor]):  # it starts another between two looks
+        fault.fire()
+        assert fault.fired
+        assert b"\x1b[J" in _read_until(ours, b"the monitor does not answer"), "it replaces what was there"
     _read_until(ours, b"\x1b[J\x1b[32mdigits")
     process.send_signal(signal.SIGINT)
     assert process.wait(30) == 130
@@ -113,8 +118,14 @@ def test_a_terminal_is_shown_it_anew_though_the_monitor_dies(stack: Stack, distu
 def _read_until(terminal: int, words: bytes) -> bytes:
     """What is shown, up to a screen with these words."""
     shown = b""
-    while words not in shown:
-        shown += os.read(terminal, 1 << 16)
+
+    def is_shown() -> bool:
+        nonlocal shown
+        while words not in shown and select.select([terminal], [], [], 0)[0]:
+            shown += os.read(terminal, 1 << 16)
+        return words in shown
+
+    wait_until(is_shown, what=f"{words!r} on the terminal")
     return shown
 
 

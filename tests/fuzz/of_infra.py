@@ -313,10 +313,12 @@ def answered(data: bytes) -> int:
         "query_string": b"",
         "headers": [(name.lower(), value.strip()) for name, value in pairs],
     }
-    sent: list[Any] = []
+    sent, left = list[Any](), [{"type": "http.request", "body": body, "more_body": False}]
 
     async def receive() -> Any:
-        return {"type": "http.request", "body": body, "more_body": False}
+        return (
+            left.pop() if left else await asyncio.Event().wait()
+        )  # until the caller hangs up, which this one does not
 
     async def send(message: Any) -> None:
         sent.append(message)

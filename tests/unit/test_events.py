@@ -103,7 +103,7 @@ def test_an_event_without_what_its_kind_tells_is_damaged(
 @pytest.mark.parametrize("time", ["1e300", "-1", '"inf"', '"nan"'])
 def test_an_event_of_no_time_is_damaged(store: Store, time: str) -> None:
     store.put(chunk_key(PREFIX, 1, 0), b'{"kind":"finished","step":1,"time":%s,"values":{}}' % time.encode())
-    with pytest.raises(DamagedError, match=r"time .* which is none"):
+    with pytest.raises(DamagedError, match=r"time .* which is none|time: Input should be a valid number"):
         read_steps(EventReader(store, PREFIX), newest_token=1)
 
 

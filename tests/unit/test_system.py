@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import math
 from dataclasses import asdict, replace
 
 import pytest
@@ -74,9 +73,9 @@ def test_folder_that_is_no_nodes_is_passed_over(store: Store, stream: str) -> No
     assert [node for node, _ in SampleReader(store, PREFIX).read_new()] == [0]
 
 
-@pytest.mark.parametrize("time", [math.inf, math.nan, 1e300, -1.0])
-def test_sample_of_no_time_is_damage(store: Store, time: float) -> None:
-    document = {**asdict(sample(0)), "time": str(time)}
+@pytest.mark.parametrize("time", ["inf", "nan", 1e300, -1.0])
+def test_sample_of_no_time_is_damage(store: Store, time: object) -> None:
+    document = {**asdict(sample(0)), "time": time}
     store.put(f"{PREFIX}system/0-a/000000.jsonl", canonical_json(document))
     with pytest.raises(DamagedError, match=r"000000\.jsonl is damaged"):
         list(SampleReader(store, PREFIX).read_new())

@@ -6,7 +6,6 @@ runs/KEY/GENERATION/system/NODE-INCARNATION/N.jsonl: one writer per stream (an a
 from __future__ import annotations
 
 import asyncio
-import math
 import re
 import time
 from collections.abc import Callable, Iterator
@@ -102,8 +101,11 @@ class SampleReader:
 
 
 def _sample(line: bytes, uri: str) -> Sample:
-    found = parse(Sample, read_document(line, what=uri))
-    if not all(map(math.isfinite, vars(found).values())) or not 0 <= found.time < END_OF_TIME:
+    try:
+        found = parse(Sample, read_document(line, what=uri))
+    except DamagedError as error:
+        raise DamagedError(f"{uri} is damaged: {error}") from error
+    if not 0 <= found.time < END_OF_TIME:
         raise DamagedError(f"{uri} is damaged: it holds no sample of a machine")
     return found
 

@@ -26,6 +26,8 @@ MAX_RECORD_BYTES = 1 << 30
 """Of what is unpacked: a few packed bytes can stand for as many as they like."""
 MAX_EXTRA_BYTES = 1 << 20
 """Of a header that goes on in a block of its own, which the library reads whole."""
+DAMAGE = (tarfile.TarError, EOFError, zlib.error, lzma.LZMAError, OSError, ValueError, LookupError, OverflowError)
+"""What the library raises for an archive that is none, is cut, or says impossible sizes."""
 EXTRA_TYPES = frozenset(
     {tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE, tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK}
 )
@@ -66,7 +68,7 @@ def tar_samples(file: SourceFile, stream: BinaryIO) -> Iterator[Record]:
                 if extension in fields:
                     raise UserError(f"{file.name}: member '{name}.{extension}' comes twice in its record")
                 fields[extension] = content
-    except (tarfile.TarError, EOFError, zlib.error, lzma.LZMAError, OSError, ValueError, LookupError) as error:
+    except (*DAMAGE, TypeError) as error:  # the last: of a packed one that ends within its first ten bytes
         where = f"{file.name}: not readable as data.format = 'webdataset' " + (
             f"after record {key!r}" if key else "at all"
         )
