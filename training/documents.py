@@ -87,7 +87,7 @@ def read_document(data: bytes | str, *, what: str) -> dict[str, Any]:
 
 
 def read_toml(path: Path) -> dict[str, Any]:
-    """A file of settings, at most `MAX_DEPTH` deep. Raises `UserError` naming it if it is no TOML, or cannot be read."""
+    """A file of settings, at most `MAX_DEPTH` deep. Raises `UserError` naming it if it is none, or cannot be read."""
     try:
         value = tomllib.loads(path.read_text(encoding="utf-8"))
         require_shallow(value)

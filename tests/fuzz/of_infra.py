@@ -316,9 +316,9 @@ def answered(data: bytes) -> int:
     sent, left = list[Any](), [{"type": "http.request", "body": body, "more_body": False}]
 
     async def receive() -> Any:
-        return (
-            left.pop() if left else await asyncio.Event().wait()
-        )  # until the caller hangs up, which this one does not
+        if not left:
+            await asyncio.Event().wait()  # until the caller hangs up, which this one does not
+        return left.pop()
 
     async def send(message: Any) -> None:
         sent.append(message)
