@@ -55,7 +55,7 @@ def test_ranks_that_share_a_gpu_give_the_bits_of_one_that_has_it(stack: Stack, n
 @pytest.mark.parametrize("nodes", [1, 2])
 def test_killed_ranks_change_no_bit(stack: Stack, nodes: int) -> None:
     before = run_keys(stack)
-    arguments = [*options("digits", nodes), "--set", "train.steps=2000", "--set", f"seed={100 + nodes}"]
+    arguments = [*options("digits", nodes), "--set", "train.steps=600", "--set", f"seed={100 + nodes}"]
     command = stack.start("train", *arguments, "--json")
     run = wait_for_step(stack, before, step=40)
     fault = KillProcess(processes(stack, "training.cluster.worker")[0])
