@@ -149,7 +149,7 @@ class Trainer:
         )
         if self._maybe_servers is None:
             return exact
-        return ServedReducer(exact, self._maybe_servers, next_step=lambda: self.state.step + 1)
+        return ServedReducer(exact, self._maybe_servers, lambda: self.state.step + 1, objective=objective)
 
     @property
     def updater(self) -> Update:

@@ -15,24 +15,27 @@ from inspect import signature
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from training.arithmetic.collectives import texts_of_all_ranks
 from training.arithmetic.exact import ExactReducer
 from training.arithmetic.objective import recipe_errors
 from training.arithmetic.reduce import Subtree
+from training.arithmetic.sparse import Rows, RowSums, merged, tables_of
 from training.checkpoints.state import TrainState
 from training.config import Preset
 from training.errors import UserError
 from training.recipe import Recipe, learning_rate_scale
-from training.servers.arithmetic import Decision, Report, TensorState, decide, pieces_of, require_elementwise, split
+from training.servers.arithmetic import Decision, Report, TensorState, decide, part_of, put, require_elementwise
 from training.servers.endpoints import Begun, PrimaryLost, Remote, serve, wake
 from training.servers.layout import Shard, shards
 from training.servers.mesh import Address, Mesh
 from training.servers.placement import may_go_on, place
 from training.servers.protocol import Assignment
 from training.servers.replica import Replica
+from training.servers.rows import Part
+from training.servers.stillness import require_still
 
 MAX_COPIES = 16
 """Of the parameters in a message: they, and what the optimizer keeps of each. A push has at most 2·log2(V) sums."""
@@ -73,13 +76,15 @@ class Colocated:
         self._is_new = True
         self._maybe_remote: Remote | None = None
         self._maybe_parameters: Sequence[Tensor] | None = None
+        self._tables: dict[int, int] = {}
+        """The elements of a row, by the number of the parameter."""
         self._step = 0
         """In hand."""
         self._over_token = 0
         """Of the last group that was given up."""
         self._maybe_error: Exception | None = None
         """That ended a replica here: this process cannot go on."""
-        self._maybe_answer: tuple[Decision, Sequence[Tensor]] | None = None
+        self._maybe_answer: tuple[Decision, Sequence[Tensor | Part]] | None = None
 
     # ---- a group begins ----------------------------------------------------------------------------------------------
 
@@ -106,10 +111,13 @@ class Colocated:
 
         Raises `UserError` if the optimizer or a parameter cannot be cut.
         """
-        self._maybe_parameters = list(state.trained.values())
+        self._maybe_parameters = parameters = list(state.trained.values())
+        tables = set(tables_of(state.model))
+        self._tables = {number: one.shape[1] for number, one in enumerate(parameters) if one in tables}
         if self._is_new:
             _require_contiguous(state.trained)
             _require_divisible(state.optimizer)
+            require_still(state.optimizer, tables)
         mine = [shard for shard, ranks in enumerate(self._placement) if rank in ranks]
         for shard in self._hosted.keys() - set(mine):
             self._hosted.pop(shard).close()
@@ -178,7 +186,8 @@ class Colocated:
 
     @cached_property
     def shards(self) -> tuple[Shard, ...]:
-        return shards([parameter.numel() for parameter in self._parameters], self._preset.launch.servers)
+        sizes = [parameter.numel() for parameter in self._parameters]
+        return shards(sizes, self._preset.launch.servers, self._tables)
 
     @cached_property
     def _worker(self) -> Mesh:
@@ -195,19 +204,20 @@ class Colocated:
         return self._maybe_remote
 
     @property
-    def _answer(self) -> tuple[Decision, Sequence[Tensor]]:
+    def _answer(self) -> tuple[Decision, Sequence[Tensor | Part]]:
         assert self._maybe_answer is not None, "a step was decided"
         return self._maybe_answer
 
-    def step(self, step: int, sums: Sequence[tuple[Subtree, Sequence[Tensor], Tensor]]) -> Tensor:
+    def merged(self, gradients: Sequence[Tensor], rows: Sequence[Rows]) -> list[Tensor | Rows]:
+        """Of all parameters, from those of all others and those of tables."""
+        return merged(gradients, rows, [number in self._tables for number in range(len(self._parameters))])
+
+    def step(self, step: int, sums: Sequence[tuple[Subtree, Sequence[Tensor | Rows], Tensor]]) -> Tensor:
         """Give this rank's sums (training.arithmetic.exact) of a step. Returns the sum of all extras. Raises
         `PrimaryLost`."""
         self._step, self._maybe_answer = step, None
         parts = [
-            [
-                (subtree, torch.cat([pieces_of(gradients, shard), *([] if number else [extras])]))
-                for subtree, gradients, extras in sums
-            ]
+            [(subtree, part_of(gradients, shard, () if number else (extras,))) for subtree, gradients, extras in sums]
             for number, shard in enumerate(self.shards)
         ]
         try:
@@ -244,8 +254,7 @@ class Colocated:
     def apply(self) -> None:
         """Take the parameters after the step."""
         for shard, values in zip(self.shards, self._answer[1], strict=True):
-            for piece, elements in zip(shard, split(values, shard), strict=True):
-                self._parameters[piece.parameter].view(-1)[piece.start : piece.stop] = elements
+            put(values, shard, self._parameters)
 
     def optimizer_entries(self) -> dict[Tensor, dict[str, Any]]:
         """What the shards keep of each parameter, as one optimizer would. Raises `PrimaryLost`."""
@@ -283,9 +292,12 @@ class Colocated:
 class ServedReducer:
     """Gives the servers this rank's sums, where `ExactReducer` gives them to other ranks."""
 
-    def __init__(self, exact: ExactReducer, servers: Colocated, next_step: Callable[[], int]) -> None:
-        """`exact` exchanges nothing."""
+    def __init__(
+        self, exact: ExactReducer, servers: Colocated, next_step: Callable[[], int], *, objective: nn.Module
+    ) -> None:
+        """`exact` exchanges nothing, and leaves the tables of its `objective` alone."""
         self._exact = exact
+        self._rows = RowSums(tables_of(objective), exact.owned)
         self._servers = servers
         self._next_step = next_step
         self.owned = exact.owned
@@ -295,13 +307,17 @@ class ServedReducer:
 
     def backward(self, worker: int, loss: Tensor, extras: Tensor) -> None:
         self._exact.backward(worker, loss, extras)
+        self._rows.end_worker(worker)
 
     def finish(self) -> Tensor:
         """Raises `PrimaryLost`."""
-        return self._servers.step(self._next_step(), self._exact.sums())
+        found = zip(self._exact.sums(), self._rows.take(), strict=True)
+        sums = [(tree, self._servers.merged(dense, rows), extras) for (tree, dense, extras), rows in found]
+        return self._servers.step(self._next_step(), sums)
 
     def close(self) -> None:
         self._exact.close()
+        self._rows.close()
 
 
 class _NotFiniteError(Exception):

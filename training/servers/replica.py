@@ -49,6 +49,10 @@ class State(Protocol):
 
     def values(self) -> Any: ...
 
+    def changes(self) -> Any:
+        """What the last step changed of the values."""
+        ...
+
     def snapshot(self) -> Any: ...
 
     def load(self, snapshot: Any, step: int) -> None: ...
@@ -246,8 +250,12 @@ class Replica:
         is_to_come = isinstance(message, Apply) and message.step > done
         if is_to_come or not self._are_all_at(2 * done):
             return None
-        is_of_all = isinstance(message, Pull) and message.with_optimizer
-        return self._to(name, Values, step=done, values=self.state.snapshot() if is_of_all else self.state.values())
+        return self._to(name, Values, step=done, values=self._asked_for(message))
+
+    def _asked_for(self, message: Message) -> Any:
+        if not isinstance(message, Pull):
+            return self.state.changes()
+        return self.state.snapshot() if message.with_optimizer else self.state.values()
 
     def _hear_reached(self, sender: str, message: Reached) -> list[Send]:
         self._positions[sender] = message.position

@@ -11,11 +11,13 @@ from torch import Tensor
 
 from training import tensorfile
 from training.arithmetic.reduce import Subtree
+from training.arithmetic.sparse import Rows
 from training.checkpoints.snapshot import bytes_of
 from training.documents import canonical_json, read_document
 from training.errors import DamagedError
 from training.servers import protocol
 from training.servers.arithmetic import Decision, Report
+from training.servers.rows import Part
 
 MAX_HEAD_BYTES = 1 << 26
 KINDS = {
@@ -23,7 +25,7 @@ KINDS = {
     for kind in (
         *(protocol.Push, protocol.Apply, protocol.Pull, protocol.Held, protocol.Decided, protocol.Values),
         *(protocol.Standing, protocol.Hold, protocol.Commit, protocol.Fetch, protocol.Copy, protocol.Reached),
-        *(Subtree, Report, Decision),
+        *(Subtree, Report, Decision, Part, Rows),
     )
 }
 """What may come, alone or inside of another."""
