@@ -15,9 +15,12 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from training.arithmetic.norm import block_norms
+from training.arithmetic.norm import BLOCK_ELEMENTS, block_norms, blocks
 from training.arithmetic.sparse import Rows, chunks
 from training.servers.layout import Piece, Shard
+
+CHUNK_ELEMENTS = 8 * BLOCK_ELEMENTS
+"""So many at a time are looked at as a whole: they fit into a cache."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,14 +53,20 @@ def in_order(shard: Shard, dense: Sequence[Tensor], tables: Sequence[Rows]) -> l
 def block_norms_of(rows: Rows, piece: Piece) -> Tensor:
     """Those of training.arithmetic.norm of a piece in which all other rows are zeros: a norm's bits hang on the order
     of its additions, so each block is taken whole."""
-    rows_per_unit = piece.unit_elements // piece.row_elements
-    unit = torch.zeros(rows_per_unit, piece.row_elements)
+    num_units = max(1, CHUNK_ELEMENTS // piece.unit_elements)
+    rows_per_chunk = num_units * piece.unit_elements // piece.row_elements
+    scratch = torch.zeros(min(rows_per_chunk, len(piece.rows)), piece.row_elements)
     found = []
-    for part, some in chunks(rows, rows_per_unit, len(piece.rows)):
-        unit[some.numbers] = some.values
-        found.append(block_norms([unit[: len(part)]]))
-        unit[some.numbers] = 0
+    for part, some in chunks(rows, rows_per_chunk, len(piece.rows)):
+        elements = scratch[: len(part)]
+        elements[some.numbers] = some.values
+        found.append(block_norms([elements]) if len(some.numbers) else _no_norms(elements))
+        elements[some.numbers] = 0
     return torch.cat(found)
+
+
+def _no_norms(elements: Tensor) -> Tensor:
+    return torch.zeros(len(blocks(elements.numel())))
 
 
 @contextmanager
