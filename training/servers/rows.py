@@ -113,8 +113,9 @@ class _Chosen:
         for key, value in self._state.pop(self.elements, {}).items():
             entries = self._state[self._piece]
             if _is_like(value, self.elements):
-                whole = entries.setdefault(key, torch.zeros_like(self._piece))
-                self._put(whole, value)
+                if key not in entries:
+                    entries[key] = torch.zeros_like(self._piece)
+                self._put(entries[key], value)
             else:
                 entries[key] = value
 
