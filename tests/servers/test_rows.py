@@ -19,7 +19,7 @@ from training.arithmetic.norm import BLOCK_ELEMENTS, block_norms
 from training.arithmetic.sparse import Rows, rows_of, tables_of
 from training.diagnosis.poison import Replay
 from training.errors import UserError
-from training.servers.arithmetic import part_of, put
+from training.servers.arithmetic import Decision, TensorState, part_of, put
 from training.servers.colocated import Colocated
 from training.servers.layout import Piece, shards
 from training.servers.protocol import Hold
@@ -107,6 +107,21 @@ def test_what_is_cut_for_shards_comes_together_again() -> None:
         put(part, shard, parameters)
     assert bits(parameters[0]) == bits(whole(rows, num_rows))
     assert bits(parameters[1]) == bits(dense)
+
+
+def test_a_copy_knows_what_the_last_step_changed() -> None:
+    shard = shards([NUM_ROWS * WIDTH], 1, {0: WIDTH})[0]
+    tables = [nn.Parameter(torch.ones(NUM_ROWS, WIDTH)) for _ in range(2)]
+    original, copy = (TensorState(Adagrad([table], lr=0.1), [table], shard) for table in tables)
+    decision = Decision(grad_norm=1.0, clip_norm=None, learning_rate_scale=1.0, extras=torch.empty(0))
+    for seed in range(2):
+        original.apply(Part(dense=torch.empty(0), tables=(some_rows(seed),)), decision)
+    copy.load(original.snapshot(), 2)
+    for state in (original, copy):
+        changes = state.changes()
+        assert isinstance(changes, Part)
+        assert bits(changes.tables[0].numbers) == bits(some_rows(1).numbers)
+        assert bits(changes.tables[0].values) == bits(original.values().view(-1, WIDTH)[some_rows(1).numbers])
 
 
 def test_a_part_goes_over_the_wire() -> None:
