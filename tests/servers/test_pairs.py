@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from benchmarks.power_law import lines
-from tests.unit.tiny import CPU, MemoryReader, exact_arithmetic, make_trainer, tiny_preset
+from tests.unit.tiny import MemoryReader, exact_arithmetic, make_trainer, tiny_preset
 from training.config import load_preset
 from training.loop import Trainer
 from training.recipe import Record, load_recipe
@@ -38,8 +38,8 @@ def trained(recipe: Pairs, *, num_servers: int) -> Trainer:
     servers = Colocated(recipe, preset, address="127.0.0.1", secret="s") if num_servers else None
     trainer = make_trainer(preset=preset, recipe=recipe, reader=read(recipe), servers=servers)
     if servers is not None:
-        assert not servers.can_go_on(None, nodes=[0], device=CPU)
-        servers.begin(trainer.state, token=1, rank=0, device=CPU)
+        assert not servers.can_go_on(None, nodes=[0])
+        servers.begin(trainer.state, token=1, rank=0)
     with exact_arithmetic():
         for _ in range(PRESET.train.steps):
             trainer.train_step()

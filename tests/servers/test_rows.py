@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.optim import SGD, Adagrad, Adam, AdamW, Optimizer, RMSprop
 
 from tests.servers.looking_up import LookingUp, Lookup
-from tests.unit.tiny import CPU, NUM_INPUTS, exact_arithmetic, make_trainer, tiny_preset
+from tests.unit.tiny import NUM_INPUTS, exact_arithmetic, make_trainer, tiny_preset
 from training.arithmetic.norm import BLOCK_ELEMENTS, block_norms
 from training.arithmetic.sparse import Rows, rows_of, tables_of
 from training.diagnosis.poison import Replay
@@ -190,9 +190,9 @@ class MovingLookup(Lookup):
 def test_a_group_says_so_before_its_first_step() -> None:
     servers = Colocated(MovingLookup(), SERVED, address="127.0.0.1", secret="s")
     state = make_trainer(preset=SERVED, recipe=MovingLookup()).state
-    assert not servers.can_go_on(None, nodes=[0], device=CPU)
+    assert not servers.can_go_on(None, nodes=[0])
     with pytest.raises(UserError, match="SGD, changes rows"):
-        servers.begin(state, token=1, rank=0, device=CPU)
+        servers.begin(state, token=1, rank=0)
 
 
 class Tied(LookingUp):
@@ -210,8 +210,8 @@ class TiedLookup(Lookup):
 def test_a_table_that_is_used_otherwise_is_refused_by_name() -> None:
     servers = Colocated(TiedLookup(), SERVED, address="127.0.0.1", secret="s")
     trainer = make_trainer(preset=SERVED, recipe=TiedLookup(), servers=servers)
-    assert not servers.can_go_on(None, nodes=[0], device=CPU)
-    servers.begin(trainer.state, token=1, rank=0, device=CPU)
+    assert not servers.can_go_on(None, nodes=[0])
+    servers.begin(trainer.state, token=1, rank=0)
     with exact_arithmetic(), pytest.raises(UserError, match=r"is used otherwise than by looking rows up"):
         trainer.train_step()
 

@@ -15,7 +15,7 @@ from tests.distributed import groups
 from tests.distributed.groups import ENTRY, Group, Node, Pause, make_node, regroup, require_same
 from tests.distributed.pausing import APPLIED, MID_STEP
 from tests.servers.looking_up import WIDTHS, Lookup
-from tests.unit.tiny import CPU, exact_arithmetic, make_trainer
+from tests.unit.tiny import exact_arithmetic, make_trainer
 from training.arithmetic.reduce import Subtree
 from training.cluster.zygote import Zygote
 from training.config import Preset
@@ -58,8 +58,8 @@ def alone(recipe: Lookup, *, num_servers: int) -> Trainer:
     preset: Preset = replace(PRESET, launch=replace(PRESET.launch, servers=num_servers))
     servers = Colocated(recipe, preset, address="127.0.0.1", secret="s")
     trainer = make_trainer(preset=PRESET, recipe=recipe, servers=servers)
-    assert not servers.can_go_on(None, nodes=[0], device=CPU)
-    servers.begin(trainer.state, token=1, rank=0, device=CPU)
+    assert not servers.can_go_on(None, nodes=[0])
+    servers.begin(trainer.state, token=1, rank=0)
     return trainer
 
 

@@ -92,7 +92,7 @@ class TensorState:
             for one, gradient in zip(seen, elements, strict=True):
                 one.grad = gradient
             self.optimizer.step()
-        self._touched = tuple(each.numbers for each in gradients if isinstance(each, Rows))
+        self._touched = tuple(each.numbers.clone() for each in gradients if isinstance(each, Rows))
         self.step += 1
 
     def _gradients(self, total: Tensor | Part) -> list[Tensor | Rows]:
