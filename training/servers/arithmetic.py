@@ -98,6 +98,12 @@ class TensorState:
         }
         return {"values": self.values(), "optimizer": state}
 
+    def num_bytes(self) -> int:
+        """Of a snapshot and of a total."""
+        kept = (value for entries in self.optimizer.state.values() for value in entries.values())
+        num_kept = sum(value.nbytes for value in kept if isinstance(value, Tensor))
+        return 2 * sum(piece.nbytes for piece in self._pieces) + num_kept
+
     def load(self, snapshot: Mapping[str, Any], step: int) -> None:
         values = self._split(snapshot["values"])
         for number, (piece, value) in enumerate(zip(self._pieces, values, strict=True)):

@@ -23,6 +23,7 @@ KINDS = {
     for kind in (
         *(protocol.Push, protocol.Apply, protocol.Pull, protocol.Held, protocol.Decided, protocol.Values),
         *(protocol.Standing, protocol.Hold, protocol.Commit, protocol.Fetch, protocol.Copy, protocol.Reached),
+        protocol.Left,
         *(Subtree, Report, Decision),
     )
 }
@@ -78,6 +79,16 @@ def decode(read_into: Callable[[memoryview], None], *, max_bytes: int) -> protoc
     if not isinstance(message, protocol.Message):
         raise DamagedError(f"a message is a {type(message).__name__}")
     return message
+
+
+def decode_from(data: memoryview) -> protocol.Message:
+    """The message that lies there; nothing of it does afterwards."""
+
+    def read_into(view: memoryview) -> None:
+        nonlocal data
+        view[:], data = data[: len(view)], data[len(view) :]
+
+    return decode(read_into, max_bytes=len(data))
 
 
 def _read_head(read_into: Callable[[memoryview], None]) -> bytes:
