@@ -113,9 +113,9 @@ class TensorState:
         self.step = step
 
 
-def pieces_of(tensors: Sequence[Tensor], shard: Shard) -> Tensor:
-    """A shard's elements of tensors like the parameters, end to end."""
-    return joined([_slice(tensors[piece.parameter], piece) for piece in shard])
+def pieces_of(tensors: Sequence[Tensor], shard: Shard, *others: Tensor) -> Tensor:
+    """A shard's elements of tensors like the parameters, end to end, and other vectors after them: copied once."""
+    return joined([*(_slice(tensors[piece.parameter], piece) for piece in shard), *others])
 
 
 def split(vector: Tensor, shard: Shard) -> tuple[Tensor, ...]:

@@ -49,6 +49,7 @@ class Colocated:
         self._preset = preset
         self._address = address
         self._secret = secret
+        self._here: dict[str, Mesh] = {}
         self._hosted: dict[int, Hosted] = {}
         self._left: Mapping[int, Copy] = {}
         """By the process that was in the place of this one, until a group begins."""
@@ -138,6 +139,7 @@ class Colocated:
             f"{what} {uuid.uuid4().hex}",
             secret=self._secret,
             address=self._address,
+            here=self._here,
             max_bytes=(MAX_COPIES + 2 * self._preset.train.virtual_workers.bit_length()) * num_bytes + MAX_OTHER_BYTES,
         )
 
@@ -203,7 +205,7 @@ class Colocated:
         self._step, self._maybe_answer = step, None
         parts = [
             [
-                (subtree, torch.cat([pieces_of(gradients, shard), *([] if number else [extras])]))
+                (subtree, pieces_of(gradients, shard, *([] if number else [extras])))
                 for subtree, gradients, extras in sums
             ]
             for number, shard in enumerate(self.shards)
