@@ -125,6 +125,12 @@ class TensorState:
         }
         return {"values": self.values(), "optimizer": state, "touched": self._touched}
 
+    def num_bytes(self) -> int:
+        """Of a snapshot and of a total."""
+        kept = (value for entries in self.optimizer.state.values() for value in entries.values())
+        num_kept = sum(value.nbytes for value in kept if isinstance(value, Tensor))
+        return 2 * sum(piece.nbytes for piece in self._pieces) + num_kept
+
     def load(self, snapshot: Mapping[str, Any], step: int) -> None:
         values = split(snapshot["values"], self._shard)
         self._touched = tuple(snapshot["touched"])
@@ -135,9 +141,9 @@ class TensorState:
         self.step = step
 
 
-def pieces_of(tensors: Sequence[Tensor], shard: Shard) -> Tensor:
-    """A shard's elements of tensors like the parameters, end to end."""
-    return joined([_slice(tensors[piece.parameter], piece) for piece in shard])
+def pieces_of(tensors: Sequence[Tensor], shard: Shard, *others: Tensor) -> Tensor:
+    """A shard's elements of tensors like the parameters, end to end, and other vectors after them: copied once."""
+    return joined([*(_slice(tensors[piece.parameter], piece) for piece in shard), *others])
 
 
 def part_of(gradients: Sequence[Tensor | Rows], shard: Shard, extras: Sequence[Tensor] = ()) -> Tensor | Part:

@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import json
 import math
-import queue
-import threading
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import cached_property
 from inspect import signature
 from typing import Any
@@ -28,11 +25,12 @@ from training.config import Preset
 from training.errors import UserError
 from training.recipe import Recipe, learning_rate_scale
 from training.servers.arithmetic import Decision, Report, TensorState, decide, part_of, put, require_elementwise
-from training.servers.endpoints import Begun, PrimaryLost, Remote, serve, wake
+from training.servers.endpoints import Begun, PrimaryLost, Remote
+from training.servers.hosted import Hosted, leave, left_copies
 from training.servers.layout import Shard, shards
 from training.servers.mesh import Address, Mesh
 from training.servers.placement import may_go_on, place
-from training.servers.protocol import Assignment
+from training.servers.protocol import Assignment, Copy
 from training.servers.replica import Replica
 from training.servers.rows import Part
 from training.servers.stillness import require_still
@@ -40,23 +38,6 @@ from training.servers.stillness import require_still
 MAX_COPIES = 16
 """Of the parameters in a message: they, and what the optimizer keeps of each. A push has at most 2·log2(V) sums."""
 MAX_OTHER_BYTES = 1 << 28
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Hosted:
-    """A replica in this process, and the thread that serves it."""
-
-    mesh: Mesh
-    replica: Replica
-    changes: queue.SimpleQueue[Begun | None]
-
-    def tell(self, maybe_begun: Begun | None) -> None:
-        self.changes.put(maybe_begun)
-        wake(self.mesh)
-
-    def close(self) -> None:
-        self.tell(None)
-        self.mesh.close()
 
 
 class Colocated:
@@ -71,7 +52,10 @@ class Colocated:
         self._preset = preset
         self._address = address
         self._secret = secret
-        self._hosted: dict[int, _Hosted] = {}
+        self._here: dict[str, Mesh] = {}
+        self._hosted: dict[int, Hosted] = {}
+        self._left: Mapping[int, Copy] = {}
+        """By the process that was in the place of this one, until a group begins."""
         self._placement: tuple[tuple[int, ...], ...] = ()
         self._is_new = True
         self._maybe_remote: Remote | None = None
@@ -86,13 +70,28 @@ class Colocated:
         """That ended a replica here: this process cannot go on."""
         self._maybe_answer: tuple[Decision, Sequence[Tensor | Part]] | None = None
 
+    # ---- from one process to the next --------------------------------------------------------------------------------
+
+    def leave(self) -> Sequence[memoryview]:
+        """What the replicas here have, for `take_up`. This process must end then: they answer nobody any more."""
+        return leave(dict(self._hosted))
+
+    def num_left_bytes(self) -> int:
+        """About."""
+        return sum(hosted.num_bytes() for hosted in list(self._hosted.values()))
+
+    def take_up(self, left: memoryview) -> None:
+        """What the process that was in the place of this one had: a group may go on with it."""
+        self._left = left_copies(left)
+
     # ---- a group begins ----------------------------------------------------------------------------------------------
 
     def can_go_on(self, maybe_step: int | None, *, nodes: Sequence[int]) -> bool:
         """Whether the ranks, which have finished that step, can go on with their replicas. If not, all forget what they
         have. Collective."""
         launch = self._preset.launch
-        own = {shard: hosted.replica.position for shard, hosted in self._hosted.items()}
+        own = {shard: copy.position for shard, copy in self._left.items()}
+        own |= {shard: hosted.replica.position for shard, hosted in self._hosted.items()}
         holdings = [
             {int(shard): position for shard, position in json.loads(text).items()}
             for text in texts_of_all_ranks(json.dumps(own))
@@ -124,10 +123,11 @@ class Colocated:
         for shard in mine:
             if shard not in self._hosted:
                 self._hosted[shard] = self._host(shard, state)
+        self._left = {}
         state.optimizer.state.clear()
         self._meet(token)
 
-    def _host(self, shard: int, state: TrainState) -> _Hosted:
+    def _host(self, shard: int, state: TrainState) -> Hosted:
         with recipe_errors("optimizer()"):
             optimizer = self._recipe.optimizer(state.model)
         optimizer.state.update(state.optimizer.state)
@@ -137,10 +137,9 @@ class Colocated:
         replica = Replica(mesh.name, tensors, num_virtual_workers=self._preset.train.virtual_workers)
         if self._is_new:
             replica.fill()
-        hosted = _Hosted(mesh=mesh, replica=replica, changes=queue.SimpleQueue())
-        arguments = (mesh, replica, hosted.changes, self._hear_of_trouble)
-        threading.Thread(target=serve, args=arguments, name=mesh.name, daemon=True).start()
-        return hosted
+        elif shard in self._left:
+            replica.take(self._left[shard])
+        return Hosted(mesh, replica, tensors, self._hear_of_trouble)
 
     def _mesh(self, what: str) -> Mesh:
         num_bytes = sum(parameter.nbytes for parameter in self._parameters)
@@ -148,6 +147,7 @@ class Colocated:
             f"{what} {uuid.uuid4().hex}",
             secret=self._secret,
             address=self._address,
+            here=self._here,
             max_bytes=(MAX_COPIES + 2 * self._preset.train.virtual_workers.bit_length()) * num_bytes + MAX_OTHER_BYTES,
         )
 
@@ -180,7 +180,7 @@ class Colocated:
     def _forget(self) -> None:
         for hosted in self._hosted.values():
             hosted.close()
-        self._hosted = {}
+        self._hosted, self._left = {}, {}
 
     # ---- a step ------------------------------------------------------------------------------------------------------
 

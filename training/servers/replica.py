@@ -104,6 +104,23 @@ class Replica:
         self._is_filled = True
         self._maybe_total = self._maybe_decision = None
 
+    def copy(self) -> Copy:
+        """All that it has."""
+        return Copy(
+            token=self.token,
+            position=self.position,
+            snapshot=self.state.snapshot(),
+            maybe_total=self._maybe_total,
+            maybe_decision=self._maybe_decision,
+        )
+
+    def take(self, copy: Copy) -> None:
+        """Become that one, if it has come further."""
+        if copy.position > self.position:
+            self.state.load(copy.snapshot, copy.position // 2)
+            self._is_filled = True
+            self._maybe_total, self._maybe_decision = copy.maybe_total, copy.maybe_decision
+
     @property
     def is_lost(self) -> bool:
         """Whether no replica of the shard holds anything: all shards must begin anew from a checkpoint."""
@@ -173,20 +190,10 @@ class Replica:
         return set(self._standings) == set(self._maybe_assignment.backups)
 
     def _copy_to(self, name: str) -> Send:
-        return self._to(
-            name,
-            Copy,
-            position=self.position,
-            snapshot=self.state.snapshot(),
-            maybe_total=self._maybe_total,
-            maybe_decision=self._maybe_decision,
-        )
+        return Send(to=name, message=self.copy())
 
     def _take_copy(self, sender: str, message: Copy) -> list[Send]:
-        if message.position > self.position:
-            self.state.load(message.snapshot, message.position // 2)
-            self._is_filled = True
-            self._maybe_total, self._maybe_decision = message.maybe_total, message.maybe_decision
+        self.take(message)
         if self.is_primary:
             return self._maybe_get_ready()
         return [self._to(sender, Reached, position=self.position)]
