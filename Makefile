@@ -51,10 +51,14 @@ bench: install ## Data, training, checkpoints, recovery, serving and the chain b
 	$(BIN)/python -m benchmarks.data
 	$(BIN)/python -m benchmarks.data.scale
 	$(BIN)/python -m benchmarks.training
+	$(BIN)/python -m benchmarks.training.tables
+	$(BIN)/python -m benchmarks.training.staleness
 	$(BIN)/python -m benchmarks.training.checkpoints
 	$(BIN)/python -m benchmarks.recovery
 	$(BIN)/python -m benchmarks.recovery.kills
 	$(BIN)/python -m benchmarks.recovery.goodput
+	$(BIN)/python -m benchmarks.servers failover
+	$(BIN)/python -m benchmarks.servers transport
 	$(BIN)/python -m benchmarks.scale
 	$(BIN)/python -m benchmarks.serving
 	$(BIN)/unbroken up && $(BIN)/python -m benchmarks.orchestration && $(BIN)/python -m benchmarks.monitoring

@@ -149,7 +149,7 @@ class Trainer:
         )
         if self._maybe_servers is None:
             return exact
-        return ServedReducer(exact, self._maybe_servers, next_step=lambda: self.state.step + 1)
+        return ServedReducer(exact, self._maybe_servers, lambda: self.state.step + 1, objective=objective)
 
     @property
     def updater(self) -> Update:
@@ -178,10 +178,10 @@ class Trainer:
         weights; rank 0 notes which."""
         since = self.checkpoints.committed_step
         found = self.handover.find(since=since)
-        if self._maybe_servers is not None and not self._maybe_servers.can_go_on(
-            found.step if found else None, nodes=self._nodes_of_ranks
-        ):
-            found = None
+        if self._maybe_servers is not None:
+            self.handover.find_servers(self._maybe_servers)
+            if not self._maybe_servers.can_go_on(found.step if found else None, nodes=self._nodes_of_ranks):
+                found = None
         if self.handover.has_kept and not (found is not None and found.is_here):
             self.state = self.new_state()  # nothing of another step may stay, and that one may still be asked for
         journal: Sequence[Entry] = ()
@@ -199,7 +199,7 @@ class Trainer:
         if self._maybe_servers is not None:
             rank = self.rank
             self._maybe_servers.begin(self.state, token=rank.token, rank=rank.rank)
-        self.handover.keep(self.settled_state, journal)
+        self.handover.keep(self.settled_state, journal, servers=self._maybe_servers)
         self.handover.step = self.state.step
         self.tell_history(source="memory" if found is not None else "checkpoint" if since else "start")
         self.tell(Note(event="began", step=self.state.step))

@@ -100,7 +100,7 @@ def _suffer(fault: str, system: System, host: Host) -> Recovery:
     healing = FAULTS[fault].make(system, host)
     healing.fire()
     try:
-        found = _wait(lambda: recovery(system.steps(), fault_time=fault_time), LIMIT_SECONDS)
+        found = wait_for(lambda: recovery(system.steps(), fault_time=fault_time), LIMIT_SECONDS)
         assert healing.fired
     finally:
         healing.heal()
@@ -133,10 +133,10 @@ def wait_for_steady(system: System, hosts: Sequence[Host], seconds: float) -> No
         is_long = len(last) >= STEADY_STEPS and last[-1].time - last[0].time >= STEADY_SECONDS
         return True if is_long or len(last) == 10 * STEADY_STEPS else None
 
-    _wait(look, seconds)
+    wait_for(look, seconds)
 
 
-def _wait(look: Callable[[], T | None], seconds: float) -> T:
+def wait_for(look: Callable[[], T | None], seconds: float) -> T:
     deadline = time.monotonic() + seconds
     while (found := look()) is None:
         if time.monotonic() > deadline:

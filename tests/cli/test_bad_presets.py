@@ -29,7 +29,7 @@ def setting(name: str, text: str, *named: str) -> Mistake:
 
 OPTIONS = [
     Mistake(name="unknown preset", arguments=("digit",), named=("'digit'", "did you mean 'digits'?")),
-    Mistake(name="no preset", arguments=("/tmp",), named=("'/tmp'", "no such file", "(known: digits, stdlib)")),
+    Mistake(name="no preset", arguments=("/tmp",), named=("'/tmp'", "no such file", "(known: digits, stdlib, words)")),
     setting("unknown key", "train.stepz=5", "train.stepz", "did you mean 'steps'?"),
     setting("unknown table", "trian.steps=5", "'trian'", "did you mean 'train'?"),
     setting("wrong type", "train.steps=many", "train.steps = 'many'", "valid integer"),

@@ -18,7 +18,7 @@ from training.cluster.workers import Hand, Outcome, Workers
 from training.cluster.zygote import Worker, Zygote
 from training.config import LaunchConfig, Preset
 from training.control import Order
-from training.memory.slots import Header, Slots, create_slots
+from training.memory.slots import Header, SlotDescriptors, Slots, create_slots
 from training.recipe import Recipe
 from training.runs.events import Event
 from training.runs.history import committed_steps, events_of
@@ -32,7 +32,6 @@ EVERY = 5
 VALIDATE_EVERY = 3
 TINY = Tiny()
 PRESET = tiny_preset(steps=STEPS, checkpoint_every_steps=EVERY, validate_every_steps=VALIDATE_EVERY)
-Slot = tuple[int, int]
 Told = tuple[int, float, str, dict[str, float]]
 
 
@@ -150,7 +149,7 @@ class Node:
     run: RunRecord
     job: Job
     zygote: Zygote
-    slots: list[Slot] = field(default_factory=lambda: [create_slots() for _ in range(3)])
+    slots: list[SlotDescriptors] = field(default_factory=lambda: [create_slots() for _ in range(3)])
     hands: dict[int, Hand] = field(default_factory=dict)
     """Processes that stayed, by rank."""
     pauses: dict[int, list[Pause]] = field(default_factory=dict)

@@ -17,6 +17,7 @@ from training.loop import Trainer
 from training.memory.handover import Handover
 from training.servers.replica import Replica
 
+FORMING = "as its group begins, before it has a state"
 MID_STEP = "in the midst of the step after"
 VALIDATING = "before validation"
 VALIDATED = "after validation, before it is noted"
@@ -41,6 +42,7 @@ def _feed_from_memory() -> None:
 
 def _pause_at(place: str, step: int, test: socket.socket) -> None:
     owner, name = {
+        FORMING: (Trainer, "begin_reading"),
         MID_STEP: (Trainer, "microbatch"),
         UPDATING: (Trainer, "update"),
         VALIDATING: (Trainer, "validate"),

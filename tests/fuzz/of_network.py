@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import hmac
 import io
+import os
+import socket
 from collections.abc import Coroutine, Iterator
 from dataclasses import asdict
 from datetime import UTC, datetime
@@ -23,7 +25,7 @@ from training.cluster.links import BROKEN, Place, _Connection
 from training.cluster.protocol import Status
 from training.data.versions import versions
 from training.documents import canonical_json, parse
-from training.errors import DamagedError
+from training.errors import DamagedError, UnbrokenError
 from training.memory.slots import Header, opened, sealed
 from training.memory.transfer import Parcel
 from training.runs.exposition import _answer
@@ -31,6 +33,7 @@ from training.runs.system import SampleReader
 from training.s3.objectstore import Entry
 from training.s3.quickrequests import TruncatedError, _entries
 from training.servers.protocol import Pull, Push
+from training.servers.shared import SharedReceiver
 from training.servers.wire import decode, encode
 
 LISTING_ERRORS = (TruncatedError, SyntaxError, ValueError, KeyError)
@@ -51,14 +54,18 @@ HEADER = Header(
 )
 PLACE = canonical_json(asdict(Place(node=0, incarnation="i", address="10.0.0.1", port=4711)))
 GREETING = b'{"incarnation": "b", "nonce": "n"}\n' + b"0" * 64 + b" {}\n"
+PUSH = Push(token=1, step=4, parts=((Subtree(start=0, size=2), zeros(3)),))
 MESSAGES = tuple(
     head + b"".join(map(bytes, tensors))
     for head, tensors in (
-        encode(Push(token=1, step=4, parts=((Subtree(start=0, size=2), zeros(3)),))),
+        encode(PUSH),
         encode(Pull(token=1)),
     )
 )
 HEADS = tuple(map(head_of, MESSAGES))
+IN_MEMORY = ((1).to_bytes(8, "little") + encode(PUSH)[0], (0).to_bytes(8, "little") + MESSAGES[0])
+"""In the first segment, and by the socket."""
+SEGMENT_BYTES, MOST_SENT_BYTES = 4096, 1 << 16
 LISTING = (
     b'<?xml version="1.0"?><ListBucketResult xmlns="http://s3.amazonaws.com/doc/2006-03-01/"><IsTruncated>false'
     b"</IsTruncated><EncodingType>url</EncodingType><Contents><Key>a%2Fb</Key><Size>9</Size><ETag>e</ETag>"
@@ -91,6 +98,7 @@ def parsers() -> list[Parser]:
         Parser(name="a listing of the store", seeds=(LISTING,), parse=listed, words=XML_WORDS, errors=LISTING_ERRORS),
         Parser(name="a parameter server's message", seeds=MESSAGES, parse=message),
         Parser(name="the head of a server's message", seeds=HEADS, wrap=with_head, parse=message),
+        Parser(name="a message in memory", seeds=IN_MEMORY, parse=message_in_memory, errors=(UnbrokenError, OSError)),
         Parser(name="names in a listing", seeds=(NAMES,), parse=named, words=NAME_WORDS, refuses=False),
     ]
 
@@ -179,6 +187,18 @@ def listed(page: bytes) -> Any:
     found = list(_entries(page))
     assert all(entry["Size"] >= 0 and entry["LastModified"].tzinfo is not None for entry in found), found
     return found
+
+
+def message_in_memory(data: bytes) -> Any:
+    """To a parameter server, from a process of its host, of whose memory it has one segment."""
+    ours, theirs = socket.socketpair()
+    descriptor = os.memfd_create("segment")
+    with ours, theirs:
+        os.truncate(descriptor, SEGMENT_BYTES)
+        socket.send_fds(theirs, [data[:MOST_SENT_BYTES] or b"\0"], [descriptor])
+        os.close(descriptor)
+        theirs.shutdown(socket.SHUT_WR)
+        return type(SharedReceiver(ours).receive(max_bytes=1 << 20))
 
 
 LONG_AGO = datetime(2026, 1, 1, tzinfo=UTC)

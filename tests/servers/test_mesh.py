@@ -2,22 +2,31 @@
 
 from __future__ import annotations
 
+import os
 import queue
 import socket
+import subprocess
+import sys
 from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from tests.servers.talker import NUM_ELEMENTS, NUM_WHOLE
 from training.arithmetic.reduce import Subtree
 from training.errors import DamagedError
+from training.servers import mesh as mesh_module
 from training.servers.arithmetic import Decision, Report
 from training.servers.mesh import Lost, Mesh
-from training.servers.protocol import Apply, Copy, Held, Message, Pull, Push, Send
+from training.servers.protocol import Apply, Copy, Held, Hold, Message, Pull, Push, Send
+from training.servers.shared import SharedReceiver
 from training.servers.wire import decode, encode
 
 MAX_BYTES = 1 << 24
+NAMES = ("taker", "known one", "known other")
 DECISION = Decision(grad_norm=0.1 + 0.2, clip_norm=None, learning_rate_scale=1e-300, extras=torch.tensor([2.0]))
 MESSAGES: list[Message] = [
     Pull(token=3),
@@ -87,10 +96,18 @@ def test_more_bytes_than_there_can_be_are_refused() -> None:
         decode(Bytes(as_bytes(MESSAGES[1])).read_into, max_bytes=8)
 
 
+@pytest.fixture(params=["memory", "sockets"])
+def transport(request: pytest.FixtureRequest) -> str:
+    found: str = request.param
+    return found
+
+
 @pytest.fixture
-def pair() -> Iterator[tuple[Mesh, Mesh]]:
-    meshes = [Mesh(name, secret="known", address="127.0.0.1", max_bytes=MAX_BYTES) for name in ("one", "other")]
-    places = {mesh.name: mesh.address for mesh in meshes}
+def pair(transport: str) -> Iterator[tuple[Mesh, Mesh]]:
+    """Who listens at all addresses has no name for the one that it is reached by, as on another host."""
+    address = "127.0.0.1" if transport == "memory" else "0.0.0.0"
+    meshes = [Mesh(name, secret="known", address=address, max_bytes=MAX_BYTES) for name in ("one", "other")]
+    places = {mesh.name: ("127.0.0.1", mesh.address[1]) for mesh in meshes}
     for mesh in meshes:
         mesh.begin(3, places)
     yield meshes[0], meshes[1]
@@ -105,6 +122,104 @@ def test_messages_keep_their_order(pair: tuple[Mesh, Mesh]) -> None:
         sender, found = other.inbox.get(timeout=30)
         assert sender == "one"
         assert same(found, message)
+
+
+def long_message(step: int) -> Hold:
+    return Hold(token=3, step=step, total=torch.full([NUM_ELEMENTS], float(step)))
+
+
+def mappings() -> int:
+    """Of segments, in this process."""
+    return Path("/proc/self/maps").read_text().count("memfd:unbroken-message")
+
+
+def descriptors() -> int:
+    """Of segments."""
+    found = 0
+    for entry in Path("/proc/self/fd").iterdir():
+        with suppress(OSError):  # the listing's own is closed by now
+            found += "unbroken-message" in os.readlink(entry)
+    return found
+
+
+def test_long_messages_stay_as_they_came_for_as_long_as_they_are_kept(pair: tuple[Mesh, Mesh], transport: str) -> None:
+    """And no longer: their memory is used again."""
+    one, other = pair
+    before = mappings()
+    for _ in range(3):
+        one.send([Send(to="other", message=long_message(step)) for step in range(6)])
+        kept = [other.inbox.get(timeout=30)[1] for _ in range(6)]
+        assert [float(message.total.unique()) for message in kept] == list(range(6))  # type: ignore[union-attr]
+        del kept
+    assert mappings() - before == (2 * 6 if transport == "memory" else 0), "of sender and receiver"
+    assert descriptors() == mappings(), "Python keeps one for each"
+
+
+def test_a_peer_that_dies_in_the_midst_of_a_message_has_said_those_before(
+    pair: tuple[Mesh, Mesh], transport: str
+) -> None:
+    _, other = pair
+    left_before = set(os.listdir("/dev/shm"))
+    host, port = ("127.0.0.1", str(other.address[1]))
+    with subprocess.Popen(
+        [sys.executable, "-m", "tests.servers.talker", "other", host, port], stdout=subprocess.PIPE, text=True
+    ) as talker:
+        assert talker.stdout is not None
+        assert talker.stdout.readline() == "half\n"
+        talker.kill()
+    assert talker.returncode == -9
+    for step in range(NUM_WHOLE):
+        _, message = other.inbox.get(timeout=30)
+        assert isinstance(message, Hold)
+        assert message.step == step
+        assert torch.equal(message.total, torch.full([NUM_ELEMENTS], float(step)))
+    assert (mappings() > 0) == (transport == "memory")
+    assert other.inbox.get(timeout=30) == ("talker", Lost(token=3))
+    assert set(os.listdir("/dev/shm")) == left_before
+
+
+def test_whose_name_is_taken_is_heard_by_a_socket(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who takes it does not know the secret."""
+    monkeypatch.setattr(mesh_module, "_local_name", lambda address: "\0unbroken-taken")
+    meshes = [Mesh(name, secret=name[:5], address="127.0.0.1", max_bytes=MAX_BYTES) for name in NAMES]
+    places = {mesh.name: mesh.address for mesh in meshes}
+    _, one, other = meshes
+    for mesh in (one, other):
+        mesh.begin(3, places)
+    one.send([Send(to=other.name, message=long_message(7))])
+    sender, message = other.inbox.get(timeout=30)
+    assert sender == one.name
+    assert isinstance(message, Hold)
+    for mesh in meshes:
+        mesh.close()
+
+
+@pytest.mark.parametrize(
+    ("data", "why"),
+    [
+        ((1).to_bytes(8, "little") + as_bytes(Pull(token=1)), "in segment 1, where they are not"),
+        ((0).to_bytes(8, "little") + b"\xff" * 8, "begins with"),
+    ],
+)
+def test_what_lies_in_no_segment_is_refused(data: bytes, why: str) -> None:
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        theirs.sendall(data)
+        with pytest.raises(DamagedError, match=why):
+            SharedReceiver(ours).receive(max_bytes=MAX_BYTES)
+
+
+@pytest.mark.parametrize(("num_bytes", "why"), [(0, "cannot be mapped"), (4096, "in segment 1, where they are not")])
+def test_a_segment_that_is_too_short_is_refused(num_bytes: int, why: str) -> None:
+    ours, theirs = socket.socketpair()
+    descriptor = os.memfd_create("short")
+    os.ftruncate(descriptor, num_bytes)
+    head, _ = encode(long_message(1))
+    with ours, theirs:
+        socket.send_fds(theirs, [(1).to_bytes(8, "little"), head], [descriptor])
+        os.close(descriptor)
+        with pytest.raises(DamagedError, match=why):
+            SharedReceiver(ours).receive(max_bytes=MAX_BYTES)
 
 
 def test_the_end_of_a_peer_is_told(pair: tuple[Mesh, Mesh]) -> None:
@@ -133,6 +248,24 @@ def test_who_does_not_know_the_secret_is_not_heard(pair: tuple[Mesh, Mesh]) -> N
     with pytest.raises(queue.Empty):
         other.inbox.get_nowait()
     stranger.close()
+
+
+def test_meshes_of_one_process_need_no_connection() -> None:
+    here: dict[str, Mesh] = {}
+    meshes = [Mesh(name, secret="s", address="127.0.0.1", max_bytes=1, here=here) for name in ("one", "other")]
+    one, other = meshes
+    places = {mesh.name: mesh.address for mesh in meshes}
+    for mesh in meshes:
+        mesh.begin(3, places)
+    message = long_message(1)
+    one.send([Send(to=name, message=message) for name in ("other", "one")])
+    for mesh in meshes:
+        sender, found = mesh.inbox.get(timeout=30)
+        assert (sender, found is message) == ("one", True)
+    other.close()
+    one.send([Send(to="other", message=message)])
+    assert one.inbox.get(timeout=30) == ("other", Lost(token=3))
+    one.close()
 
 
 def test_messages_of_another_token_are_not_sent(pair: tuple[Mesh, Mesh]) -> None:

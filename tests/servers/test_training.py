@@ -13,10 +13,11 @@ import pytest
 
 from tests.distributed import groups
 from tests.distributed.groups import ENTRY, Group, Node, Pause, make_node, regroup, require_same
-from tests.distributed.pausing import APPLIED, MID_STEP
+from tests.distributed.pausing import APPLIED, FORMING, MID_STEP
 from tests.servers.wide import Wide
 from tests.unit.tiny import exact_arithmetic, make_trainer
 from training.cluster.zygote import Zygote
+from training.control import EXIT_STOPPED
 from training.errors import DeterministicError, UserError
 from training.loop import Trainer
 from training.memory.slots import create_slots
@@ -144,6 +145,50 @@ def test_servers_outlast_a_group_that_ends_while_their_rank_computes(
     second = node.train(2, **settings)
     assert first.pids()[0] == second.pids()[0]
     assert node.attempts()[-1] == (2, 7, "memory")
+    require_same(node, calm)
+
+
+@pytest.mark.parametrize("num_replicas", [1, 2])
+def test_servers_of_a_rank_that_cannot_leave_in_time_are_there_for_the_process_in_its_place(
+    node: Node, calm: tuple[str, list[groups.Told]], num_replicas: int
+) -> None:
+    """It computes. With one replica of each shard nobody is killed, but for all that computes."""
+
+    async def act(group: Group) -> None:
+        await group.paused(0, 1)
+        if num_replicas == 2:
+            group.kill(1)
+        else:
+            group.workers.stop()
+
+    settings: dict[str, Any] = {"may_stay": True, "servers": 2, "server_replicas": num_replicas}
+    first = node.train(2, act, pauses={rank: Pause(MID_STEP, 7) for rank in range(2)}, **settings)
+    assert first.codes()[:2] == [EXIT_STOPPED, -9 if num_replicas == 2 else EXIT_STOPPED]
+    assert not set(node.train(2, **settings).pids()) & set(first.pids())
+    assert node.attempts() == [(2, 0, "start"), (2, 7, "memory")]
+    require_same(node, calm)
+
+
+@pytest.mark.parametrize("victim", [0, 2])
+def test_servers_outlast_a_second_death_while_a_group_forms(
+    node: Node, calm: tuple[str, list[groups.Told]], victim: int
+) -> None:
+    """All processes of the group end then: those who gave the one that dies a state, or waited for it, are in no group
+    that they could leave."""
+
+    async def kill_again(group: Group) -> None:
+        await group.paused(victim)
+        group.kill(victim)
+
+    settings: dict[str, Any] = {"may_stay": True, "servers": 3, "server_replicas": 2}
+    node.pauses[victim] = [Pause(MID_STEP, 7), Pause(FORMING, 0)]
+    first = node.train(3, kill_again, **settings)
+    second = node.train(3, kill_again, **settings)
+    survivors = [rank for rank in range(3) if rank != victim]
+    assert [first.pids()[rank] == second.pids()[rank] for rank in survivors] == [True, True]
+    third = node.train(3, **settings)
+    assert not set(third.pids()) & set(second.pids())
+    assert node.attempts() == [(3, 0, "start"), (3, 7, "memory")]
     require_same(node, calm)
 
 

@@ -1,4 +1,4 @@
-"""The two workloads with parameter servers, as a user trains them: the bits of exact mode, on any number of each."""
+"""The workloads with parameter servers, as a user trains them: the bits of exact mode, on any number of each."""
 
 from __future__ import annotations
 
@@ -41,6 +41,13 @@ def test_servers_give_the_bits_of_exact_mode(stack: Stack) -> None:
     assert found["same_run_key"]
 
 
+def test_tables_on_servers_give_the_bits_of_whole_gradients(stack: Stack) -> None:
+    expected = train(stack, "words", 1, "train.strategy=all_reduce")
+    found = row(stack, "words", 2, 2, expected)
+    assert found["same_state"]
+    assert found["same_run_key"]
+
+
 @pytest.mark.soak
 @pytest.mark.timeout(3600)
 def test_servers_give_the_bits_of_exact_mode_on_both_workloads(stack: Stack) -> None:
@@ -50,3 +57,12 @@ def test_servers_give_the_bits_of_exact_mode_on_both_workloads(stack: Stack) -> 
         rows += [row(stack, preset, ranks, servers, expected) for ranks in (1, 2, 4) for servers in (1, 2, 4)]
     assert all(one["same_state"] and one["same_run_key"] for one in rows)
     write_evidence("parameter-server", rows=rows)
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(3600)
+def test_tables_on_servers_give_the_bits_of_whole_gradients_on_all_numbers_of_ranks(stack: Stack) -> None:
+    expected = train(stack, "words", 1, "train.strategy=all_reduce")
+    rows = [row(stack, "words", ranks, servers, expected) for ranks in (1, 2, 4) for servers in (1, 2, 4)]
+    assert all(one["same_state"] and one["same_run_key"] for one in rows)
+    write_evidence("embedding-tables", rows=rows)

@@ -58,6 +58,8 @@ class TermState:
     def values(self) -> str:
         return self.value
 
+    changes = values
+
     def snapshot(self) -> str:
         return self.value
 

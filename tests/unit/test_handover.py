@@ -327,3 +327,47 @@ def test_a_copy_that_fails_does_not_keep_the_process_from_saying_why_it_ends(
     assert slots.newest("k", 0) is None
     with handover.update():
         """The lock was given back."""
+
+
+class LeavingServers:
+    """As training.servers.colocated, with these bytes."""
+
+    def __init__(self, *pieces: bytes) -> None:
+        self.pieces = pieces
+        self.taken = b""
+
+    def leave(self) -> list[memoryview]:
+        if not self.pieces:
+            raise OSError("no memory is left")
+        return [memoryview(piece) for piece in self.pieces]
+
+    def num_left_bytes(self) -> int:
+        return sum(map(len, self.pieces))
+
+    def take_up(self, left: memoryview) -> None:
+        self.taken = bytes(left)
+
+
+def test_what_servers_leave_is_found_once_a_state_or_not(slots: Slots) -> None:
+    servers, handover = LeavingServers(b"ab", b"", b"cde"), Handover(slots, run_key="k")
+    handover.keep(dict, servers=servers)  # type: ignore[arg-type]  # no state can be had
+    handover.reserve()
+    handover.leave()
+    assert slots.newest("k", 0) is None
+    Handover(slots, run_key="k", generation=1).find_servers(servers)
+    assert servers.taken == b""
+    found = Handover(slots, run_key="k")
+    found.find_servers(servers)
+    assert servers.taken == b"abcde"
+    found.keep(lambda: (1, {}))
+    servers.taken = b""
+    found.find_servers(servers)
+    assert servers.taken == b""
+
+
+def test_servers_that_leave_nothing_are_told_of(slots: Slots, caplog: pytest.LogCaptureFixture) -> None:
+    handover = Handover(slots, run_key="k")
+    handover.keep(lambda: (1, {}), servers=LeavingServers())
+    handover.leave()
+    assert slots.newest("k", 0) is not None
+    assert "nothing is left in memory of servers" in caplog.text

@@ -15,6 +15,7 @@ from training.memory.slots import (
     Entry,
     Header,
     Memory,
+    SlotDescriptors,
     Slots,
     create_slots,
     file_of,
@@ -24,7 +25,7 @@ from training.memory.slots import (
 )
 
 FILE = bytes(range(200))
-Descriptors = tuple[int, int]
+Descriptors = SlotDescriptors
 
 
 @pytest.fixture

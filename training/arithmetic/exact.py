@@ -17,6 +17,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from training.arithmetic.reduce import Place, Subtree, TreeSum, fold, places, subtrees
+from training.arithmetic.sparse import have_whole_gradients, tables_of
 from training.errors import UserError
 
 BUCKET_BYTES = 25 << 20
@@ -53,21 +54,21 @@ class ExactReducer:
     ) -> None:
         """`objective` gives the loss of a batch; `num_extras` more numbers per virtual worker are summed alike.
         `ranges` are the virtual workers of each rank, from the first to the last. Unless it `is_exchanged`, no rank
-        hears of another, and `sums` says what this one has.
+        hears of another, and `sums` says what this one has, of all but tables (training.arithmetic.sparse).
 
         Raises `UserError` if a parameter is not float32.
         """
-        parameters = [p for p in objective.parameters() if p.requires_grad]
-        _require_float32(parameters)
+        trained = [p for p in objective.parameters() if p.requires_grad]
+        _require_float32(trained)
+        if is_exchanged:
+            have_whole_gradients(objective)
+        tables = set(tables_of(objective))
+        parameters = [p for p in trained if p not in tables]
         self.owned = ranges[rank]
         self._objective = objective
         self._virtual_workers = ranges[-1].stop
         self._places = places(self.owned)
-        group = (
-            _Group(ranges, rank, parameters[0].device)
-            if is_exchanged
-            else _Alone([self.owned], 0, parameters[0].device)
-        )
+        group = _Group(ranges, rank, trained[0].device) if is_exchanged else _Alone([self.owned], 0, trained[0].device)
         self._planned = planned = plan_buckets([p.numel() for p in parameters], bucket_bytes // 4)
         self._buckets = [
             _Bucket(
@@ -184,7 +185,7 @@ class _Bucket:
         self._flat_views = self._views(self._flat)
         self._extras: Tensor | None = None
         self._missing: set[int] = set()
-        self._tree = TreeSum()
+        self._tree = TreeSum[Tensor]()
         self._hooks = [
             p.register_post_accumulate_grad_hook(partial(self._arrived, n))  # type: ignore[no-untyped-call]  # no annotation
             for n, p in enumerate(parameters)
@@ -220,7 +221,10 @@ class _Bucket:
                 " activation checkpointing: use torch.utils.checkpoint with use_reentrant=False"
             )
         if parameter.grad is not None and parameter.grad.is_sparse:
-            raise UserError(f"a parameter of shape {list(parameter.shape)} has a sparse gradient: use sparse=False")
+            raise UserError(
+                f"a parameter of shape {list(parameter.shape)} has a sparse gradient, and is not the weight of an"
+                " nn.Embedding: use sparse=False"
+            )
         self._missing.remove(number)
         if not self._missing:
             self._end_leaf()
@@ -234,6 +238,8 @@ class _Bucket:
             else:
                 parameter.grad.add_(0.0)
             self._arrived(number, parameter)
+        if not self._parameters:  # all are tables, and what is here are the extras
+            self._end_leaf()
 
     def _end_leaf(self) -> None:
         place = self._place
@@ -241,7 +247,8 @@ class _Bucket:
             return  # its sibling comes next
         row = place.subtree + self._tree.num_waiting  # kept gradients would be new memory in each step, and cost more
         *views, extras = self._row_views[row]
-        torch._foreach_copy_(views, [p.grad for p in self._parameters if p.grad is not None])
+        if views:
+            torch._foreach_copy_(views, [p.grad for p in self._parameters if p.grad is not None])
         if self._extras is not None:
             extras.copy_(self._extras)
         self._tree.push(int(place.joins_sibling), self._rows[row])

@@ -8,6 +8,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from training.arithmetic.sparse import have_whole_gradients
 from training.errors import UserError
 
 
@@ -16,6 +17,7 @@ class FastReducer:
 
     def __init__(self, objective: nn.Module, *, ranges: Sequence[range], rank: int) -> None:
         world_size = len(ranges)
+        have_whole_gradients(objective)
         self.owned = ranges[rank]
         self._parameters = [p for p in objective.parameters() if p.requires_grad]
         self._objective = objective

@@ -14,8 +14,18 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Generic, Protocol, TypeVar
 
-from torch import Tensor
+
+class Term(Protocol):
+    """A tensor, or what is added up as tensors are."""
+
+    def add_(self: T, other: T, /) -> T:
+        """The sum, which may take this one's place."""
+        ...
+
+
+T = TypeVar("T", bound=Term)
 
 
 @dataclass(frozen=True)
@@ -74,25 +84,25 @@ def places(leaves: range) -> dict[int, Place]:
     }
 
 
-class TreeSum:
+class TreeSum(Generic[T]):
     """Adds subtrees' sums, given from left to right, along the tree. Each is added into the one to its left."""
 
     def __init__(self) -> None:
-        self._stack: list[tuple[int, Tensor]] = []
+        self._stack: list[tuple[int, T]] = []
 
     @property
     def num_waiting(self) -> int:
         """How many sums wait for those to their right."""
         return len(self._stack)
 
-    def push(self, level: int, value: Tensor) -> None:
+    def push(self, level: int, value: T) -> None:
         """Add the next subtree, of 2^level leaves. `value` is kept, and may be added into."""
         while self._stack and self._stack[-1][0] == level:
             value = self._stack.pop()[1].add_(value)
             level += 1
         self._stack.append((level, value))
 
-    def total(self) -> Tensor:
+    def total(self) -> T:
         """The root: what remains at the right edge is folded from the right. Begins anew after."""
         value = self._stack.pop()[1]
         while self._stack:
@@ -100,9 +110,9 @@ class TreeSum:
         return value
 
 
-def fold(plan: Iterable[Subtree], sums: Iterable[Tensor]) -> Tensor:
+def fold(plan: Iterable[Subtree], sums: Iterable[T]) -> T:
     """The root, from the sums of subtrees that cover all leaves, given from left to right. They are added into."""
-    tree = TreeSum()
+    tree = TreeSum[T]()
     for subtree, value in zip(plan, sums, strict=True):
         tree.push(subtree.level, value)
     return tree.total()

@@ -29,8 +29,8 @@ BEAT_SECONDS = 0.25
 BEATS_PER_FIGURES = 4
 PATIENCE_SECONDS = 0.2
 """How long a worker that is told to stop may take to leave its group and stay, before it ends instead."""
-PATIENCE_WITH_SERVERS_SECONDS = 2.5
-"""If servers would end with it, and what they hold. Its agent waits for 3."""
+PATIENCE_WITH_SERVERS_SECONDS = 1.0
+"""If servers would end with it, and more has to be written and read. Its agent waits for 3."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,6 +45,7 @@ class WorkerOrder:
     """This worker's end of the socket between it and its agent (training.control)."""
     slot_fd_0: int = -1
     slot_fd_1: int = -1
+    servers_fd: int = -1
     """Where state is left and found (training.memory.slots)."""
 
 
@@ -63,7 +64,7 @@ class _Worker:
         self._channel = Channel(socket.socket(fileno=order.control_fd))
         self._attendance = Attendance()
         self._maybe_kit: Kit | None = None
-        slots = Slots([order.slot_fd_0, order.slot_fd_1])
+        slots = Slots([order.slot_fd_0, order.slot_fd_1, order.servers_fd])
         self._handover = Handover(slots, run_key=order.job["key"], generation=order.job["generation"])
 
     def run(self) -> int:

@@ -13,12 +13,15 @@ from typing import Any, Protocol
 from training.cluster.worker import WorkerOrder
 from training.control import EXIT_STOPPED, Call, Channel, Note, Order, Seat
 from training.errors import InfrastructureError
+from training.memory.slots import SlotDescriptors
 from training.runs.failures import of_exit_code, oom_kills
 from training.runs.job import Job
 from training.runs.record import Departure, Record
 
 STOP_SECONDS = 3.0
 """After which a worker that was told to stop is killed, and what it held in memory is given up."""
+SLOT_FIELDS = ("slot_fd_0", "slot_fd_1", "servers_fd")
+"""Of a worker's order."""
 log = logging.getLogger("training.cluster.agent")
 
 
@@ -73,12 +76,12 @@ class Hand:
         self.channel.end.close()
 
 
-def fork(start: Start, job: Job, local_rank: int, slots: tuple[int, int], *, may_stay: bool) -> Hand:
+def fork(start: Start, job: Job, local_rank: int, slots: SlotDescriptors, *, may_stay: bool) -> Hand:
     """A process that makes itself ready to be called. Raises `InfrastructureError`."""
     ours, theirs = socket.socketpair()
     order = WorkerOrder(job=job.to_json(), local_rank=local_rank, may_stay=may_stay)
     with theirs:
-        descriptors = {"control_fd": theirs.fileno(), "slot_fd_0": slots[0], "slot_fd_1": slots[1]}
+        descriptors = {"control_fd": theirs.fileno()} | dict(zip(SLOT_FIELDS, slots, strict=True))
         return Hand(process=start(asdict(order), descriptors), channel=Channel(ours))
 
 
@@ -133,7 +136,7 @@ class Workers:
     node: int
     record: Record
     start: Start
-    slots: Sequence[tuple[int, int]]
+    slots: Sequence[SlotDescriptors]
     """Of each local rank."""
     on_end: Callable[[Outcome], None]
     may_stay: bool = False

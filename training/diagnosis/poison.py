@@ -183,7 +183,8 @@ class Replay:
             if is_lack_of_memory(error):
                 raise
             return _place_of(error)
-        is_finite = all(torch.isfinite(gradient).all() for gradient in gradients if gradient is not None)
+        values = [each._values() if each.is_sparse else each for each in gradients if each is not None]
+        is_finite = all(torch.isfinite(each).all() for each in values)
         return "" if is_finite else "a gradient is not finite"
 
 

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -19,7 +19,7 @@ from training.arithmetic.collectives import of_all_ranks
 from training.checkpoints.snapshot import Image
 from training.checkpoints.state import TrainState
 from training.control import Order
-from training.memory.live import Live, live
+from training.memory.live import Live, Pieces, live
 from training.memory.slots import (
     Header,
     Held,
@@ -63,6 +63,21 @@ class Found:
     """This rank's tensors hold it."""
 
 
+class Servers(Protocol):
+    """What else there is in a process, and goes with it unless it is left in memory: training.servers.colocated has
+    the real ones."""
+
+    def leave(self) -> Sequence[memoryview]:
+        """Bytes for another process's `take_up`. Nothing changes after that."""
+        ...
+
+    def num_left_bytes(self) -> int:
+        """About."""
+        ...
+
+    def take_up(self, left: memoryview) -> None: ...
+
+
 class Handover:
     """Keeps the way from one group of ranks to the next, for one process, which may be in both.
 
@@ -78,7 +93,8 @@ class Handover:
         self._maybe_state: Callable[[], tuple[int, Mapping[str, Tensor]]] | None = None
         self._lock = threading.Lock()
         self._leaving = threading.Lock()
-        self._has_tried = False
+        self._maybe_servers: Servers | None = None
+        self._has_tried = self._has_left_servers = False
         self._maybe_live: Live | None = None
         self._is_whole = True
         self.wants_regroup = False
@@ -102,10 +118,17 @@ class Handover:
         self.wants_regroup = self.wants_checkpoint = self.is_waiting = False
         self.maybe_must_end_at = None
 
-    def keep(self, state: Callable[[], tuple[int, Mapping[str, Tensor]]], journal: Sequence[Entry] = ()) -> None:
+    def keep(
+        self,
+        state: Callable[[], tuple[int, Mapping[str, Tensor]]],
+        journal: Sequence[Entry] = (),
+        *,
+        servers: Servers | None = None,
+    ) -> None:
         """From now on `leave` finds the last finished step and its tensors there, and what was found counts no more."""
         with self._leaving:
             self._maybe_state = state
+            self._maybe_servers = servers
             self.journal = list(journal)
             self._has_tried = False
             self._maybe_live = None
@@ -166,6 +189,8 @@ class Handover:
                 with self._lock:
                     num_bytes = sum(tensor.nbytes for tensor in state()[1].values())
                 slots.reserve(num_bytes)
+                if self._maybe_servers is not None:
+                    slots.of_servers.reserve(self._maybe_servers.num_left_bytes())
 
     @property
     def has_kept(self) -> bool:
@@ -182,22 +207,45 @@ class Handover:
         )
 
     def leave(self) -> None:
-        """Write the last finished step into a slot, on whatever thread; nothing if an update does not end. Who comes
-        while another thread writes waits: the process may end after this. Raises nothing, as there is more to say.
+        """Write the last finished step into a slot, on whatever thread; nothing if an update does not end; and what
+        servers have. Who comes while another thread writes waits: the process must end after this. Raises nothing, as
+        there is more to say.
         """
         with self._leaving:
-            slots, state = self._maybe_slots, self._maybe_state
-            if slots is None or state is None or self._has_tried or not self._lock.acquire(timeout=LOCK_SECONDS):
-                return
-            self._has_tried = True  # once is enough, and the next worker may read by now
-            try:
-                if self._is_whole:
-                    step, tensors = state()
-                    _write(slots, self._run_key, self._generation, step, tensors, journal_bytes(self.journal))
-            except Exception:  # what no checkpoint can hold, either; or there is no memory for it
-                log.exception("nothing is left in memory of step %d", self.step)
-            finally:
-                self._lock.release()
+            if self._maybe_slots is not None and self._maybe_state is not None:
+                self._leave_state(self._maybe_slots, self._maybe_state)
+                if self._maybe_servers is not None:
+                    self._leave_servers(self._maybe_slots.of_servers, self._maybe_servers)
+
+    def _leave_state(self, slots: Slots, state: Callable[[], tuple[int, Mapping[str, Tensor]]]) -> None:
+        if self._has_tried or not self._lock.acquire(timeout=LOCK_SECONDS):
+            return
+        self._has_tried = True  # once is enough, and the next worker may read by now
+        try:
+            if self._is_whole:
+                step, tensors = state()
+                _write(slots, self._run_key, self._generation, step, tensors, journal_bytes(self.journal))
+        except Exception:  # what no checkpoint can hold, either; or there is no memory for it
+            log.exception("nothing is left in memory of step %d", self.step)
+        finally:
+            self._lock.release()
+
+    def _leave_servers(self, slots: Slots, servers: Servers) -> None:
+        """Whatever became of the state: other ranks may have one that goes with these."""
+        if self._has_left_servers:
+            return
+        self._has_left_servers = True
+        try:
+            _write_servers(slots, self._run_key, self._generation, Pieces(servers.leave()))
+        except Exception:  # there is no memory for it
+            log.exception("nothing is left in memory of servers")
+
+    def find_servers(self, servers: Servers) -> None:
+        """Have them take up what was left of them in the place of this process."""
+        if self._maybe_slots is not None:
+            maybe_left = self._maybe_slots.of_servers.newest(self._run_key, self._generation)
+            if maybe_left is not None:
+                servers.take_up(maybe_left.body)
 
     def find(self, *, since: int) -> Found | None:
         """The newest state that any rank has in memory, if it is not older than step `since` and its journal reaches
@@ -264,3 +312,9 @@ def _write(
         body[image.num_bytes :] = journal
 
     slots.write(header, fill)
+
+
+def _write_servers(slots: Slots, run_key: str, generation: int, pieces: Pieces) -> None:
+    num_bytes = pieces.num_bytes
+    header = Header(run_key=run_key, generation=generation, step=0, num_file_bytes=num_bytes, num_bytes=num_bytes)
+    slots.write(header, pieces.put)

@@ -89,6 +89,11 @@ class Pieces:
         found = self.parts(start, stop)
         return found[0] if len(found) == 1 else memoryview(bytearray().join(found))
 
+    def put(self, place: memoryview) -> None:
+        """All of them into as many bytes."""
+        for piece, stop in zip(self._pieces, self._stops, strict=True):
+            place[stop - len(piece) : stop] = piece
+
     def fill(self, data: memoryview) -> None:
         """All of them, with as many bytes."""
         for piece, stop in zip(self._pieces, self._stops, strict=True):

@@ -1,7 +1,8 @@
 """The state in memory that outlives a worker: left behind when its group ends, taken up by the next.
 
 The agent owns two slots per rank, in anonymous shared memory (memfd). A worker writes into the older one, the header
-last, so that a copy that was cut short is never believed. Imports no torch.
+last, so that a copy that was cut short is never believed. A third is for what servers in the worker have beside the
+state (training.servers.hosted). Imports no torch.
 """
 
 from __future__ import annotations
@@ -113,16 +114,28 @@ def journal_bytes(entries: Sequence[Entry]) -> bytes:
     return canonical_json([vars(entry) for entry in entries])
 
 
-def create_slots() -> tuple[int, int]:
-    """Two file descriptors, of memory that is there as long as somebody holds them."""
-    return os.memfd_create("unbroken-slot-0"), os.memfd_create("unbroken-slot-1")
+NUM_STATE_SLOTS = 2
+SlotDescriptors = tuple[int, int, int]
+"""The last one is for servers."""
+
+
+def create_slots() -> SlotDescriptors:
+    """Of memory that is there as long as somebody holds them."""
+    names = ("unbroken-slot-0", "unbroken-slot-1", "unbroken-servers")
+    first, second, servers = (os.memfd_create(name) for name in names)
+    return first, second, servers
 
 
 class Slots:
-    """A rank's two slots, by their file descriptors."""
+    """A rank's, by their file descriptors: two of the state, then those that are beside."""
 
     def __init__(self, descriptors: Sequence[int]) -> None:
-        self._descriptors = descriptors
+        self._descriptors = descriptors[:NUM_STATE_SLOTS]
+        self._others = descriptors[NUM_STATE_SLOTS:]
+
+    @property
+    def of_servers(self) -> Slots:
+        return Slots(self._others)
 
     def newest(self, run_key: str, generation: int) -> Memory | None:
         """The newest whole state of this run; None if there is none."""
@@ -143,7 +156,7 @@ class Slots:
 
     def clear(self) -> None:
         """What was found is in use now, and changes; later it must not be found again."""
-        for fd in self._descriptors:
+        for fd in (*self._descriptors, *self._others):
             _unseal(fd)
 
     def reserve(self, num_bytes: int) -> None:

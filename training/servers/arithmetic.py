@@ -12,9 +12,11 @@ from torch.optim import Optimizer
 
 from training.arithmetic.norm import BLOCK_ELEMENTS, block_norms, clip_factor, norm_of
 from training.arithmetic.reduce import Subtree, fold
+from training.arithmetic.sparse import Rows
 from training.checkpoints.optimizer_state import changed_settings, settings_of
 from training.errors import UserError
 from training.servers.layout import Piece, Shard, shards
+from training.servers.rows import Part, block_norms_of, dense_pieces, in_order, standing_in, table_pieces
 
 NUM_PROBE_STEPS, NUM_PROBE_SHARDS, NUM_PROBE_COLUMNS = 3, 3, 8
 
@@ -53,53 +55,85 @@ def decide(reports: Sequence[Report], *, clip_norm: float | None, learning_rate_
 
 class TensorState:
     """One shard, as training.servers.replica wants it. Totals are vectors: the pieces' mean gradients, end to end, and
-    the extras."""
+    the extras; or a `Part` of them, if the shard has rows of tables."""
 
     def __init__(self, optimizer: Optimizer, parameters: Sequence[nn.Parameter], shard: Shard) -> None:
         """Takes the recipe's optimizer of all `parameters`, as it is before the first step, for the shard alone."""
         self.step = 0
         self._shard = shard
-        self._num_elements = sum(piece.num_elements for piece in shard)
+        self._dense, self._tables = dense_pieces(shard), table_pieces(shard)
+        self._num_elements = sum(piece.num_elements for piece in self._dense)
+        self._touched = tuple(torch.empty(0, dtype=torch.int64) for _ in self._tables)
+        """Of each piece of a table: the rows that the last step changed."""
         self.optimizer = optimizer
         self._pieces = sliced(optimizer, parameters, shard)
 
-    def fold(self, parts: Sequence[tuple[Subtree, Tensor]]) -> Tensor:
+    def fold(self, parts: Sequence[tuple[Subtree, Tensor]] | Sequence[tuple[Subtree, Part]]) -> Tensor | Part:
         return fold([subtree for subtree, _ in parts], [part for _, part in parts])
 
-    def report(self, total: Tensor) -> Report:
-        gradients = self._split(total)
-        norms = block_norms(gradients) if gradients else torch.empty(0)
-        return Report(norms=norms, extras=total[self._num_elements :])
+    def report(self, total: Tensor | Part) -> Report:
+        norms = [
+            block_norms_of(each, piece) if isinstance(each, Rows) else block_norms([each])
+            for piece, each in zip(self._shard, self._gradients(total), strict=True)
+        ]
+        dense = total.dense if isinstance(total, Part) else total
+        return Report(norms=joined(norms), extras=dense[self._num_elements :])
 
-    def apply(self, total: Tensor, decision: Decision) -> None:
+    def apply(self, total: Tensor | Part, decision: Decision) -> None:
         factor = clip_factor(decision.grad_norm, decision.clip_norm)
-        gradients = [each.clone() for each in self._split(total)]  # `total` may still be on its way to a backup
-        if factor is not None and gradients:
-            torch._foreach_mul_(gradients, factor)
-        for piece, gradient in zip(self._pieces, gradients, strict=True):
-            piece.grad = gradient
+        gradients = self._gradients(total)
+        elements = [_elements(each).clone() for each in gradients]  # `total` may still be on its way to a backup
+        if factor is not None and elements:
+            torch._foreach_mul_(elements, factor)
         for group in self.optimizer.param_groups:
             group.setdefault("peak_lr", group["lr"])
             group["lr"] = group["peak_lr"] * decision.learning_rate_scale
-        self.optimizer.step()
+        with standing_in(self.optimizer, self._pieces, gradients) as seen:
+            for one, gradient in zip(seen, elements, strict=True):
+                one.grad = gradient
+            self.optimizer.step()
+        self._touched = tuple(each.numbers.clone() for each in gradients if isinstance(each, Rows))
         self.step += 1
 
-    def _split(self, total: Tensor) -> tuple[Tensor, ...]:
-        return split(total[: self._num_elements], self._shard)
+    def _gradients(self, total: Tensor | Part) -> list[Tensor | Rows]:
+        """Of each piece."""
+        if isinstance(total, Part):
+            return in_order(self._shard, split(total.dense[: self._num_elements], self._dense), total.tables)
+        return list(split(total[: self._num_elements], self._shard))
 
     def values(self) -> Tensor:
         """The pieces' elements, end to end."""
         return joined([piece.detach() for piece in self._pieces])
+
+    def changes(self) -> Tensor | Part:
+        """What the last step changed of them."""
+        if not self._tables:
+            return self.values()
+        dense, tables, touched = [], [], iter(self._touched)
+        for piece, elements in zip(self._shard, self._pieces, strict=True):
+            if piece.row_elements:
+                numbers = next(touched)
+                tables.append(Rows(numbers=numbers, values=elements.detach().view(-1, piece.row_elements)[numbers]))
+            else:
+                dense.append(elements.detach())
+        return Part(dense=joined(dense), tables=tuple(tables))
 
     def snapshot(self) -> dict[str, Any]:
         state = {
             number: {key: _copied(value) for key, value in self.optimizer.state.get(piece, {}).items()}
             for number, piece in enumerate(self._pieces)
         }
-        return {"values": self.values(), "optimizer": state}
+        return {"values": self.values(), "optimizer": state, "touched": self._touched}
+
+    def num_bytes(self) -> int:
+        """Of a snapshot and of a total."""
+        kept = (value for entries in self.optimizer.state.values() for value in entries.values())
+        num_kept = sum(value.nbytes for value in kept if isinstance(value, Tensor))
+        return 2 * sum(piece.nbytes for piece in self._pieces) + num_kept
 
     def load(self, snapshot: Mapping[str, Any], step: int) -> None:
-        values = self._split(snapshot["values"])
+        values = split(snapshot["values"], self._shard)
+        self._touched = tuple(snapshot["touched"])
         for number, (piece, value) in enumerate(zip(self._pieces, values, strict=True)):
             piece.data.copy_(value)
             entries = snapshot["optimizer"][number]
@@ -107,9 +141,34 @@ class TensorState:
         self.step = step
 
 
-def pieces_of(tensors: Sequence[Tensor], shard: Shard) -> Tensor:
-    """A shard's elements of tensors like the parameters, end to end."""
-    return joined([_slice(tensors[piece.parameter], piece) for piece in shard])
+def pieces_of(tensors: Sequence[Tensor], shard: Shard, *others: Tensor) -> Tensor:
+    """A shard's elements of tensors like the parameters, end to end, and other vectors after them: copied once."""
+    return joined([*(_slice(tensors[piece.parameter], piece) for piece in shard), *others])
+
+
+def part_of(gradients: Sequence[Tensor | Rows], shard: Shard, extras: Sequence[Tensor] = ()) -> Tensor | Part:
+    """What a shard gets of gradients of all parameters, those of tables as rows; the extras are laid after it."""
+    dense: list[Tensor] = []
+    tables: list[Rows] = []
+    for piece in shard:
+        gradient = gradients[piece.parameter]
+        if isinstance(gradient, Rows):
+            tables.append(gradient.within(piece.rows))
+        else:
+            dense.append(_slice(gradient, piece))
+    vector = joined([*dense, *extras])
+    return Part(dense=vector, tables=tuple(tables)) if tables else vector
+
+
+def put(values: Tensor | Part, shard: Shard, parameters: Sequence[Tensor]) -> None:
+    """Into the parameters, what `TensorState` says of a shard."""
+    if isinstance(values, Part):
+        for piece, rows in zip(table_pieces(shard), values.tables, strict=True):
+            _slice(parameters[piece.parameter], piece).view(-1, piece.row_elements)[rows.numbers] = rows.values
+        put(values.dense, dense_pieces(shard), parameters)
+        return
+    for piece, elements in zip(shard, split(values, shard), strict=True):
+        _slice(parameters[piece.parameter], piece).copy_(elements)
 
 
 def split(vector: Tensor, shard: Shard) -> tuple[Tensor, ...]:
@@ -119,6 +178,10 @@ def split(vector: Tensor, shard: Shard) -> tuple[Tensor, ...]:
 
 def joined(parts: Sequence[Tensor]) -> Tensor:
     return torch.cat(list(parts)) if parts else torch.empty(0)
+
+
+def _elements(gradient: Tensor | Rows) -> Tensor:
+    return gradient.values.reshape(-1) if isinstance(gradient, Rows) else gradient
 
 
 def _copied(value: Any) -> Any:

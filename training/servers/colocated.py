@@ -4,56 +4,40 @@ from __future__ import annotations
 
 import json
 import math
-import queue
-import threading
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import cached_property
 from inspect import signature
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from training.arithmetic.collectives import texts_of_all_ranks
 from training.arithmetic.exact import ExactReducer
 from training.arithmetic.objective import recipe_errors
 from training.arithmetic.reduce import Subtree
+from training.arithmetic.sparse import Rows, RowSums, merged, tables_of
 from training.checkpoints.state import TrainState
 from training.config import Preset
 from training.errors import UserError
 from training.recipe import Recipe, learning_rate_scale
-from training.servers.arithmetic import Decision, Report, TensorState, decide, pieces_of, require_elementwise, split
-from training.servers.endpoints import Begun, PrimaryLost, Remote, serve, wake
+from training.servers.arithmetic import Decision, Report, TensorState, decide, part_of, put, require_elementwise
+from training.servers.endpoints import Begun, PrimaryLost, Remote
+from training.servers.hosted import Hosted, leave, left_copies
 from training.servers.layout import Shard, shards
 from training.servers.mesh import Address, Mesh
 from training.servers.placement import may_go_on, place
-from training.servers.protocol import Assignment
+from training.servers.protocol import Assignment, Copy
 from training.servers.replica import Replica
+from training.servers.rows import Part
+from training.servers.stillness import require_still
 
 MAX_COPIES = 16
 """Of the parameters in a message: they, and what the optimizer keeps of each. A push has at most 2·log2(V) sums."""
 MAX_OTHER_BYTES = 1 << 28
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Hosted:
-    """A replica in this process, and the thread that serves it."""
-
-    mesh: Mesh
-    replica: Replica
-    changes: queue.SimpleQueue[Begun | None]
-
-    def tell(self, maybe_begun: Begun | None) -> None:
-        self.changes.put(maybe_begun)
-        wake(self.mesh)
-
-    def close(self) -> None:
-        self.tell(None)
-        self.mesh.close()
 
 
 class Colocated:
@@ -68,18 +52,37 @@ class Colocated:
         self._preset = preset
         self._address = address
         self._secret = secret
-        self._hosted: dict[int, _Hosted] = {}
+        self._here: dict[str, Mesh] = {}
+        self._hosted: dict[int, Hosted] = {}
+        self._left: Mapping[int, Copy] = {}
+        """By the process that was in the place of this one, until a group begins."""
         self._placement: tuple[tuple[int, ...], ...] = ()
         self._is_new = True
         self._maybe_remote: Remote | None = None
         self._maybe_parameters: Sequence[Tensor] | None = None
+        self._tables: dict[int, int] = {}
+        """The elements of a row, by the number of the parameter."""
         self._step = 0
         """In hand."""
         self._over_token = 0
         """Of the last group that was given up."""
         self._maybe_error: Exception | None = None
         """That ended a replica here: this process cannot go on."""
-        self._maybe_answer: tuple[Decision, Sequence[Tensor]] | None = None
+        self._maybe_answer: tuple[Decision, Sequence[Tensor | Part]] | None = None
+
+    # ---- from one process to the next --------------------------------------------------------------------------------
+
+    def leave(self) -> Sequence[memoryview]:
+        """What the replicas here have, for `take_up`. This process must end then: they answer nobody any more."""
+        return leave(dict(self._hosted))
+
+    def num_left_bytes(self) -> int:
+        """About."""
+        return sum(hosted.num_bytes() for hosted in list(self._hosted.values()))
+
+    def take_up(self, left: memoryview) -> None:
+        """What the process that was in the place of this one had: a group may go on with it."""
+        self._left = left_copies(left)
 
     # ---- a group begins ----------------------------------------------------------------------------------------------
 
@@ -87,7 +90,8 @@ class Colocated:
         """Whether the ranks, which have finished that step, can go on with their replicas. If not, all forget what they
         have. Collective."""
         launch = self._preset.launch
-        own = {shard: hosted.replica.position for shard, hosted in self._hosted.items()}
+        own = {shard: copy.position for shard, copy in self._left.items()}
+        own |= {shard: hosted.replica.position for shard, hosted in self._hosted.items()}
         holdings = [
             {int(shard): position for shard, position in json.loads(text).items()}
             for text in texts_of_all_ranks(json.dumps(own))
@@ -106,20 +110,24 @@ class Colocated:
 
         Raises `UserError` if the optimizer or a parameter cannot be cut.
         """
-        self._maybe_parameters = list(state.trained.values())
+        self._maybe_parameters = parameters = list(state.trained.values())
+        tables = set(tables_of(state.model))
+        self._tables = {number: one.shape[1] for number, one in enumerate(parameters) if one in tables}
         if self._is_new:
             _require_contiguous(state.trained)
             _require_divisible(state.optimizer)
+            require_still(state.optimizer, tables)
         mine = [shard for shard, ranks in enumerate(self._placement) if rank in ranks]
         for shard in self._hosted.keys() - set(mine):
             self._hosted.pop(shard).close()
         for shard in mine:
             if shard not in self._hosted:
                 self._hosted[shard] = self._host(shard, state)
+        self._left = {}
         state.optimizer.state.clear()
         self._meet(token)
 
-    def _host(self, shard: int, state: TrainState) -> _Hosted:
+    def _host(self, shard: int, state: TrainState) -> Hosted:
         with recipe_errors("optimizer()"):
             optimizer = self._recipe.optimizer(state.model)
         optimizer.state.update(state.optimizer.state)
@@ -129,10 +137,9 @@ class Colocated:
         replica = Replica(mesh.name, tensors, num_virtual_workers=self._preset.train.virtual_workers)
         if self._is_new:
             replica.fill()
-        hosted = _Hosted(mesh=mesh, replica=replica, changes=queue.SimpleQueue())
-        arguments = (mesh, replica, hosted.changes, self._hear_of_trouble)
-        threading.Thread(target=serve, args=arguments, name=mesh.name, daemon=True).start()
-        return hosted
+        elif shard in self._left:
+            replica.take(self._left[shard])
+        return Hosted(mesh, replica, tensors, self._hear_of_trouble)
 
     def _mesh(self, what: str) -> Mesh:
         num_bytes = sum(parameter.nbytes for parameter in self._parameters)
@@ -140,6 +147,7 @@ class Colocated:
             f"{what} {uuid.uuid4().hex}",
             secret=self._secret,
             address=self._address,
+            here=self._here,
             max_bytes=(MAX_COPIES + 2 * self._preset.train.virtual_workers.bit_length()) * num_bytes + MAX_OTHER_BYTES,
         )
 
@@ -172,13 +180,14 @@ class Colocated:
     def _forget(self) -> None:
         for hosted in self._hosted.values():
             hosted.close()
-        self._hosted = {}
+        self._hosted, self._left = {}, {}
 
     # ---- a step ------------------------------------------------------------------------------------------------------
 
     @cached_property
     def shards(self) -> tuple[Shard, ...]:
-        return shards([parameter.numel() for parameter in self._parameters], self._preset.launch.servers)
+        sizes = [parameter.numel() for parameter in self._parameters]
+        return shards(sizes, self._preset.launch.servers, self._tables)
 
     @cached_property
     def _worker(self) -> Mesh:
@@ -195,19 +204,20 @@ class Colocated:
         return self._maybe_remote
 
     @property
-    def _answer(self) -> tuple[Decision, Sequence[Tensor]]:
+    def _answer(self) -> tuple[Decision, Sequence[Tensor | Part]]:
         assert self._maybe_answer is not None, "a step was decided"
         return self._maybe_answer
 
-    def step(self, step: int, sums: Sequence[tuple[Subtree, Sequence[Tensor], Tensor]]) -> Tensor:
+    def merged(self, gradients: Sequence[Tensor], rows: Sequence[Rows]) -> list[Tensor | Rows]:
+        """Of all parameters, from those of all others and those of tables."""
+        return merged(gradients, rows, [number in self._tables for number in range(len(self._parameters))])
+
+    def step(self, step: int, sums: Sequence[tuple[Subtree, Sequence[Tensor | Rows], Tensor]]) -> Tensor:
         """Give this rank's sums (training.arithmetic.exact) of a step. Returns the sum of all extras. Raises
         `PrimaryLost`."""
         self._step, self._maybe_answer = step, None
         parts = [
-            [
-                (subtree, torch.cat([pieces_of(gradients, shard), *([] if number else [extras])]))
-                for subtree, gradients, extras in sums
-            ]
+            [(subtree, part_of(gradients, shard, () if number else (extras,))) for subtree, gradients, extras in sums]
             for number, shard in enumerate(self.shards)
         ]
         try:
@@ -244,8 +254,7 @@ class Colocated:
     def apply(self) -> None:
         """Take the parameters after the step."""
         for shard, values in zip(self.shards, self._answer[1], strict=True):
-            for piece, elements in zip(shard, split(values, shard), strict=True):
-                self._parameters[piece.parameter].view(-1)[piece.start : piece.stop] = elements
+            put(values, shard, self._parameters)
 
     def optimizer_entries(self) -> dict[Tensor, dict[str, Any]]:
         """What the shards keep of each parameter, as one optimizer would. Raises `PrimaryLost`."""
@@ -283,9 +292,12 @@ class Colocated:
 class ServedReducer:
     """Gives the servers this rank's sums, where `ExactReducer` gives them to other ranks."""
 
-    def __init__(self, exact: ExactReducer, servers: Colocated, next_step: Callable[[], int]) -> None:
-        """`exact` exchanges nothing."""
+    def __init__(
+        self, exact: ExactReducer, servers: Colocated, next_step: Callable[[], int], *, objective: nn.Module
+    ) -> None:
+        """`exact` exchanges nothing, and leaves the tables of its `objective` alone."""
         self._exact = exact
+        self._rows = RowSums(tables_of(objective), exact.owned)
         self._servers = servers
         self._next_step = next_step
         self.owned = exact.owned
@@ -295,13 +307,17 @@ class ServedReducer:
 
     def backward(self, worker: int, loss: Tensor, extras: Tensor) -> None:
         self._exact.backward(worker, loss, extras)
+        self._rows.end_worker(worker)
 
     def finish(self) -> Tensor:
         """Raises `PrimaryLost`."""
-        return self._servers.step(self._next_step(), self._exact.sums())
+        found = zip(self._exact.sums(), self._rows.take(), strict=True)
+        sums = [(tree, self._servers.merged(dense, rows), extras) for (tree, dense, extras), rows in found]
+        return self._servers.step(self._next_step(), sums)
 
     def close(self) -> None:
         self._exact.close()
+        self._rows.close()
 
 
 class _NotFiniteError(Exception):

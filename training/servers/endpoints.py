@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import queue
+import threading
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,8 +30,10 @@ def serve(
     replica: Replica,
     changes: queue.SimpleQueue[Begun | None],
     on_trouble: Callable[[int, Exception | None], None] = lambda token, maybe_error: None,
+    maybe_lock: threading.Lock | None = None,
 ) -> None:
-    """Until `changes` gives None. Whoever puts something there calls `wake`.
+    """Until `changes` gives None. Whoever puts something there calls `wake`. Whoever has the lock meanwhile sees the
+    replica between two messages: what it acknowledged, it has.
 
     `on_trouble` hears that a peer of this group is lost, or of an error of the replica's own, which is its end: nobody
     else may notice, and all wait for its answer.
@@ -37,19 +41,27 @@ def serve(
     while True:
         sender, message = mesh.inbox.get()
         try:
-            while not changes.empty():
-                begun = changes.get()
-                if begun is None:
+            with maybe_lock or nullcontext():
+                if not _has_begun(mesh, replica, changes):
                     return
-                mesh.begin(begun.assignment.token, begun.places)
-                mesh.send(replica.begin(begun.assignment))
-            if not isinstance(message, Lost):
-                mesh.send(replica.handle(sender, message))
-            elif message.token == replica.token and sender != mesh.name:
-                on_trouble(replica.token, None)
+                if not isinstance(message, Lost):
+                    mesh.send(replica.handle(sender, message))
+                elif message.token == replica.token and sender != mesh.name:
+                    on_trouble(replica.token, None)
         except Exception as error:  # whoever waits for this replica raises it
             on_trouble(replica.token, error)
             return
+
+
+def _has_begun(mesh: Mesh, replica: Replica, changes: queue.SimpleQueue[Begun | None]) -> bool:
+    """With the newest group there is; False once there will be none."""
+    while not changes.empty():
+        begun = changes.get()
+        if begun is None:
+            return False
+        mesh.begin(begun.assignment.token, begun.places)
+        mesh.send(replica.begin(begun.assignment))
+    return True
 
 
 def wake(mesh: Mesh) -> None:

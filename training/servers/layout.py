@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_left
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from itertools import accumulate, pairwise
 
-from training.arithmetic.norm import blocks
+from training.arithmetic.norm import BLOCK_ELEMENTS
 
 
 @dataclass(frozen=True)
@@ -17,26 +18,44 @@ class Piece:
     parameter: int
     start: int
     stop: int
+    row_elements: int = 0
+    """Of a table (training.arithmetic.sparse), whose pieces are of whole rows; 0 for all others."""
 
     @property
     def num_elements(self) -> int:
         return self.stop - self.start
 
+    @property
+    def rows(self) -> range:
+        return range(self.start // self.row_elements, self.stop // self.row_elements)
+
+    @property
+    def unit_elements(self) -> int:
+        """What is never cut: a block, and as many of them as have whole rows."""
+        return math.lcm(BLOCK_ELEMENTS, self.row_elements or 1)
+
 
 Shard = tuple[Piece, ...]
 
 
-def shards(sizes: Sequence[int], num_shards: int) -> tuple[Shard, ...]:
+def shards(sizes: Sequence[int], num_shards: int, tables: Mapping[int, int] | None = None) -> tuple[Shard, ...]:
     """Pieces of parameters of these numbers of elements, in their order; no block is cut, so each shard is within one
-    block of its fair share. A shard may be empty if there are fewer blocks than shards.
+    block of its fair share. A shard may be empty if there are fewer blocks than shards. `tables` are the numbers of
+    those that are, and the elements of their rows, which are not cut either.
 
     (Range sharding: Li et al., OSDI'14, section 4.1; by bytes, not by tensors, as BytePS does, OSDI'20.)
     """
-    all_blocks = [Piece(number, block.start, block.stop) for number, size in enumerate(sizes) for block in blocks(size)]
+    wholes = [Piece(number, 0, size, (tables or {}).get(number, 0)) for number, size in enumerate(sizes)]
+    all_blocks = [unit for whole in wholes for unit in _units(whole)]
     ends = list(accumulate(block.num_elements for block in all_blocks))
     total = ends[-1] if ends else 0
     cuts = [_nearest([0, *ends], total * shard / num_shards) for shard in range(num_shards)] + [len(all_blocks)]
     return tuple(_joined(all_blocks[begin:end]) for begin, end in pairwise(cuts))
+
+
+def _units(whole: Piece) -> list[Piece]:
+    starts = range(0, whole.stop, whole.unit_elements)
+    return [replace(whole, start=start, stop=min(start + whole.unit_elements, whole.stop)) for start in starts]
 
 
 def _nearest(ends: Sequence[int], wanted: float) -> int:
@@ -50,7 +69,7 @@ def _joined(found: Sequence[Piece]) -> Shard:
     joined: list[Piece] = []
     for block in found:
         if joined and joined[-1].parameter == block.parameter:
-            joined[-1] = Piece(block.parameter, joined[-1].start, block.stop)
+            joined[-1] = replace(block, start=joined[-1].start)
         else:
             joined.append(block)
     return tuple(joined)

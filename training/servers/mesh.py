@@ -1,4 +1,6 @@
-"""How the processes of one group hear one another: a TCP connection for each direction between two of them.
+"""How the processes of one group hear one another: a connection for each direction between two of them, through memory
+that both have if they are on one host (training.servers.shared), else by TCP. Which it is, is found out: whoever
+listens at an address does so by a name of it too, among the abstract Unix sockets, which only its own host reaches.
 
 A connection's order is the order of its messages, and its end is an event: who is told that a peer is lost does not
 wait for it. Both ends prove that they know the run's secret, for this token and these names alone; what follows is
@@ -22,14 +24,13 @@ from hashlib import sha256
 from training.documents import canonical_json
 from training.errors import DamagedError
 from training.servers.protocol import Message, Send
-from training.servers.wire import decode, encode
+from training.servers.shared import SharedReceiver, SharedSender
+from training.servers.streams import StreamReceiver, StreamSender, read
 
 HANDSHAKE_SECONDS = 5.0
 ACCEPT_PAUSE_SECONDS = 0.1
 NONCE_BYTES = 16
 MAX_NAME_BYTES = 256
-MAX_BUFFERS = 512
-"""That one call of the kernel takes."""
 
 Address = tuple[str, int]
 log = logging.getLogger(__name__)
@@ -43,15 +44,23 @@ class Lost:
 
 
 class Mesh:
-    """`inbox` gets (sender, what it said, or `Lost`). Messages to this process itself come without a copy."""
+    """`inbox` gets (sender, what it said, or `Lost`)."""
 
-    def __init__(self, name: str, *, secret: str, address: str, max_bytes: int) -> None:
+    def __init__(
+        self, name: str, *, secret: str, address: str, max_bytes: int, here: dict[str, Mesh] | None = None
+    ) -> None:
+        """`here` are the meshes of this process that need no connection to one another; this one becomes one of them.
+        What they say comes as it is, not copied: nobody may change it afterwards."""
         self.name = name
+        self._here = {} if here is None else here
+        self._here[name] = self
         self.inbox: queue.SimpleQueue[tuple[str, Message | Lost]] = queue.SimpleQueue()
         self._secret = secret.encode()
         self._max_bytes = max_bytes
         self._listener = socket.create_server((address, 0))
         self.address: Address = self._listener.getsockname()[:2]
+        maybe_local = _maybe_listening_at(_local_name(self.address))
+        self._listeners = [self._listener, *([maybe_local] if maybe_local else [])]
         self._lock = threading.Lock()
         self._is_closed = False
         self._token = 0
@@ -59,7 +68,8 @@ class Mesh:
         self._outboxes: dict[str, queue.SimpleQueue[Message | None]] = {}
         self._sockets: dict[socket.socket, int] = {}
         """Of both directions, and the token that each is of."""
-        self._start(self._accept)
+        for listener in self._listeners:
+            self._start(self._accept, listener)
 
     def begin(self, token: int, places: Mapping[str, Address]) -> None:
         """Another group, whose members are there. What goes to members of the one before is given up."""
@@ -75,14 +85,15 @@ class Mesh:
     def send(self, sends: list[Send]) -> None:
         """In order, for each receiver. Whoever is in no group, or gone, gets nothing."""
         for one in sends:
-            if one.to == self.name:
-                self.inbox.put((self.name, one.message))
-            else:
-                self._post(one)
+            self._post(one)
 
     def _post(self, one: Send) -> None:
         with self._lock:
             if one.message.token != self._token or one.to not in self._places:
+                return
+            maybe_here = self._here.get(one.to)
+            if maybe_here is not None:
+                maybe_here.inbox.put((self.name, one.message))
                 return
             if one.to not in self._outboxes:
                 self._outboxes[one.to] = queue.SimpleQueue()
@@ -91,10 +102,12 @@ class Mesh:
 
     def close(self) -> None:
         self._is_closed = True
+        self._here.pop(self.name)
         self.begin(0, {})
-        with self._lock, suppress(OSError):
-            self._listener.shutdown(socket.SHUT_RDWR)
-        self._listener.close()
+        for listener in self._listeners:
+            with self._lock, suppress(OSError):
+                listener.shutdown(socket.SHUT_RDWR)
+            listener.close()
         for connection in list(self._sockets):
             with suppress(OSError):
                 connection.shutdown(socket.SHUT_RDWR)
@@ -106,17 +119,31 @@ class Mesh:
 
     def _deliver(self, to: str, address: Address, token: int, outbox: queue.SimpleQueue[Message | None]) -> None:
         try:
-            with socket.create_connection(address, timeout=HANDSHAKE_SECONDS) as connection:
-                connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-                self._introduce(connection, to, token)
-                connection.settimeout(None)
-                with self._known(connection, token):
-                    while (message := outbox.get()) is not None:
-                        _send_all(connection, message)
+            with self._connected(to, address, token) as connection, self._known(connection, token):
+                sender = SharedSender(connection) if _is_local(connection) else StreamSender(connection)
+                while (message := outbox.get()) is not None:
+                    sender.send(message)
         except Exception as error:  # also what cannot be encoded: whoever waits for it hears that it will not come
             if not isinstance(error, OSError | DamagedError):
                 log.exception("%s could not say something to %s", self.name, to)
             self.inbox.put((to, Lost(token=token)))
+
+    def _connected(self, to: str, address: Address, token: int) -> socket.socket:
+        """By the nearest way. Raises `OSError`; `DamagedError` for somebody who does not know the secret."""
+        with suppress(OSError, DamagedError):  # it is on another host, or somebody here took that name
+            return self._introduced(_connected_to(_local_name(address)), to, token)
+        connection = socket.create_connection(address, timeout=HANDSHAKE_SECONDS)
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        return self._introduced(connection, to, token)
+
+    def _introduced(self, connection: socket.socket, to: str, token: int) -> socket.socket:
+        try:
+            self._introduce(connection, to, token)
+        except BaseException:
+            connection.close()
+            raise
+        connection.settimeout(None)
+        return connection
 
     @contextmanager
     def _known(self, connection: socket.socket, token: int) -> Iterator[None]:
@@ -128,13 +155,13 @@ class Mesh:
 
     def _introduce(self, connection: socket.socket, to: str, token: int) -> None:
         """Raises `DamagedError` for somebody who does not know the secret."""
-        theirs = _read(connection, NONCE_BYTES)
+        theirs = read(connection, NONCE_BYTES)
         own = secrets.token_bytes(NONCE_BYTES)
         name = self.name.encode()
         greeting = len(name).to_bytes(2, "little") + name + token.to_bytes(8, "little") + own
         connection.sendall(greeting + self._proof("sender", theirs, own, self.name, to, token))
         _require_equal(
-            _read(connection, sha256().digest_size), self._proof("receiver", theirs, own, self.name, to, token)
+            read(connection, sha256().digest_size), self._proof("receiver", theirs, own, self.name, to, token)
         )
 
     def _proof(self, role: str, theirs: bytes, own: bytes, sender: str, receiver: str, token: int) -> bytes:
@@ -143,10 +170,10 @@ class Mesh:
 
     # ---- receiving ---------------------------------------------------------------------------------------------------
 
-    def _accept(self) -> None:
+    def _accept(self, listener: socket.socket) -> None:
         while not self._is_closed:
             try:
-                connection, _ = self._listener.accept()
+                connection, _ = listener.accept()
             except OSError:
                 time.sleep(ACCEPT_PAUSE_SECONDS)  # closed, or there is no file descriptor left
             else:
@@ -161,9 +188,10 @@ class Mesh:
             except (OSError, DamagedError):
                 return
             try:
+                receiver = SharedReceiver(connection) if _is_local(connection) else StreamReceiver(connection)
                 with self._known(connection, token):
                     while True:
-                        message = decode(lambda view: _read_into(connection, view), max_bytes=self._max_bytes)
+                        message = receiver.receive(max_bytes=self._max_bytes)
                         if message.token == token:
                             self.inbox.put((sender, message))
             except (OSError, DamagedError, MemoryError):
@@ -173,13 +201,13 @@ class Mesh:
         """Who sends here, and of which token. Raises `DamagedError` for somebody who does not know the secret."""
         own = secrets.token_bytes(NONCE_BYTES)
         connection.sendall(own)
-        num_bytes = int.from_bytes(_read(connection, 2), "little")
+        num_bytes = int.from_bytes(read(connection, 2), "little")
         if num_bytes > MAX_NAME_BYTES:
             raise DamagedError("a greeting by a name that is too long")
-        sender = _read(connection, num_bytes).decode(errors="replace")
-        token = int.from_bytes(_read(connection, 8), "little")
-        theirs = _read(connection, NONCE_BYTES)
-        proof = _read(connection, sha256().digest_size)
+        sender = read(connection, num_bytes).decode(errors="replace")
+        token = int.from_bytes(read(connection, 8), "little")
+        theirs = read(connection, NONCE_BYTES)
+        proof = read(connection, sha256().digest_size)
         _require_equal(proof, self._proof("sender", own, theirs, sender, self.name, token))
         connection.sendall(self._proof("receiver", own, theirs, sender, self.name, token))
         return sender, token
@@ -190,27 +218,34 @@ def _require_equal(found: bytes, expected: bytes) -> None:
         raise DamagedError("a greeting that does not prove where it comes from")
 
 
-def _send_all(connection: socket.socket, message: Message) -> None:
-    head, buffers = encode(message)
-    views = [memoryview(head), *(buffer for buffer in buffers if len(buffer))]
-    while views:
-        num_sent = connection.sendmsg(views[:MAX_BUFFERS])
-        while views and num_sent >= len(views[0]):
-            num_sent -= len(views.pop(0))
-        if num_sent:
-            views[0] = views[0][num_sent:]
+def _local_name(address: Address) -> str:
+    """Of an abstract Unix socket, which is no file, and gone with its process."""
+    host, port = address
+    return f"\0unbroken-mesh-{host}-{port}"
 
 
-def _read(connection: socket.socket, num_bytes: int) -> bytes:
-    found = bytearray(num_bytes)
-    _read_into(connection, memoryview(found))
-    return bytes(found)
+def _is_local(connection: socket.socket) -> bool:
+    return connection.family == socket.AF_UNIX
 
 
-def _read_into(connection: socket.socket, view: memoryview) -> None:
-    """Raises `ConnectionError` at the end."""
-    while len(view):
-        num_bytes = connection.recv_into(view)
-        if num_bytes == 0:
-            raise ConnectionError("the peer closed the connection")
-        view = view[num_bytes:]
+def _maybe_listening_at(name: str) -> socket.socket | None:
+    """None if somebody has taken that name: then all come by TCP."""
+    listener = socket.socket(socket.AF_UNIX)
+    try:
+        listener.bind(name)
+        listener.listen()
+    except OSError:
+        listener.close()
+        return None
+    return listener
+
+
+def _connected_to(name: str) -> socket.socket:
+    connection = socket.socket(socket.AF_UNIX)
+    connection.settimeout(HANDSHAKE_SECONDS)
+    try:
+        connection.connect(name)
+    except BaseException:
+        connection.close()
+        raise
+    return connection

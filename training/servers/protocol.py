@@ -132,6 +132,13 @@ class Copy(Message):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Left(Message):
+    """What a process that ends had of replicas, by their shards: for the process in its place."""
+
+    copies: dict[int, Copy]
+
+
+@dataclass(frozen=True, kw_only=True)
 class Reached(Message):
     """A backup has come so far."""
 

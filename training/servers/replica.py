@@ -49,6 +49,10 @@ class State(Protocol):
 
     def values(self) -> Any: ...
 
+    def changes(self) -> Any:
+        """What the last step changed of the values."""
+        ...
+
     def snapshot(self) -> Any: ...
 
     def load(self, snapshot: Any, step: int) -> None: ...
@@ -99,6 +103,23 @@ class Replica:
         """The state holds what all shards begin with."""
         self._is_filled = True
         self._maybe_total = self._maybe_decision = None
+
+    def copy(self) -> Copy:
+        """All that it has."""
+        return Copy(
+            token=self.token,
+            position=self.position,
+            snapshot=self.state.snapshot(),
+            maybe_total=self._maybe_total,
+            maybe_decision=self._maybe_decision,
+        )
+
+    def take(self, copy: Copy) -> None:
+        """Become that one, if it has come further."""
+        if copy.position > self.position:
+            self.state.load(copy.snapshot, copy.position // 2)
+            self._is_filled = True
+            self._maybe_total, self._maybe_decision = copy.maybe_total, copy.maybe_decision
 
     @property
     def is_lost(self) -> bool:
@@ -169,20 +190,10 @@ class Replica:
         return set(self._standings) == set(self._maybe_assignment.backups)
 
     def _copy_to(self, name: str) -> Send:
-        return self._to(
-            name,
-            Copy,
-            position=self.position,
-            snapshot=self.state.snapshot(),
-            maybe_total=self._maybe_total,
-            maybe_decision=self._maybe_decision,
-        )
+        return Send(to=name, message=self.copy())
 
     def _take_copy(self, sender: str, message: Copy) -> list[Send]:
-        if message.position > self.position:
-            self.state.load(message.snapshot, message.position // 2)
-            self._is_filled = True
-            self._maybe_total, self._maybe_decision = message.maybe_total, message.maybe_decision
+        self.take(message)
         if self.is_primary:
             return self._maybe_get_ready()
         return [self._to(sender, Reached, position=self.position)]
@@ -246,8 +257,12 @@ class Replica:
         is_to_come = isinstance(message, Apply) and message.step > done
         if is_to_come or not self._are_all_at(2 * done):
             return None
-        is_of_all = isinstance(message, Pull) and message.with_optimizer
-        return self._to(name, Values, step=done, values=self.state.snapshot() if is_of_all else self.state.values())
+        return self._to(name, Values, step=done, values=self._asked_for(message))
+
+    def _asked_for(self, message: Message) -> Any:
+        if not isinstance(message, Pull):
+            return self.state.changes()
+        return self.state.snapshot() if message.with_optimizer else self.state.values()
 
     def _hear_reached(self, sender: str, message: Reached) -> list[Send]:
         self._positions[sender] = message.position

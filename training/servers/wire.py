@@ -11,11 +11,13 @@ from torch import Tensor
 
 from training import tensorfile
 from training.arithmetic.reduce import Subtree
+from training.arithmetic.sparse import Rows
 from training.checkpoints.snapshot import bytes_of
 from training.documents import canonical_json, read_document
 from training.errors import DamagedError
 from training.servers import protocol
 from training.servers.arithmetic import Decision, Report
+from training.servers.rows import Part
 
 MAX_HEAD_BYTES = 1 << 26
 KINDS = {
@@ -23,7 +25,8 @@ KINDS = {
     for kind in (
         *(protocol.Push, protocol.Apply, protocol.Pull, protocol.Held, protocol.Decided, protocol.Values),
         *(protocol.Standing, protocol.Hold, protocol.Commit, protocol.Fetch, protocol.Copy, protocol.Reached),
-        *(Subtree, Report, Decision),
+        protocol.Left,
+        *(Subtree, Report, Decision, Part, Rows),
     )
 }
 """What may come, alone or inside of another."""
@@ -53,24 +56,28 @@ def _packed(value: Any, tensors: list[Tensor]) -> Any:
     return value
 
 
-def decode(read_into: Callable[[memoryview], None], *, max_bytes: int) -> protocol.Message:
-    """The next message. `read_into` fills what it is given; tensors come where they will lie.
+def decode(
+    read_into: Callable[[memoryview], None], read_body: Callable[[int], Tensor] | None = None, *, max_bytes: int
+) -> protocol.Message:
+    """The next message. `read_into` fills what it is given; `read_body` gives so many bytes, in which the tensors lie
+    then: without it, they are read into new memory.
 
     Raises `DamagedError` for what is no message, or has tensors of more than `max_bytes` in all.
     """
     head = _read_head(read_into)
     places = tensorfile.layout(memoryview(head))
-    if sum(place.stop - place.start for place in places.values()) > max_bytes:
+    num_bytes = _num_body_bytes(places, len(head))
+    if num_bytes > max_bytes:
         raise DamagedError(f"a message of more than {max_bytes} bytes")
     metadata = read_document(head[8:], what="a message").get("__metadata__")
     if not isinstance(metadata, dict) or not isinstance(metadata.get("message"), str):
         raise DamagedError("a message does not say what it is")
     body = read_document(metadata["message"], what="a message")
-    tensors = {}
-    for name, place in places.items():
-        tensors[name] = torch.empty(place.shape, dtype=place.dtype)
-        if tensors[name].numel():
-            read_into(bytes_of(tensors[name]))
+    bytes_read = read_body(num_bytes) if read_body else _read_new(read_into, num_bytes)
+    tensors = {
+        name: _tensor(bytes_read[place.start - len(head) : place.stop - len(head)], place)
+        for name, place in places.items()
+    }
     try:
         message = _unpacked(body, tensors)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
@@ -78,6 +85,40 @@ def decode(read_into: Callable[[memoryview], None], *, max_bytes: int) -> protoc
     if not isinstance(message, protocol.Message):
         raise DamagedError(f"a message is a {type(message).__name__}")
     return message
+
+
+def _num_body_bytes(places: tensorfile.Layout, num_head_bytes: int) -> int:
+    """Tensors lie end to end."""
+    end = num_head_bytes
+    for place in places.values():
+        if place.start != end:
+            raise DamagedError("a message whose tensors do not lie end to end")
+        end = place.stop
+    return end - num_head_bytes
+
+
+def _read_new(read_into: Callable[[memoryview], None], num_bytes: int) -> Tensor:
+    found = torch.empty(num_bytes, dtype=torch.uint8)
+    if num_bytes:
+        read_into(bytes_of(found))
+    return found
+
+
+def _tensor(part: Tensor, place: tensorfile.Place) -> Tensor:
+    """Not copied, unless it lies where such elements cannot."""
+    if part.storage_offset() % place.dtype.itemsize:
+        part = part.clone()
+    return part.view(place.dtype).view(place.shape)
+
+
+def decode_from(data: memoryview) -> protocol.Message:
+    """The message that lies there; nothing of it does afterwards."""
+
+    def read_into(view: memoryview) -> None:
+        nonlocal data
+        view[:], data = data[: len(view)], data[len(view) :]
+
+    return decode(read_into, max_bytes=len(data))
 
 
 def _read_head(read_into: Callable[[memoryview], None]) -> bytes:

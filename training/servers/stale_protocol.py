@@ -1,0 +1,42 @@
+"""The words of bounded staleness (training.servers.staleness): from a worker to a shard, and back."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from training.servers.protocol import Message
+
+
+@dataclass(frozen=True, kw_only=True)
+class Join(Message):
+    """How far has my place come? Its worker before may be dead."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Joined(Message):
+    clock: int
+    """The number of steps of that place which the shard has applied."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Update(Message):
+    """What a worker's step of that number adds, to be applied at once."""
+
+    clock: int
+    update: Any
+
+
+@dataclass(frozen=True, kw_only=True)
+class Read(Message):
+    """Of a worker that has finished so many steps: the parameters for the next one."""
+
+    clock: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fresh(Message):
+    """Parameters that are fresh enough for a worker which has finished so many steps."""
+
+    clock: int
+    values: Any
