@@ -358,6 +358,8 @@ def build(kind: type[T], document: Any, *, where: str) -> T:
             raise UserError(f"{prefix + key} = {value!r}: {reason[0].lower()}{reason[1:]}") from error
         if isinstance(value, float):
             _require(math.isfinite(value), prefix + key, f"= {value}: must be finite")
+        if isinstance(value, int):
+            _require(abs(value) < 1 << 63, prefix + key, "must fit into 64 bits")
     missing = [prefix + item.name for item in fields(kind) if _is_required(item) and item.name not in values]  # type: ignore[arg-type]
     if missing:
         raise UserError(f"missing key{'s' * (len(missing) > 1)}: {', '.join(missing)}")

@@ -177,12 +177,10 @@ class Trainer:
         """Take up what a rank has in memory, or the newest proven checkpoint, or begin at step 0, as a rule with new
         weights; rank 0 notes which."""
         since = self.checkpoints.committed_step
-        found = self.handover.find(since=since, device=self.rank.device)
+        found = self.handover.find(since=since)
         if self._maybe_servers is not None:
             self.handover.find_servers(self._maybe_servers)
-            if not self._maybe_servers.can_go_on(
-                found.step if found else None, nodes=self._nodes_of_ranks, device=self.rank.device
-            ):
+            if not self._maybe_servers.can_go_on(found.step if found else None, nodes=self._nodes_of_ranks):
                 found = None
         if self.handover.has_kept and not (found is not None and found.is_here):
             self.state = self.new_state()  # nothing of another step may stay, and that one may still be asked for
@@ -200,7 +198,7 @@ class Trainer:
         self.checkpoints.committed_step = since
         if self._maybe_servers is not None:
             rank = self.rank
-            self._maybe_servers.begin(self.state, token=rank.token, rank=rank.rank, device=rank.device)
+            self._maybe_servers.begin(self.state, token=rank.token, rank=rank.rank)
         self.handover.keep(self.settled_state, journal, servers=self._maybe_servers)
         self.handover.step = self.state.step
         self.tell_history(source="memory" if found is not None else "checkpoint" if since else "start")
@@ -396,7 +394,7 @@ class Trainer:
         the others, and who is slow."""
         with self.handover.waiting(), _lost_with_a_peer():
             mine = torch.tensor([self.pace.take_median()], dtype=torch.float64)
-            outside: list[float] = of_all_ranks(mine.to(self.rank.device)).flatten().tolist()
+            outside: list[float] = of_all_ranks(mine).flatten().tolist()
         slow = maybe_straggler(outside) if self.preset.train.mode == "exact" else None  # DDP waits as it goes back
         self.emit("pace", outside_seconds=outside, straggler=slow and self.named(slow))
 

@@ -144,12 +144,21 @@ def _join(kit: Kit, seat: Seat, rendezvous: Any) -> None:
         wait([kit.maybe_leaving])
     with kit.connections.opening():
         dist.init_process_group(
-            "nccl" if kit.device.type == "cuda" else "gloo",
+            _backend(kit.device, seat, rendezvous),
             store=rendezvous,
             rank=seat.rank,
             world_size=seat.world_size,
             timeout=timedelta(seconds=kit.job.preset.launch.collective_timeout_seconds),
         )
+
+
+def _backend(device: torch.device, seat: Seat, rendezvous: Any) -> str:
+    """Gradients on GPUs travel by NCCL; but by gloo if two ranks share one, which NCCL refuses."""
+    if device.type == "cpu":
+        return "gloo"
+    rendezvous.set(f"gpu/{seat.rank}", str(torch.cuda.get_device_properties(device).uuid))
+    gpus = {rendezvous.get(f"gpu/{rank}") for rank in range(seat.world_size)}
+    return "cpu:gloo,cuda:nccl" if len(gpus) == seat.world_size else "cpu:gloo,cuda:gloo"
 
 
 def _admitted(run: RunRecord, record: Record, here: dict[str, str]) -> Record:

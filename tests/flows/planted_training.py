@@ -66,7 +66,7 @@ BUGS = (
     Bug(
         name="memory is forgotten",
         module="loop",
-        old="found = self.handover.find(since=since, device=self.rank.device)",
+        old="found = self.handover.find(since=since)",
         new="found = None",
         fault="worker-killed",
     ),

@@ -15,7 +15,7 @@ from tests.distributed import groups
 from tests.distributed.groups import ENTRY, Group, Node, Pause, make_node, regroup, require_same
 from tests.distributed.pausing import APPLIED, FORMING, MID_STEP
 from tests.servers.wide import Wide
-from tests.unit.tiny import CPU, exact_arithmetic, make_trainer
+from tests.unit.tiny import exact_arithmetic, make_trainer
 from training.cluster.zygote import Zygote
 from training.control import EXIT_STOPPED
 from training.errors import DeterministicError, UserError
@@ -53,9 +53,9 @@ def test_a_parameter_that_cannot_be_cut_in_place_is_refused_by_name() -> None:
     servers = Colocated(Wide(), PRESET, address="127.0.0.1", secret="s")
     state = make_trainer(preset=PRESET, recipe=Wide()).state
     state.model.weight.data = state.model.weight.data.t().contiguous().t()
-    assert not servers.can_go_on(None, nodes=[0], device=CPU)
+    assert not servers.can_go_on(None, nodes=[0])
     with pytest.raises(UserError, match="weight is not contiguous"):
-        servers.begin(state, token=1, rank=0, device=CPU)
+        servers.begin(state, token=1, rank=0)
 
 
 def alone(*, num_servers: int) -> Trainer:
@@ -65,8 +65,8 @@ def alone(*, num_servers: int) -> Trainer:
         preset = replace(PRESET, launch=replace(PRESET.launch, servers=num_servers))
         servers = Colocated(Wide(), preset, address="127.0.0.1", secret="s")
         trainer = make_trainer(preset=PRESET, recipe=Wide(), servers=servers)
-        assert not servers.can_go_on(None, nodes=[0], device=CPU)
-        servers.begin(trainer.state, token=1, rank=0, device=CPU)
+        assert not servers.can_go_on(None, nodes=[0])
+        servers.begin(trainer.state, token=1, rank=0)
     return trainer
 
 

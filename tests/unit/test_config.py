@@ -70,6 +70,7 @@ def test_there_are_built_in_presets() -> None:
         ("steps = 10", 'steps = "ten"', "train.steps = 'ten': input should be a valid integer"),
         ("steps = 10", "steps = 10.5", "train.steps = 10.5: input should be a valid integer"),
         ("steps = 10", "steps = true", "train.steps = True: input should be a valid integer"),
+        ("steps = 10", f"steps = {1 << 63}", "train.steps must fit into 64 bits"),
         (
             'format = "jsonl"',
             'format = "tfrecord"',
@@ -218,7 +219,7 @@ def test_hyperparameters_are_what_a_job_can_say(preset_file: Path, value: str) -
         load_with(preset_file, "width = 3", f"width = {value}")
 
 
-@pytest.mark.parametrize("value", ["[" * 5000, "9" * 5000])
+@pytest.mark.parametrize("value", ["[" * 5000, "9" * 5000, "[" * 150 + "]" * 150])
 def test_an_override_that_is_no_toml_is_a_text(value: str) -> None:
     assert parse_override(f"a={value}") == ("a", value)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -47,10 +48,16 @@ def test_parse_makes_nested_dataclasses_and_passes_over_other_keys() -> None:
 
 @pytest.mark.parametrize(
     ("document", "field"),
-    [({"inner": [{"number": 1}, {}]}, "inner.1.number"), ({"inner": [], "name": 5}, "name"), ({}, "inner")],
+    [
+        ({"inner": [{"number": 1}, {}]}, "inner.1.number"),
+        ({"inner": [{"number": "1"}]}, "inner.0.number"),
+        ({"inner": [], "name": 5}, "name"),
+        ({}, "inner"),
+        ({"inner": math.inf}, "Out of range float"),
+    ],
 )
 def test_parse_names_the_damaged_field(document: object, field: str) -> None:
-    with pytest.raises(DamagedError, match=rf"a stored Outer is damaged: {field}:"):
+    with pytest.raises(DamagedError, match=rf"a stored Outer is damaged: {field}"):
         parse(Outer, document)
 
 
@@ -64,6 +71,7 @@ def test_parse_names_the_damaged_field(document: object, field: str) -> None:
         (b"-" + b"9" * 5000, "is too large"),
         (b"1e999", "is too large"),
         (b"NaN", "is no JSON"),
+        (b'[{"a": 1, "a": 2}]', "says a name twice"),
         (b'{"a": "\\ud800"}', "surrogates not allowed"),
         (b"\xff", "can't decode"),
     ],
@@ -79,7 +87,9 @@ def test_json_as_deep_and_as_large_as_it_may_be_is_read() -> None:
     assert read_json(json.dumps([[]] * 1000), what="it") == [[]] * 1000, "wide is not deep"
 
 
-@pytest.mark.parametrize("text", [b"a = " + b"[" * 5000, b"a = " + b"9" * 5000, b"a = \xff", b"a", b"a = 1979-13-45"])
+@pytest.mark.parametrize(
+    "text", [b"a = " + b"[" * 5000, b"a = " + b"9" * 5000, b"a = \xff", b"a", b"a = 1979-13-45", b"a." * 200 + b"a = 1"]
+)
 def test_a_file_that_is_no_toml_is_named(tmp_path: Path, text: bytes) -> None:
     path = tmp_path / "a.toml"
     path.write_bytes(text)

@@ -416,7 +416,7 @@ def test_a_file_without_a_folder_has_no_label(tmp_path: Path) -> None:
         ("webdataset", "x: not readable as data.format = 'web"),
     ],
 )
-@pytest.mark.parametrize("damage", ["cut", "cut between members", "head", "empty"])
+@pytest.mark.parametrize("damage", ["cut", "cut between members", "head", "empty", "packed head", "extra's length"])
 def test_damaged_files_are_named(tmp_path: Path, kind: str, complaint: str, damage: str) -> None:
     path = tmp_path / "raw/x"
     if kind == "parquet":
@@ -429,11 +429,21 @@ def test_damaged_files_are_named(tmp_path: Path, kind: str, complaint: str, dama
         "cut between members": good[: 5 * 2560],
         "head": b"\xff" * 600 + good[600:],
         "empty": b"",
+        "packed head": b"\x1f\x8b\x08",
+        "extra's length": extended_tar(b"9" * 30 + b" path=a\n"),
     }
     path.write_bytes(damaged[damage])
     config = data_config(format=kind)
     with pytest.raises(UserError, match=complaint):
         read_all(local_source(tmp_path, config), config)
+
+
+def extended_tar(header: bytes) -> bytes:
+    """Whose first member has this PAX header."""
+    extra = tarfile.TarInfo("x")
+    extra.type, extra.size = tarfile.XHDTYPE, len(header)
+    member = tarfile.TarInfo("1.bin")
+    return extra.tobuf(tarfile.USTAR_FORMAT) + header.ljust(512, b"\0") + member.tobuf() + bytes(1024)
 
 
 def test_a_member_that_comes_twice_is_named(tmp_path: Path) -> None:

@@ -12,7 +12,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from tests.unit.tiny import CPU
 from training.errors import InfrastructureError
 from training.memory import transfer
 from training.memory.live import Live, live
@@ -86,8 +85,8 @@ def test_any_state_arrives_whole(lengths: list[int], chunk_bytes: int, num_under
         monkeypatch.setattr(transfer, "CHUNK_BYTES", chunk_bytes)
         monkeypatch.setattr(transfer, "NUM_UNDER_WAY", num_under_way)
         given_one = held(tensors)
-        transfer.give(given_one, 1, CPU)
-        taken, places = transfer.take(0, new_places, CPU)
+        transfer.give(given_one, 1)
+        taken, places = transfer.take(0, new_places)
     assert not wire.messages
     assert (taken.header, list(taken.entries)) == (given_one.header, ENTRIES)
     assert file_of(taken) == file_of(given_one)
@@ -96,25 +95,25 @@ def test_any_state_arrives_whole(lengths: list[int], chunk_bytes: int, num_under
 
 
 def test_what_was_taken_can_be_given(wire: Wire) -> None:
-    transfer.give(held({"model.weight": torch.arange(6.0).reshape(2, 3)}), 1, CPU)
-    taken, _ = transfer.take(0, new_places, CPU)
-    transfer.give(taken, 2, CPU)
-    again, places = transfer.take(1, new_places, CPU)
+    transfer.give(held({"model.weight": torch.arange(6.0).reshape(2, 3)}), 1)
+    taken, _ = transfer.take(0, new_places)
+    transfer.give(taken, 2)
+    again, places = transfer.take(1, new_places)
     assert again.header == taken.header
     assert places["model.weight"].tolist() == [[0, 1, 2], [3, 4, 5]]
 
 
 def test_it_lies_in_the_places_that_were_named(wire: Wire) -> None:
     place = torch.zeros(3)
-    transfer.give(held({"model.weight": torch.arange(3.0)}), 1, CPU)
-    transfer.take(0, lambda layout: {"model.weight": place}, CPU)
+    transfer.give(held({"model.weight": torch.arange(3.0)}), 1)
+    transfer.take(0, lambda layout: {"model.weight": place})
     assert place.tolist() == [0, 1, 2]
 
 
 @pytest.mark.parametrize("number", range(5), ids=["announcement", "names", "tensor", "across", "journal"])
 def test_what_does_not_arrive_whole_is_refused(wire: Wire, monkeypatch: pytest.MonkeyPatch, number: int) -> None:
     monkeypatch.setattr(transfer, "CHUNK_BYTES", 64)
-    transfer.give(held({"model.weight": torch.rand(20)}), 1, CPU)
+    transfer.give(held({"model.weight": torch.rand(20)}), 1)
     wire.damage(number)
     with pytest.raises(InfrastructureError, match="did not arrive whole"):
-        transfer.take(0, new_places, CPU)
+        transfer.take(0, new_places)

@@ -57,7 +57,7 @@ def validate(
                 mine[place] = _sums(recipe, recipe.scores(model, batch))
     total = torch.zeros(len(recipe.metrics), dtype=torch.float64)
     with waiting():
-        rows = _in_order(mine.to(device), len(batches), world_size).cpu()
+        rows = _in_order(mine, len(batches), world_size)
     for row in rows:
         total += row
     return dict(zip(recipe.metrics, (total / num_samples).tolist(), strict=True))
@@ -74,7 +74,7 @@ def _in_order(mine: Tensor, num_batches: int, world_size: int) -> Tensor:
     """The sums of all batches, shape [batches, metrics], from those that each rank has."""
     if world_size == 1:
         return mine
-    gathered = torch.empty(world_size * len(mine), mine.shape[1], dtype=mine.dtype, device=mine.device)
+    gathered = torch.empty(world_size * len(mine), mine.shape[1], dtype=mine.dtype)
     dist.all_gather_single(gathered, mine)
     parts = gathered.view(world_size, len(mine), mine.shape[1])
     return torch.cat([parts[rank, : len(owned_range(rank, world_size, num_batches))] for rank in range(world_size)])

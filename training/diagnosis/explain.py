@@ -64,7 +64,7 @@ class Explainer:
         )
         first = next((one for one in found if one is not None), error)
         with self._handover.waiting():
-            of_all_ranks(torch.zeros(1, device=self._device))
+            of_all_ranks(torch.zeros(1))
         return first
 
     def _samples_of(self, worker: int, step: int) -> Samples:

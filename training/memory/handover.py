@@ -247,7 +247,7 @@ class Handover:
             if maybe_left is not None:
                 servers.take_up(maybe_left.body)
 
-    def find(self, *, since: int, device: torch.device) -> Found | None:
+    def find(self, *, since: int) -> Found | None:
         """The newest state that any rank has in memory, if it is not older than step `since` and its journal reaches
         back to it. Collective.
         """
@@ -257,21 +257,19 @@ class Handover:
         if own is not None and (own.step < max(since, 1) or not reaches_back_to(own, since)):
             own = None
         mine = [-1, 0] if own is None else [progress_of(own), own.fingerprint]
-        found: list[list[int]] = of_all_ranks(torch.tensor(mine, device=device)).tolist()
+        found: list[list[int]] = of_all_ranks(torch.tensor(mine)).tolist()
         best = max(found, key=lambda numbers: numbers[0])
         if best[0] < 0:
             return None
         is_here = self._maybe_live is not None and mine == best
         return Found(
             step=best[0] // 2,
-            take=lambda state: _hand_out(own, state, [same == best for same in found], device, is_here=is_here),
+            take=lambda state: _hand_out(own, state, [same == best for same in found], is_here=is_here),
             is_here=is_here,
         )
 
 
-def _hand_out(
-    maybe_held: Held | None, state: TrainState, has_it: Sequence[bool], device: torch.device, *, is_here: bool
-) -> Sequence[Entry]:
+def _hand_out(maybe_held: Held | None, state: TrainState, has_it: Sequence[bool], *, is_here: bool) -> Sequence[Entry]:
     """What the ranks have that have it. Each gives it to one that lacks it, and so on in rounds, as in a binomial tree.
     Collective.
     """
@@ -284,9 +282,9 @@ def _hand_out(
         for giver, taker in pairs:
             if own == giver:
                 assert maybe_held is not None
-                give(maybe_held, taker, device)
+                give(maybe_held, taker)
             elif own == taker:
-                maybe_held, maybe_tensors = take(giver, state.places, device)
+                maybe_held, maybe_tensors = take(giver, state.places)
         givers += takers[: len(pairs)]
         takers = takers[len(pairs) :]
     assert maybe_held is not None

@@ -38,11 +38,11 @@ class Parcel:
     """xxh3-128."""
 
 
-def give(held: Held, taker: int, device: torch.device) -> None:
+def give(held: Held, taker: int) -> None:
     """To a rank that calls `take`. Raises `RuntimeError` if it is lost."""
     under_way = deque[tuple[dist.Work, Tensor]]()
     for message in _messages(held):
-        tensor = torch.frombuffer(message, dtype=torch.uint8).to(device)
+        tensor = torch.frombuffer(message, dtype=torch.uint8)
         under_way.append((_begun(dist.isend(tensor, taker)), tensor))
         if len(under_way) == NUM_UNDER_WAY:
             under_way.popleft()[0].wait()
@@ -50,25 +50,23 @@ def give(held: Held, taker: int, device: torch.device) -> None:
         work.wait()
 
 
-def take(
-    giver: int, places: Callable[[Layout], Mapping[str, Tensor]], device: torch.device
-) -> tuple[Live, Mapping[str, Tensor]]:
+def take(giver: int, places: Callable[[Layout], Mapping[str, Tensor]]) -> tuple[Live, Mapping[str, Tensor]]:
     """From a rank that calls `give`: the state, and the tensors that it lies in, which `places` gave for their shapes.
 
     Raises `InfrastructureError` if it did not arrive whole, and they hold anything then; `RuntimeError` if the rank is
     lost.
     """
-    parcel = opened(Parcel, _received(HEADER_BYTES, giver, device))
+    parcel = opened(Parcel, _received(HEADER_BYTES, giver))
     if parcel is None:
         raise InfrastructureError("what a state was announced by did not arrive whole")
-    header, head = parcel.header, _received(parcel.num_head_bytes, giver, device)
+    header, head = parcel.header, _received(parcel.num_head_bytes, giver)
     if fast_digest(head) != parcel.head_digest:
         raise InfrastructureError(f"the names in the state of step {header.step} did not arrive whole")
     tensors = places(tensorfile.layout(head))
     bodies = [bytes_of(tensor) for tensor in tensors.values()]
     journal = memoryview(bytearray(header.num_bytes - header.num_file_bytes))
     digest = xxhash.xxh3_128(head)
-    for start, chunk in _arriving(Pieces([*bodies, journal]), giver, device):
+    for start, chunk in _arriving(Pieces([*bodies, journal]), giver):
         digest.update(chunk[: max(0, header.num_file_bytes - len(head) - start)])
     if (digest.hexdigest(), fast_digest(journal)) != (header.file_digest, header.journal_digest):
         raise InfrastructureError(f"the state of step {header.step} did not arrive whole")
@@ -87,19 +85,19 @@ def _messages(held: Held) -> Iterator[memoryview]:
         yield held.read(start, stop)
 
 
-def _received(num_bytes: int, giver: int, device: torch.device) -> memoryview:
+def _received(num_bytes: int, giver: int) -> memoryview:
     place = memoryview(bytearray(num_bytes))
-    _begin(place, giver, device)()
+    _begin(place, giver).wait()
     return place
 
 
-def _arriving(pieces: Pieces, giver: int, device: torch.device) -> Iterator[tuple[int, memoryview]]:
+def _arriving(pieces: Pieces, giver: int) -> Iterator[tuple[int, memoryview]]:
     """Each chunk once it lies there, after where it begins."""
-    under_way = deque[tuple[int, Sequence[memoryview], memoryview, Callable[[], None]]]()
+    under_way = deque[tuple[int, Sequence[memoryview], memoryview, dist.Work]]()
 
     def next_one() -> tuple[int, memoryview]:
-        start, parts, place, end = under_way.popleft()
-        end()
+        start, parts, place, work = under_way.popleft()
+        work.wait()
         if len(parts) > 1:
             Pieces(parts).fill(place)
         return start, place
@@ -107,25 +105,16 @@ def _arriving(pieces: Pieces, giver: int, device: torch.device) -> Iterator[tupl
     for start, stop in _chunks(0, pieces.num_bytes):
         parts = pieces.parts(start, stop)
         place = parts[0] if len(parts) == 1 else memoryview(bytearray(stop - start))
-        under_way.append((start, parts, place, _begin(place, giver, device)))
+        under_way.append((start, parts, place, _begin(place, giver)))
         if len(under_way) == NUM_UNDER_WAY:
             yield next_one()
     while under_way:
         yield next_one()
 
 
-def _begin(place: memoryview, giver: int, device: torch.device) -> Callable[[], None]:
-    """To receive a message. Returns what waits for it."""
-    here = torch.frombuffer(place, dtype=torch.uint8)
-    there = here.to(device)
-    work = _begun(dist.irecv(there, giver))
-
-    def end() -> None:
-        work.wait()
-        if there is not here:
-            here.copy_(there)
-
-    return end
+def _begin(place: memoryview, giver: int) -> dist.Work:
+    """To receive a message."""
+    return _begun(dist.irecv(torch.frombuffer(place, dtype=torch.uint8), giver))
 
 
 def _begun(maybe_work: dist.Work | None) -> dist.Work:

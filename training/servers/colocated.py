@@ -81,7 +81,7 @@ class Colocated:
 
     # ---- a group begins ----------------------------------------------------------------------------------------------
 
-    def can_go_on(self, maybe_step: int | None, *, nodes: Sequence[int], device: torch.device) -> bool:
+    def can_go_on(self, maybe_step: int | None, *, nodes: Sequence[int]) -> bool:
         """Whether the ranks, which have finished that step, can go on with their replicas. If not, all forget what they
         have. Collective."""
         launch = self._preset.launch
@@ -89,7 +89,7 @@ class Colocated:
         own |= {shard: hosted.replica.position for shard, hosted in self._hosted.items()}
         holdings = [
             {int(shard): position for shard, position in json.loads(text).items()}
-            for text in texts_of_all_ranks(json.dumps(own), device)
+            for text in texts_of_all_ranks(json.dumps(own))
         ]
         farthest = [max(holding.get(shard, -1) for holding in holdings) for shard in range(launch.servers)]
         is_whole = maybe_step is not None and may_go_on(farthest, maybe_step)
@@ -100,7 +100,7 @@ class Colocated:
         self._placement = place(launch.servers, launch.server_replicas, holdings=holdings, nodes=nodes)
         return is_whole
 
-    def begin(self, state: TrainState, *, token: int, rank: int, device: torch.device) -> None:
+    def begin(self, state: TrainState, *, token: int, rank: int) -> None:
         """With what `can_go_on` found, or with `state` and its optimizer's part, which it leaves. Collective.
 
         Raises `UserError` if the optimizer or a parameter cannot be cut.
@@ -117,7 +117,7 @@ class Colocated:
                 self._hosted[shard] = self._host(shard, state)
         self._left = {}
         state.optimizer.state.clear()
-        self._meet(token, device)
+        self._meet(token)
 
     def _host(self, shard: int, state: TrainState) -> Hosted:
         with recipe_errors("optimizer()"):
@@ -143,13 +143,13 @@ class Colocated:
             max_bytes=(MAX_COPIES + 2 * self._preset.train.virtual_workers.bit_length()) * num_bytes + MAX_OTHER_BYTES,
         )
 
-    def _meet(self, token: int, device: torch.device) -> None:
+    def _meet(self, token: int) -> None:
         """Tell all ranks where what is here listens, and begin with what they tell."""
         own = {
             "worker": [self._worker.name, *self._worker.address],
             "servers": {shard: [hosted.mesh.name, *hosted.mesh.address] for shard, hosted in self._hosted.items()},
         }
-        told = [json.loads(text) for text in texts_of_all_ranks(json.dumps(own), device)]
+        told = [json.loads(text) for text in texts_of_all_ranks(json.dumps(own))]
         places: dict[str, Address] = {}
         for name, host, port in (entry for one in told for entry in (one["worker"], *one["servers"].values())):
             places[name] = (host, port)

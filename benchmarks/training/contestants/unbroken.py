@@ -114,8 +114,8 @@ def steps(workload: Workload, mode: Literal["exact", "fast"], *, num_replicas: i
         servers=maybe_servers,
     )
     if maybe_servers is not None:
-        maybe_servers.can_go_on(None, nodes=range(workload.world_size), device=CPU)
-        maybe_servers.begin(trainer.state, token=1, rank=workload.rank, device=CPU)
+        maybe_servers.can_go_on(None, nodes=range(workload.world_size))
+        maybe_servers.begin(trainer.state, token=1, rank=workload.rank)
     while True:
         trainer.train_step()
         yield
