@@ -7,6 +7,7 @@ import queue
 import socket
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -21,11 +22,14 @@ from training.errors import DamagedError
 from training.servers import mesh as mesh_module
 from training.servers.arithmetic import Decision, Report
 from training.servers.mesh import Lost, Mesh
+from training.servers.outbox import Outbox
 from training.servers.protocol import Apply, Copy, Held, Hold, Message, Pull, Push, Send
 from training.servers.shared import SharedReceiver
+from training.servers.streams import StreamReceiver, StreamSender
 from training.servers.wire import decode, encode
 
 MAX_BYTES = 1 << 24
+NUM_NORMS = 1 << 14
 NAMES = ("taker", "known one", "known other")
 DECISION = Decision(grad_norm=0.1 + 0.2, clip_norm=None, learning_rate_scale=1e-300, extras=torch.tensor([2.0]))
 MESSAGES: list[Message] = [
@@ -222,6 +226,40 @@ def test_a_segment_that_is_too_short_is_refused(num_bytes: int, why: str) -> Non
             SharedReceiver(ours).receive(max_bytes=MAX_BYTES)
 
 
+class Slow:
+    """A sender whose peer takes nothing for a while, and less at a time than a message has."""
+
+    def __init__(self) -> None:
+        self.connection, self.theirs = socket.socketpair()
+        self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1)
+        self._sender = StreamSender(self.connection)
+        self.send, self.as_bytes = self._sender.send, self._sender.as_bytes
+
+
+def test_what_is_short_keeps_its_place_among_the_rest_though_it_would_wait() -> None:
+    """The socket takes a part of the first ones, then none of any."""
+    slow, outbox = Slow(), Outbox()
+    messages: list[Message] = [
+        Held(token=3, step=step, report=Report(norms=torch.full([NUM_NORMS], float(step)), extras=torch.empty(0)))
+        for step in range(20)
+    ]
+    thread = threading.Thread(target=outbox.deliver, args=(slow,))
+    thread.start()
+    for message in messages[:1]:
+        outbox.put(message)
+    receiver = StreamReceiver(slow.theirs)
+    found = [receiver.receive(max_bytes=MAX_BYTES)]
+    for message in messages[1:]:
+        outbox.put(message)
+    outbox.end()
+    found += [receiver.receive(max_bytes=MAX_BYTES) for _ in messages[1:]]
+    assert [message.step for message in found] == list(range(20))  # type: ignore[attr-defined]
+    assert all(same(one, other) for one, other in zip(found, messages, strict=True))
+    thread.join(30)
+    slow.connection.close()
+    slow.theirs.close()
+
+
 def test_the_end_of_a_peer_is_told(pair: tuple[Mesh, Mesh]) -> None:
     one, other = pair
     one.send([Send(to="other", message=MESSAGES[0])])
@@ -274,9 +312,15 @@ def test_messages_of_another_token_are_not_sent(pair: tuple[Mesh, Mesh]) -> None
     assert other.inbox.get(timeout=30)[1] == MESSAGES[0]
 
 
-def test_what_cannot_be_said_is_told_as_a_loss(pair: tuple[Mesh, Mesh], caplog: pytest.LogCaptureFixture) -> None:
+@pytest.mark.parametrize("is_connected", [False, True])
+def test_what_cannot_be_said_is_told_as_a_loss(
+    pair: tuple[Mesh, Mesh], caplog: pytest.LogCaptureFixture, is_connected: bool
+) -> None:
     """Or whoever asked would wait for it for ever."""
-    one, _ = pair
+    one, other = pair
+    if is_connected:
+        one.send([Send(to="other", message=Pull(token=3))])
+        other.inbox.get(timeout=30)
     unsayable = Held(token=3, step=7, report=object())
     one.send([Send(to="other", message=unsayable)])
     assert one.inbox.get(timeout=60) == ("other", Lost(token=3))

@@ -51,6 +51,7 @@ def serve(
         except Exception as error:  # whoever waits for this replica raises it
             on_trouble(replica.token, error)
             return
+        del message  # or it would keep its memory until the next one comes
 
 
 def _has_begun(mesh: Mesh, replica: Replica, changes: queue.SimpleQueue[Begun | None]) -> bool:

@@ -23,6 +23,7 @@ from hashlib import sha256
 
 from training.documents import canonical_json
 from training.errors import DamagedError
+from training.servers.outbox import Outbox
 from training.servers.protocol import Message, Send
 from training.servers.shared import SharedReceiver, SharedSender
 from training.servers.streams import StreamReceiver, StreamSender, read
@@ -65,7 +66,7 @@ class Mesh:
         self._is_closed = False
         self._token = 0
         self._places: Mapping[str, Address] = {}
-        self._outboxes: dict[str, queue.SimpleQueue[Message | None]] = {}
+        self._outboxes: dict[str, Outbox] = {}
         self._sockets: dict[socket.socket, int] = {}
         """Of both directions, and the token that each is of."""
         for listener in self._listeners:
@@ -75,7 +76,7 @@ class Mesh:
         """Another group, whose members are there. What goes to members of the one before is given up."""
         with self._lock:
             for outbox in self._outboxes.values():
-                outbox.put(None)
+                outbox.end()
             self._token, self._places, self._outboxes = token, places, {}
         for connection, of_token in list(self._sockets.items()):
             if of_token < token:  # whoever is stuck in one hears of its end
@@ -96,7 +97,7 @@ class Mesh:
                 maybe_here.inbox.put((self.name, one.message))
                 return
             if one.to not in self._outboxes:
-                self._outboxes[one.to] = queue.SimpleQueue()
+                self._outboxes[one.to] = Outbox()
                 self._start(self._deliver, one.to, self._places[one.to], self._token, self._outboxes[one.to])
             self._outboxes[one.to].put(one.message)
 
@@ -117,12 +118,10 @@ class Mesh:
 
     # ---- sending -----------------------------------------------------------------------------------------------------
 
-    def _deliver(self, to: str, address: Address, token: int, outbox: queue.SimpleQueue[Message | None]) -> None:
+    def _deliver(self, to: str, address: Address, token: int, outbox: Outbox) -> None:
         try:
             with self._connected(to, address, token) as connection, self._known(connection, token):
-                sender = SharedSender(connection) if _is_local(connection) else StreamSender(connection)
-                while (message := outbox.get()) is not None:
-                    sender.send(message)
+                outbox.deliver(SharedSender(connection) if _is_local(connection) else StreamSender(connection))
         except Exception as error:  # also what cannot be encoded: whoever waits for it hears that it will not come
             if not isinstance(error, OSError | DamagedError):
                 log.exception("%s could not say something to %s", self.name, to)
@@ -194,6 +193,7 @@ class Mesh:
                         message = receiver.receive(max_bytes=self._max_bytes)
                         if message.token == token:
                             self.inbox.put((sender, message))
+                        del message  # or it would keep its memory until the next one comes
             except (OSError, DamagedError, MemoryError):
                 self.inbox.put((sender, Lost(token=token)))
 

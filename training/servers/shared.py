@@ -76,7 +76,7 @@ def rounded(num_bytes: int) -> int:
 
 class SharedSender:
     def __init__(self, connection: socket.socket) -> None:
-        self._connection = connection
+        self.connection = connection
         self._segments: list[Segment] = []
 
     def send(self, message: Message) -> None:
@@ -85,7 +85,7 @@ class SharedSender:
         buffers = [buffer for buffer in buffers if len(buffer)]
         num_bytes = sum(map(len, buffers))
         if num_bytes < MIN_SHARED_BYTES:
-            send_all(self._connection, [_as_bytes(BY_SOCKET), head, *buffers])
+            send_all(self.connection, [_as_bytes(BY_SOCKET), head, *buffers])
             return
         maybe_free = min(
             (segment for segment in self._segments if segment.is_free_for(num_bytes)),
@@ -96,10 +96,14 @@ class SharedSender:
         segment.fill(buffers)
         announced = [_as_bytes(segment.number), head]
         if maybe_free:
-            send_all(self._connection, announced)
+            send_all(self.connection, announced)
         else:
             self._segments.append(segment)
-            segment.hand_over(self._connection, announced)
+            segment.hand_over(self.connection, announced)
+
+    def as_bytes(self, message: Message) -> Sequence[bytes | memoryview]:
+        head, tensors = encode(message)
+        return [_as_bytes(BY_SOCKET), head, *tensors]
 
 
 class SharedReceiver:

@@ -22,12 +22,15 @@ MAX_KEPT = 4
 
 class StreamSender:
     def __init__(self, connection: socket.socket) -> None:
-        self._connection = connection
+        self.connection = connection
 
     def send(self, message: Message) -> None:
         """Raises `OSError`."""
-        head, buffers = encode(message)
-        send_all(self._connection, [head, *buffers])
+        send_all(self.connection, self.as_bytes(message))
+
+    def as_bytes(self, message: Message) -> Sequence[bytes | memoryview]:
+        head, tensors = encode(message)
+        return [head, *tensors]
 
 
 class StreamReceiver:
@@ -75,12 +78,13 @@ def send_all(connection: socket.socket, buffers: Sequence[bytes | memoryview], d
     """The descriptors go with the first byte."""
     views = [memoryview(buffer) for buffer in buffers if len(buffer)]
     if descriptors:
-        _advance(views, socket.send_fds(connection, views[:MAX_BUFFERS], list(descriptors)))
+        advance(views, socket.send_fds(connection, views[:MAX_BUFFERS], list(descriptors)))
     while views:
-        _advance(views, connection.sendmsg(views[:MAX_BUFFERS]))
+        advance(views, connection.sendmsg(views[:MAX_BUFFERS]))
 
 
-def _advance(views: list[memoryview], num_sent: int) -> None:
+def advance(views: list[memoryview], num_sent: int) -> None:
+    """Leave what has not been sent."""
     while views and num_sent >= len(views[0]):
         num_sent -= len(views.pop(0))
     if num_sent:
