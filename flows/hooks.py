@@ -12,12 +12,14 @@ from training.errors import UnbrokenError
 def cancel_jobs_of(flow: Any, flow_run: Any, state: Any) -> None:
     """On cancellation: leave no rank of the flow run alive, even if its own process could not see to it. A job that
     another flow run asked for too goes on; if none of those lives, the reaper ends it."""
+    from prefect.logging.loggers import flow_run_logger
+
     from infra.engines import make_launcher
     from infra.launcher import cancel_owned_by
     from infra.settings import load_settings
 
     keys = cancel_owned_by(make_launcher(load_settings()), str(flow_run.id))
-    logging.getLogger("prefect.flow_runs").info("cancelled %d jobs of the engine", len(keys))
+    flow_run_logger(flow_run, flow).info("cancelled %d jobs of the engine", len(keys))  # we are in the worker, maybe
 
 
 def outlive_the_worker() -> None:

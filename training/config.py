@@ -295,6 +295,13 @@ def load_preset(name_or_path: str, overrides: Mapping[str, Any] | None = None) -
     return replace(preset, folder=str(path.parent.resolve()))
 
 
+def has_built_in_recipe(preset: Preset) -> bool:
+    """Whether recipe and hyperparameters are those of a built-in preset: they are known to fit."""
+    known = (read_toml(path) for path in PRESETS.glob("*.toml"))
+    ours = (preset.recipe, preset.hyperparameters)
+    return any((one["recipe"], one.get("hyperparameters", {})) == ours for one in known)
+
+
 def _find(name_or_path: str) -> Path:
     built_in = {path.stem: path for path in PRESETS.glob("*.toml")}
     if name_or_path in built_in:

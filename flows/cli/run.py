@@ -9,7 +9,7 @@ from cyclopts import App, Parameter
 
 from flows.cli.output import print_json
 from flows.cli.stack import Json
-from training.config import Preset, load_preset, parse_override
+from training.config import Preset, has_built_in_recipe, load_preset, parse_override
 from training.errors import UserError
 
 if TYPE_CHECKING:
@@ -144,7 +144,8 @@ def check_input(preset: Preset) -> None:
     if settings.s3_is_local:
         require_free_disk(shutil.disk_usage(settings.home).free, settings.home)
     partitions(open_source(preset.data, folder=preset.folder, location=store_location(settings)), preset.data)
-    load_recipe(preset)
+    if not has_built_in_recipe(preset):  # to import that too, and torch with it, takes seconds
+        load_recipe(preset)
     store.require_bucket()
 
 

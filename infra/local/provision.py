@@ -7,6 +7,7 @@ import sys
 import urllib.error
 import urllib.request
 from collections.abc import Callable
+from typing import Any
 
 from infra.fetching import fetch
 from infra.local.services import MAX_RUNS_AT_ONCE, WORK_POOL, WORK_QUEUES
@@ -18,6 +19,8 @@ from training.s3.objectstore import Store, StoreLocation
 
 DEPLOYMENTS = PROJECT_ROOT / "infra" / "prefect.yaml"
 FLOWS = ("pipeline.py", "lifecycle.py")
+FLOW_COMMAND = "setsid python -m prefect.engine"
+"""A session of its own: who stops the worker, and its process group, stops no flow run."""
 
 
 def create_bucket(settings: Settings) -> None:
@@ -87,14 +90,30 @@ def _register_pool_and_storage(settings: Settings) -> None:
     block.save(RESULTS_BLOCK, overwrite=True)
     with get_client(sync_client=True) as client:
         if WORK_POOL not in {pool.name for pool in client.read_work_pools()}:  # a person may have set another limit
-            pool = WorkPoolCreate(name=WORK_POOL, type="process", concurrency_limit=MAX_RUNS_AT_ONCE)
-            client.create_work_pool(pool)
+            client.create_work_pool(
+                WorkPoolCreate(
+                    name=WORK_POOL,
+                    type="process",
+                    concurrency_limit=MAX_RUNS_AT_ONCE,
+                    base_job_template=_job_template(),
+                )
+            )
         known = {queue.name: queue for queue in client.read_work_queues(work_pool_name=WORK_POOL)}
         for priority, name in enumerate(WORK_QUEUES, start=1):
             if name in known:
                 client.update_work_queue(known[name].id, priority=priority)
             else:
                 client.create_work_queue(name, work_pool_name=WORK_POOL, priority=priority)
+
+
+def _job_template() -> dict[str, Any]:
+    """Prefect's own, but for the command: one that is named is started at once, and no process before it that looks for
+    code to fetch."""
+    from prefect.workers.process import ProcessWorker
+
+    template: dict[str, Any] = ProcessWorker.get_default_base_job_template()
+    template["variables"]["properties"]["command"]["default"] = FLOW_COMMAND
+    return template
 
 
 def _deploy() -> None:

@@ -9,6 +9,7 @@ import shutil
 import stat
 import subprocess
 import sys
+import sysconfig
 import time
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
@@ -130,7 +131,7 @@ def start(home: Path) -> None:
             stderr=subprocess.STDOUT,
             start_new_session=True,
             cwd=home,
-            env={name: value for name, value in os.environ.items() if name != STACK_MARK},
+            env=_start_environment(),
         )
     deadline = time.monotonic() + START_SECONDS
     while not is_running(home):
@@ -138,6 +139,12 @@ def start(home: Path) -> None:
             tail = (home / "logs" / "supervisord.start.log").read_text()[-1000:]
             raise InfrastructureError(f"the supervisor did not start: {tail or 'see ' + str(home / 'logs')}")
         time.sleep(0.05)
+
+
+def _start_environment() -> dict[str, str]:
+    """Ours, in which `python` is the one that this is installed for: flow runs are started by that name."""
+    found = {name: value for name, value in os.environ.items() if name != STACK_MARK}
+    return {**found, "PATH": f"{sysconfig.get_path('scripts')}:{os.environ.get('PATH', os.defpath)}"}
 
 
 def remote(home: Path) -> Any:

@@ -26,7 +26,7 @@ from infra.local.supervisor import supervisor_process
 from tests.cli.commands import complaint, unbroken
 from tests.conftest import UNBROKEN, Stack
 from tests.faults.injectors import KillProcess, Stop
-from tests.flows.runs import last_json, processes, run_keys, wait_for_step
+from tests.flows.runs import at_leisure_while, last_json, processes, run_keys, wait_for_step
 from tests.infra.probes import service_pid
 from tests.waiting import wait_until
 from training.runs.record import RunRecord
@@ -38,10 +38,10 @@ needs_browser = pytest.mark.skipif(not shutil.which("chromium"), reason="Chromiu
 
 
 @pytest.fixture(scope="module")
-def disturbed(stack: Stack) -> Iterator[RunRecord]:
+def disturbed(stack: Stack, tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunRecord]:
     """A run at work, one of whose ranks was killed, and which went on."""
-    before = run_keys(stack)
-    command = stack.start("train", "digits", "--set", "train.steps=100000", *OPTIONS)
+    before, slow = run_keys(stack), tmp_path_factory.mktemp("disturbed") / "slow"
+    command = stack.start("train", "digits", "--set", "train.steps=100000", *OPTIONS, *at_leisure_while(slow))
     try:
         run = wait_for_step(stack, before, step=20)
         fault = KillProcess(processes(stack, "training.cluster.worker")[0])
@@ -49,6 +49,7 @@ def disturbed(stack: Stack) -> Iterator[RunRecord]:
         assert fault.fired
         wait_until(lambda: len(run.read().attempt_starts) > 1, what="another attempt")
         wait_until(lambda: _trains(stack, run), what="it to be seen training again")
+        slow.touch()
         yield run
     finally:
         command.send_signal(signal.SIGINT)
@@ -163,7 +164,7 @@ def test_the_page_of_a_run_that_is_unknown(stack: Stack) -> None:
 
 
 def test_a_finished_run_is_at_its_last_step(stack: Stack) -> None:
-    done = stack.command("train", "digits", "--json", "--set", "train.steps=33", *OPTIONS)
+    done = stack.command("train", "digits", "--json", "--ranks", "1", "--set", "train.steps=33", *OPTIONS)
     assert done.returncode == 0, done.stderr
     run = RunRecord(stack.store, last_json(done.stdout)["run_key"])
     wait_until(lambda: _json(stack, run)["state"] == "finished", what="its end to be seen")

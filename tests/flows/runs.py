@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+from pathlib import Path
 from typing import Any
 
 import psutil
@@ -21,6 +22,12 @@ from training.runs.record import RunRecord
 
 def run_keys(stack: Stack) -> set[str]:
     return set(stack.store.list_folders("runs/"))
+
+
+def at_leisure_while(slow: Path) -> tuple[str, ...]:
+    """Options of a run that takes its time for as long as that file is there: one that nobody waits for leaves the CPU
+    to the others."""
+    return ("--set", "recipe=tests.patient_recipe:Patient", "--set", f"hyperparameters.slow_while={slow}")
 
 
 def wait_for_step(stack: Stack, before: set[str], *, step: int) -> RunRecord:

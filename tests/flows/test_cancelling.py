@@ -7,10 +7,14 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
 
 from infra.local.launcher import LocalLauncher
 from tests.conftest import Stack
 from tests.flows.runs import (
+    at_leisure_while,
     flow_processes,
     mlflow_runs,
     newest_states,
@@ -21,7 +25,7 @@ from tests.flows.runs import (
 )
 from tests.waiting import wait_until
 
-ENDLESS = ("--set", "train.steps=100000")
+ENDLESS = ("--set", "train.steps=100000", "--set", "train.checkpoint_every_steps=10")
 ONE_NODE = ("--set", "launch.nodes=1")
 IMPATIENT_REAPER = """
 from flows.reaper import decide
@@ -31,10 +35,17 @@ main()
 """
 
 
-def test_cancelled_run_leaves_nothing_although_its_worker_and_flow_are_dead(stack: Stack) -> None:
+@pytest.fixture
+def slow(tmp_path: Path) -> Path:
+    """Not there yet."""
+    return tmp_path / "slow"
+
+
+def test_cancelled_run_leaves_nothing_although_its_worker_and_flow_are_dead(stack: Stack, slow: Path) -> None:
     before = run_keys(stack)
-    command = stack.start("run", "digits", "--set", "seed=17", *ENDLESS, *ONE_NODE)
+    command = stack.start("run", "digits", "--set", "seed=17", *ENDLESS, *ONE_NODE, *at_leisure_while(slow))
     run = wait_for_step(stack, before, step=20)
+    slow.touch()
     for process in (worker(stack), *flow_processes(stack)):
         process.kill()
     command.send_signal(signal.SIGINT)
@@ -46,43 +57,15 @@ def test_cancelled_run_leaves_nothing_although_its_worker_and_flow_are_dead(stac
         wait_until(lambda: mlflow_runs(stack, run.run_key)[0].info.status == "KILLED", what="MLflow to be told")
 
 
-def test_cancelling_leaves_no_rank_and_the_next_run_goes_on(stack: Stack) -> None:
-    before = run_keys(stack)
-    arguments = ("run", "digits", "--set", "seed=13", *ENDLESS)
-    command = stack.start(*arguments)
-    run = wait_for_step(stack, before, step=60)
-    assert processes(stack, "training.cluster.worker")
-    command.send_signal(signal.SIGINT)
-    output, _ = command.communicate(timeout=240)
-    assert command.returncode == 130, output
-    assert not processes(stack, "training.cluster.worker")
-    assert not processes(stack, "training.cluster.agent")
-    assert newest_states(stack)[-1] == "Cancelled"
-    (tracked,) = mlflow_runs(stack, run.run_key)
-    assert tracked.info.status == "KILLED"
-
-    command = stack.start(*arguments)
-    resumed = wait_until(lambda: run.read().attempt_starts[1:], what="the next run to resume")
-    assert resumed[0] >= 50
-    command.send_signal(signal.SIGINT)
-    command.communicate(timeout=240)
-    assert not processes(stack, "training.cluster.worker")
-
-
-def test_training_of_two_flow_runs_ends_with_the_last_one(stack: Stack) -> None:
+def test_training_ends_with_the_last_of_its_flow_runs_and_the_next_one_goes_on(stack: Stack, slow: Path) -> None:
     before, launcher = run_keys(stack), LocalLauncher(stack.home)
-    arguments = ("run", "digits", "--set", "seed=18", *ENDLESS, *ONE_NODE)
+    arguments = ("run", "digits", "--set", "seed=13", *ENDLESS, *at_leisure_while(slow))
     first = stack.start(*arguments)
-    run = wait_for_step(stack, before, step=20)
+    run = wait_for_step(stack, before, step=60)
+    slow.touch()
     second = stack.start(*arguments)
     wait_until(lambda: len(launcher.jobs()[run.run_key]) == 2, what="the second to ask for it")
     agents = processes(stack, "training.cluster.agent")
-
-    def cancel(command: subprocess.Popen[str]) -> None:
-        command.send_signal(signal.SIGINT)
-        output, _ = command.communicate(timeout=240)
-        assert command.returncode == 130, output
-
     cancel(first)
     before_that = run.read().checkpoints[-1].step
     wait_until(lambda: run.read().checkpoints[-1].step > before_that, what="a checkpoint since")
@@ -90,20 +73,39 @@ def test_training_of_two_flow_runs_ends_with_the_last_one(stack: Stack) -> None:
     (tracked,) = mlflow_runs(stack, run.run_key)
     assert tracked.info.status == "RUNNING"
     cancel(second)
-    wait_until(lambda: not processes(stack, "training.cluster.agent"), what="the agent to be gone")
+    wait_until(lambda: not processes(stack, "training.cluster.agent"), what="the agents to be gone")
+
+    next_one = stack.start(*arguments)
+    resumed = wait_until(lambda: run.read().attempt_starts[1:], what="the next run to resume")
+    assert resumed[0] >= 50
+    wait_until(lambda: processes(stack, "training.cluster.worker"), what="its ranks")
+    cancel(next_one)
+    assert not processes(stack, "training.cluster.worker")
+    assert not processes(stack, "training.cluster.agent")
+    assert newest_states(stack)[-1] == "Cancelled"
+    (tracked,) = mlflow_runs(stack, run.run_key)
+    assert tracked.info.status == "KILLED"
 
 
-def test_runs_cancel_cancels_whoever_follows(stack: Stack) -> None:
+def test_runs_cancel_cancels_whoever_follows(stack: Stack, slow: Path) -> None:
     """And nobody submits it again."""
     before = run_keys(stack)
-    command = stack.start("train", "digits", "--set", "seed=14", *ENDLESS, *ONE_NODE)
-    run = wait_for_step(stack, before, step=60)
+    command = stack.start("train", "digits", "--set", "seed=14", *ENDLESS, *ONE_NODE, *at_leisure_while(slow))
+    run = wait_for_step(stack, before, step=20)
+    slow.touch()
     assert stack.command("runs", "cancel", run.run_key).returncode == 0
     output, _ = command.communicate(timeout=240)
     assert command.returncode == 130, output
     assert not processes(stack, "training.cluster.agent")
     (tracked,) = mlflow_runs(stack, run.run_key)
     assert tracked.info.status == "KILLED"
+
+
+def cancel(command: subprocess.Popen[str]) -> None:
+    """As a person does, with Ctrl-C."""
+    command.send_signal(signal.SIGINT)
+    output, _ = command.communicate(timeout=240)
+    assert command.returncode == 130, output
 
 
 @contextmanager

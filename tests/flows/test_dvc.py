@@ -29,6 +29,7 @@ from training.s3.objectstore import Store
 ROOT = Path(__file__).parents[2]
 SCRIPTS = Path(sysconfig.get_path("scripts"))
 PRESET = "training/presets/digits.toml"
+FLOWS_VALUES = ("--set", "train.steps=60", "--set", "seed=31", "--set", "launch.nodes=1")
 STARTERS_SEEDS, KILLS_SEEDS = range(33, 38), range(42, 45)
 Clone = Callable[..., Path]
 
@@ -71,41 +72,32 @@ def rows() -> Iterator[list[dict[str, Any]]]:
         write_evidence("dvc", rows=sorted(found, key=lambda row: (str(row["case"]), int(row["seed"]))))
 
 
-def test_repro_does_what_is_needed_and_no_more(stack: Stack, clone: Clone) -> None:
-    """And `unbroken run` afterwards finds all of it done. That what is locked never changes, a killed `repro` shows."""
-    checkout = clone(steps=60)
+def test_repro_does_what_is_needed_and_a_flow_and_dvc_find_what_the_other_did(stack: Stack, clone: Clone) -> None:
+    """No shard is sent, no step is run, no sample is scored again. That what is locked never changes, a killed `repro`
+    shows."""
+    before = run_keys(stack)
+    _run_flow(stack, *FLOWS_VALUES)
+    (key,) = run_keys(stack) - before
+    done = _work(stack, key)
+    checkout = clone(steps=60, seed=31, nodes=1)
     assert len(_ran(_dvc(stack, checkout, "repro"))) == 4
+    assert _work(stack, key) == done, "dvc did again what a flow had done"
     lock = (checkout / "dvc.lock").read_bytes()
     model = _model(checkout)
-    assert model["step"] == 60
+    assert (model["run_key"], model["step"]) == (key, 60)
     assert len((checkout / "data/digits/loss.csv").read_text().splitlines()) == 61
-    assert len(mlflow_runs(stack, model["run_key"])) == 1
 
     assert _ran(_dvc(stack, checkout, "repro")) == ["shard"], "which is always asked, for new data"
     assert (checkout / "dvc.lock").read_bytes() == lock
     assert "accuracy" in _dvc(stack, checkout, "metrics", "show")
     assert "pushed" in _dvc(stack, checkout, "push")
 
-    done = _work(stack, model["run_key"])
-    _run_flow(stack, "--set", "train.steps=60")
-    assert _work(stack, model["run_key"]) == done, "a flow did again what was done"
-    assert len(_versions(stack, model["run_key"])) == 1
-
     preset = checkout / PRESET
     preset.write_text(preset.read_text().replace("confidence = 0.95", "confidence = 0.9"))
     assert _ran(_dvc(stack, checkout, "repro")) == ["shard", "evaluate", "register"]
-
-
-def test_what_a_flow_did_is_a_hit_for_dvc(stack: Stack, clone: Clone) -> None:
-    """No shard is sent, no step is run, no sample is scored."""
-    before = run_keys(stack)
-    _run_flow(stack, "--set", "train.steps=40", "--set", "seed=31")
-    (key,) = run_keys(stack) - before
     done = _work(stack, key)
-    checkout = clone(steps=40, seed=31)
-    assert len(_ran(_dvc(stack, checkout, "repro"))) == 4
-    assert _work(stack, key) == done
-    assert _model(checkout)["run_key"] == key
+    _run_flow(stack, *FLOWS_VALUES, "--set", "evaluate.confidence=0.9")
+    assert _work(stack, key) == done, "a flow did again what dvc had done"
     assert len(mlflow_runs(stack, key)) == len(_versions(stack, key)) == 1
 
 

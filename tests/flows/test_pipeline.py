@@ -49,6 +49,12 @@ def digits(stack: Stack) -> dict[str, Any]:
     return last_json(done.stdout)
 
 
+@pytest.fixture(scope="module")
+def language_model(stack: Stack) -> dict[str, Any]:
+    """The result of a short run of the other built-in preset."""
+    return _stdlib(stack)
+
+
 def test_digits_are_learned(digits: dict[str, Any]) -> None:
     accuracy = digits["evaluation"]["metrics"]["accuracy"]
     assert accuracy["value"] >= 0.97
@@ -225,14 +231,10 @@ def test_flow_run_shows_a_table_and_links(stack: Stack, digits: dict[str, Any]) 
     assert digits["links"]["report"] in artifacts["links"]
 
 
-def test_stdlib_language_model_goes_the_same_way(stack: Stack) -> None:
-    short = ("--set", "train.steps=6", "--set", "evaluate.max_samples=64", "--set", "launch.nodes=1")
-    done = stack.command("run", "stdlib", "--json", *short)
-    assert done.returncode == 0, done.stdout + done.stderr
-    result = last_json(done.stdout)
-    assert result["dataset"]["num_train_samples"] > 10_000
-    assert 0 < result["evaluation"]["metrics"]["bits_per_byte"]["value"] < 8.5
-    assert result["registration"]["name"] == "stdlib"
+def test_stdlib_language_model_goes_the_same_way(language_model: dict[str, Any]) -> None:
+    assert language_model["dataset"]["num_train_samples"] > 10_000
+    assert 0 < language_model["evaluation"]["metrics"]["bits_per_byte"]["value"] < 8.5
+    assert language_model["registration"]["name"] == "stdlib"
 
 
 def test_model_holds_no_pickle_that_can_name_code(stack: Stack, digits: dict[str, Any], tmp_path: Path) -> None:
@@ -249,17 +251,20 @@ def test_model_holds_no_pickle_that_can_name_code(stack: Stack, digits: dict[str
     assert _dangerous_opcodes((folder / "data" / "model.pt2").read_bytes()) == set()
 
 
-def test_a_version_deleted_in_mlflow_is_registered_again(stack: Stack, digits: dict[str, Any]) -> None:
+def test_a_version_deleted_in_mlflow_is_registered_again(stack: Stack, language_model: dict[str, Any]) -> None:
     """Although every stage is cached."""
-    short = ("--set", "train.steps=4", "--set", "launch.nodes=1")
-    arguments = ("run", "digits", "--json", *short, "--set", "name=lost")
-    first = last_json(stack.command(*arguments).stdout)
     client = connect(stack.settings.mlflow_uri)
-    client.delete_registered_model("lost")
-    done = stack.command(*arguments)
+    client.delete_registered_model("stdlib")
+    registration = _stdlib(stack)["registration"]
+    version = client.get_model_version("stdlib", registration["version"])
+    assert version.tags["unbroken.run_key"] == language_model["model"]["run_key"]
+
+
+def _stdlib(stack: Stack) -> dict[str, Any]:
+    short = ("--set", "train.steps=6", "--set", "evaluate.max_samples=64", "--set", "launch.nodes=1")
+    done = stack.command("run", "stdlib", "--json", *short)
     assert done.returncode == 0, done.stdout + done.stderr
-    version = client.get_model_version("lost", last_json(done.stdout)["registration"]["version"])
-    assert version.tags["unbroken.run_key"] == first["model"]["run_key"]
+    return last_json(done.stdout)
 
 
 def _dangerous_opcodes(archive: bytes) -> set[str]:

@@ -179,10 +179,8 @@ def test_killed_twice_it_gives_the_same_bytes_and_writes_no_shard_again(stack: S
 
 def test_predictions_are_the_models_and_the_manifest_says_whose(stack: Stack, known: Known) -> None:
     """Beside it another process at the same work."""
-    both = [
-        stack.start("models", "predict", f"{known.name}/2", "--data", f"{known.name}@{known.digest[:12]}")
-        for _ in range(2)
-    ]
+    arguments = ("--data", f"{known.name}@{known.digest[:12]}", "--processes", "1")
+    both = [stack.start("models", "predict", f"{known.name}/2", *arguments) for _ in range(2)]
     for each in both:
         out, _ = each.communicate(timeout=240)
         assert each.returncode == 0, out
@@ -236,34 +234,34 @@ def test_deployment_whose_process_is_killed_goes_on_by_itself(
     assert {key: after[key] for key in before} == before
 
 
-def test_what_cannot_be_predicted_is_named(stack: Stack, known: Known) -> None:
-    kept = known.kept["4"]
+def test_what_cannot_be_predicted_is_named(known: Known) -> None:
+    kept, model = known.kept["4"], f"{known.name}/4"
     key = model_file.file_key(known.name, kept.model_sha256)
     whole = known.store.get(key)
     known.store.put(key, b"damaged")
-    refused = predict(stack, known, "4")
-    assert (refused.returncode, key in refused.stderr) == (DamagedError.exit_code, True), refused.stderr
+    with pytest.raises(DamagedError, match=key):
+        interchange.predict(model, data=known.name, processes=1)
     known.store.put(key, whole)
     info = known.manifest.splits["test"][0]
     shard = known.store.get(shard_key(known.name, info.sha256))
     known.store.put(shard_key(known.name, info.sha256), shard[:-1] + b"?")
-    refused = predict(stack, known, "4")
-    assert (refused.returncode, info.sha256 in refused.stderr) == (DamagedError.exit_code, True), refused.stderr
+    with pytest.raises(DamagedError, match=info.sha256):
+        interchange.predict(model, data=known.name, processes=1)
     known.store.put(shard_key(known.name, info.sha256), shard)
     assert f"{known.prefix('4')}manifest.json" not in known.objects("4")
-    assert predict(stack, known, "4").returncode == 0
+    interchange.predict(model, data=known.name, processes=1)
     some, *_ = known.shards("4")
     known.store.put(some, b"damaged")
-    assert predict(stack, known, "4").returncode == 0
+    interchange.predict(model, data=known.name, processes=1)
     assert sha256_hex(known.store.get(some)) == some.rpartition("-")[2].removesuffix(".parquet")
-    for model, data, words in (
+    for other, data, words in (
         (f"{known.name}/9", known.name, "version 9 has no model file"),
         (f"{known.name}@champion", known.name, "has no champion"),
         ("nobody/1", known.name, "model 'nobody' version 1 has no model file"),
         (f"{known.name}/1", "nothing", "no dataset version is meant by 'nothing'"),
     ):
         with pytest.raises(UserError, match=words):
-            interchange.predict(model, data=data)
+            interchange.predict(other, data=data)
 
 
 # ---- weights in a file -----------------------------------------------------------------------------------------------

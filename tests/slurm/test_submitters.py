@@ -22,8 +22,8 @@ from infra.slurm.site import Site
 from infra.slurm.tasks import job_name, store_mark
 from tasks.opening import identify
 from tasks.shard import shard
+from tests import patient_recipe
 from tests.conftest import Stack
-from tests.slurm import patient_recipe
 from tests.slurm.cluster import SlurmCluster
 from tests.slurm.running import NUM_NODES, ROOT
 from tests.waiting import wait_until

@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from training.config import PRESETS, Preset, load_preset, parse_override, preset_from_json
+from training.config import PRESETS, Preset, has_built_in_recipe, load_preset, parse_override, preset_from_json
 from training.documents import canonical_json, parse
 from training.errors import UserError
+from training.recipe import load_recipe
 from training.runs.job import Job
 from training.s3.objectstore import StoreLocation
 
@@ -54,6 +55,13 @@ def test_a_good_preset(preset_file: Path) -> None:
 @pytest.mark.parametrize("name", sorted(path.stem for path in PRESETS.glob("*.toml")))
 def test_every_built_in_preset_loads(name: str) -> None:
     assert load_preset(name).train.steps > 0
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in PRESETS.glob("*.toml")))
+def test_recipe_of_a_built_in_preset_is_looked_at_only_with_values_of_ones_own(name: str) -> None:
+    assert has_built_in_recipe(load_preset(name, {"train.steps": 20}))
+    load_recipe(load_preset(name))
+    assert not has_built_in_recipe(load_preset(name, {"hyperparameters.learning_rate": 1.0}))
 
 
 def test_there_are_built_in_presets() -> None:

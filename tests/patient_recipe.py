@@ -1,4 +1,4 @@
-"""A recipe to be copied beside a preset: digits, at leisure for as long as a file is there."""
+"""A recipe: digits, at leisure for as long as a file is there."""
 
 from __future__ import annotations
 
