@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from training.config import PRESETS
 from training.errors import InfrastructureError
+from training.preset_file import PRESETS
 
 if TYPE_CHECKING:
     from prefect.client.orchestration import SyncPrefectClient

@@ -19,8 +19,8 @@ from tasks.results import Dataset, PipelineResult, TrainedModel
 from tasks.shard import shard
 from tasks.stack import open_stack
 from tasks.train import train
-from training.config import load_preset
 from training.data.writer import NUM_AT_ONCE
+from training.preset_file import load_preset
 
 PARTITIONS_AT_ONCE: Any = ThreadPoolTaskRunner(max_workers=NUM_AT_ONCE)
 

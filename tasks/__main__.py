@@ -22,9 +22,10 @@ from cyclopts import App, Parameter
 from infra.local.files import write_whole
 from tasks.results import Dataset, Evaluation, TrainedModel
 from tasks.stack import open_stack
-from training.config import Preset, load_preset
+from training.config import Preset
 from training.documents import parse
 from training.errors import DamagedError, UnbrokenError, UserError
+from training.preset_file import load_preset
 
 Result = TypeVar("Result")
 

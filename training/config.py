@@ -1,26 +1,12 @@
-"""The preset: one TOML file, read into frozen dataclasses, checked before anything expensive starts."""
+"""The preset, as frozen dataclasses that say what is wrong with their values. training.preset_file reads one."""
 
 from __future__ import annotations
 
-import difflib
-import math
-import tomllib
-from collections.abc import Mapping
-from dataclasses import MISSING, Field, asdict, dataclass, field, fields, is_dataclass, replace
-from functools import cache
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast, get_type_hints
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
 
-from training.documents import canonical_json, read_json, read_toml, require_shallow
+from training.documents import canonical_json, read_json
 from training.errors import DamagedError, UserError
-
-if TYPE_CHECKING:
-    from pydantic import TypeAdapter
-
-MAX_NAME = 100
-"""Characters of a name that is compared with the known ones."""
-PRESETS = Path(__file__).parent / "presets"
-T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,10 +33,10 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         require_name("data.name", self.name)
-        _require("/" not in self.glob, "data.glob", f"= {self.glob!r} is compared with files' names: without folders")
-        _require(0 < self.test_percent < 100, "data.test_percent", "must lie between 1 and 99")
-        _require(self.shard_bytes >= 1024, "data.shard_bytes", "must be at least 1024")
-        _require(self.partition_bytes >= 1024, "data.partition_bytes", "must be at least 1024")
+        require("/" not in self.glob, "data.glob", f"= {self.glob!r} is compared with files' names: without folders")
+        require(0 < self.test_percent < 100, "data.test_percent", "must lie between 1 and 99")
+        require(self.shard_bytes >= 1024, "data.shard_bytes", "must be at least 1024")
+        require(self.partition_bytes >= 1024, "data.partition_bytes", "must be at least 1024")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,35 +73,35 @@ class TrainConfig:
     nothing)."""
 
     def __post_init__(self) -> None:
-        _require(self.steps >= 1, "train.steps", "must be at least 1")
-        _require(1 <= self.virtual_workers <= 65_536, "train.virtual_workers", "must lie between 1 and 65536")
-        _require(self.shuffle_window_shards >= 1, "train.shuffle_window_shards", "must be at least 1")
-        _require(self.checkpoint_every_steps >= 1, "train.checkpoint_every_steps", "must be at least 1")
-        _require(
+        require(self.steps >= 1, "train.steps", "must be at least 1")
+        require(1 <= self.virtual_workers <= 65_536, "train.virtual_workers", "must lie between 1 and 65536")
+        require(self.shuffle_window_shards >= 1, "train.shuffle_window_shards", "must be at least 1")
+        require(self.checkpoint_every_steps >= 1, "train.checkpoint_every_steps", "must be at least 1")
+        require(
             self.strategy == "all_reduce" or self.mode == "exact",
             "train.strategy",
             "'parameter_server' needs train.mode = 'exact'",
         )
-        _require(self.keep_checkpoints >= 1, "train.keep_checkpoints", "must be at least 1")
-        _require(
+        require(self.keep_checkpoints >= 1, "train.keep_checkpoints", "must be at least 1")
+        require(
             self.keep_every_steps is None or self.keep_every_steps % self.checkpoint_every_steps == 0,
             "train.keep_every_steps",
             f"must be a multiple of train.checkpoint_every_steps = {self.checkpoint_every_steps}",
         )
-        _require(
+        require(
             self.keep_every_steps is None or self.keep_every_steps >= 1, "train.keep_every_steps", "must be positive"
         )
-        _require(
+        require(
             self.validate_every_steps is None or self.validate_every_steps >= 1,
             "train.validate_every_steps",
             "must be at least 1",
         )
-        _require(
+        require(
             self.digest_every_steps is None or self.digest_every_steps >= 0,
             "train.digest_every_steps",
             "must not be negative (0: never)",
         )
-        _require(self.clip_norm is None or self.clip_norm > 0, "train.clip_norm", "must be positive")
+        require(self.clip_norm is None or self.clip_norm > 0, "train.clip_norm", "must be positive")
         if self.batch_size < 1 or self.batch_size % self.virtual_workers:
             near = max(1, round(self.batch_size / self.virtual_workers)) * self.virtual_workers
             raise UserError(
@@ -135,10 +121,10 @@ class EvaluateConfig:
     confidence: float = 0.95
 
     def __post_init__(self) -> None:
-        _require(self.batch_size >= 1, "evaluate.batch_size", "must be at least 1")
-        _require(self.max_samples is None or self.max_samples >= 1, "evaluate.max_samples", "must be at least 1")
-        _require(self.bootstrap_samples >= 100, "evaluate.bootstrap_samples", "must be at least 100")
-        _require(0.5 <= self.confidence < 1, "evaluate.confidence", "must lie between 0.5 and 1")
+        require(self.batch_size >= 1, "evaluate.batch_size", "must be at least 1")
+        require(self.max_samples is None or self.max_samples >= 1, "evaluate.max_samples", "must be at least 1")
+        require(self.bootstrap_samples >= 100, "evaluate.bootstrap_samples", "must be at least 100")
+        require(0.5 <= self.confidence < 1, "evaluate.confidence", "must lie between 0.5 and 1")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -195,8 +181,8 @@ class LaunchConfig:
     """Shards kept on disk beyond that, in unnamed files under TMPDIR; the last tenth of the disk is left alone."""
 
     def __post_init__(self) -> None:
-        _require(self.nodes >= 1, "launch.nodes", "must be at least 1")
-        _require(1 <= self.min_nodes <= self.nodes, "launch.min_nodes", "must lie between 1 and launch.nodes")
+        require(self.nodes >= 1, "launch.nodes", "must be at least 1")
+        require(1 <= self.min_nodes <= self.nodes, "launch.min_nodes", "must lie between 1 and launch.nodes")
         for name in (
             "cpus_per_node",
             "memory_bytes_per_node",
@@ -205,22 +191,22 @@ class LaunchConfig:
             "time_limit_seconds",
             "deadline_seconds",
         ):
-            _require(getattr(self, name) >= 0, f"launch.{name}", "must not be negative")
-        _require(self.join_seconds >= 0, "launch.join_seconds", "must not be negative")
-        _require(self.silence_seconds >= 0.5, "launch.silence_seconds", "must be at least 0.5")
-        _require(self.hang_seconds >= 1, "launch.hang_seconds", "must be at least 1")
-        _require(self.grace_seconds >= 0, "launch.grace_seconds", "must not be negative")
-        _require(self.processes_per_node >= 1, "launch.processes_per_node", "must be at least 1")
-        _require(self.collective_timeout_seconds >= 5, "launch.collective_timeout_seconds", "must be at least 5")
-        _require(self.balance_seconds >= 0, "launch.balance_seconds", "must not be negative (0: never)")
-        _require(self.max_restarts >= 0, "launch.max_restarts", "must not be negative")
-        _require(self.servers >= 1, "launch.servers", "must be at least 1")
-        _require(self.server_replicas >= 1, "launch.server_replicas", "must be at least 1")
-        _require(self.max_quarantined >= 0, "launch.max_quarantined", "must not be negative")
-        _require(self.data_workers >= 0, "launch.data_workers", "must not be negative")
-        _require(self.evaluate_processes >= 1, "launch.evaluate_processes", "must be at least 1")
-        _require(self.cache_memory_bytes >= 0, "launch.cache_memory_bytes", "must not be negative")
-        _require(self.cache_disk_bytes >= 0, "launch.cache_disk_bytes", "must not be negative")
+            require(getattr(self, name) >= 0, f"launch.{name}", "must not be negative")
+        require(self.join_seconds >= 0, "launch.join_seconds", "must not be negative")
+        require(self.silence_seconds >= 0.5, "launch.silence_seconds", "must be at least 0.5")
+        require(self.hang_seconds >= 1, "launch.hang_seconds", "must be at least 1")
+        require(self.grace_seconds >= 0, "launch.grace_seconds", "must not be negative")
+        require(self.processes_per_node >= 1, "launch.processes_per_node", "must be at least 1")
+        require(self.collective_timeout_seconds >= 5, "launch.collective_timeout_seconds", "must be at least 5")
+        require(self.balance_seconds >= 0, "launch.balance_seconds", "must not be negative (0: never)")
+        require(self.max_restarts >= 0, "launch.max_restarts", "must not be negative")
+        require(self.servers >= 1, "launch.servers", "must be at least 1")
+        require(self.server_replicas >= 1, "launch.server_replicas", "must be at least 1")
+        require(self.max_quarantined >= 0, "launch.max_quarantined", "must not be negative")
+        require(self.data_workers >= 0, "launch.data_workers", "must not be negative")
+        require(self.evaluate_processes >= 1, "launch.evaluate_processes", "must be at least 1")
+        require(self.cache_memory_bytes >= 0, "launch.cache_memory_bytes", "must not be negative")
+        require(self.cache_disk_bytes >= 0, "launch.cache_disk_bytes", "must not be negative")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -243,11 +229,11 @@ class Preset:
 
     def __post_init__(self) -> None:
         require_name("name", self.name)
-        _require(0 <= self.seed < 2**63, "seed", "must lie between 0 and 2^63")
-        _require(self.recipe.count(":") == 1, "recipe", 'must read "module:Class"')
+        require(0 <= self.seed < 2**63, "seed", "must lie between 0 and 2^63")
+        require(self.recipe.count(":") == 1, "recipe", 'must read "module:Class"')
         _require_plain("hyperparameters", self.hyperparameters)
         world_size = self.launch.nodes * self.launch.processes_per_node
-        _require(
+        require(
             world_size <= self.train.virtual_workers,
             "launch.nodes",
             f"gives {world_size} ranks, more than train.virtual_workers = {self.train.virtual_workers}",
@@ -272,131 +258,6 @@ class Preset:
         return asdict(self)
 
 
-def preset_from_json(document: Mapping[str, Any]) -> Preset:
-    """The inverse of `Preset.to_json`."""
-    return build(Preset, document, where="")
-
-
-def load_preset(name_or_path: str, overrides: Mapping[str, Any] | None = None) -> Preset:
-    """Read a preset by its name among the built-in ones or by the path of its file.
-
-    `overrides` maps dotted keys to values (`{"train.steps": 20}`). Raises `UserError` naming the file and the field.
-    """
-    path = _find(name_or_path)
-    document = read_toml(path)
-    for key, value in (overrides or {}).items():
-        _override(document, key, value)
-    if "folder" in document:
-        raise UserError(f"{path}: unknown key 'folder'")
-    try:
-        preset = build(Preset, document, where="")
-    except UserError as error:
-        raise UserError(f"{path}: {error}") from error
-    return replace(preset, folder=str(path.parent.resolve()))
-
-
-def has_built_in_recipe(preset: Preset) -> bool:
-    """Whether recipe and hyperparameters are those of a built-in preset: they are known to fit."""
-    known = (read_toml(path) for path in PRESETS.glob("*.toml"))
-    ours = (preset.recipe, preset.hyperparameters)
-    return any((one["recipe"], one.get("hyperparameters", {})) == ours for one in known)
-
-
-def _find(name_or_path: str) -> Path:
-    built_in = {path.stem: path for path in PRESETS.glob("*.toml")}
-    if name_or_path in built_in:
-        return built_in[name_or_path]
-    path = Path(name_or_path)
-    if path.is_file():
-        return path
-    raise UserError(
-        f"no preset {name_or_path!r}: there is no such file, and no built-in one of that name"
-        + _nearest(name_or_path, built_in)
-    )
-
-
-def _override(document: dict[str, Any], dotted: str, value: Any) -> None:
-    *tables, key = dotted.split(".")
-    for table in tables:
-        document = document.setdefault(table, {})
-        if not isinstance(document, dict):
-            raise UserError(f"cannot set {dotted!r}: {table!r} is not a table")
-    document[key] = value
-
-
-def parse_override(text: str) -> tuple[str, Any]:
-    """`train.steps=20` → ("train.steps", 20): the value is read as TOML, else as a plain string."""
-    key, sign, value = text.partition("=")
-    if not sign or not key:
-        raise UserError(f"--set {text!r}: must read key=value, as in train.steps=20")
-    try:
-        read = tomllib.loads(f"value = {value}")["value"]
-        require_shallow([read])
-    except (ValueError, RecursionError):
-        return key, value
-    return key, read
-
-
-def build(kind: type[T], document: Any, *, where: str) -> T:
-    """Make the dataclass `kind` from a parsed document; every complaint names its field.
-
-    Raises `UserError` for an unknown key (with the nearest name), a missing key or a wrong type.
-    """
-    from pydantic import ValidationError
-
-    if not isinstance(document, Mapping):
-        raise UserError(f"{where or 'the document'} must be a table")
-    hints = _hints(cast(Any, kind))
-    names = [item.name for item in fields(kind)]  # type: ignore[arg-type]  # T is a dataclass
-    prefix = f"{where}." if where else ""
-    values: dict[str, Any] = {}
-    for key, value in document.items():
-        if key not in names:
-            raise UserError(f"unknown key {prefix + key!r}{_nearest(key, names)}")
-        if is_dataclass(hints[key]):
-            values[key] = build(hints[key], value, where=prefix + key)
-            continue
-        if isinstance(value, list):
-            value = tuple(value)
-        try:
-            values[key] = _strict(cast(Any, kind), key).validate_python(value)
-        except ValidationError as error:
-            reason = error.errors()[0]["msg"]
-            raise UserError(f"{prefix + key} = {value!r}: {reason[0].lower()}{reason[1:]}") from error
-        if isinstance(value, float):
-            _require(math.isfinite(value), prefix + key, f"= {value}: must be finite")
-        if isinstance(value, int):
-            _require(abs(value) < 1 << 63, prefix + key, "must fit into 64 bits")
-    missing = [prefix + item.name for item in fields(kind) if _is_required(item) and item.name not in values]  # type: ignore[arg-type]
-    if missing:
-        raise UserError(f"missing key{'s' * (len(missing) > 1)}: {', '.join(missing)}")
-    try:
-        return kind(**values)
-    except (TypeError, ValueError) as error:  # a recipe's own check of its fields
-        raise UserError(f"{where or kind.__name__}: {error}") from error
-
-
-@cache
-def _hints(kind: Any) -> dict[str, Any]:
-    return get_type_hints(kind)
-
-
-@cache
-def _strict(kind: Any, name: str) -> TypeAdapter[Any]:
-    from pydantic import ConfigDict, TypeAdapter
-
-    return TypeAdapter(_hints(kind)[name], config=ConfigDict(strict=True))
-
-
-def _is_required(item: Field[Any]) -> bool:
-    return item.default is MISSING and item.default_factory is MISSING
-
-
-def _nearest(name: str, known: Any) -> str:
-    near = difflib.get_close_matches(name[:MAX_NAME], list(known), n=1, cutoff=0.5)
-    return f" (did you mean {near[0]!r}?)" if near else f" (known: {', '.join(sorted(known))})"
-
-
 def _require_plain(name: str, value: Any) -> None:
     """As a job on the store can say it."""
     try:
@@ -405,11 +266,12 @@ def _require_plain(name: str, value: Any) -> None:
         raise UserError(f"{name} must be numbers, texts, true, false, lists and tables of these: {error}") from error
 
 
-def _require(condition: bool, name: str, complaint: str) -> None:
+def require(condition: bool, name: str, complaint: str) -> None:
+    """Raises `UserError` about that field if not."""
     if not condition:
         raise UserError(f"{name} {complaint}")
 
 
 def require_name(name: str, value: str) -> None:
     good = value and len(value) <= 64 and all(c.isascii() and (c.isalnum() or c in "-_") for c in value)
-    _require(bool(good), name, f"= {value!r} must be 1 to 64 letters, digits, '-' or '_'")
+    require(bool(good), name, f"= {value!r} must be 1 to 64 letters, digits, '-' or '_'")

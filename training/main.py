@@ -17,10 +17,11 @@ from typing import Annotated, Any
 from cyclopts import App, Parameter
 
 from training.cluster import membership
-from training.config import Preset, load_preset, parse_override
+from training.config import Preset
 from training.control import Seat
 from training.documents import canonical_json, read_document
 from training.errors import UnbrokenError, UserError
+from training.preset_file import load_preset, parse_override
 from training.processes import die_with
 from training.runs.events import EventWriter
 from training.runs.identity import keep_identity

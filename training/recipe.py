@@ -16,9 +16,10 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from training.config import Preset, build
+from training.config import Preset
 from training.documents import digest_of, sha256_hex
 from training.errors import DeterministicError, UnbrokenError, UserError
+from training.preset_file import build
 
 if TYPE_CHECKING:
     import numpy as np

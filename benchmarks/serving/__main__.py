@@ -28,8 +28,8 @@ from benchmarks.environments import ENVIRONMENTS, ROOT
 from infra.local.ports import free_port
 from tasks.lifecycle.model_file import KeptVersion, Signature, Tensor, file_key, version_key
 from tasks.register import save_model
-from training.config import load_preset
 from training.documents import digest_of, sha256_hex
+from training.preset_file import load_preset
 from training.recipe import load_recipe
 from training.s3.objectstore import Store, StoreLocation
 

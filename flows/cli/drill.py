@@ -10,8 +10,8 @@ from cyclopts import App, Parameter
 from flows.cli.output import LiveLine, print_json, print_table
 from flows.cli.run import Set, check_input, overrides_of
 from flows.cli.stack import Json
-from training.config import load_preset
 from training.errors import RedDrillError
+from training.preset_file import load_preset
 
 if TYPE_CHECKING:
     from tasks.drill.rows import Report, Row

@@ -10,8 +10,9 @@ from cyclopts import App, Parameter
 from flows.cli.output import print_json
 from flows.cli.run import Set, check_input, overrides_of
 from flows.cli.stack import Json
-from training.config import Preset, load_preset
+from training.config import Preset
 from training.errors import UserError
+from training.preset_file import load_preset
 
 if TYPE_CHECKING:
     from infra.kubernetes.site import Site

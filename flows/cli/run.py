@@ -9,8 +9,9 @@ from cyclopts import App, Parameter
 
 from flows.cli.output import print_json
 from flows.cli.stack import Json
-from training.config import Preset, has_built_in_recipe, load_preset, parse_override
+from training.config import Preset
 from training.errors import UserError
+from training.preset_file import has_built_in_recipe, load_preset, parse_override
 
 if TYPE_CHECKING:
     from tasks.results import Dataset, TrainedModel

@@ -13,10 +13,10 @@ from flows.reaper.attempt import attempt
 from infra.settings import watched_presets
 from infra.store import store_location
 from tasks.stack import open_stack
-from training.config import load_preset
 from training.data.source import open_source, partitions
 from training.documents import digest_of
 from training.errors import UnbrokenError
+from training.preset_file import load_preset
 
 if TYPE_CHECKING:
     from prefect.client.orchestration import SyncPrefectClient

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from training.config import build
 from training.documents import read_toml
 from training.errors import UserError
+from training.preset_file import build
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,7 +9,7 @@ import pytest
 
 from tests.cli.commands import complaint, unbroken
 from tests.conftest import Stack
-from training.config import PRESETS
+from training.preset_file import PRESETS
 
 pytestmark = pytest.mark.usefixtures("nothing_launched")
 

@@ -14,8 +14,9 @@ import pytest
 from tasks.__main__ import run_stage
 from tasks.results import Dataset, TrainedModel
 from tests.conftest import Stack
-from training.config import PRESETS, Preset
+from training.config import Preset
 from training.errors import UserError
+from training.preset_file import PRESETS
 
 DATASET = Dataset(name="digits", digest="d" * 64, num_train_samples=1, num_test_samples=1, num_shards=2, num_bytes=2)
 

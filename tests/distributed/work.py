@@ -17,8 +17,9 @@ from tests.unit.tiny import MemoryReader, Tiny, make_trainer, tiny_preset, tiny_
 from training.arithmetic.balance import Shares, even_shares, ranges
 from training.arithmetic.exact import ExactReducer
 from training.checkpoints.state import tensors_sha256
-from training.config import EvaluateConfig, LaunchConfig, Preset, load_preset
+from training.config import EvaluateConfig, LaunchConfig, Preset
 from training.loop import Trainer
+from training.preset_file import load_preset
 from training.recipe import Recipe
 from training.recipes.digits import Digits
 from training.recipes.stdlib import ByteTransformer

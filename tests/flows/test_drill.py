@@ -22,8 +22,8 @@ from tests.conftest import Stack
 from tests.faults.evidence import write_evidence
 from tests.flows.planted_training import BUGS, Bug, changed_source, plant
 from tests.flows.runs import last_json, run_keys
-from training.config import load_preset
 from training.errors import InfrastructureError
+from training.preset_file import load_preset
 from training.runs.job import Job, store_job
 
 STEPS = 150

@@ -15,9 +15,9 @@ from tasks.lifecycle import champions
 from tasks.mlflow_client import connect
 from tests.conftest import Stack
 from tests.flows.runs import register_one
-from training.config import load_preset
 from training.documents import sha256_hex
 from training.errors import RefusedError, UserError
+from training.preset_file import load_preset
 
 SHORT = {"name": "judged", "launch.nodes": 1}
 

@@ -33,9 +33,9 @@ from tests.conftest import Stack
 from tests.flows.runs import last_json, loss_history, mlflow_runs, run_keys
 from tests.unit.reading import make_reader
 from tests.waiting import wait_until
-from training.config import load_preset
 from training.data.manifest import load_manifest
 from training.errors import InfrastructureError, UserError
+from training.preset_file import load_preset
 from training.runs.job import read_jobs
 from training.runs.record import RunRecord
 from training.s3.objectstore import Store

@@ -29,10 +29,10 @@ from tests.conftest import Stack
 from tests.flows.runs import flow_processes, last_json
 from tests.unit.champions import SIGNATURE
 from tests.waiting import wait_until
-from training.config import load_preset
 from training.data.manifest import Manifest, load_manifest, shard_key
 from training.documents import sha256_hex
 from training.errors import DamagedError, InfrastructureError, UserError
+from training.preset_file import load_preset
 from training.recipe import Recipe, load_recipe
 from training.runs.job import Job, store_job
 from training.runs.record import run_key

@@ -17,8 +17,9 @@ from flows import publish
 from flows.cli import follow
 from infra.local.ports import free_port
 from tasks import policy
-from training.config import Preset, load_preset
+from training.config import Preset
 from training.errors import InfrastructureError
+from training.preset_file import load_preset
 
 
 class KeptOnAStoreThatIsAway:

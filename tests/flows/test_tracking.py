@@ -27,8 +27,8 @@ from tasks.results import Dataset
 from tests.conftest import Stack
 from tests.flows.runs import loss_history, mlflow_runs
 from tests.unit.tiny import tiny_preset
-from training.config import load_preset
 from training.errors import DamagedError, FencedError, InfrastructureError, UserError
+from training.preset_file import load_preset
 from training.runs.events import Event, EventWriter
 from training.runs.record import CheckpointRef, Departure, Record, Result, RunRecord, start_fresh, with_resume_step
 from training.runs.system import SampleWriter, take_sample

@@ -20,9 +20,9 @@ from tasks.pulse import Pulse, last_sign
 from tasks.results import Dataset
 from tasks.stack import open_stack
 from tests.conftest import Stack
-from training.config import load_preset
 from training.environment import fingerprint
 from training.errors import CancelledError, InfrastructureError, UserError
+from training.preset_file import load_preset
 from training.runs.events import Event
 from training.runs.record import CheckpointRef, Failure, Record, Result, RunRecord, start_fresh
 from training.s3.objectstore import Store

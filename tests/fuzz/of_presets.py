@@ -6,8 +6,8 @@ from typing import Any
 
 from tests.fuzz.of_training import JOB, a_dict
 from tests.fuzz.parser import MemoryFile, Parser
-from training.config import load_preset, parse_override, preset_from_json
 from training.documents import canonical_json, digest_of
+from training.preset_file import load_preset, parse_override, preset_from_json
 
 FILE = MemoryFile()
 TOML = b"""name = "digits"

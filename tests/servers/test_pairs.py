@@ -12,8 +12,8 @@ import torch
 
 from benchmarks.power_law import lines
 from tests.unit.tiny import MemoryReader, exact_arithmetic, make_trainer, tiny_preset
-from training.config import load_preset
 from training.loop import Trainer
+from training.preset_file import load_preset
 from training.recipe import Record, load_recipe
 from training.recipes.pairs import Clicks, Pairs, Words
 from training.servers.colocated import Colocated

@@ -18,7 +18,8 @@ import mlflow  # noqa: F401  # imported once, for all
 from tasks.results import Dataset
 from tasks.train import train
 from tests.waiting import wait_until
-from training.config import Preset, preset_from_json
+from training.config import Preset
+from training.preset_file import preset_from_json
 from training.recipe import load_recipe
 
 

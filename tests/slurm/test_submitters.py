@@ -27,8 +27,9 @@ from tests.conftest import Stack
 from tests.slurm.cluster import SlurmCluster
 from tests.slurm.running import NUM_NODES, ROOT
 from tests.waiting import wait_until
-from training.config import Preset, load_preset
+from training.config import Preset
 from training.errors import InfrastructureError
+from training.preset_file import load_preset
 from training.runs.history import events_of
 from training.runs.record import RunRecord
 

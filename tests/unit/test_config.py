@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from training.config import PRESETS, Preset, has_built_in_recipe, load_preset, parse_override, preset_from_json
+from training.config import Preset
 from training.documents import canonical_json, parse
 from training.errors import UserError
+from training.preset_file import PRESETS, has_built_in_recipe, load_preset, parse_override, preset_from_json
 from training.recipe import load_recipe
 from training.runs.job import Job
 from training.s3.objectstore import StoreLocation

@@ -14,8 +14,8 @@ import torch
 
 from training.cluster.membership import failure_to_report
 from training.cluster.worker import _class_name
-from training.config import load_preset
 from training.errors import DeterministicError
+from training.preset_file import load_preset
 from training.runs.failures import CLASSES, crash_to_explain, num_failures, of_exit_code, oom_kills
 from training.runs.record import CheckpointRef, Departure, Failure, Record
 

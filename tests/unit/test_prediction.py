@@ -20,9 +20,9 @@ from tasks.prediction.sharing import _turned
 from tasks.prediction.table import ABOUT, to_parquet
 from tasks.prediction.wanted import preset_of
 from tests.unit.champions import keep
-from training.config import load_preset
 from training.documents import sha256_hex
 from training.errors import InfrastructureError, UserError
+from training.preset_file import load_preset
 from training.recipe import load_recipe
 from training.runs.identity import keep_identity
 from training.runs.job import Job, store_job
