@@ -163,6 +163,9 @@ class LaunchConfig:
     keep_spares: bool = False
     """For each rank of a node, one more process that has made its model and takes the place of one that dies at once.
     It takes the memory of the weights."""
+    server_nodes: int = 0
+    """So many nodes, the last ones, have the servers and compute nothing; 0: who computes has them. One node computes
+    in any case."""
     servers: int = 2
     """Of train.strategy = "parameter_server": into so many shards the parameters are cut."""
     server_replicas: int = 2
@@ -200,6 +203,11 @@ class LaunchConfig:
         require(self.collective_timeout_seconds >= 5, "launch.collective_timeout_seconds", "must be at least 5")
         require(self.balance_seconds >= 0, "launch.balance_seconds", "must not be negative (0: never)")
         require(self.max_restarts >= 0, "launch.max_restarts", "must not be negative")
+        require(
+            0 <= self.server_nodes < self.nodes,
+            "launch.server_nodes",
+            f"= {self.server_nodes} must leave one of launch.nodes = {self.nodes} to compute",
+        )
         require(self.servers >= 1, "launch.servers", "must be at least 1")
         require(self.server_replicas >= 1, "launch.server_replicas", "must be at least 1")
         require(self.max_quarantined >= 0, "launch.max_quarantined", "must not be negative")
@@ -232,11 +240,16 @@ class Preset:
         require(0 <= self.seed < 2**63, "seed", "must lie between 0 and 2^63")
         require(self.recipe.count(":") == 1, "recipe", 'must read "module:Class"')
         _require_plain("hyperparameters", self.hyperparameters)
-        world_size = self.launch.nodes * self.launch.processes_per_node
         require(
-            world_size <= self.train.virtual_workers,
+            not self.launch.server_nodes or self.train.strategy == "parameter_server",
+            "launch.server_nodes",
+            "needs train.strategy = 'parameter_server'",
+        )
+        num_computing = (self.launch.nodes - self.launch.server_nodes) * self.launch.processes_per_node
+        require(
+            num_computing <= self.train.virtual_workers,
             "launch.nodes",
-            f"gives {world_size} ranks, more than train.virtual_workers = {self.train.virtual_workers}",
+            f"gives {num_computing} ranks, more than train.virtual_workers = {self.train.virtual_workers}",
         )
 
     def determining(self) -> dict[str, Any]:

@@ -41,6 +41,7 @@ from training.runs.pace import Pace, Straggler, maybe_straggler
 from training.runs.record import CheckpointRef, InitialWeights, Record, Result, RunRecord, with_result, with_resume_step
 from training.servers.colocated import Colocated, ServedReducer
 from training.servers.endpoints import PrimaryLost
+from training.servers.placement import num_computing
 from training.step import Feed, LocalUpdate, Rank, Reducer, StepOutcome, Update
 
 DIGEST_BYTES_PER_STEP = 4 << 20
@@ -96,18 +97,19 @@ class Trainer:
         self.state = state or self.new_state()
         self.pace = Pace()
         self.figures = self.handover.figures = Figures()
+        self._nodes = [member.node for member in record.members]
+        """Ranks follow their order."""
         self.balance = Balance(
             preset.train.virtual_workers,
             rank=rank.rank,
             world_size=rank.world_size,
             over_seconds=preset.launch.balance_seconds if self._knows_its_pace else 0.0,
+            num_computing=num_computing(self._nodes_of_ranks, preset.launch.server_nodes),
         )
         self._maybe_crashes = crashes
         self._maybe_servers = servers
         self._maybe_suspect_step = crash_to_explain(record)
         """After which ranks died twice alike."""
-        self._nodes = [member.node for member in record.members]
-        """Ranks follow their order."""
         self.checkpoints = Checkpointing(
             preset.train,
             saver=saver,
@@ -127,7 +129,11 @@ class Trainer:
 
     @cached_property
     def extras(self) -> Extras:
-        return Extras(self.state.model, num_words=NUM_CONTROL_WORDS + self.balance.num_words)
+        return Extras(
+            self.state.model,
+            num_words=NUM_CONTROL_WORDS + self.balance.num_words,
+            with_counters=self.balance.num_computing < self.rank.world_size,
+        )
 
     @cached_property
     def digest_period(self) -> int:
@@ -149,7 +155,13 @@ class Trainer:
         )
         if self._maybe_servers is None:
             return exact
-        return ServedReducer(exact, self._maybe_servers, lambda: self.state.step + 1, objective=objective)
+        return ServedReducer(
+            exact,
+            self._maybe_servers,
+            lambda: self.state.step + 1,
+            objective=objective,
+            say=lambda: self.extras.said(self.wishes().words()),
+        )
 
     @property
     def updater(self) -> Update:
@@ -212,7 +224,7 @@ class Trainer:
 
     def begin_reading(self, step: int) -> None:
         """The samples of that step and those after it."""
-        if step < self.preset.train.steps:
+        if step < self.preset.train.steps and self.reducer.owned:
             self.require_readable(step)
             self._maybe_microbatches = self.feed.microbatches(workers=self.reducer.owned, step=step)
 
@@ -274,7 +286,7 @@ class Trainer:
         outcome = replace(outcome, validation=self.maybe_validate())
         waited_seconds = self.handover.waited_seconds - waited
         fixed_seconds = time.monotonic() - started - waited_seconds - workers_seconds
-        self.pace.add(fixed_seconds + workers_seconds / self.balance.own_part)
+        self.pace.add(self.balance.seconds_at_even_shares(fixed_seconds, workers_seconds))
         self.count_step(outcome, fixed_seconds, workers_seconds, waited_seconds)
         self.balance.hear(self.extras.other_words(total))
         self.balance.note(fixed_seconds, workers_seconds)
@@ -322,6 +334,8 @@ class Trainer:
         not finite, and it is over)."""
         step = self.state.step
         loss = self.extras.hand_out(total / self.preset.train.virtual_workers)
+        if not self.reducer.owned:
+            self.extras.take_counters(total)
         grad_norm = self.updater.clip()
         if not (math.isfinite(loss) and math.isfinite(grad_norm)):
             self.figures.losses_not_finite += 1
@@ -395,7 +409,8 @@ class Trainer:
         with self.handover.waiting(), _lost_with_a_peer():
             mine = torch.tensor([self.pace.take_median()], dtype=torch.float64)
             outside: list[float] = of_all_ranks(mine).flatten().tolist()
-        slow = maybe_straggler(outside) if self.preset.train.mode == "exact" else None  # DDP waits as it goes back
+        computing = outside[: self.balance.num_computing]
+        slow = maybe_straggler(computing) if self.preset.train.mode == "exact" else None  # DDP waits as it goes back
         self.emit("pace", outside_seconds=outside, straggler=slow and self.named(slow))
 
     def named(self, slow: Straggler) -> dict[str, object]:
@@ -455,8 +470,10 @@ class Trainer:
                         f"step {self.state.step + 1}, virtual worker {worker}: the loss is {value};"
                         f" samples {', '.join(ids[:8])}{', …' if len(ids) > 8 else ''}"
                     )
-                words = [*self.wishes().words(), *self.balance.words()] if worker == self.reducer.owned[-1] else ()
-                told = self.extras.gather(loss.detach(), words, ledger.entries(worker, ids))
+                is_last = worker == self.reducer.owned[-1]
+                words = [*self.wishes().words(), *self.balance.words()] if is_last else ()
+                tells_counters = is_last and self.rank.rank == 0
+                told = self.extras.gather(loss.detach(), words, ledger.entries(worker, ids), tells_counters)
                 self.reducer.backward(worker, loss, told)
         except DeterministicError as error:
             found = self.explainer.of_worker(error, worker, (ids, batch), self.state, self.extras)

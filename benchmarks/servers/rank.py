@@ -38,6 +38,9 @@ class SumState:
     def fold(self, parts: list[tuple[Subtree, Tensor]]) -> Tensor:
         return fold([subtree for subtree, _ in parts], [part for _, part in parts])
 
+    def with_said(self, total: Tensor, said: Any) -> Tensor:
+        raise NotImplementedError("all compute")
+
     def report(self, total: Tensor) -> None: ...
 
     def apply(self, total: Tensor, decision: Any) -> None:

@@ -23,6 +23,7 @@ from training.preset_file import load_preset
 from training.recipe import Recipe
 from training.recipes.digits import Digits
 from training.recipes.stdlib import ByteTransformer
+from training.servers.colocated import Colocated
 
 SLOW_SECONDS = 0.03
 
@@ -105,7 +106,15 @@ def text_reader() -> MemoryReader:
     return MemoryReader({"bytes": (numbers * numbers * 7919 % 10007 % 251).astype(np.uint8).reshape(100, 129)})
 
 
-def trainer_of(recipe_name: str, rank: int, world_size: int, train: Mapping[str, Any]) -> Trainer:
+def trainer_of(
+    recipe_name: str,
+    rank: int,
+    world_size: int,
+    train: Mapping[str, Any],
+    *,
+    launch: LaunchConfig | None = None,
+    servers: Colocated | None = None,
+) -> Trainer:
     """A trainer of one of the workloads, its `[train]` section changed."""
     preset: Preset
     recipe: Recipe
@@ -116,8 +125,8 @@ def trainer_of(recipe_name: str, rank: int, world_size: int, train: Mapping[str,
     else:
         preset, reader = tiny_preset(), tiny_reader()
         recipe = Tiny() if recipe_name == "tiny" else Odd(model_kind=recipe_name)
-    preset = replace(preset, launch=LaunchConfig(nodes=1), train=replace(preset.train, **train))
-    return make_trainer(preset=preset, recipe=recipe, reader=reader, rank=rank, world_size=world_size)
+    preset = replace(preset, launch=launch or LaunchConfig(nodes=1), train=replace(preset.train, **train))
+    return make_trainer(preset=preset, recipe=recipe, reader=reader, rank=rank, world_size=world_size, servers=servers)
 
 
 def train_digests(

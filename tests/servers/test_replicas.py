@@ -34,6 +34,14 @@ def test_one_is_lost_at_every_point(victim: str, kind: str) -> None:
         assert fault.fired or world.num_events <= at
 
 
+@pytest.mark.parametrize("victim", [*VICTIMS, "worker 2"])
+def test_who_computes_nothing_is_heard_in_every_step_whoever_dies(victim: str) -> None:
+    for at in range(0, NUM_EVENTS, 4):
+        world = World(seed=at, faults=[Fault(at=at, victim=victim)], num_workers=3, num_speakers=1)
+        world.run()
+        assert world.history.num_heard >= world.num_steps
+
+
 def storm(seed: int) -> tuple[Fault, ...]:
     """Faults far enough apart that a replica that is not filled yet is not the last that a shard has."""
     chance = random.Random(seed)

@@ -18,6 +18,7 @@ from training.servers.client import Client
 from training.servers.protocol import Assignment, Message, Send
 from training.servers.replica import Replica
 
+WORD = "what who computes nothing has to say"
 FEW_REPLICAS = 2
 MOST_EVENTS = 20_000
 
@@ -46,6 +47,12 @@ class TermState:
 
     def fold(self, parts: Sequence[tuple[Subtree, Any]]) -> Term:
         return added([subtree for subtree, _ in parts], [term for _, term in parts])
+
+    def with_said(self, total: Term, said: str) -> Term:
+        """It is no part of what is applied."""
+        assert said == WORD
+        self._history.num_heard += 1
+        return total
 
     def report(self, total: Term) -> str:
         return f"norm of {total.name}"
@@ -87,6 +94,8 @@ class History:
         self.expected = expected(world.num_shards, world.num_leaves, world.num_steps)
         self.broken: list[str] = []
         self.acknowledged_step = 0
+        self.num_heard = 0
+        """Words of those that compute nothing, in totals."""
 
     def applied(self, shard: int, name: str, step: int, value: str) -> None:
         if value != self.expected[step][shard]:
@@ -165,9 +174,8 @@ class Worker:
         self._client.step = newest
         if newest == self._world.num_steps:
             return []
-        return self._client.push(
-            newest + 1, [parts_of(newest + 1, self._leaves, shard, values) for shard in range(len(found))]
-        )
+        parts = [parts_of(newest + 1, self._leaves, shard, values) for shard in range(len(found))]
+        return self._client.push(newest + 1, parts, None if self._leaves else WORD)
 
 
 @dataclass
@@ -193,6 +201,7 @@ class World:
         num_shards: int = 2,
         num_replicas: int = FEW_REPLICAS,
         num_workers: int = 2,
+        num_speakers: int = 0,
         num_leaves: int = 6,
         num_steps: int = 4,
         make_replica: Callable[..., Replica] = Replica,
@@ -200,6 +209,8 @@ class World:
     ) -> None:
         self.num_shards, self.num_leaves, self.num_steps = num_shards, num_leaves, num_steps
         self.make_client = make_client
+        self._num_speakers = num_speakers
+        """Of the workers, the last ones: they compute nothing."""
         self._make_replica = make_replica
         self._chance = random.Random(seed)
         self._faults = list(faults)
@@ -239,12 +250,14 @@ class World:
         """The record has a new token; each process hears of it in its own time."""
         self.token += 1
         primaries = [names[0] for names in self.replicas]
-        for names in self.replicas:
-            assignment = Assignment(token=self.token, primary=names[0], backups=tuple(names[1:]))
+        num_computing = len(self.workers) - self._num_speakers
+        for shard, names in enumerate(self.replicas):
+            speakers = () if shard else tuple(self.workers[num_computing:])
+            assignment = Assignment(token=self.token, primary=names[0], backups=tuple(names[1:]), speakers=speakers)
             for name in names:
                 self._plan("record", name, self._beginning(name, assignment))
         for place, name in enumerate(self.workers):
-            leaves = owned_range(place, len(self.workers), self.num_leaves)
+            leaves = owned_range(place, num_computing, self.num_leaves) if place < num_computing else range(0)
             self._plan("record", name, self._start(name, self.token, primaries, leaves))
 
     def _beginning(self, name: str, assignment: Assignment) -> Callable[[], list[Send]]:

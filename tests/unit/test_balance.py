@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import pytest
@@ -78,10 +79,12 @@ def test_a_small_gain_is_none() -> None:
 class Group:
     """The ranks of a group, as each of them keeps its balance; what it takes each of them is given."""
 
-    def __init__(self, virtual_workers: int, world_size: int, *, over_seconds: float = 1.0) -> None:
+    def __init__(
+        self, virtual_workers: int, world_size: int, *, over_seconds: float = 1.0, num_computing: int | None = None
+    ) -> None:
+        options: dict[str, Any] = {"over_seconds": over_seconds, "num_computing": num_computing}
         self.ranks = [
-            Balance(virtual_workers, rank=rank, world_size=world_size, over_seconds=over_seconds)
-            for rank in range(world_size)
+            Balance(virtual_workers, rank=rank, world_size=world_size, **options) for rank in range(world_size)
         ]
 
     @property
@@ -156,6 +159,13 @@ def test_who_does_not_balance_says_nothing(group: Group) -> None:
 
 def test_what_a_rank_would_do_with_an_even_share() -> None:
     group = Group(16, 4)
-    assert [rank.own_part for rank in group.ranks] == [1.0] * 4
+    assert [rank.seconds_at_even_shares(1.0, 10.0) for rank in group.ranks] == [11.0] * 4
     group.steps(100, lambda: [0.01, 0.03, 0.01, 0.01])
-    assert [rank.own_part for rank in group.ranks] == [1.25, 0.25, 1.25, 1.25]
+    assert [rank.seconds_at_even_shares(1.0, 10.0) for rank in group.ranks] == [9.0, 41.0, 9.0, 9.0]
+
+
+def test_ranks_that_compute_nothing_have_no_share_and_none_of_the_blame() -> None:
+    group = Group(16, 4, num_computing=2)
+    assert group.shares == (8, 8, 0, 0)
+    assert group.steps(100, lambda: [0.01, 0.03, 0.0, 0.0])[-1] == (12, 4, 0, 0)
+    assert group.ranks[3].seconds_at_even_shares(1.0, 0.0) == 1.0

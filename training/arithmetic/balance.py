@@ -76,14 +76,27 @@ class Change:
 class Balance:
     """Of one group, as one of its ranks keeps it."""
 
-    def __init__(self, virtual_workers: int, *, rank: int, world_size: int, over_seconds: float) -> None:
-        """Shares are even at first, and stay so if `over_seconds` is 0; else these are how long it looks before it
-        changes them."""
-        self.shares = even_shares(virtual_workers, world_size)
+    def __init__(
+        self, virtual_workers: int, *, rank: int, world_size: int, over_seconds: float, num_computing: int | None = None
+    ) -> None:
+        """The first `num_computing` ranks (None: all) have virtual workers. Shares are even at first, and stay so if
+        `over_seconds` is 0; else these are how long it looks before it changes them."""
+        self.num_computing = world_size if num_computing is None else num_computing
+        self._others = (0,) * (world_size - self.num_computing)
+        self._shares = even_shares(virtual_workers, self.num_computing)
         self._rank = rank
         self._part_seconds = over_seconds / NUM_PARTS
-        self.num_words = WORDS_PER_RANK * world_size if over_seconds > 0 and world_size > 1 else 0
+        self.num_words = WORDS_PER_RANK * self.num_computing if over_seconds > 0 and self.num_computing > 1 else 0
         self._forget()
+
+    @property
+    def shares(self) -> Shares:
+        """Of all ranks."""
+        return self._shares + self._others
+
+    @property
+    def _computes(self) -> bool:
+        return self._rank < self.num_computing
 
     def _forget(self) -> None:
         self._own = (0.0, 0.0)
@@ -91,23 +104,26 @@ class Balance:
         self._begin_part()
 
     def _begin_part(self) -> None:
-        self._sum = np.zeros((len(self.shares), WORDS_PER_RANK))
+        self._sum = np.zeros((self.num_computing, WORDS_PER_RANK))
         self._num_steps = 0
         self._seconds = 0.0
 
-    @property
-    def own_part(self) -> float:
-        """This rank's virtual workers, of as many as it would have if all had the same number."""
-        return self.shares[self._rank] * len(self.shares) / sum(self.shares)
+    def seconds_at_even_shares(self, fixed_seconds: float, workers_seconds: float) -> float:
+        """What a step would take this rank if all that compute had the same number of virtual workers: it took so long
+        beside its own, and for all of these."""
+        if not self._computes:
+            return fixed_seconds
+        return fixed_seconds + workers_seconds * sum(self._shares) / (self._shares[self._rank] * self.num_computing)
 
     def note(self, fixed_seconds: float, workers_seconds: float) -> None:
         """What the last step took this rank without waiting: beside its virtual workers, and for all of these."""
-        self._own = (fixed_seconds, workers_seconds / self.shares[self._rank])
+        if self._computes:
+            self._own = (fixed_seconds, workers_seconds / self._shares[self._rank])
 
     def words(self) -> list[float]:
         """What this rank says in the next step; others say 0 in its place, so the sum over all is exact."""
         said = [0.0] * self.num_words
-        if self.num_words:
+        if self.num_words and self._computes:
             said[WORDS_PER_RANK * self._rank : WORDS_PER_RANK * (self._rank + 1)] = self._own
         return said
 
@@ -121,7 +137,7 @@ class Balance:
             return
         self._sum += heard
         self._num_steps += 1
-        self._seconds += step_seconds(self.shares, heard)
+        self._seconds += step_seconds(self._shares, heard)
         if self._seconds >= self._part_seconds:
             self._parts.append(self._sum / self._num_steps)
             self._begin_part()
@@ -131,8 +147,9 @@ class Balance:
         if len(self._parts) < NUM_PARTS or self._num_steps:  # or nothing new since the last look
             return None
         seconds = np.median(np.stack(self._parts), axis=0)
-        before, self.shares = self.shares, better_shares(self.shares, seconds)
-        if self.shares == before:
+        before, found = self.shares, better_shares(self._shares, seconds)
+        if found == self._shares:
             return None
+        self._shares = found
         self._forget()
         return Change(before=before, shares=self.shares, seconds=seconds)

@@ -6,7 +6,9 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from training.errors import DeterministicError, UserError
@@ -80,6 +82,22 @@ class Buffers:
         with torch.no_grad():
             for slot, value in zip(self._slots, values, strict=True):
                 slot.put_back(value)
+
+    def counters(self) -> NDArray[np.uint8]:
+        """The bytes of those that are no floats, end to end."""
+        found = [slot.current.cpu().contiguous().reshape(-1).view(torch.uint8).numpy() for slot in self._counters()]
+        return np.concatenate([np.empty(0, np.uint8), *found])
+
+    def set_counters(self, data: NDArray[np.uint8]) -> None:
+        """The inverse."""
+        start = 0
+        for slot in self._counters():
+            part = torch.from_numpy(data[start : start + slot.tensor.nbytes].copy())
+            start += slot.tensor.nbytes
+            slot.put_back(part.view(slot.tensor.dtype).view(slot.tensor.shape))
+
+    def _counters(self) -> list[_Slot]:
+        return [slot for slot, is_float in zip(self._slots, self._are_float, strict=True) if not is_float]
 
     def changes(self, before: Sequence[Tensor]) -> list[Tensor]:
         """What was added to each float buffer, flat, in float32. Exactly 0 where nothing changed, infinities too."""

@@ -134,7 +134,7 @@ class _Group:
         self.device = device
         self.plans = [subtrees(owned) for owned in ranges]
         self.own_plan = self.plans[rank]
-        self.num_rows = max(n + max(1, subtree.level) for n, subtree in enumerate(self.own_plan))
+        self.num_rows = max((n + max(1, subtree.level) for n, subtree in enumerate(self.own_plan)), default=1)
         """Of sums at a time: the subtrees before, and those on the way in this one."""
         self.is_pair = [len(plan) for plan in self.plans] == [1, 1]
         """The root has two terms, and a + b is b + a to the last bit: any all-reduce adds them up as the tree does."""

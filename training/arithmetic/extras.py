@@ -49,14 +49,17 @@ NUM_CONTROL_WORDS = len(Control().words())
 
 
 class Extras:
-    """Changes of float buffers, the loss, words (those of `Control` first), and entries of the ledger, as one
+    """Changes of float buffers, the loss, words (those of `Control` first), counters, and entries of the ledger, as one
     vector."""
 
-    def __init__(self, model: nn.Module, *, num_words: int = NUM_CONTROL_WORDS) -> None:
+    def __init__(self, model: nn.Module, *, num_words: int = NUM_CONTROL_WORDS, with_counters: bool = False) -> None:
+        """`with_counters`: some ranks have no virtual worker, and hear from others what became of the buffers that are
+        no floats: a byte of these is a number here."""
         self._num_words = num_words
         self._buffers = Buffers(model)
         self._num_changes = self._buffers.num_float_elements
-        self.num_elements = self._num_changes + 1 + num_words + ledger.NUM_ENTRIES
+        self._num_counters = len(self._buffers.counters()) if with_counters else 0
+        self.num_elements = self._num_changes + 1 + num_words + self._num_counters + ledger.NUM_ENTRIES
         self._before: list[Tensor] | None = None
 
     def hold(self) -> None:
@@ -82,20 +85,38 @@ class Extras:
         assert self._before is not None
         self._buffers.put_back(self._before)
 
-    def gather(self, loss: Tensor, words: Sequence[float], entries: NDArray[np.float32]) -> Tensor:
-        """One virtual worker's, shape [num_elements]. Without words it says 0 in their places."""
+    def gather(
+        self, loss: Tensor, words: Sequence[float], entries: NDArray[np.float32], tells_counters: bool = False
+    ) -> Tensor:
+        """One virtual worker's, shape [num_elements]. Without words it says 0 in their places. One in all
+        `tells_counters`."""
         assert self._before is not None
         changes = self._buffers.changes(self._before)
-        said = np.zeros(self._num_words, np.float32)
+        said = np.zeros(self._num_words + self._num_counters, np.float32)
         said[: len(words)] = words
+        if tells_counters and self._num_counters:
+            said[self._num_words :] = self._buffers.counters()
         rest = torch.from_numpy(np.concatenate([said, entries]))
         return torch.cat([*changes, loss.reshape(1), rest.to(loss.device)])
+
+    def said(self, words: Sequence[float]) -> Tensor:
+        """What a rank has to say that has no virtual worker, shape [num_elements]."""
+        found = torch.zeros(self.num_elements)
+        start = self._num_changes + 1
+        found[start : start + len(words)] = torch.tensor(words)
+        return found
 
     def hand_out(self, mean: Tensor) -> float:
         """Put the new buffers where they belong; returns the mean loss."""
         assert self._before is not None
         self._buffers.add_mean(self._before, mean[: self._num_changes])
         return float(mean[self._num_changes])
+
+    def take_counters(self, total: Tensor) -> None:
+        """From the sum over all virtual workers: the buffers that are no floats become what they are elsewhere."""
+        if self._num_counters:
+            end = len(total) - ledger.NUM_ENTRIES
+            self._buffers.set_counters(total[end - self._num_counters : end].to(torch.uint8).numpy())
 
     def control(self, total: Tensor) -> Control:
         """From the sum over all virtual workers."""
@@ -106,7 +127,8 @@ class Extras:
         return self._words(total)[NUM_CONTROL_WORDS:]
 
     def _words(self, total: Tensor) -> list[float]:
-        words: list[float] = total[self._num_changes + 1 : -ledger.NUM_ENTRIES].tolist()
+        start = self._num_changes + 1
+        words: list[float] = total[start : start + self._num_words].tolist()
         return words
 
     def ledger_line(self, total: Tensor) -> str:

@@ -71,6 +71,11 @@ class TensorState:
     def fold(self, parts: Sequence[tuple[Subtree, Tensor]] | Sequence[tuple[Subtree, Part]]) -> Tensor | Part:
         return fold([subtree for subtree, _ in parts], [part for _, part in parts])
 
+    def with_said(self, total: Tensor | Part, said: Tensor) -> Tensor | Part:
+        dense = total.dense if isinstance(total, Part) else total
+        dense[self._num_elements :] += said
+        return total
+
     def report(self, total: Tensor | Part) -> Report:
         norms = [
             block_norms_of(each, piece) if isinstance(each, Rows) else block_norms([each])

@@ -34,10 +34,13 @@ class Client:
         self.phase = "pulling"
         return self._say(lambda shard: Pull(token=self.token, with_optimizer=with_optimizer))
 
-    def push(self, step: int, parts: Sequence[Sequence[tuple[Subtree, Any]]]) -> list[Send]:
-        """The sums of this worker's subtrees, for each shard."""
+    def push(self, step: int, parts: Sequence[Sequence[tuple[Subtree, Any]]], maybe_said: Any = None) -> list[Send]:
+        """The sums of this worker's subtrees, for each shard; without any, what it says to the first."""
         self.phase, self.step = "pushing", step
-        return self._say(lambda shard: Push(token=self.token, step=step, parts=tuple(parts[shard])))
+        said = [maybe_said, *[None] * (len(self._primaries) - 1)]
+        return self._say(
+            lambda shard: Push(token=self.token, step=step, parts=tuple(parts[shard]), maybe_said=said[shard])
+        )
 
     def _say(self, message: Callable[[int], Message]) -> list[Send]:
         self._answers = {}

@@ -29,7 +29,7 @@ from training.servers.endpoints import Begun, PrimaryLost, Remote
 from training.servers.hosted import Hosted, leave, left_copies
 from training.servers.layout import Shard, shards
 from training.servers.mesh import Address, Mesh
-from training.servers.placement import may_go_on, place
+from training.servers.placement import may_go_on, num_computing, place
 from training.servers.protocol import Assignment, Copy
 from training.servers.replica import Replica
 from training.servers.rows import Part
@@ -57,6 +57,8 @@ class Colocated:
         self._left: Mapping[int, Copy] = {}
         """By the process that was in the place of this one, until a group begins."""
         self._placement: tuple[tuple[int, ...], ...] = ()
+        self._num_computing = 0
+        """Ranks, the first ones."""
         self._is_new = True
         self._maybe_remote: Remote | None = None
         self._maybe_parameters: Sequence[Tensor] | None = None
@@ -102,7 +104,9 @@ class Colocated:
             self._forget()
             holdings = [{} for _ in holdings]
         self._is_new = not is_whole
-        self._placement = place(launch.servers, launch.server_replicas, holdings=holdings, nodes=nodes)
+        self._num_computing = computing = num_computing(nodes, launch.server_nodes)
+        hosts = range(computing if launch.server_nodes and computing < len(nodes) else 0, len(nodes))
+        self._placement = place(launch.servers, launch.server_replicas, holdings=holdings, nodes=nodes, hosts=hosts)
         return is_whole
 
     def begin(self, state: TrainState, *, token: int, rank: int) -> None:
@@ -164,9 +168,12 @@ class Colocated:
         names = [
             [told[rank]["servers"][str(shard)][0] for rank in ranks] for shard, ranks in enumerate(self._placement)
         ]
+        speakers = tuple(one["worker"][0] for one in told[self._num_computing :])
         for shard, hosted in self._hosted.items():
             primary, *backups = names[shard]
-            assignment = Assignment(token=token, primary=primary, backups=tuple(backups))
+            assignment = Assignment(
+                token=token, primary=primary, backups=tuple(backups), speakers=() if shard else speakers
+            )
             hosted.tell(Begun(assignment=assignment, places=places))
         self._maybe_remote = Remote(
             self._worker,
@@ -212,9 +219,9 @@ class Colocated:
         """Of all parameters, from those of all others and those of tables."""
         return merged(gradients, rows, [number in self._tables for number in range(len(self._parameters))])
 
-    def step(self, step: int, sums: Sequence[tuple[Subtree, Sequence[Tensor | Rows], Tensor]]) -> Tensor:
-        """Give this rank's sums (training.arithmetic.exact) of a step. Returns the sum of all extras. Raises
-        `PrimaryLost`."""
+    def step(self, step: int, sums: Sequence[tuple[Subtree, Sequence[Tensor | Rows], Tensor]], said: Tensor) -> Tensor:
+        """Give this rank's sums (training.arithmetic.exact) of a step, or what it has `said` if it has none. Returns
+        the sum of all extras. Raises `PrimaryLost`."""
         self._step, self._maybe_answer = step, None
         parts = [
             [(subtree, part_of(gradients, shard, () if number else (extras,))) for subtree, gradients, extras in sums]
@@ -222,7 +229,7 @@ class Colocated:
         ]
         try:
             with self._own_errors():
-                self._maybe_answer = self._remote.step(step, parts)
+                self._maybe_answer = self._remote.step(step, parts, None if sums else said)
         except _NotFiniteError as error:  # no shard has applied it, and the trainer says what is wrong
             self._maybe_answer = error.decision, ()
         return self._answer[0].extras
@@ -293,13 +300,21 @@ class ServedReducer:
     """Gives the servers this rank's sums, where `ExactReducer` gives them to other ranks."""
 
     def __init__(
-        self, exact: ExactReducer, servers: Colocated, next_step: Callable[[], int], *, objective: nn.Module
+        self,
+        exact: ExactReducer,
+        servers: Colocated,
+        next_step: Callable[[], int],
+        *,
+        objective: nn.Module,
+        say: Callable[[], Tensor],
     ) -> None:
-        """`exact` exchanges nothing, and leaves the tables of its `objective` alone."""
+        """`exact` exchanges nothing, and leaves the tables of its `objective` alone. A rank without virtual workers has
+        extras to `say` all the same."""
         self._exact = exact
         self._rows = RowSums(tables_of(objective), exact.owned)
         self._servers = servers
         self._next_step = next_step
+        self._say = say
         self.owned = exact.owned
 
     def forward(self, worker: int, batch: Mapping[str, Tensor]) -> Tensor:
@@ -313,7 +328,7 @@ class ServedReducer:
         """Raises `PrimaryLost`."""
         found = zip(self._exact.sums(), self._rows.take(), strict=True)
         sums = [(tree, self._servers.merged(dense, rows), extras) for (tree, dense, extras), rows in found]
-        return self._servers.step(self._next_step(), sums)
+        return self._servers.step(self._next_step(), sums, self._say())
 
     def close(self) -> None:
         self._exact.close()

@@ -109,9 +109,12 @@ class Remote:
         """Snapshots of all shards, which are at the same step."""
         return [values for _, values in self._until_answered(self._client.pull(with_optimizer=True))]
 
-    def step(self, step: int, parts: Sequence[Sequence[tuple[Subtree, Any]]]) -> tuple[Any, list[Any]]:
-        """Give this worker's sums, for each shard; get what was decided, and the parameters after the step."""
-        found = self._until_answered(self._client.push(step, parts))
+    def step(
+        self, step: int, parts: Sequence[Sequence[tuple[Subtree, Any]]], maybe_said: Any = None
+    ) -> tuple[Any, list[Any]]:
+        """Give this worker's sums, for each shard, or what it says without any; get what was decided, and the
+        parameters after the step."""
+        found = self._until_answered(self._client.push(step, parts, maybe_said))
         return self._client.maybe_decision, [values for _, values in found]
 
     def give_up(self) -> None:

@@ -25,6 +25,8 @@ class Assignment:
     token: int
     primary: str
     backups: tuple[str, ...]
+    speakers: tuple[str, ...] = ()
+    """Workers without virtual workers, whose word (`Push.maybe_said`) is waited for all the same."""
 
     @property
     def replicas(self) -> tuple[str, ...]:
@@ -45,6 +47,8 @@ class Push(Message):
 
     step: int
     parts: tuple[tuple[Subtree, Any], ...]
+    maybe_said: Any = None
+    """By a worker without parts: to be added to the total."""
 
 
 @dataclass(frozen=True, kw_only=True)

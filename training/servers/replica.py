@@ -41,6 +41,10 @@ class State(Protocol):
         """The total, from subtrees that cover all virtual workers, from left to right."""
         ...
 
+    def with_said(self, total: Any, said: Any) -> Any:
+        """The total and what a worker without virtual workers says."""
+        ...
+
     def report(self, total: Any) -> Any: ...
 
     def apply(self, total: Any, decision: Any) -> None:
@@ -82,6 +86,8 @@ class Replica:
 
     def _forget_group(self) -> None:
         self._parts: dict[Subtree, Any] = {}
+        self._said: dict[str, Any] = {}
+        """By whom."""
         self._positions: dict[str, int] = {}
         """Of the replicas that are in step with this primary: only these are waited for."""
         self._standings: dict[str, int] = {}
@@ -210,8 +216,8 @@ class Replica:
     def _answer_all(self) -> list[Send]:
         """Do what can be done, and answer who can be answered."""
         sends = []
-        for message in list(self._asking.values()):
-            sends += self._advance(message)
+        for name, message in list(self._asking.items()):
+            sends += self._advance(name, message)
         for name, message in list(self._asking.items()):
             maybe_answer = self._maybe_answer(name, message)
             if maybe_answer is not None:
@@ -219,10 +225,12 @@ class Replica:
                 sends.append(maybe_answer)
         return sends
 
-    def _advance(self, message: Message) -> list[Send]:
+    def _advance(self, name: str, message: Message) -> list[Send]:
         """What lies at or below what was done is dropped, whatever its token."""
         if isinstance(message, Push) and message.step == self.state.step + 1 and self._maybe_total is None:
             self._parts.update(message.parts)
+            if message.maybe_said is not None:
+                self._said[name] = message.maybe_said
             return self._maybe_total_up()
         if isinstance(message, Apply) and message.step == self.state.step + 1 and self._are_all_at(self.position):
             assert self._maybe_total is not None, "a decision about what nobody holds"
@@ -231,11 +239,17 @@ class Replica:
         return []
 
     def _maybe_total_up(self) -> list[Send]:
+        assert self._maybe_assignment is not None
+        speakers = self._maybe_assignment.speakers
         parts = sorted(self._parts.items(), key=lambda part: part[0].start)
-        if sum(subtree.size for subtree, _ in parts) < self._num_virtual_workers:
+        is_whole = sum(subtree.size for subtree, _ in parts) == self._num_virtual_workers
+        if not is_whole or not self._said.keys() >= set(speakers):
             return []
-        self._maybe_total = self.state.fold(parts)
-        self._parts = {}
+        total = self.state.fold(parts)
+        for name in speakers:
+            total = self.state.with_said(total, self._said[name])
+        self._maybe_total = total
+        self._parts, self._said = {}, {}
         return self._tell_backups(Hold, step=self.state.step + 1, total=self._maybe_total)
 
     def _tell_backups(self, kind: type[Message], **values: Any) -> list[Send]:
