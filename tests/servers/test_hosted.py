@@ -12,12 +12,12 @@ import torch
 from tests.servers.test_arithmetic import SIZES, Net, adamw
 from training.arithmetic.reduce import Subtree
 from training.servers import hosted as hosted_module
-from training.servers.arithmetic import TensorState
+from training.servers.arithmetic import Decision, TensorState
 from training.servers.endpoints import Begun
 from training.servers.hosted import Hosted, leave, left_copies
 from training.servers.layout import shards
 from training.servers.mesh import Mesh
-from training.servers.protocol import Assignment, Held, Push, Send
+from training.servers.protocol import Apply, Assignment, Held, Push, Send
 from training.servers.replica import Replica
 
 (SHARD,) = shards(SIZES, 1)
@@ -97,6 +97,27 @@ def test_a_replica_in_the_midst_of_something_leaves_nothing(
     assert begun.wait(30)
     assert left_copies(memoryview(b"".join(leave({0: hosted})))) == {}
     ended.set()
+
+
+def test_a_replica_that_failed_in_the_midst_of_a_step_leaves_nothing(
+    hosted: Hosted, worker: Mesh, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It would be stepped again where it was stepped already."""
+    failed = threading.Event()
+
+    def step(*_: object) -> None:
+        with torch.no_grad():
+            hosted._state._pieces[0].add_(1.0)
+        failed.set()
+        raise MemoryError
+
+    monkeypatch.setattr(hosted._state.optimizer, "step", step)
+    worker.send([push(1)])
+    worker.inbox.get(timeout=30)
+    decision = Decision(grad_norm=1.0, clip_norm=None, learning_rate_scale=1.0, extras=torch.zeros(1))
+    worker.send([Send(to="server", message=Apply(token=1, step=1, decision=decision))])
+    assert failed.wait(30)
+    assert left_copies(memoryview(b"".join(leave({0: hosted})))) == {}
 
 
 def test_an_empty_replica_leaves_nothing() -> None:

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import queue
+import select
+import selectors
 import socket
 import subprocess
 import sys
 import threading
 from collections.abc import Iterator
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -133,7 +137,8 @@ def long_message(step: int) -> Hold:
 
 
 def mappings() -> int:
-    """Of segments, in this process."""
+    """Of segments, in this process, but for those that nobody refers to any more."""
+    gc.collect()
     return Path("/proc/self/maps").read_text().count("memfd:unbroken-message")
 
 
@@ -163,7 +168,7 @@ def test_a_peer_that_dies_in_the_midst_of_a_message_has_said_those_before(
     pair: tuple[Mesh, Mesh], transport: str
 ) -> None:
     _, other = pair
-    left_before = set(os.listdir("/dev/shm"))
+    left_before, mapped_before = set(os.listdir("/dev/shm")), mappings()
     host, port = ("127.0.0.1", str(other.address[1]))
     with subprocess.Popen(
         [sys.executable, "-m", "tests.servers.talker", "other", host, port], stdout=subprocess.PIPE, text=True
@@ -177,7 +182,7 @@ def test_a_peer_that_dies_in_the_midst_of_a_message_has_said_those_before(
         assert isinstance(message, Hold)
         assert message.step == step
         assert torch.equal(message.total, torch.full([NUM_ELEMENTS], float(step)))
-    assert (mappings() > 0) == (transport == "memory")
+    assert (mappings() > mapped_before) == (transport == "memory")
     assert other.inbox.get(timeout=30) == ("talker", Lost(token=3))
     assert set(os.listdir("/dev/shm")) == left_before
 
@@ -196,6 +201,85 @@ def test_whose_name_is_taken_is_heard_by_a_socket(monkeypatch: pytest.MonkeyPatc
     assert isinstance(message, Hold)
     for mesh in meshes:
         mesh.close()
+
+
+def test_who_takes_a_name_and_hands_on_what_is_said_there_learns_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Proofs are of one way alone: those for the local socket are none for the one by TCP."""
+    monkeypatch.setattr(mesh_module, "_local_name", lambda address: "\0unbroken-relayed")
+    heard = bytearray()
+    with socket.socket(socket.AF_UNIX) as taken:
+        taken.bind("\0unbroken-relayed")
+        taken.listen()
+        meshes = [Mesh(name, secret="known", address="127.0.0.1", max_bytes=MAX_BYTES) for name in ("one", "other")]
+        one, other = meshes
+        relaying = threading.Thread(target=_relay, args=(taken, other.address, heard))
+        relaying.start()
+        for mesh in meshes:
+            mesh.begin(3, {mesh.name: mesh.address for mesh in meshes})
+        one.send([Send(to="other", message=long_message(7))])
+        sender, message = other.inbox.get(timeout=30)
+        relaying.join(30)
+    assert sender == "one"
+    assert isinstance(message, Hold)
+    assert 0 < len(heard) < 1000, "it heard the greeting, and nothing after it"
+    for mesh in meshes:
+        mesh.close()
+
+
+def _relay(taken: socket.socket, address: tuple[str, int], heard: bytearray) -> None:
+    """Between the first who comes and that address."""
+    here, _ = taken.accept()
+    with here, socket.create_connection(address) as there, selectors.DefaultSelector() as ready:
+        ready.register(here, selectors.EVENT_READ, there)
+        ready.register(there, selectors.EVENT_READ, here)
+        while True:
+            for key, _ in ready.select():
+                data = cast(socket.socket, key.fileobj).recv(1 << 16)
+                if not data:
+                    return
+                heard += data if key.fileobj is here else b""
+                key.data.sendall(data)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can be somebody else")
+def test_another_user_is_not_heard_at_a_local_socket() -> None:
+    mesh = Mesh("one", secret="known", address="127.0.0.1", max_bytes=MAX_BYTES)
+    call = (
+        "import socket, sys; s = socket.socket(socket.AF_UNIX); s.connect(chr(0) + sys.argv[1]);"
+        " sys.exit(len(s.recv(16)))"
+    )
+    name = mesh_module._local_name(mesh.address)[1:]
+    for user, num_bytes in ((65534, 0), (0, 16)):
+        done = subprocess.run(["python3", "-I", "-c", call, name], user=user, check=False, timeout=60)
+        assert done.returncode == num_bytes
+    mesh.close()
+
+
+def test_a_greeting_that_drips_holds_nobody_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(mesh_module, "HANDSHAKE_SECONDS", 0.5)
+    monkeypatch.setattr(mesh_module, "MAX_UNPROVEN", 1)
+    mesh = Mesh("one", secret="known", address="127.0.0.1", max_bytes=MAX_BYTES)
+    with socket.create_connection(mesh.address) as dripping:
+        assert dripping.recv(16, socket.MSG_WAITALL)
+        with socket.create_connection(mesh.address) as second:
+            assert second.recv(16) == b"", "there are as many as may be"
+        with pytest.raises(OSError, match=r"reset|pipe"):  # not for as long as a byte comes in time
+            _drip(dripping)
+    mesh.close()
+
+
+def _drip(connection: socket.socket) -> None:
+    for _ in range(1000):
+        connection.sendall(b"\0")
+        select.select([connection], [], [], 0.05)
+
+
+def test_a_snapshot_takes_no_memory_that_stays(pair: tuple[Mesh, Mesh]) -> None:
+    one, other = pair
+    before = mappings()
+    one.send([Send(to="other", message=replace(MESSAGES[-1], snapshot={"values": torch.ones(NUM_ELEMENTS)}))])
+    assert isinstance(other.inbox.get(timeout=30)[1], Copy)
+    assert mappings() == before
 
 
 @pytest.mark.parametrize(

@@ -4,13 +4,14 @@ refused."""
 from __future__ import annotations
 
 import math
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 from torch.optim import SGD, Adagrad, Adam, AdamW, Optimizer, RMSprop
 
 from tests.servers.looking_up import LookingUp, Lookup
@@ -152,6 +153,7 @@ MOVING = {
     "adamw": partial(AdamW, lr=0.1),
     "running mean": partial(RMSprop, lr=0.1),
     "adagrad with weight decay": partial(Adagrad, lr=0.1, weight_decay=0.1),
+    "uphill, which makes -0 of a row 0": partial(SGD, lr=0.1, maximize=True),
 }
 
 
@@ -202,17 +204,38 @@ class Tied(LookingUp):
         return super().forward(x) + (x[:, :1] * self.narrow.weight[0])
 
 
-class TiedLookup(Lookup):
+class Twice(LookingUp):
+    """Looks some rows up, and then others."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) + super().forward(x + 1)
+
+
+class Beside(LookingUp):
+    """The same, past the module."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) + functional.embedding(x[:, 0].to(torch.int64), self.narrow.weight, sparse=True)
+
+
+MISUSES = {Tied: "is used otherwise", Twice: "is looked up twice for one loss", Beside: "is used otherwise"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Misused(Lookup):
+    kind: type[LookingUp] = Tied
+
     def model(self) -> nn.Module:
-        return Tied(is_sparse=True)
+        return self.kind(is_sparse=True)
 
 
-def test_a_table_that_is_used_otherwise_is_refused_by_name() -> None:
-    servers = Colocated(TiedLookup(), SERVED, address="127.0.0.1", secret="s")
-    trainer = make_trainer(preset=SERVED, recipe=TiedLookup(), servers=servers)
+@pytest.mark.parametrize("kind", MISUSES)
+def test_a_table_that_is_used_otherwise_is_refused_by_name(kind: type[LookingUp]) -> None:
+    servers = Colocated(Misused(kind=kind), SERVED, address="127.0.0.1", secret="s")
+    trainer = make_trainer(preset=SERVED, recipe=Misused(kind=kind), servers=servers)
     assert not servers.can_go_on(None, nodes=[0])
     servers.begin(trainer.state, token=1, rank=0)
-    with exact_arithmetic(), pytest.raises(UserError, match=r"is used otherwise than by looking rows up"):
+    with exact_arithmetic(), pytest.raises(UserError, match=f"a table of shape .* {MISUSES[kind]}"):
         trainer.train_step()
 
 

@@ -85,8 +85,8 @@ def test_only_rows_that_were_looked_up_are_sent_and_come_back(monkeypatch: pytes
     said: list[tuple[list[list[tuple[Subtree, Part]]], list[Part]]] = []
     step = Remote.step
 
-    def recorded(self: Remote, number: int, parts: Any) -> Any:
-        decision, values = step(self, number, parts)
+    def recorded(self: Remote, number: int, parts: Any, maybe_said: Any) -> Any:
+        decision, values = step(self, number, parts, maybe_said)
         said.append((parts, values))
         return decision, values
 

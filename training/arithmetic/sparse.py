@@ -50,7 +50,7 @@ def tables_of(module: nn.Module) -> list[nn.Parameter]:
     Raises `UserError` for one that changes as it is looked up.
     """
     found = set()
-    for embedding in _sparse_embeddings(module):
+    for embedding in embeddings_of(module):
         if embedding.max_norm is not None:
             raise UserError("an embedding with max_norm changes its rows in the forward pass: leave max_norm out")
         found.add(embedding.weight)
@@ -59,11 +59,12 @@ def tables_of(module: nn.Module) -> list[nn.Parameter]:
 
 def have_whole_gradients(module: nn.Module) -> None:
     """Of tables too, from here on: there is nobody whom rows could be sent to."""
-    for embedding in _sparse_embeddings(module):
+    for embedding in embeddings_of(module):
         embedding.sparse = False
 
 
-def _sparse_embeddings(module: nn.Module) -> list[nn.Embedding]:
+def embeddings_of(module: nn.Module) -> list[nn.Embedding]:
+    """Whose weights are tables."""
     found = [one for one in module.modules() if isinstance(one, nn.Embedding)]
     return [one for one in found if one.sparse and one.weight.requires_grad]
 
@@ -79,8 +80,11 @@ def rows_of(gradient: Tensor) -> Rows:
 class RowSums:
     """What one rank's virtual workers give each table, added up along the tree (training.arithmetic.reduce)."""
 
-    def __init__(self, tables: Sequence[nn.Parameter], owned: range) -> None:
-        self._tables = tables
+    def __init__(self, module: nn.Module, owned: range) -> None:
+        """Of the module's tables."""
+        self._tables = tables = tables_of(module)
+        self._num_looked_up: dict[Tensor, int] = {}
+        """Rows, by this virtual worker."""
         self._places = places(owned)
         self._trees = [TreeSum[Rows]() for _ in tables]
         self._arrived: dict[int, Rows] = {}
@@ -88,11 +92,25 @@ class RowSums:
         self._hooks = [
             table.register_post_accumulate_grad_hook(partial(self._arrive, number))  # type: ignore[no-untyped-call]  # no annotation
             for number, table in enumerate(tables)
-        ]
+        ] + [embedding.register_forward_hook(self._look_up) for embedding in embeddings_of(module)]
+
+    def _look_up(self, embedding: nn.Embedding, inputs: tuple[Tensor], output: Tensor) -> None:
+        """Of two gradients of one table nobody knows afterwards which row is of which: whole ones are added as they
+        are, so these would have other bits."""
+        table = embedding.weight
+        if not output.requires_grad:
+            return
+        if table in self._num_looked_up:
+            raise UserError(
+                f"a table of shape {list(table.shape)} is looked up twice for one loss: look up all rows at"
+                " once (torch.cat their numbers), or use sparse=False"
+            )
+        self._num_looked_up[table] = inputs[0].numel()
 
     def _arrive(self, number: int, table: Tensor) -> None:
         gradient, table.grad = table.grad, None
-        if gradient is None or not gradient.is_sparse or number in self._arrived:
+        num_looked_up = self._num_looked_up.get(table, 0)
+        if gradient is None or not gradient.is_sparse or gradient._nnz() > num_looked_up or number in self._arrived:
             raise UserError(
                 f"a table of shape {list(table.shape)} is used otherwise than by looking rows up: use sparse=False"
             )
@@ -100,6 +118,7 @@ class RowSums:
 
     def end_worker(self, worker: int) -> None:
         """After its backward pass. A table that the loss does not reach has no rows."""
+        self._num_looked_up.clear()
         for number, (table, tree) in enumerate(zip(self._tables, self._trees, strict=True)):
             tree.push(0, self._arrived.pop(number) if number in self._arrived else _no_rows(table))
         if self._places[worker].ends_subtree:

@@ -293,7 +293,8 @@ class Colocated:
     def require_group(self) -> None:
         """Raises `PrimaryLost` if it is known that this group is over: who computes hears of it so."""
         if self._over_token == self._remote.token:
-            raise PrimaryLost("the group is over")
+            with self._own_errors():
+                raise PrimaryLost("the group is over")
 
 
 class ServedReducer:
@@ -311,7 +312,7 @@ class ServedReducer:
         """`exact` exchanges nothing, and leaves the tables of its `objective` alone. A rank without virtual workers has
         extras to `say` all the same."""
         self._exact = exact
-        self._rows = RowSums(tables_of(objective), exact.owned)
+        self._rows = RowSums(objective, exact.owned)
         self._servers = servers
         self._next_step = next_step
         self._say = say

@@ -102,7 +102,8 @@ class Remote:
         found = self._until_answered(self._client.pull())
         newest = max(step for step, _ in found)
         if any(step != newest for step, _ in found):
-            found = self._until_answered(self._client.push(newest, [()] * len(found)))
+            self._until_answered(self._client.push(newest, [()] * len(found)))
+            found = self._until_answered(self._client.pull())
         return newest, [values for _, values in found]
 
     def pull_all(self) -> list[Any]:

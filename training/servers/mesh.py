@@ -11,9 +11,11 @@ from __future__ import annotations
 
 import hmac
 import logging
+import os
 import queue
 import secrets
 import socket
+import struct
 import threading
 import time
 from collections.abc import Iterator, Mapping
@@ -26,12 +28,18 @@ from training.errors import DamagedError
 from training.servers.outbox import Outbox
 from training.servers.protocol import Message, Send
 from training.servers.shared import SharedReceiver, SharedSender
-from training.servers.streams import StreamReceiver, StreamSender, read
+from training.servers.streams import StreamReceiver, StreamSender
 
 HANDSHAKE_SECONDS = 5.0
+"""For all of it."""
+MAX_UNPROVEN = 1024
+"""Connections whose other end has not proven yet that it knows the secret."""
 ACCEPT_PAUSE_SECONDS = 0.1
 NONCE_BYTES = 16
 MAX_NAME_BYTES = 256
+MIN_SECONDS = 0.001
+CREDENTIALS = struct.Struct("3i")
+"""Process, user and group, as Linux tells them of a local socket's other end."""
 
 Address = tuple[str, int]
 log = logging.getLogger(__name__)
@@ -61,6 +69,7 @@ class Mesh:
         self._listener = socket.create_server((address, 0))
         self.address: Address = self._listener.getsockname()[:2]
         maybe_local = _maybe_listening_at(_local_name(self.address))
+        self._unproven = threading.BoundedSemaphore(MAX_UNPROVEN)
         self._listeners = [self._listener, *([maybe_local] if maybe_local else [])]
         self._lock = threading.Lock()
         self._is_closed = False
@@ -137,6 +146,7 @@ class Mesh:
 
     def _introduced(self, connection: socket.socket, to: str, token: int) -> socket.socket:
         try:
+            _require_own(connection)
             self._introduce(connection, to, token)
         except BaseException:
             connection.close()
@@ -154,17 +164,18 @@ class Mesh:
 
     def _introduce(self, connection: socket.socket, to: str, token: int) -> None:
         """Raises `DamagedError` for somebody who does not know the secret."""
-        theirs = read(connection, NONCE_BYTES)
+        read = _Reading(connection)
+        theirs = read(NONCE_BYTES)
         own = secrets.token_bytes(NONCE_BYTES)
-        name = self.name.encode()
+        way, name = connection.family, self.name.encode()
         greeting = len(name).to_bytes(2, "little") + name + token.to_bytes(8, "little") + own
-        connection.sendall(greeting + self._proof("sender", theirs, own, self.name, to, token))
-        _require_equal(
-            read(connection, sha256().digest_size), self._proof("receiver", theirs, own, self.name, to, token)
-        )
+        connection.sendall(greeting + self._proof("sender", way, theirs, own, self.name, to, token))
+        _require_equal(read(sha256().digest_size), self._proof("receiver", way, theirs, own, self.name, to, token))
 
-    def _proof(self, role: str, theirs: bytes, own: bytes, sender: str, receiver: str, token: int) -> bytes:
-        text = canonical_json([role, theirs.hex(), own.hex(), sender, receiver, token])
+    def _proof(self, role: str, way: int, theirs: bytes, own: bytes, sender: str, receiver: str, token: int) -> bytes:
+        """For this way alone: who stands between a local name that he took and the process that it should be of, has
+        nothing to hand on."""
+        text = canonical_json([role, int(way), theirs.hex(), own.hex(), sender, receiver, token])
         return hmac.digest(self._secret, text, sha256)
 
     # ---- receiving ---------------------------------------------------------------------------------------------------
@@ -176,16 +187,20 @@ class Mesh:
             except OSError:
                 time.sleep(ACCEPT_PAUSE_SECONDS)  # closed, or there is no file descriptor left
             else:
-                self._start(self._hear, connection)
+                if self._unproven.acquire(blocking=False):
+                    self._start(self._hear, connection)
+                else:
+                    connection.close()
 
     def _hear(self, connection: socket.socket) -> None:
         with connection:
             try:
-                connection.settimeout(HANDSHAKE_SECONDS)
                 sender, token = self._greet(connection)
                 connection.settimeout(None)
             except (OSError, DamagedError):
                 return
+            finally:
+                self._unproven.release()
             try:
                 receiver = SharedReceiver(connection) if _is_local(connection) else StreamReceiver(connection)
                 with self._known(connection, token):
@@ -199,18 +214,48 @@ class Mesh:
 
     def _greet(self, connection: socket.socket) -> tuple[str, int]:
         """Who sends here, and of which token. Raises `DamagedError` for somebody who does not know the secret."""
+        _require_own(connection)
+        read, way = _Reading(connection), connection.family
         own = secrets.token_bytes(NONCE_BYTES)
         connection.sendall(own)
-        num_bytes = int.from_bytes(read(connection, 2), "little")
+        num_bytes = int.from_bytes(read(2), "little")
         if num_bytes > MAX_NAME_BYTES:
             raise DamagedError("a greeting by a name that is too long")
-        sender = read(connection, num_bytes).decode(errors="replace")
-        token = int.from_bytes(read(connection, 8), "little")
-        theirs = read(connection, NONCE_BYTES)
-        proof = read(connection, sha256().digest_size)
-        _require_equal(proof, self._proof("sender", own, theirs, sender, self.name, token))
-        connection.sendall(self._proof("receiver", own, theirs, sender, self.name, token))
+        sender = read(num_bytes).decode(errors="replace")
+        token = int.from_bytes(read(8), "little")
+        theirs = read(NONCE_BYTES)
+        proof = read(sha256().digest_size)
+        _require_equal(proof, self._proof("sender", way, own, theirs, sender, self.name, token))
+        connection.sendall(self._proof("receiver", way, own, theirs, sender, self.name, token))
         return sender, token
+
+
+class _Reading:
+    """All that is read of a handshake, in `HANDSHAKE_SECONDS`: who sends a byte now and then holds nobody up."""
+
+    def __init__(self, connection: socket.socket) -> None:
+        self._connection = connection
+        self._deadline = time.monotonic() + HANDSHAKE_SECONDS
+
+    def __call__(self, num_bytes: int) -> bytes:
+        """Raises `OSError` at the end, or if it takes too long."""
+        found = b""
+        while len(found) < num_bytes:
+            self._connection.settimeout(max(self._deadline - time.monotonic(), MIN_SECONDS))
+            part = self._connection.recv(num_bytes - len(found))
+            if not part:
+                raise ConnectionError("the peer closed the connection")
+            found += part
+        return found
+
+
+def _require_own(connection: socket.socket) -> None:
+    """Raises `DamagedError` if a local socket's other end is of another user."""
+    if _is_local(connection):
+        found = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, CREDENTIALS.size)
+        _, user, _ = CREDENTIALS.unpack(found)
+        if user != os.geteuid():
+            raise DamagedError(f"a local connection of user {user}")
 
 
 def _require_equal(found: bytes, expected: bytes) -> None:
@@ -234,7 +279,8 @@ def _maybe_listening_at(name: str) -> socket.socket | None:
     try:
         listener.bind(name)
         listener.listen()
-    except OSError:
+    except OSError as error:
+        log.warning("no memory is shared with other processes of this host: %s is taken (%s)", name[1:], error)
         listener.close()
         return None
     return listener

@@ -9,7 +9,8 @@ R4. No shard applies a step before every shard holds its total: a decision needs
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, Protocol
 
 from training.arithmetic.reduce import Subtree
@@ -123,8 +124,8 @@ class Replica:
     def take(self, copy: Copy) -> None:
         """Become that one, if it has come further."""
         if copy.position > self.position:
-            self.state.load(copy.snapshot, copy.position // 2)
-            self._is_filled = True
+            with self._changing():
+                self.state.load(copy.snapshot, copy.position // 2)
             self._maybe_total, self._maybe_decision = copy.maybe_total, copy.maybe_decision
 
     @property
@@ -295,6 +296,17 @@ class Replica:
             self._apply(message.decision)
         return [self._to(sender, Reached, position=self.position)]
 
+    @contextmanager
+    def _changing(self) -> Iterator[None]:
+        """After an error in the midst of it, this replica has nothing: what it has is of no step."""
+        try:
+            yield
+        except BaseException:
+            self._is_filled = False
+            raise
+        self._is_filled = True
+
     def _apply(self, decision: Any) -> None:
-        self.state.apply(self._maybe_total, decision)
+        with self._changing():
+            self.state.apply(self._maybe_total, decision)
         self._maybe_total, self._maybe_decision = None, decision

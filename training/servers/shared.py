@@ -13,19 +13,19 @@ import mmap
 import os
 import socket
 import weakref
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from training.errors import DamagedError
-from training.servers.protocol import Message
+from training.servers.protocol import Copy, Message, Values
 from training.servers.streams import read_into, send_all
 from training.servers.wire import decode, encode
 
 MIN_SHARED_BYTES = 1 << 15
-"""Fewer go by the socket."""
+"""Fewer go by the socket, as do snapshots."""
 NUMBER_BYTES = 8
 BY_SOCKET = 0
 """In the place of a segment's number."""
@@ -84,7 +84,7 @@ class SharedSender:
         head, buffers = encode(message)
         buffers = [buffer for buffer in buffers if len(buffer)]
         num_bytes = sum(map(len, buffers))
-        if num_bytes < MIN_SHARED_BYTES:
+        if num_bytes < MIN_SHARED_BYTES or _is_rare(message):
             send_all(self.connection, [_as_bytes(BY_SOCKET), head, *buffers])
             return
         maybe_free = min(
@@ -153,6 +153,11 @@ class SharedReceiver:
         found = np.frombuffer(maybe_memory, np.uint8, num_bytes, START_BYTES)
         weakref.finalize(found, _free, maybe_memory).atexit = False
         return torch.from_numpy(found)
+
+
+def _is_rare(message: Message) -> bool:
+    """And large: a segment for it would be of no use for what comes in each step, and would stay."""
+    return isinstance(message, Copy) or (isinstance(message, Values) and isinstance(message.values, Mapping))
 
 
 def _as_bytes(number: int) -> bytes:

@@ -52,7 +52,9 @@ def _is_still(make: Callable[[nn.Module], Optimizer]) -> bool:
         gradient[rows.numbers] = rows.values
         states[0].apply(gradient.view(-1), _DECISION)
         states[1].apply(Part(dense=torch.empty(0), tables=(rows,)), _DECISION)
-    return _are_equal(*(_said(state) for state in states))
+        if not _are_equal(*(_said(state) for state in states)):
+            return False
+    return True
 
 
 def _gradients() -> Iterator[Rows]:

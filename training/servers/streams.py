@@ -91,12 +91,6 @@ def advance(views: list[memoryview], num_sent: int) -> None:
         views[0] = views[0][num_sent:]
 
 
-def read(connection: socket.socket, num_bytes: int) -> bytes:
-    found = bytearray(num_bytes)
-    read_into(connection, memoryview(found))
-    return bytes(found)
-
-
 def read_into(connection: socket.socket, view: memoryview) -> None:
     """Raises `ConnectionError` at the end."""
     while len(view):
