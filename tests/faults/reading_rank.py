@@ -24,6 +24,8 @@ def main() -> None:
     stream = Stream(reader, order, workers=workers, step=told["step"], num_steps=told["num_steps"])
     for batch in stream:
         print(json.dumps([batch.step, batch.worker, list(batch.ids)]), flush=True)
+        if batch.step == told["stop"]:
+            sys.stdin.read()  # until it is killed; what reads ahead goes on
 
 
 if __name__ == "__main__":

@@ -45,7 +45,7 @@ def test_processes_of_a_host_see_their_own_kind_only(host: Host, cluster: Cluste
     assert host.output(["pwd"]).strip() == os.getcwd()
     assert host.output(["sh", "-c", "echo $WORD"], env={"WORD": "hello"}) == "hello\n"
     host.kill_all()
-    assert host.processes() == []
+    wait_until(lambda: host.processes() == [], what="the holder to take note of its orphan's end")
     assert sleeper.returncode == -9
 
 

@@ -32,7 +32,7 @@ class Dataset:
     order: Order
     num_steps: int
 
-    def start_rank(self, rank: int, world_size: int, step: int) -> subprocess.Popen[str]:
+    def start_rank(self, rank: int, world_size: int, step: int, stop: int) -> subprocess.Popen[str]:
         told = {
             "location": asdict(self.store.location),
             "dataset": "tiny",
@@ -41,10 +41,11 @@ class Dataset:
             "rank": rank,
             "world_size": world_size,
             "step": step,
+            "stop": stop,
             "num_steps": self.num_steps,
         }
         command = [sys.executable, "-m", "tests.faults.reading_rank", json.dumps(told)]
-        return subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+        return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
 
 def make_dataset(store: Store, folder: Path, num_samples: int) -> Dataset:
@@ -68,7 +69,7 @@ def make_dataset(store: Store, folder: Path, num_samples: int) -> Dataset:
 
 def read_until_killed(data: Dataset, world_size: int, step: int, stop: int) -> dict[tuple[int, int], list[str]]:
     """What a group read by (step, worker). Each rank is killed as soon as it has shown a part of step `stop`."""
-    ranks = [data.start_rank(rank, world_size, step) for rank in range(world_size)]
+    ranks = [data.start_rank(rank, world_size, step, stop) for rank in range(world_size)]
     found: dict[tuple[int, int], list[str]] = {}
     for rank in ranks:
         assert rank.stdout is not None
