@@ -98,7 +98,7 @@ def outcome(
             node=1,
             record=Record(key="k", token=3, members=(member,)),
             start=start,
-            slots=[(0, 0)] * len(scripts),
+            slots=[(0, 0, 0)] * len(scripts),
             on_end=ended.set_result,
             may_stay=may_stay,
         )
