@@ -155,12 +155,12 @@ def parse(kind: type[T], document: Any) -> T:
 
     try:
         made: T = _adapter(cast(Any, kind)).validate_json(canonical_json(document), strict=True)
-    except (TypeError, ValueError, RecursionError) as error:
-        if not isinstance(error, ValidationError):
-            raise DamagedError(f"a stored {kind.__name__} is damaged: {error}") from error
+    except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])
         raise DamagedError(f"a stored {kind.__name__} is damaged: {where}: {first['msg']}") from error
+    except (TypeError, ValueError, RecursionError) as error:
+        raise DamagedError(f"a stored {kind.__name__} is damaged: {error}") from error
     return made
 
 

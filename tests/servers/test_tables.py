@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Iterator, Sequence
 from contextlib import closing
 from dataclasses import replace
@@ -15,6 +14,7 @@ from tests.distributed import groups
 from tests.distributed.groups import ENTRY, Group, Node, Pause, make_node, regroup, require_same
 from tests.distributed.pausing import APPLIED, MID_STEP
 from tests.servers.looking_up import WIDTHS, Lookup
+from tests.servers.modes import train_in_both_modes
 from tests.unit.tiny import exact_arithmetic, make_trainer
 from training.arithmetic.reduce import Subtree
 from training.cluster.zygote import Zygote
@@ -167,20 +167,5 @@ def test_tables_regroup_with_more_and_with_fewer_ranks(node: Node, calm: tuple[s
 def test_a_checkpoint_goes_on_without_servers_and_the_other_way_round(
     node: Node, calm: tuple[str, list[groups.Told]]
 ) -> None:
-    async def stop(group: Group, *, checkpoint: int) -> None:
-        await group.paused(0)
-        while [one.step for one in node.run.read().checkpoints][-1:] != [checkpoint]:
-            await asyncio.sleep(0.05)
-        group.workers.stop()
-
-    node.train(2, partial(stop, checkpoint=5), pauses={0: Pause(MID_STEP, 6)}, servers=2)
-    job = node.job
-    node.job = replace(job, preset=replace(PRESET, train=replace(TRAIN, strategy="all_reduce")))
-    node.slots = [create_slots() for _ in range(3)]
-    node.train(1, partial(stop, checkpoint=10), pauses={0: Pause(MID_STEP, 11)})
-    assert node.attempts()[-1] == (1, 5, "checkpoint")
-    node.job = job
-    node.slots = [create_slots() for _ in range(3)]
-    node.train(3, servers=4)
-    assert node.attempts()[-1] == (3, 10, "checkpoint")
+    train_in_both_modes(node)
     require_same(node, calm)

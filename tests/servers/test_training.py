@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import replace
@@ -14,6 +13,7 @@ import pytest
 from tests.distributed import groups
 from tests.distributed.groups import ENTRY, Group, Node, Pause, make_node, regroup, require_same
 from tests.distributed.pausing import APPLIED, FORMING, MID_STEP
+from tests.servers.modes import has_checkpoint, train_in_both_modes
 from tests.servers.wide import Wide
 from tests.unit.tiny import exact_arithmetic, make_trainer
 from training.cluster.zygote import Zygote
@@ -220,12 +220,6 @@ def test_servers_regroup_with_more_and_with_fewer_ranks(node: Node, calm: tuple[
     require_same(node, calm)
 
 
-async def has_checkpoint(node: Node, step: int) -> None:
-    """Once the record names one of that step."""
-    while [checkpoint.step for checkpoint in node.run.read().checkpoints][-1:] != [step]:
-        await asyncio.sleep(0.05)
-
-
 def test_without_a_backup_the_steps_since_the_checkpoint_are_done_again(
     node: Node, calm: tuple[str, list[groups.Told]]
 ) -> None:
@@ -243,19 +237,5 @@ def test_without_a_backup_the_steps_since_the_checkpoint_are_done_again(
 def test_a_checkpoint_of_servers_goes_on_without_and_the_other_way_round(
     node: Node, calm: tuple[str, list[groups.Told]]
 ) -> None:
-    async def stop(group: Group, *, checkpoint: int) -> None:
-        await group.paused(0)
-        await has_checkpoint(node, checkpoint)
-        group.workers.stop()
-
-    node.train(2, partial(stop, checkpoint=5), pauses={0: Pause(MID_STEP, 6)}, servers=2)
-    job = node.job
-    node.job = replace(job, preset=replace(PRESET, train=replace(TRAIN, strategy="all_reduce")))
-    node.slots = [create_slots() for _ in range(3)]
-    node.train(1, partial(stop, checkpoint=10), pauses={0: Pause(MID_STEP, 11)})
-    assert node.attempts()[-1] == (1, 5, "checkpoint")
-    node.job = job
-    node.slots = [create_slots() for _ in range(3)]
-    node.train(3, servers=4)
-    assert node.attempts()[-1] == (3, 10, "checkpoint")
+    train_in_both_modes(node)
     require_same(node, calm)

@@ -219,8 +219,10 @@ class Colocated:
         """Of all parameters, from those of all others and those of tables."""
         return merged(gradients, rows, [number in self._tables for number in range(len(self._parameters))])
 
-    def step(self, step: int, sums: Sequence[tuple[Subtree, Sequence[Tensor | Rows], Tensor]], said: Tensor) -> Tensor:
-        """Give this rank's sums (training.arithmetic.exact) of a step, or what it has `said` if it has none. Returns
+    def step(
+        self, step: int, sums: Sequence[tuple[Subtree, Sequence[Tensor | Rows], Tensor]], maybe_said: Tensor | None
+    ) -> Tensor:
+        """Give this rank's sums (training.arithmetic.exact) of a step, or what it says if it has none. Returns
         the sum of all extras. Raises `PrimaryLost`."""
         self._step, self._maybe_answer = step, None
         parts = [
@@ -229,7 +231,7 @@ class Colocated:
         ]
         try:
             with self._own_errors():
-                self._maybe_answer = self._remote.step(step, parts, None if sums else said)
+                self._maybe_answer = self._remote.step(step, parts, maybe_said)
         except _NotFiniteError as error:  # no shard has applied it, and the trainer says what is wrong
             self._maybe_answer = error.decision, ()
         return self._answer[0].extras
@@ -329,7 +331,7 @@ class ServedReducer:
         """Raises `PrimaryLost`."""
         found = zip(self._exact.sums(), self._rows.take(), strict=True)
         sums = [(tree, self._servers.merged(dense, rows), extras) for (tree, dense, extras), rows in found]
-        return self._servers.step(self._next_step(), sums, self._say())
+        return self._servers.step(self._next_step(), sums, None if sums else self._say())
 
     def close(self) -> None:
         self._exact.close()

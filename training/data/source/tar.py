@@ -26,8 +26,19 @@ MAX_RECORD_BYTES = 1 << 30
 """Of what is unpacked: a few packed bytes can stand for as many as they like."""
 MAX_EXTRA_BYTES = 1 << 20
 """Of a header that goes on in a block of its own, which the library reads whole."""
-DAMAGE = (tarfile.TarError, EOFError, zlib.error, lzma.LZMAError, OSError, ValueError, LookupError, OverflowError)
-"""What the library raises for an archive that is none, is cut, or says impossible sizes."""
+DAMAGE = (
+    tarfile.TarError,
+    zlib.error,
+    lzma.LZMAError,
+    EOFError,
+    OSError,
+    ValueError,
+    LookupError,
+    OverflowError,
+    TypeError,
+)
+"""What the library raises for an archive that is none, is cut (the last: a packed one, within ten bytes), or says
+impossible sizes."""
 EXTRA_TYPES = frozenset(
     {tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE, tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK}
 )
@@ -68,7 +79,7 @@ def tar_samples(file: SourceFile, stream: BinaryIO) -> Iterator[Record]:
                 if extension in fields:
                     raise UserError(f"{file.name}: member '{name}.{extension}' comes twice in its record")
                 fields[extension] = content
-    except (*DAMAGE, TypeError) as error:  # the last: of a packed one that ends within its first ten bytes
+    except DAMAGE as error:
         where = f"{file.name}: not readable as data.format = 'webdataset' " + (
             f"after record {key!r}" if key else "at all"
         )
