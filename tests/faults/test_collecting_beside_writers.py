@@ -9,7 +9,6 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -145,25 +144,38 @@ def test_every_version_is_whole_whatever_runs_at_once(store: Store, folder: Path
         source = folder / f"worker-{number}"
         for part in range(2):
             write_csv(source / f"raw/{part}.csv", range(60 * part, 60 * part + 60))
-        while not is_over.is_set():
-            name, act = chance.choice(actions(store, source, chance))
-            try:
-                act()
-                done[name] += 1
-            except (UserError, InfrastructureError):  # what it was about is gone, or was withdrawn: none was promised
-                done[f"{name} refused"] += 1
-            rest(lambda: done["looked"], chance, patience=0.99)
+        try:
+            while not is_over.is_set():
+                for _ in range(chance.randint(1, 4)):
+                    name, act = chance.choice(actions(store, source, chance))
+                    try:
+                        act()
+                        done[name] += 1
+                    except (
+                        UserError,
+                        InfrastructureError,
+                    ):  # what it was about is gone, or withdrawn: none was promised
+                        done[f"{name} refused"] += 1
+                let_the_collector_in()
+        finally:
+            is_over.set()
+
+    def let_the_collector_in() -> None:
+        """It is let in only while nobody writes: two who never rest could keep it out for ever."""
+        before = done["collected"]
+        wait_until(lambda: done["collected"] > before or is_over.is_set(), what="the collector's turn")
 
     def tidy() -> None:
-        deadline, chance = time.monotonic() + 10, random.Random(9)
         try:
-            while done["found garbage"] < 5 and time.monotonic() < deadline:
+            while done["found garbage"] < 5 and not is_over.is_set():
                 garbage = try_to_collect(store)
                 done["looked"] += 1
+                if garbage is not None:
+                    done["collected"] += 1
                 if garbage is not None and garbage.keys:
                     assert_whole_but_for_removed(store)
                     done["found garbage"] += 1
-                rest(done.total, chance, patience=0.95)
+                is_over.wait(0.01)
         finally:
             is_over.set()
 
@@ -172,13 +184,6 @@ def test_every_version_is_whole_whatever_runs_at_once(store: Store, folder: Path
             job.result()
     assert_whole(store)
     assert {"write", "rm", "found garbage"} <= set(done), done
-
-
-def rest(what_others_did: Callable[[], int], chance: random.Random, *, patience: float) -> None:
-    """Until they did something, or for a while: else two at work might never let a third one in, nor the third them."""
-    before = what_others_did()
-    while what_others_did() == before and chance.random() < patience:
-        time.sleep(0.001)
 
 
 def assert_whole_but_for_removed(store: Store) -> None:
