@@ -5,9 +5,7 @@ from __future__ import annotations
 
 import json
 import os
-import queue
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -17,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from training.arithmetic.reduce import Subtree, fold
-from training.servers.endpoints import Begun, Remote, serve, wake
+from training.servers.endpoints import Begun, Remote, Server
 from training.servers.mesh import Mesh
 from training.servers.protocol import Assignment
 from training.servers.replica import Replica
@@ -99,11 +97,9 @@ def _met(rank: int, way: str, num_servers: int, num_replicas: int, *, max_bytes:
     for shard, server in servers.items():
         replica = Replica(server.name, SumState(), num_virtual_workers=NUM_RANKS)
         replica.fill()
-        changes: queue.SimpleQueue[Begun | None] = queue.SimpleQueue()
         primary, *backups = names[shard]
-        changes.put(Begun(assignment=Assignment(token=1, primary=primary, backups=tuple(backups)), places=places))
-        threading.Thread(target=serve, args=(server, replica, changes), daemon=True).start()
-        wake(server)
+        assignment = Assignment(token=1, primary=primary, backups=tuple(backups))
+        Server(server, replica).begin(Begun(assignment=assignment, places=places))
     return Remote(worker, token=1, primaries=[one[0] for one in names], places=places, decide=lambda reports: None)
 
 

@@ -19,7 +19,7 @@ from tests.servers.test_arithmetic import CLIP, SIZES, Net, V, adamw, elements, 
 from training.arithmetic.reduce import owned_range
 from training.documents import sha256_hex
 from training.servers.arithmetic import TensorState, decide
-from training.servers.endpoints import Begun, PrimaryLost, Remote, serve, wake
+from training.servers.endpoints import Begun, PrimaryLost, Remote, Server
 from training.servers.layout import shards
 from training.servers.mesh import Mesh
 from training.servers.protocol import Assignment
@@ -45,13 +45,11 @@ def be_server(mesh: Mesh, shard: int, num_shards: int, *, is_filled: bool) -> No
     replica = Replica(mesh.name, state, num_virtual_workers=V)
     if is_filled:
         replica.fill()
-    changes: queue.SimpleQueue[Begun | None] = queue.SimpleQueue()
-    threading.Thread(target=serve, args=(mesh, replica, changes), daemon=True).start()
+    server = Server(mesh, replica)
     for order in orders():
         primary, *backups = order["replicas"][shard]
         assignment = Assignment(token=order["token"], primary=primary, backups=tuple(backups))
-        changes.put(Begun(assignment=assignment, places=order["places"]))
-        wake(mesh)
+        server.begin(Begun(assignment=assignment, places=order["places"]))
 
 
 def be_worker(mesh: Mesh, num_shards: int, num_steps: int) -> None:

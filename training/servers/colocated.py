@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import uuid
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from inspect import signature
@@ -16,15 +16,14 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from training.arithmetic.collectives import texts_of_all_ranks
-from training.arithmetic.exact import ExactReducer
 from training.arithmetic.objective import recipe_errors
 from training.arithmetic.reduce import Subtree
-from training.arithmetic.sparse import Rows, RowSums, merged, tables_of
+from training.arithmetic.sparse import tables_of
 from training.checkpoints.state import TrainState
 from training.config import Preset
 from training.errors import UserError
 from training.recipe import Recipe, learning_rate_scale
-from training.servers.arithmetic import Decision, Report, TensorState, decide, part_of, put, require_elementwise
+from training.servers.arithmetic import Decision, Report, TensorState, decide, put, require_elementwise
 from training.servers.endpoints import Begun, PrimaryLost, Remote
 from training.servers.hosted import Hosted, leave, left_copies
 from training.servers.layout import Shard, shards
@@ -62,8 +61,7 @@ class Colocated:
         self._is_new = True
         self._maybe_remote: Remote | None = None
         self._maybe_parameters: Sequence[Tensor] | None = None
-        self._tables: dict[int, int] = {}
-        """The elements of a row, by the number of the parameter."""
+        self._shards: tuple[Shard, ...] = ()
         self._step = 0
         """In hand."""
         self._over_token = 0
@@ -85,6 +83,13 @@ class Colocated:
     def take_up(self, left: memoryview) -> None:
         """What the process that was in the place of this one had: a group may go on with it."""
         self._left = left_copies(left)
+
+    def shards_of(self, model: nn.Module) -> tuple[Shard, ...]:
+        """Of its parameters that are trained."""
+        parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        tables = set(tables_of(model))
+        widths = {number: one.shape[1] for number, one in enumerate(parameters) if one in tables}
+        return shards([parameter.numel() for parameter in parameters], self._preset.launch.servers, widths)
 
     # ---- a group begins ----------------------------------------------------------------------------------------------
 
@@ -114,13 +119,12 @@ class Colocated:
 
         Raises `UserError` if the optimizer or a parameter cannot be cut.
         """
-        self._maybe_parameters = parameters = list(state.trained.values())
-        tables = set(tables_of(state.model))
-        self._tables = {number: one.shape[1] for number, one in enumerate(parameters) if one in tables}
+        self._maybe_parameters = list(state.trained.values())
+        self._shards = self.shards_of(state.model)
         if self._is_new:
             _require_contiguous(state.trained)
             _require_divisible(state.optimizer)
-            require_still(state.optimizer, tables)
+            require_still(state.optimizer, set(tables_of(state.model)))
         mine = [shard for shard, ranks in enumerate(self._placement) if rank in ranks]
         for shard in self._hosted.keys() - set(mine):
             self._hosted.pop(shard).close()
@@ -135,7 +139,7 @@ class Colocated:
         with recipe_errors("optimizer()"):
             optimizer = self._recipe.optimizer(state.model)
         optimizer.state.update(state.optimizer.state)
-        tensors = TensorState(optimizer, list(state.trained.values()), self.shards[shard])
+        tensors = TensorState(optimizer, list(state.trained.values()), self._shards[shard])
         tensors.step = state.step
         mesh = self._mesh(f"server {shard}")
         replica = Replica(mesh.name, tensors, num_virtual_workers=self._preset.train.virtual_workers)
@@ -169,12 +173,6 @@ class Colocated:
             [told[rank]["servers"][str(shard)][0] for rank in ranks] for shard, ranks in enumerate(self._placement)
         ]
         speakers = tuple(one["worker"][0] for one in told[self._num_computing :])
-        for shard, hosted in self._hosted.items():
-            primary, *backups = names[shard]
-            assignment = Assignment(
-                token=token, primary=primary, backups=tuple(backups), speakers=() if shard else speakers
-            )
-            hosted.tell(Begun(assignment=assignment, places=places))
         self._maybe_remote = Remote(
             self._worker,
             token=token,
@@ -183,6 +181,12 @@ class Colocated:
             decide=self._decide,
             patience_seconds=self._preset.launch.collective_timeout_seconds,
         )
+        for shard, hosted in self._hosted.items():
+            primary, *backups = names[shard]
+            assignment = Assignment(
+                token=token, primary=primary, backups=tuple(backups), speakers=() if shard else speakers
+            )
+            hosted.begin(Begun(assignment=assignment, places=places))
 
     def _forget(self) -> None:
         for hosted in self._hosted.values():
@@ -190,11 +194,6 @@ class Colocated:
         self._hosted, self._left = {}, {}
 
     # ---- a step ------------------------------------------------------------------------------------------------------
-
-    @cached_property
-    def shards(self) -> tuple[Shard, ...]:
-        sizes = [parameter.numel() for parameter in self._parameters]
-        return shards(sizes, self._preset.launch.servers, self._tables)
 
     @cached_property
     def _worker(self) -> Mesh:
@@ -215,23 +214,17 @@ class Colocated:
         assert self._maybe_answer is not None, "a step was decided"
         return self._maybe_answer
 
-    def merged(self, gradients: Sequence[Tensor], rows: Sequence[Rows]) -> list[Tensor | Rows]:
-        """Of all parameters, from those of all others and those of tables."""
-        return merged(gradients, rows, [number in self._tables for number in range(len(self._parameters))])
+    def push(self, step: int, shard: int, parts: Sequence[tuple[Subtree, Any]], maybe_said: Tensor | None) -> None:
+        """Give a shard this rank's sums of a step, or what it says if it has none. Never waits."""
+        self._step = step  # what is decided may be, before this returns
+        self._remote.push(step, shard, parts, maybe_said)
 
-    def step(
-        self, step: int, sums: Sequence[tuple[Subtree, Sequence[Tensor | Rows], Tensor]], maybe_said: Tensor | None
-    ) -> Tensor:
-        """Give this rank's sums (training.arithmetic.exact) of a step, or what it says if it has none. Returns
-        the sum of all extras. Raises `PrimaryLost`."""
-        self._step, self._maybe_answer = step, None
-        parts = [
-            [(subtree, part_of(gradients, shard, () if number else (extras,))) for subtree, gradients, extras in sums]
-            for number, shard in enumerate(self.shards)
-        ]
+    def finish_step(self) -> Tensor:
+        """Once each shard was given its part. Returns the sum of all extras. Raises `PrimaryLost`."""
+        self._maybe_answer = None
         try:
             with self._own_errors():
-                self._maybe_answer = self._remote.step(step, parts, maybe_said)
+                self._maybe_answer = self._remote.finish()
         except _NotFiniteError as error:  # no shard has applied it, and the trainer says what is wrong
             self._maybe_answer = error.decision, ()
         return self._answer[0].extras
@@ -262,7 +255,7 @@ class Colocated:
     @torch.no_grad()
     def apply(self) -> None:
         """Take the parameters after the step."""
-        for shard, values in zip(self.shards, self._answer[1], strict=True):
+        for shard, values in zip(self._shards, self._answer[1], strict=True):
             put(values, shard, self._parameters)
 
     def optimizer_entries(self) -> dict[Tensor, dict[str, Any]]:
@@ -270,7 +263,7 @@ class Colocated:
         parts: dict[Tensor, dict[str, list[Any]]] = {}
         with self._own_errors():
             snapshots = self._remote.pull_all()
-        for shard, snapshot in zip(self.shards, snapshots, strict=True):
+        for shard, snapshot in zip(self._shards, snapshots, strict=True):
             for number, piece in enumerate(shard):
                 entries = parts.setdefault(self._parameters[piece.parameter], {})
                 for key, value in snapshot["optimizer"][number].items():
@@ -297,45 +290,6 @@ class Colocated:
         if self._over_token == self._remote.token:
             with self._own_errors():
                 raise PrimaryLost("the group is over")
-
-
-class ServedReducer:
-    """Gives the servers this rank's sums, where `ExactReducer` gives them to other ranks."""
-
-    def __init__(
-        self,
-        exact: ExactReducer,
-        servers: Colocated,
-        next_step: Callable[[], int],
-        *,
-        objective: nn.Module,
-        say: Callable[[], Tensor],
-    ) -> None:
-        """`exact` exchanges nothing, and leaves the tables of its `objective` alone. A rank without virtual workers has
-        extras to `say` all the same."""
-        self._exact = exact
-        self._rows = RowSums(objective, exact.owned)
-        self._servers = servers
-        self._next_step = next_step
-        self._say = say
-        self.owned = exact.owned
-
-    def forward(self, worker: int, batch: Mapping[str, Tensor]) -> Tensor:
-        return self._exact.forward(worker, batch)
-
-    def backward(self, worker: int, loss: Tensor, extras: Tensor) -> None:
-        self._exact.backward(worker, loss, extras)
-        self._rows.end_worker(worker)
-
-    def finish(self) -> Tensor:
-        """Raises `PrimaryLost`."""
-        found = zip(self._exact.sums(), self._rows.take(), strict=True)
-        sums = [(tree, self._servers.merged(dense, rows), extras) for (tree, dense, extras), rows in found]
-        return self._servers.step(self._next_step(), sums, None if sums else self._say())
-
-    def close(self) -> None:
-        self._exact.close()
-        self._rows.close()
 
 
 class _NotFiniteError(Exception):

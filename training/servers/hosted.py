@@ -3,12 +3,10 @@ its place."""
 
 from __future__ import annotations
 
-import queue
-import threading
 from collections.abc import Callable, Mapping, Sequence
 
 from training.servers.arithmetic import TensorState
-from training.servers.endpoints import Begun, serve, wake
+from training.servers.endpoints import Begun, Server
 from training.servers.mesh import Mesh
 from training.servers.protocol import Copy, Left
 from training.servers.replica import Replica
@@ -19,26 +17,22 @@ FREEZE_SECONDS = 1.0
 
 
 class Hosted:
-    """With the thread that serves it."""
+    """With its way to others."""
 
     def __init__(
         self, mesh: Mesh, replica: Replica, state: TensorState, on_trouble: Callable[[int, Exception | None], None]
     ) -> None:
-        """`on_trouble` is that of `serve`. `state` is the replica's."""
+        """`on_trouble` is that of `Server`. `state` is the replica's."""
         self.mesh = mesh
         self.replica = replica
         self._state = state
-        self._changes: queue.SimpleQueue[Begun | None] = queue.SimpleQueue()
-        self._lock = threading.Lock()
-        arguments = (mesh, replica, self._changes, on_trouble, self._lock)
-        threading.Thread(target=serve, args=arguments, name=mesh.name, daemon=True).start()
+        self._server = Server(mesh, replica, on_trouble)
 
-    def tell(self, maybe_begun: Begun | None) -> None:
-        self._changes.put(maybe_begun)
-        wake(self.mesh)
+    def begin(self, begun: Begun) -> None:
+        self._server.begin(begun)
 
     def close(self) -> None:
-        self.tell(None)
+        self._server.close()
         self.mesh.close()
 
     def num_bytes(self) -> int:
@@ -48,7 +42,7 @@ class Hosted:
     def maybe_last_copy(self) -> Copy | None:
         """All that it has, if it has anything. It says nothing to anybody any more: no step may count as done by what
         is not in there."""
-        is_frozen = self._lock.acquire(timeout=FREEZE_SECONDS)  # for ever
+        is_frozen = self._server.freeze(timeout_seconds=FREEZE_SECONDS)
         return self.replica.copy() if is_frozen and self.replica.position >= 0 else None
 
 

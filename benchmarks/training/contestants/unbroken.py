@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -79,8 +80,11 @@ class MemoryFeed:
                 yield Microbatch(step=number, worker=worker, ids=ids[number % NUM_DATA_STEPS, worker], fields=fields)
 
 
-def steps(workload: Workload, mode: Literal["exact", "fast"], *, num_replicas: int = 0) -> Iterator[None]:
-    """With `num_replicas`, each rank is a server too, and as many hold each shard."""
+def steps(
+    workload: Workload, mode: Literal["exact", "fast"], *, num_replicas: int = 0, num_shards: int = 0
+) -> Iterator[None]:
+    """With `num_replicas`, each rank is a server too, and as many hold each shard: as many as ranks, unless
+    `num_shards` says how many."""
     torch.use_deterministic_algorithms(True)
     fill_new_memory(False)  # as Trainer.train does after its first step
     train = TrainConfig(
@@ -97,11 +101,11 @@ def steps(workload: Workload, mode: Literal["exact", "fast"], *, num_replicas: i
         recipe="bench:Bench",
         data=DataConfig(name="bench", source="nowhere", format="files"),
         train=train,
-        launch=LaunchConfig(nodes=1, servers=workload.world_size, server_replicas=max(1, num_replicas)),
+        launch=LaunchConfig(nodes=1, servers=num_shards or workload.world_size, server_replicas=max(1, num_replicas)),
         seed=SEED,
     )
     recipe = Bench(workload=workload)
-    maybe_servers = Colocated(recipe, preset, address="127.0.0.1", secret="bench") if num_replicas else None
+    maybe_servers = Colocated(recipe, preset, address=os.environ["ADDRESS"], secret="bench") if num_replicas else None
     trainer = Trainer(
         preset=preset,
         recipe=recipe,
@@ -122,5 +126,10 @@ def steps(workload: Workload, mode: Literal["exact", "fast"], *, num_replicas: i
 
 
 if __name__ == "__main__":
-    mode, _, replicas = sys.argv[2].partition("-")
-    serve(lambda workload: steps(workload, "fast" if mode == "fast" else "exact", num_replicas=int(replicas or 0)))
+    mode, *numbers = sys.argv[2].split("-")
+    replicas, shards, *_ = [*map(int, numbers), 0, 0]
+    serve(
+        lambda workload: steps(
+            workload, "fast" if mode == "fast" else "exact", num_replicas=replicas, num_shards=shards
+        )
+    )
