@@ -97,7 +97,7 @@ def test_missing_stack_is_one_wrong_check_with_its_cure(tmp_path: Path) -> None:
         env=environment,
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=120,
         check=False,
     )
     assert done.returncode == 3, done.stderr

@@ -157,4 +157,4 @@ def test_whoever_reads_along_may_stop(stack: Stack) -> None:
     command = stack.start("runs", "ls", "--json")
     assert command.stdout is not None
     command.stdout.close()
-    assert command.wait(timeout=60) == 141
+    assert command.wait(timeout=120) == 141

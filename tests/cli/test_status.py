@@ -158,7 +158,7 @@ def test_a_browser_shows_it_on_any_screen(stack: Stack, disturbed: RunRecord, ta
 
 def test_the_page_of_a_run_that_is_unknown(stack: Stack) -> None:
     with pytest.raises(urllib.error.HTTPError) as refused:
-        urllib.request.urlopen(f"{monitor_url()}/runs/{'e' * 64}", timeout=30)
+        urllib.request.urlopen(f"{monitor_url()}/runs/{'e' * 64}", timeout=120)
     assert refused.value.code == 404
     assert "There is nothing to show" in refused.value.read().decode()
 

@@ -83,7 +83,7 @@ def test_scaffold_is_dvcs_with_and_without_git(tmp_path: Path) -> None:
             cwd=folder / "spirals",
             capture_output=True,
             text=True,
-            timeout=60,
+            timeout=120,
             check=False,
         )
         assert shown.stdout.split() == ["shard", "train", "evaluate", "register"], shown.stderr

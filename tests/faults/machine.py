@@ -124,7 +124,7 @@ class _StopAndGo:
 
     def end(self) -> int:
         self._is_over.set()
-        self._thread.join(timeout=30)
+        self._thread.join(timeout=120)
         return self._num_stops
 
 

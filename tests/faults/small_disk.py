@@ -53,7 +53,7 @@ def small_disk(home: Path) -> Iterator[SmallDisk]:
             yield SmallDisk(store=_store(service), folder=Path(f"/proc/{server.pid}/root{home}/s3"))
     finally:
         server.kill()  # on a full disk it would not end by itself
-        server.wait(timeout=30)
+        server.wait(timeout=120)
 
 
 def _store(service: Service) -> Store:

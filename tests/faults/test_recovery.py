@@ -127,7 +127,7 @@ def test_processes_killed_stopped_and_lost_one_after_another(
     first.fire()
     assert first.fired
     wait_for_group(agents, num_ranks=2, after=3)
-    assert agents.running.pop(0).wait(timeout=30) == -9
+    assert agents.running.pop(0).wait(timeout=120) == -9
     wait_until(lambda: not find(hosts[0], "training.cluster.worker"), what="the ranks to die with their agent")
     agents.start(hosts[0])
     wait_for_group(agents, num_ranks=3, after=4)
@@ -135,7 +135,7 @@ def test_processes_killed_stopped_and_lost_one_after_another(
     with PowerLoss(hosts[1]) as loss:
         wait_for_group(agents, num_ranks=2, after=5)
     assert loss.fired
-    assert agents.running.pop(0).wait(timeout=30) == -9
+    assert agents.running.pop(0).wait(timeout=120) == -9
     agents.start(hosts[1])
     wait_for_group(agents, num_ranks=3, after=6)
     require_same(agents, calm)
@@ -162,7 +162,7 @@ def test_links_cut_and_the_store_away(
         wait_until(lambda: agents.is_out_of(before, hosts[0]), what="the group to pause")
         assert agents.run.read().token == before, "nobody goes on without the record"
     wait_for_group(agents, num_ranks=2, after=3)
-    assert agents.running.pop(1).wait(timeout=30) == -9
+    assert agents.running.pop(1).wait(timeout=120) == -9
     agents.start(hosts[1])
     require_same(agents, calm)
 
@@ -185,7 +185,7 @@ def test_a_slow_node_gets_less_and_is_named_and_a_preempted_one_leaves_a_checkpo
     agents.slower(hosts[1]).unlink()
     for process in hosts[0].processes():  # as engines do that signal a whole group
         process.send_signal(signal.SIGTERM)
-    assert started[0].wait(timeout=60) == EXIT_PREEMPTED
+    assert started[0].wait(timeout=120) == EXIT_PREEMPTED
     agents.running.remove(started[0])
     resumed = wait_for_group(agents, num_ranks=2, after=1)
     assert resumed.step in [checkpoint.step for checkpoint in agents.run.read().checkpoints]

@@ -303,11 +303,11 @@ def test_served_model_answers_as_the_held_out_labels_say(stack: Stack, digits: d
     )
     try:
         wait_until(lambda: _pings(port), what="the model server")
-        reply = requests.post(f"http://{LOOPBACK}:{port}/invocations", json={"inputs": inputs.tolist()}, timeout=30)
+        reply = requests.post(f"http://{LOOPBACK}:{port}/invocations", json={"inputs": inputs.tolist()}, timeout=120)
         assert reply.status_code == 200, reply.text
         predicted = np.array(reply.json()["predictions"]).argmax(axis=1)
         assert (predicted == batch["label"]).mean() >= 0.95
-        wrong = requests.post(f"http://{LOOPBACK}:{port}/invocations", json={"inputs": [[1.0]]}, timeout=30)
+        wrong = requests.post(f"http://{LOOPBACK}:{port}/invocations", json={"inputs": [[1.0]]}, timeout=120)
         assert wrong.status_code == 400
     finally:
         os.killpg(server.pid, signal.SIGTERM)

@@ -36,7 +36,7 @@ def server(database: Path, *before: str) -> Iterator[tuple[subprocess.Popen[byte
     finally:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
-        process.wait(timeout=20)
+        process.wait(timeout=120)
 
 
 def ask(database: Path, question: str) -> list[tuple[str]]:
@@ -50,7 +50,7 @@ def test_mlflow_killed_while_it_makes_its_database_comes_up_again(tmp_path: Path
     with server(database) as (process, _):
         wait_until(lambda: ask(database, "SELECT * FROM alembic_version"), what="the first tables")
         os.killpg(process.pid, signal.SIGKILL)
-        process.wait(timeout=20)
+        process.wait(timeout=120)
     unfinished = ask(database, "SELECT * FROM alembic_version")
     assert unfinished, "killed amid the making"
     assert not ask(database, "SELECT * FROM experiments")

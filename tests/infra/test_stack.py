@@ -134,7 +134,7 @@ def test_up_refuses_a_configured_port_that_is_taken(tmp_path: Path) -> None:
             env=environment_for(home, UNBROKEN_PREFECT_PORT=port),
             capture_output=True,
             text=True,
-            timeout=60,
+            timeout=120,
             check=False,
         )
     assert done.returncode == 2, done.stderr

@@ -58,7 +58,7 @@ def begin(stack: Stack, tmp_path: Path) -> Iterator[Callable[[dict[str, Any], in
     yield start_one
     for pod in started:
         pod.process.kill()
-        pod.process.wait(timeout=30)
+        pod.process.wait(timeout=120)
 
 
 def test_pods_train_what_was_rendered_and_a_preempted_one_comes_back(

@@ -61,7 +61,7 @@ def push(step: int) -> Send:
 
 def test_what_was_acknowledged_is_in_what_is_left(hosted: Hosted, worker: Mesh) -> None:
     worker.send([push(1)])
-    assert isinstance(worker.inbox.get(timeout=30)[1], Held)
+    assert isinstance(worker.inbox.get(timeout=120)[1], Held)
     data = b"".join(leave({0: hosted}))
     assert hosted.num_bytes() <= len(data)
     copy = left_copies(memoryview(data))[0]
@@ -113,7 +113,7 @@ def test_a_replica_that_failed_in_the_midst_of_a_step_leaves_nothing(
 
     monkeypatch.setattr(hosted._state.optimizer, "step", step)
     worker.send([push(1)])
-    worker.inbox.get(timeout=30)
+    worker.inbox.get(timeout=120)
     decision = Decision(grad_norm=1.0, clip_norm=None, learning_rate_scale=1.0, extras=torch.zeros(1))
     worker.send([Send(to="server", message=Apply(token=1, step=1, decision=decision))])
     assert failed.wait(30)

@@ -127,7 +127,7 @@ def test_messages_keep_their_order(pair: tuple[Mesh, Mesh]) -> None:
     one, other = pair
     one.send([Send(to="other", message=message) for message in MESSAGES])
     for message in MESSAGES:
-        sender, found = other.inbox.get(timeout=30)
+        sender, found = other.inbox.get(timeout=120)
         assert sender == "one"
         assert same(found, message)
 
@@ -157,7 +157,7 @@ def test_long_messages_stay_as_they_came_for_as_long_as_they_are_kept(pair: tupl
     before = mappings()
     for _ in range(3):
         one.send([Send(to="other", message=long_message(step)) for step in range(6)])
-        kept = [other.inbox.get(timeout=30)[1] for _ in range(6)]
+        kept = [other.inbox.get(timeout=120)[1] for _ in range(6)]
         assert [float(message.total.unique()) for message in kept] == list(range(6))  # type: ignore[union-attr]
         del kept
     assert mappings() - before == (2 * 6 if transport == "memory" else 0), "of sender and receiver"
@@ -178,12 +178,12 @@ def test_a_peer_that_dies_in_the_midst_of_a_message_has_said_those_before(
         talker.kill()
     assert talker.returncode == -9
     for step in range(NUM_WHOLE):
-        _, message = other.inbox.get(timeout=30)
+        _, message = other.inbox.get(timeout=120)
         assert isinstance(message, Hold)
         assert message.step == step
         assert torch.equal(message.total, torch.full([NUM_ELEMENTS], float(step)))
     assert (mappings() > mapped_before) == (transport == "memory")
-    assert other.inbox.get(timeout=30) == ("talker", Lost(token=3))
+    assert other.inbox.get(timeout=120) == ("talker", Lost(token=3))
     assert set(os.listdir("/dev/shm")) == left_before
 
 
@@ -196,7 +196,7 @@ def test_whose_name_is_taken_is_heard_by_a_socket(monkeypatch: pytest.MonkeyPatc
     for mesh in (one, other):
         mesh.begin(3, places)
     one.send([Send(to=other.name, message=long_message(7))])
-    sender, message = other.inbox.get(timeout=30)
+    sender, message = other.inbox.get(timeout=120)
     assert sender == one.name
     assert isinstance(message, Hold)
     for mesh in meshes:
@@ -217,7 +217,7 @@ def test_who_takes_a_name_and_hands_on_what_is_said_there_learns_nothing(monkeyp
         for mesh in meshes:
             mesh.begin(3, {mesh.name: mesh.address for mesh in meshes})
         one.send([Send(to="other", message=long_message(7))])
-        sender, message = other.inbox.get(timeout=30)
+        sender, message = other.inbox.get(timeout=120)
         relaying.join(30)
     assert sender == "one"
     assert isinstance(message, Hold)
@@ -250,7 +250,7 @@ def test_another_user_is_not_heard_at_a_local_socket() -> None:
     )
     name = mesh_module._local_name(mesh.address)[1:]
     for user, num_bytes in ((65534, 0), (0, 16)):
-        done = subprocess.run(["python3", "-I", "-c", call, name], user=user, check=False, timeout=60)
+        done = subprocess.run(["python3", "-I", "-c", call, name], user=user, check=False, timeout=120)
         assert done.returncode == num_bytes
     mesh.close()
 
@@ -278,7 +278,7 @@ def test_a_snapshot_takes_no_memory_that_stays(pair: tuple[Mesh, Mesh]) -> None:
     one, other = pair
     before = mappings()
     one.send([Send(to="other", message=replace(MESSAGES[-1], snapshot={"values": torch.ones(NUM_ELEMENTS)}))])
-    assert isinstance(other.inbox.get(timeout=30)[1], Copy)
+    assert isinstance(other.inbox.get(timeout=120)[1], Copy)
     assert mappings() == before
 
 
@@ -347,9 +347,9 @@ def test_what_is_short_keeps_its_place_among_the_rest_though_it_would_wait() -> 
 def test_the_end_of_a_peer_is_told(pair: tuple[Mesh, Mesh]) -> None:
     one, other = pair
     one.send([Send(to="other", message=MESSAGES[0])])
-    other.inbox.get(timeout=30)
+    other.inbox.get(timeout=120)
     one.begin(4, {})
-    assert other.inbox.get(timeout=30) == ("one", Lost(token=3))
+    assert other.inbox.get(timeout=120) == ("one", Lost(token=3))
 
 
 def test_who_cannot_be_reached_is_lost(pair: tuple[Mesh, Mesh]) -> None:
@@ -358,7 +358,7 @@ def test_who_cannot_be_reached_is_lost(pair: tuple[Mesh, Mesh]) -> None:
         gone = nobody.getsockname()
     one.begin(4, {"other": gone})
     one.send([Send(to="other", message=Pull(token=4))])
-    assert one.inbox.get(timeout=30) == ("other", Lost(token=4))
+    assert one.inbox.get(timeout=120) == ("other", Lost(token=4))
 
 
 def test_who_does_not_know_the_secret_is_not_heard(pair: tuple[Mesh, Mesh]) -> None:
@@ -366,7 +366,7 @@ def test_who_does_not_know_the_secret_is_not_heard(pair: tuple[Mesh, Mesh]) -> N
     stranger = Mesh("one", secret="guessed", address="127.0.0.1", max_bytes=MAX_BYTES)
     stranger.begin(3, {"other": other.address})
     stranger.send([Send(to="other", message=MESSAGES[0])])
-    assert stranger.inbox.get(timeout=30) == ("other", Lost(token=3))
+    assert stranger.inbox.get(timeout=120) == ("other", Lost(token=3))
     with pytest.raises(queue.Empty):
         other.inbox.get_nowait()
     stranger.close()
@@ -382,18 +382,18 @@ def test_meshes_of_one_process_need_no_connection() -> None:
     message = long_message(1)
     one.send([Send(to=name, message=message) for name in ("other", "one")])
     for mesh in meshes:
-        sender, found = mesh.inbox.get(timeout=30)
+        sender, found = mesh.inbox.get(timeout=120)
         assert (sender, found is message) == ("one", True)
     other.close()
     one.send([Send(to="other", message=message)])
-    assert one.inbox.get(timeout=30) == ("other", Lost(token=3))
+    assert one.inbox.get(timeout=120) == ("other", Lost(token=3))
     one.close()
 
 
 def test_messages_of_another_token_are_not_sent(pair: tuple[Mesh, Mesh]) -> None:
     one, other = pair
     one.send([Send(to="other", message=Pull(token=2)), Send(to="other", message=MESSAGES[0])])
-    assert other.inbox.get(timeout=30)[1] == MESSAGES[0]
+    assert other.inbox.get(timeout=120)[1] == MESSAGES[0]
 
 
 @pytest.mark.parametrize("is_connected", [False, True])
@@ -404,8 +404,8 @@ def test_what_cannot_be_said_is_told_as_a_loss(
     one, other = pair
     if is_connected:
         one.send([Send(to="other", message=Pull(token=3))])
-        other.inbox.get(timeout=30)
+        other.inbox.get(timeout=120)
     unsayable = Held(token=3, step=7, report=object())
     one.send([Send(to="other", message=unsayable)])
-    assert one.inbox.get(timeout=60) == ("other", Lost(token=3))
+    assert one.inbox.get(timeout=120) == ("other", Lost(token=3))
     assert "could not say something to other" in caplog.text

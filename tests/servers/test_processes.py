@@ -95,7 +95,7 @@ class Cluster:
     def kill(self, victim: Process) -> None:
         """And have another one in its place, last in line."""
         victim.popen.kill()
-        assert victim.popen.wait(timeout=30) == -9
+        assert victim.popen.wait(timeout=120) == -9
         for shard, servers in enumerate(self.replicas):
             if victim in servers:
                 servers.remove(victim)
@@ -110,7 +110,7 @@ class Cluster:
     def close(self) -> None:
         for process in self.all():
             process.popen.kill()
-            process.popen.wait(timeout=30)
+            process.popen.wait(timeout=120)
 
 
 @pytest.fixture

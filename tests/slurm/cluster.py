@@ -130,7 +130,7 @@ class SlurmCluster:
         for process in self.controller.processes():
             if process.name() == "slurmctld":
                 process.kill()
-        assert self.slurmctld.wait(timeout=30) != 0
+        assert self.slurmctld.wait(timeout=120) != 0
 
     def reach(self, host: Host, endpoint: str) -> None:
         """A server on this machine's loopback is found at the same address by that host, until that is switched off."""

@@ -125,7 +125,7 @@ def running_flows(stack: Stack, cluster: SlurmCluster, folder: Path) -> Iterator
     finally:
         for process in hosts:
             process.kill()
-            process.wait(timeout=30)
+            process.wait(timeout=120)
 
 
 def start(folder: Path, name: str, *, owner: str) -> None:

@@ -397,7 +397,7 @@ def test_all_ranks_finding_the_same_damage_quarantine_it_once(run: RunRecord) ->
         def update(self, change: Callable[..., object]) -> object:  # type: ignore[override]
             if not self.waited:
                 self.waited = True
-                reads.wait(timeout=30)
+                reads.wait(timeout=120)
             return super().update(change)  # type: ignore[arg-type]
 
     found: list[CheckpointRef] = []

@@ -32,5 +32,5 @@ def test_a_process_ends_with_the_one_that_it_serves() -> None:
     assert server.stdout.readline() == "on\n"
     os.kill(served.pid, 9)
     served.wait()
-    assert server.wait(timeout=30) == 1
+    assert server.wait(timeout=120) == 1
     server.stdout.close()

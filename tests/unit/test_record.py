@@ -215,7 +215,7 @@ def test_no_concurrent_change_is_lost(run: RunRecord) -> None:
     barrier = threading.Barrier(num_threads)
 
     def change_often(node: int) -> None:
-        barrier.wait(timeout=30)
+        barrier.wait(timeout=120)
         for step in range(num_changes):
             mine = Departure(token=1, node=node, cause="c", step=step, class_name="Killed")
             run.update(lambda r, d=mine: replace(r, token=r.token + 1, departures=(*r.departures, d)))  # type: ignore[misc]

@@ -165,7 +165,7 @@ def test_a_worker_that_does_not_stop_is_killed(monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_a_worker_without_a_sign_of_life_is_replaced() -> None:
-    found = outcome(say(event="began", step=5) + "signal.pause()\n", OBEY, hang_seconds=0.5)
+    found = outcome(say(event="began", step=5) + "signal.pause()\n", OBEY, hang_seconds=2.0)
     assert found.maybe_departure is not None
     assert found.maybe_departure.class_name == "Hung"
     assert "no sign of life" in found.maybe_departure.cause
@@ -186,7 +186,7 @@ def test_who_does_not_come_to_the_end_of_a_step_is_hung_and_who_waits_is_not() -
     step = say(event="began", step=5) + "import time; time.sleep(0.02)\n" + say(event="step", step=6)
     stuck = step + BEATING.replace("IS_WAITING", "False") + "signal.pause()\n"
     waits = step + BEATING.replace("IS_WAITING", "True") + OBEY
-    found = outcome(waits, stuck, hang_seconds=0.8)
+    found = outcome(waits, stuck, hang_seconds=2.5)
     assert found.maybe_departure is not None
     assert "does not come to the end of its step" in found.maybe_departure.cause
     assert found.maybe_departure.step == 6
