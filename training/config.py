@@ -162,7 +162,7 @@ class LaunchConfig:
     max_restarts: int = 20
     keep_spares: bool = False
     """For each rank of a node, one more process that has made its model and takes the place of one that dies at once.
-    It takes the memory of the weights."""
+    It takes the memory of a state."""
     server_nodes: int = 0
     """So many nodes, the last ones, have the servers and compute nothing; 0: who computes has them. One node computes
     in any case."""
