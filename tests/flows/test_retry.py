@@ -10,7 +10,7 @@ from prefect.client.schemas.filters import LogFilter, LogFilterLevel
 
 from infra.local import supervisor
 from tests.conftest import Stack
-from tests.flows.runs import at_leisure_while, loss_history, mlflow_runs, processes, run_keys, wait_for_step
+from tests.flows.runs import PATIENT, at_leisure_while, loss_history, mlflow_runs, processes, run_keys, wait_for_step
 from tests.waiting import wait_until
 
 COMPLAINT = "the run goes on, and nobody sees it"
@@ -19,11 +19,11 @@ COMPLAINT = "the run goes on, and nobody sees it"
 def test_storage_that_is_away_ends_neither_the_ranks_nor_who_follows_them(stack: Stack, tmp_path: Path) -> None:
     """S3 stops under a run until its follower has found none again and again; no retry is used up for that."""
     before, steps, slow = run_keys(stack), 400, tmp_path / "slow"
-    patient = ("--set", "launch.silence_seconds=60")  # a busy machine is no fault
-    values = ("--set", "seed=21", "--set", f"train.steps={steps}", *patient, *at_leisure_while(slow))
+    slow.touch()  # so that they are not done before it is noticed
+    leisure = at_leisure_while(slow, after_step=70, num_ranks=2)
+    values = ("--set", "seed=21", "--set", f"train.steps={steps}", *PATIENT, *leisure)
     command = stack.start("run", "digits", "--json", *values)
     run = wait_for_step(stack, before, step=60)
-    slow.touch()  # so that they are not done before it is noticed
     ranks = {process.pid for process in processes(stack, "training.cluster.worker")}
     complaints = _num_complaints(stack)  # of other runs
     supervisor.remote(stack.home).stopProcess("s3")
