@@ -9,6 +9,7 @@ from typing import Any
 
 import psutil
 from prefect.client.orchestration import SyncPrefectClient
+from prefect.client.schemas.sorting import FlowRunSort
 
 from infra.local import supervisor
 from tasks.follow import Follower
@@ -81,7 +82,8 @@ def flow_processes(stack: Stack) -> list[Any]:
 
 
 def newest_run(client: SyncPrefectClient) -> Any:
-    return max(client.read_flow_runs(), key=lambda run: str(run.created))
+    latest = client.read_flow_runs(sort=FlowRunSort.EXPECTED_START_TIME_DESC)  # 200 of them at most
+    return max(latest, key=lambda run: str(run.created))
 
 
 def newest_states(stack: Stack) -> list[str | None]:
