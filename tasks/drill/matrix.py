@@ -41,6 +41,8 @@ JOIN_SECONDS = 60.0
 CALIBRATION_STEPS = 1_000_000
 """It is ended long before."""
 CALIBRATION_SECONDS, MIN_CALIBRATION_STEPS = 2.0, 10
+NUM_TRIES = 3
+"""Of a fault whose run was over before anybody saw that it may be struck."""
 STALL_SECONDS = 240.0
 """Without a step, after which a run that nothing happened to is given up."""
 Tell = Callable[[str], None]
@@ -208,6 +210,13 @@ class _Drill:
         )
 
     def _suffer(self, stage: Scene, name: str, calm: Undisturbed, label: str) -> Row:
+        for _ in range(NUM_TRIES):
+            struck, row = self._struck_run(stage, name, calm, label)
+            if struck.maybe_at is not None or not row.bits_equal:
+                break
+        return row
+
+    def _struck_run(self, stage: Scene, name: str, calm: Undisturbed, label: str) -> tuple[Struck, Row]:
         """The fault, in a run of its own, until that ends or is given up."""
         with _fault(stage, name) as (fault, endpoint):
             watch = Watch(stage.begin(endpoint=endpoint))
@@ -223,7 +232,7 @@ class _Drill:
             finally:
                 fault.heal()
                 stage.end()
-            return row_of(stage, watch, struck, calm)
+            return struck, row_of(stage, watch, struck, calm)
 
 
 def drilled(preset: Preset, *, seed: int, steps: int) -> Preset:

@@ -313,7 +313,7 @@ def test_cancelling_an_owner_cancels_the_jobs_that_are_its_alone(toy_job: MakeJo
     cancelled = cancel_owned_by(mine.launcher, "flow-1")
     assert cancelled == [mine.spec.key]
     assert [is_alive(job.starts()[0]) for job in (mine, shared, other)] == [False, True, True]
-    assert not shared.launcher.cancel(shared.spec.key, by="flow-1")
+    assert not shared.launcher.cancel(shared.spec.key, by={"flow-1"})
     assert shared.launcher.jobs()[shared.spec.key] == ["flow-2", "flow-1"], "whether one of them lives, others know"
     assert shared.launcher.cancel(shared.spec.key)
     assert not is_alive(shared.starts()[0])
