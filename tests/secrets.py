@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import mmap
 from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 
@@ -16,6 +15,7 @@ MAX_OBJECTS = 300
 """The newest; the files of the store itself are looked at too, but it packs some of what it keeps. And all reports."""
 REPORT = "/report.html"
 MAX_BYTES = 1 << 20
+PIECE_BYTES = 1 << 22
 
 
 def places_of_secrets(
@@ -28,10 +28,20 @@ def places_of_secrets(
 
 def _files(home: Path, words: Sequence[bytes], allowed: Collection[Path]) -> Iterator[str]:
     for path in sorted(home.rglob("*")):
-        if path.is_file() and not path.is_symlink() and path not in allowed and path.stat().st_size:
-            with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
-                if any(content.find(word) >= 0 for word in words):
-                    yield str(path)
+        if path.is_file() and not path.is_symlink() and path not in allowed and _holds(path, words):
+            yield str(path)
+
+
+def _holds(path: Path, words: Sequence[bytes]) -> bool:
+    """Read piece by piece: the servers are at work, and may cut a file off, or remove it, at any moment."""
+    overlap, end = max(map(len, words)) - 1, b""
+    with contextlib.suppress(FileNotFoundError), path.open("rb") as file:
+        while piece := file.read(PIECE_BYTES):
+            text = end + piece
+            if any(word in text for word in words):
+                return True
+            end = text[-overlap:]
+    return False
 
 
 def _objects(store: Store, words: Sequence[bytes]) -> Iterator[str]:
@@ -47,6 +57,7 @@ def _objects(store: Store, words: Sequence[bytes]) -> Iterator[str]:
 
 def _commands(processes: Sequence[int], words: Sequence[bytes]) -> Iterator[str]:
     for pid in processes:
-        command = " ".join(psutil.Process(pid).cmdline()) if psutil.pid_exists(pid) else ""
-        if any(word.decode() in command for word in words):
-            yield f"process {pid}"
+        with contextlib.suppress(psutil.Error):  # it has ended
+            command = " ".join(psutil.Process(pid).cmdline())
+            if any(word.decode() in command for word in words):
+                yield f"process {pid}"

@@ -153,7 +153,7 @@ def test_strangers_are_refused_and_a_pipeline_runs(locked_stack: Stack) -> None:
 
     said = stack.command("up")
     assert f"user unbroken, with the password in {password_path(stack.home, 'mlflow')}" in said.stdout, said.stderr
-    assert all(service["healthy"] for service in json.loads(stack.command("status", "--json").stdout))
+    wait_until(lambda: stack.command("status").returncode == 0, what="the whole stack to be well")
     done = stack.command("run", "digits", "--set", "train.steps=4", "--json")
     assert done.returncode == 0, done.stdout + done.stderr
     monitor = next(

@@ -103,7 +103,7 @@ class Server:
         self._process.send_signal(signal.SIGTERM)
 
     def wait(self) -> int:
-        return self._process.wait(60)
+        return self._process.wait(120)
 
     def stop(self) -> str:
         """Returns what it printed to stderr."""
