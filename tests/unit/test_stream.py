@@ -19,6 +19,7 @@ import psutil
 import pytest
 import torch
 
+from tests import shared_memory
 from tests.unit.data_source import data_config, local_source, write_csv
 from tests.unit.reading import make_reader
 from tests.unit.tiny import Tiny, tiny_preset
@@ -97,9 +98,11 @@ def test_how_far_ahead_it_reads_changes_nothing(
 
 def test_processes_give_the_same_and_end_with_the_stream(store: Store, preset: Preset, manifest: Manifest) -> None:
     """Three processes, among whom four virtual workers do not divide: one of them reads for two."""
+    before = set(psutil.Process().children(recursive=True))
     microbatches = feed_of(store, preset, manifest, 3).microbatches(workers=range(4), step=2)
     first = list(islice(microbatches, 5))
-    readers = [process for process in psutil.Process().children(recursive=True) if process.ppid() != os.getpid()]
+    begun = set(psutil.Process().children(recursive=True)) - before
+    readers = [process for process in begun if process.ppid() != os.getpid()]
     assert len(readers) == 3, "children of the fork server"
     assert places([*first, *microbatches]) == expected(store, preset, manifest, range(4), 2)
     _, alive = psutil.wait_procs(readers, timeout=120)
@@ -120,7 +123,7 @@ sys.stdin.read()
 
 def test_killed_rank_leaves_no_process_and_no_shared_memory(store: Store, preset: Preset, manifest: Manifest) -> None:
     feed = feed_of(store, preset, manifest, 2)
-    shared = set(os.listdir("/dev/shm"))
+    shared = shared_memory.names()
     command = [sys.executable, "-c", READ_AND_WAIT, json.dumps(asdict(feed))]
     rank = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     assert rank.stdout is not None
@@ -129,7 +132,7 @@ def test_killed_rank_leaves_no_process_and_no_shared_memory(store: Store, preset
     rank.kill()
     rank.communicate(timeout=240)
     wait_until(lambda: not any(psutil.pid_exists(pid) for pid in children), what="its children to die")
-    wait_until(lambda: set(os.listdir("/dev/shm")) <= shared, what="nothing new to be left in shared memory")
+    shared_memory.require_no_more_than(shared)
 
 
 @pytest.mark.parametrize("data_workers", [0, 2])
