@@ -1,21 +1,16 @@
-"""What processes leave in shared memory."""
+"""What processes have in shared memory, by its names. Others come and go there: only a process's own are its fault."""
 
 from __future__ import annotations
 
-import os
-from collections.abc import Collection
+from collections.abc import Iterable
+from pathlib import Path
 
-from tests.waiting import wait_until
-
-OF_OTHERS = "faketime_"
-"""How the names begin of what libfaketime keeps there, for as long as a test's clock is set, and if that is killed for
-ever."""
+FOLDER = Path("/dev/shm")
+GONE = " (deleted)"
+"""What the kernel adds to the name of a file that is mapped and has none any more."""
 
 
-def names() -> set[str]:
-    return {name for name in os.listdir("/dev/shm") if not name.startswith(OF_OTHERS)}
-
-
-def require_no_more_than(before: Collection[str]) -> None:
-    """Others come and go there meanwhile."""
-    wait_until(lambda: names() <= set(before), what="nothing new to be left in shared memory")
+def names_mapped_by(pids: Iterable[int]) -> list[Path]:
+    maps = [Path(f"/proc/{pid}/maps").read_text() for pid in pids]
+    paths = {Path(line[line.index("/") :]) for text in maps for line in text.splitlines() if "/" in line}
+    return sorted(path for path in paths if path.parent == FOLDER and not path.name.endswith(GONE))

@@ -19,7 +19,7 @@ import psutil
 import pytest
 import torch
 
-from tests import shared_memory
+from tests.shared_memory import names_mapped_by
 from tests.unit.data_source import data_config, local_source, write_csv
 from tests.unit.reading import make_reader
 from tests.unit.tiny import Tiny, tiny_preset
@@ -123,16 +123,17 @@ sys.stdin.read()
 
 def test_killed_rank_leaves_no_process_and_no_shared_memory(store: Store, preset: Preset, manifest: Manifest) -> None:
     feed = feed_of(store, preset, manifest, 2)
-    shared = shared_memory.names()
     command = [sys.executable, "-c", READ_AND_WAIT, json.dumps(asdict(feed))]
     rank = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     assert rank.stdout is not None
     children = json.loads(rank.stdout.readline())
     assert len(children) >= 3, "a fork server and two readers"
+    shared = names_mapped_by([rank.pid, *children])
+    assert shared, "as processes made by a fork server have"
     rank.kill()
     rank.communicate(timeout=240)
     wait_until(lambda: not any(psutil.pid_exists(pid) for pid in children), what="its children to die")
-    shared_memory.require_no_more_than(shared)
+    wait_until(lambda: not any(path.exists() for path in shared), what="nothing to be left in shared memory")
 
 
 @pytest.mark.parametrize("data_workers", [0, 2])
