@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 
@@ -15,7 +16,6 @@ MAX_OBJECTS = 300
 """The newest; the files of the store itself are looked at too, but it packs some of what it keeps. And all reports."""
 REPORT = "/report.html"
 MAX_BYTES = 1 << 20
-PIECE_BYTES = 1 << 22
 
 
 def places_of_secrets(
@@ -27,20 +27,22 @@ def places_of_secrets(
 
 
 def _files(home: Path, words: Sequence[bytes], allowed: Collection[Path]) -> Iterator[str]:
-    for path in sorted(home.rglob("*")):
-        if path.is_file() and not path.is_symlink() and path not in allowed and _holds(path, words):
-            yield str(path)
+    paths = [Path(folder, name) for folder, _, names in os.walk(home) for name in names]
+    for path in sorted(set(paths) - set(allowed)):
+        with contextlib.suppress(FileNotFoundError):  # the servers are at work: files come, shrink and go
+            if path.is_file() and not path.is_symlink() and _holds(path, words):
+                yield str(path)
 
 
 def _holds(path: Path, words: Sequence[bytes]) -> bool:
-    """Read piece by piece: the servers are at work, and may cut a file off, or remove it, at any moment."""
-    overlap, end = max(map(len, words)) - 1, b""
-    with contextlib.suppress(FileNotFoundError), path.open("rb") as file:
-        while piece := file.read(PIECE_BYTES):
-            text = end + piece
-            if any(word in text for word in words):
+    """Read, not mapped: to look at a map of what has shrunk meanwhile is the end of this process."""
+    overlap, before = max(map(len, words)) - 1, b""
+    with path.open("rb") as file:
+        while data := file.read(MAX_BYTES):
+            data = before + data
+            if any(word in data for word in words):
                 return True
-            end = text[-overlap:]
+            before = data[-overlap:] if overlap else b""
     return False
 
 
@@ -57,7 +59,7 @@ def _objects(store: Store, words: Sequence[bytes]) -> Iterator[str]:
 
 def _commands(processes: Sequence[int], words: Sequence[bytes]) -> Iterator[str]:
     for pid in processes:
-        with contextlib.suppress(psutil.Error):  # it has ended
+        with contextlib.suppress(psutil.NoSuchProcess):  # it has ended
             command = " ".join(psutil.Process(pid).cmdline())
             if any(word.decode() in command for word in words):
                 yield f"process {pid}"

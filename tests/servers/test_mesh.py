@@ -11,6 +11,7 @@ import socket
 import subprocess
 import sys
 import threading
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import replace
@@ -21,6 +22,8 @@ import pytest
 import torch
 
 from tests.servers.talker import NUM_ELEMENTS, NUM_WHOLE
+from tests.shared_memory import names_mapped_by
+from tests.waiting import wait_until
 from training.arithmetic.reduce import Subtree
 from training.errors import DamagedError
 from training.servers import mesh as mesh_module
@@ -34,6 +37,7 @@ from training.servers.wire import decode, encode
 
 MAX_BYTES = 1 << 24
 NUM_NORMS = 1 << 14
+NUM_ROUNDS = 3
 NAMES = ("taker", "known one", "known other")
 DECISION = Decision(grad_norm=0.1 + 0.2, clip_norm=None, learning_rate_scale=1e-300, extras=torch.tensor([2.0]))
 MESSAGES: list[Message] = [
@@ -104,6 +108,12 @@ def test_more_bytes_than_there_can_be_are_refused() -> None:
         decode(Bytes(as_bytes(MESSAGES[1])).read_into, max_bytes=8)
 
 
+@pytest.fixture(autouse=True)
+def _patience(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With greetings: who is slow is not lost."""
+    monkeypatch.setattr(mesh_module, "HANDSHAKE_SECONDS", 100.0)
+
+
 @pytest.fixture(params=["memory", "sockets"])
 def transport(request: pytest.FixtureRequest) -> str:
     found: str = request.param
@@ -136,18 +146,24 @@ def long_message(step: int) -> Hold:
     return Hold(token=3, step=step, total=torch.full([NUM_ELEMENTS], float(step)))
 
 
-def mappings() -> int:
-    """Of segments, in this process, but for those that nobody refers to any more."""
+SEGMENT = "memfd:unbroken-message"
+
+
+def mappings() -> Counter[int]:
+    """How often each segment is mapped in this process, by its inode, but for those that nobody refers to any more.
+    Meshes of tests before may be giving theirs back."""
     gc.collect()
-    return Path("/proc/self/maps").read_text().count("memfd:unbroken-message")
+    lines = [line.split() for line in Path("/proc/self/maps").read_text().splitlines() if SEGMENT in line]
+    return Counter(int(inode) for _, _, _, _, inode, *_ in lines)
 
 
-def descriptors() -> int:
-    """Of segments."""
-    found = 0
+def descriptors() -> Counter[int]:
+    """Likewise."""
+    found: Counter[int] = Counter()
     for entry in Path("/proc/self/fd").iterdir():
         with suppress(OSError):  # the listing's own is closed by now
-            found += "unbroken-message" in os.readlink(entry)
+            if SEGMENT in os.readlink(entry):
+                found[entry.stat().st_ino] += 1
     return found
 
 
@@ -155,26 +171,31 @@ def test_long_messages_stay_as_they_came_for_as_long_as_they_are_kept(pair: tupl
     """And no longer: their memory is used again."""
     one, other = pair
     before = mappings()
-    for _ in range(3):
+    for _ in range(NUM_ROUNDS):
         one.send([Send(to="other", message=long_message(step)) for step in range(6)])
         kept = [other.inbox.get(timeout=120)[1] for _ in range(6)]
         assert [float(message.total.unique()) for message in kept] == list(range(6))  # type: ignore[union-attr]
         del kept
-    assert mappings() - before == (2 * 6 if transport == "memory" else 0), "of sender and receiver"
-    assert descriptors() == mappings(), "Python keeps one for each"
+    own = mappings() - before
+    assert set(own.values()) <= {2}, "of sender and receiver"
+    assert len(own) in (range(6, 6 + NUM_ROUNDS) if transport == "memory" else [0]), (
+        "who heard the last may hold it yet"
+    )
+    wait_until(lambda: descriptors() - before == own, what="one descriptor for each, which Python keeps")
 
 
 def test_a_peer_that_dies_in_the_midst_of_a_message_has_said_those_before(
     pair: tuple[Mesh, Mesh], transport: str
 ) -> None:
     _, other = pair
-    left_before, mapped_before = set(os.listdir("/dev/shm")), mappings()
+    mapped_before = mappings()
     host, port = ("127.0.0.1", str(other.address[1]))
     with subprocess.Popen(
         [sys.executable, "-m", "tests.servers.talker", "other", host, port], stdout=subprocess.PIPE, text=True
     ) as talker:
         assert talker.stdout is not None
         assert talker.stdout.readline() == "half\n"
+        assert not names_mapped_by([talker.pid]), "nothing of it can be left"
         talker.kill()
     assert talker.returncode == -9
     for step in range(NUM_WHOLE):
@@ -182,14 +203,13 @@ def test_a_peer_that_dies_in_the_midst_of_a_message_has_said_those_before(
         assert isinstance(message, Hold)
         assert message.step == step
         assert torch.equal(message.total, torch.full([NUM_ELEMENTS], float(step)))
-    assert (mappings() > mapped_before) == (transport == "memory")
+    assert bool(mappings() - mapped_before) == (transport == "memory")
     assert other.inbox.get(timeout=120) == ("talker", Lost(token=3))
-    assert set(os.listdir("/dev/shm")) == left_before
 
 
 def test_whose_name_is_taken_is_heard_by_a_socket(monkeypatch: pytest.MonkeyPatch) -> None:
     """Who takes it does not know the secret."""
-    monkeypatch.setattr(mesh_module, "_local_name", lambda address: "\0unbroken-taken")
+    monkeypatch.setattr(mesh_module, "_local_name", lambda address: f"\0unbroken-taken-{os.getpid()}")
     meshes = [Mesh(name, secret=name[:5], address="127.0.0.1", max_bytes=MAX_BYTES) for name in NAMES]
     places = {mesh.name: mesh.address for mesh in meshes}
     _, one, other = meshes
@@ -205,10 +225,11 @@ def test_whose_name_is_taken_is_heard_by_a_socket(monkeypatch: pytest.MonkeyPatc
 
 def test_who_takes_a_name_and_hands_on_what_is_said_there_learns_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     """Proofs are of one way alone: those for the local socket are none for the one by TCP."""
-    monkeypatch.setattr(mesh_module, "_local_name", lambda address: "\0unbroken-relayed")
+    name = f"\0unbroken-relayed-{os.getpid()}"
+    monkeypatch.setattr(mesh_module, "_local_name", lambda address: name)
     heard = bytearray()
     with socket.socket(socket.AF_UNIX) as taken:
-        taken.bind("\0unbroken-relayed")
+        taken.bind(name)
         taken.listen()
         meshes = [Mesh(name, secret="known", address="127.0.0.1", max_bytes=MAX_BYTES) for name in ("one", "other")]
         one, other = meshes
@@ -218,7 +239,7 @@ def test_who_takes_a_name_and_hands_on_what_is_said_there_learns_nothing(monkeyp
             mesh.begin(3, {mesh.name: mesh.address for mesh in meshes})
         one.send([Send(to="other", message=long_message(7))])
         sender, message = other.inbox.get(timeout=120)
-        relaying.join(30)
+        relaying.join(120)
     assert sender == "one"
     assert isinstance(message, Hold)
     assert 0 < len(heard) < 1000, "it heard the greeting, and nothing after it"
@@ -255,14 +276,21 @@ def test_another_user_is_not_heard_at_a_local_socket() -> None:
     mesh.close()
 
 
+def test_no_more_may_wait_to_be_proven_than_so_many(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(mesh_module, "MAX_UNPROVEN", 1)
+    mesh = Mesh("one", secret="known", address="127.0.0.1", max_bytes=MAX_BYTES)
+    with socket.create_connection(mesh.address) as first:
+        assert first.recv(16, socket.MSG_WAITALL)
+        with socket.create_connection(mesh.address) as second:
+            assert second.recv(16) == b""
+    mesh.close()
+
+
 def test_a_greeting_that_drips_holds_nobody_up(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(mesh_module, "HANDSHAKE_SECONDS", 0.5)
-    monkeypatch.setattr(mesh_module, "MAX_UNPROVEN", 1)
     mesh = Mesh("one", secret="known", address="127.0.0.1", max_bytes=MAX_BYTES)
     with socket.create_connection(mesh.address) as dripping:
         assert dripping.recv(16, socket.MSG_WAITALL)
-        with socket.create_connection(mesh.address) as second:
-            assert second.recv(16) == b"", "there are as many as may be"
         with pytest.raises(OSError, match=r"reset|pipe"):  # not for as long as a byte comes in time
             _drip(dripping)
     mesh.close()
@@ -279,7 +307,7 @@ def test_a_snapshot_takes_no_memory_that_stays(pair: tuple[Mesh, Mesh]) -> None:
     before = mappings()
     one.send([Send(to="other", message=replace(MESSAGES[-1], snapshot={"values": torch.ones(NUM_ELEMENTS)}))])
     assert isinstance(other.inbox.get(timeout=120)[1], Copy)
-    assert mappings() == before
+    assert not mappings() - before
 
 
 @pytest.mark.parametrize(
@@ -339,7 +367,7 @@ def test_what_is_short_keeps_its_place_among_the_rest_though_it_would_wait() -> 
     found += [receiver.receive(max_bytes=MAX_BYTES) for _ in messages[1:]]
     assert [message.step for message in found] == list(range(20))  # type: ignore[attr-defined]
     assert all(same(one, other) for one, other in zip(found, messages, strict=True))
-    thread.join(30)
+    thread.join(120)
     slow.connection.close()
     slow.theirs.close()
 
