@@ -150,6 +150,7 @@ def test_healthy_run_is_not_called_crashed_though_all_around_it_is_killed(stack:
     wait_until(lambda: stack.command("status").returncode == 0, what="the stack to be well")
 
 
+@pytest.mark.soak
 def test_mlflow_may_be_away_from_before_the_start_until_after_the_end(stack: Stack) -> None:
     """It stops nothing, and misses nothing: neither a point nor the samples of any node."""
     before = run_keys(stack)

@@ -116,6 +116,7 @@ def test_repro_does_what_is_needed_and_a_flow_and_dvc_find_what_the_other_did(st
     assert len(mlflow_runs(stack, key)) == len(_versions(stack, key)) == 1
 
 
+@pytest.mark.soak
 def test_a_scaffold_outside_the_repository_is_reproduced(stack: Stack, tmp_path: Path) -> None:
     """What `unbroken init` writes, as it is written, without git."""
     assert stack.command("init", "helix", cwd=tmp_path).returncode == 0

@@ -173,6 +173,7 @@ def strike(stack: Stack, known: Known, proxy: LosingProxy, *, child: bool) -> di
     return known.shards("1")
 
 
+@pytest.mark.soak
 def test_killed_twice_it_gives_the_same_bytes_and_writes_no_shard_again(
     stack: Stack, known: Known, proxy: LosingProxy
 ) -> None:
