@@ -22,7 +22,7 @@ from benchmarks.power_law import lines
 from training.recipe import Record
 from training.recipes.pairs import Clicks
 from training.servers.protocol import Message, Send
-from training.servers.stale_protocol import Fresh
+from training.servers.stale_protocol import Fresh, Places
 from training.servers.staleness import StaleShard, StaleWorker
 
 RECIPE = Clicks(num_rows=4096, width=16, num_others=7, learning_rate=0.2)
@@ -69,7 +69,7 @@ class Model:
             parameter.grad = gradient
         self._optimizer.step()
 
-    def values(self) -> list[Tensor]:
+    def values(self, place: int = 0, clock: int = 0) -> list[Tensor]:
         return [parameter.detach().clone() for parameter in self._parameters]
 
     def gradients(self, values: Sequence[Tensor], worker: int, step: int) -> Gradients:
@@ -135,7 +135,7 @@ class Simulation:
         self._numbers = itertools.count()
         self._events: list[tuple[float, int, str, str, Message | None]] = []
         self._lags: list[int] = []
-        self._shard.begin(1, list(self._workers))
+        self._shard.begin(Places(token=1, workers=tuple(self._workers)))
         for name, worker in self._workers.items():
             self._post(0.0, name, worker.join())
 

@@ -9,6 +9,14 @@ from training.servers.protocol import Message
 
 
 @dataclass(frozen=True, kw_only=True)
+class Places:
+    """Which worker has each place, by the run record of that token."""
+
+    token: int
+    workers: tuple[str, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
 class Join(Message):
     """How far has my place come? Its worker before may be dead."""
 
@@ -32,6 +40,8 @@ class Read(Message):
     """Of a worker that has finished so many steps: the parameters for the next one."""
 
     clock: int
+    is_barrier: bool = False
+    """Those of all steps up to there, of all workers."""
 
 
 @dataclass(frozen=True, kw_only=True)
