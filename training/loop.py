@@ -525,6 +525,7 @@ class Trainer:
                 weights_sha256=self.state.weights_sha256(),
                 state_sha256=self.state.state_sha256(),
                 checkpoint=maybe_last,
+                inexact=self.preset.train.maybe_inexact,
             )
             self.emit("finished")
             self.maybe_events.close()

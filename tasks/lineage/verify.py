@@ -53,6 +53,8 @@ def verify(settings: Settings, store: Store, kept: KeptVersion) -> Iterator[Chec
     yield from _decisions(settings, store, kept)
     record, job = require_run(store, kept)
     yield Checked(what=f"run record {record.key}", is_whole=True)
+    if setting := job.preset.train.maybe_inexact:
+        yield Checked(what="training", is_whole=False, note=f"{setting}: done again, it gives another result")
     yield from _checkpoints(store, record)
     yield from verify_identity(store, kept, job)
     yield from _shards(store, job)
@@ -102,7 +104,11 @@ def require_run(store: Store, kept: KeptVersion) -> tuple[Record, Job]:
         raise LineageError(f"{folder} is empty: what was trained is not known")
     if record.result is None or record.result.weights_sha256 != kept.weights_sha256:
         now = record.result.weights_sha256 if record.result is not None else "none yet"
-        raise LineageError(f"{where}: the run was begun anew, and its weights are {now}, not {kept.weights_sha256}")
+        setting = jobs[0].preset.train.maybe_inexact
+        why = f" ({setting} gives others each time)" if setting else ""
+        raise LineageError(
+            f"{where}: the run was begun anew, and its weights are {now}, not {kept.weights_sha256}{why}"
+        )
     trusted_result(run, record)
     return record, jobs[0]
 

@@ -19,10 +19,9 @@ from tests.distributed.pausing import MID_STEP
 from tests.servers.modes import has_checkpoint
 from tests.servers.stale_history import Applied, HasRead, Operation, check
 from tests.servers.wide import Wide
-from tests.unit.tiny import exact_arithmetic, make_trainer, tiny_preset
+from tests.unit.tiny import exact_arithmetic, make_trainer, stale_preset
 from training.checkpoints.checkpoint import load_checkpoint
 from training.cluster.zygote import Zygote
-from training.config import LaunchConfig, Preset
 from training.control import EXIT_STOPPED
 from training.memory.slots import create_slots
 from training.s3.objectstore import Store
@@ -31,15 +30,11 @@ from training.servers.stale_state import HISTORY_FOLDER
 STEPS, EVERY, BOUND = 24, 12, 2
 
 
-def preset(**train: object) -> Preset:
-    settings = {"strategy": "parameter_server", "checkpoint_every_steps": EVERY, "validate_every_steps": 8, **train}
-    made = tiny_preset(steps=STEPS)
-    launch = LaunchConfig(nodes=1, server_replicas=1)
-    return replace(made, recipe="tests.servers.wide:Wide", launch=launch, train=replace(made.train, **settings))
-
-
-PRESET = preset(staleness=BOUND)
-SYNCHRONOUS = preset()
+PRESET = replace(
+    stale_preset(staleness=BOUND, steps=STEPS, checkpoint_every_steps=EVERY, validate_every_steps=8),
+    recipe="tests.servers.wide:Wide",
+)
+SYNCHRONOUS = replace(PRESET, train=replace(PRESET.train, staleness=0))
 
 
 @pytest.fixture(scope="module")
