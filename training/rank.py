@@ -105,7 +105,7 @@ def train(
     events = make_events(run.store, run.prefix(record), seat.token) if seat.rank == 0 else None
     feed = Feed(preset=job.preset, location=job.location, dataset_digest=job.dataset_digest)
     patience = job.preset.launch.collective_timeout_seconds / 2
-    make = Trainer if not isinstance(servers, StaleServers) else StaleTrainer
+    make: Callable[..., Trainer] = StaleTrainer if job.preset.train.staleness else Trainer
     trainer = make(
         preset=job.preset,
         recipe=kit.recipe,

@@ -120,6 +120,7 @@ class StaleTrainer(Trainer):
         """All else as `Trainer` takes it."""
         super().__init__(**arguments)
         self._servers = self._maybe_attached = servers
+        self.round = Round(self.state.model)
 
     @property
     def _knows_its_pace(self) -> bool:
@@ -145,7 +146,7 @@ class StaleTrainer(Trainer):
             self.try_scores()
         fill_new_memory(True)
         while self.state.step < self.preset.train.steps:
-            self._round = Round(self.state.model)
+            self.round = Round(self.state.model)
             self.go_to_barrier()
             control = self.meet()
             if self.state.step < self.preset.train.steps:
@@ -197,15 +198,11 @@ class StaleTrainer(Trainer):
         fixed_seconds = seconds - waited_seconds - workers_seconds
         self.pace.add(self.balance.seconds_at_even_shares(fixed_seconds, workers_seconds))
         self.count_step(loss, fixed_seconds, workers_seconds, waited_seconds)
-        self._round.add(own, grad_norm, len(self.reducer.owned), self.entry(seconds))
+        self.round.add(own, grad_norm, len(self.reducer.owned), self.entry(seconds))
 
     def push(self) -> float:
         """Returns the norm of the gradients, before they are clipped by it."""
-        step, train, share = (
-            self.state.step,
-            self.preset.train,
-            len(self.reducer.owned) / self.preset.train.virtual_workers,
-        )
+        step, train = self.state.step, self.preset.train
         gradients = self.reducer.gradients()
         norm = norm_of(block_norms(gradients))
         if not math.isfinite(norm):
@@ -214,8 +211,9 @@ class StaleTrainer(Trainer):
             raise self.explainer.of_workers(error, self.reducer.owned, self.state, self.extras)
         scale = learning_rate_scale(self.recipe, step, train.steps)
         self.state.set_learning_rate_scale(scale)
+        own_scale = scale * len(self.reducer.owned) / train.virtual_workers  # all ranks' steps are one of that scale
         decision = Decision(
-            grad_norm=norm, clip_norm=train.clip_norm, learning_rate_scale=scale * share, extras=torch.empty(0)
+            grad_norm=norm, clip_norm=train.clip_norm, learning_rate_scale=own_scale, extras=torch.empty(0)
         )
         with self.handover.waiting(), lost_with_a_peer():
             self._servers.step(step + 1, gradients, decision, is_barrier=self.is_barrier(step + 1))
@@ -234,7 +232,7 @@ class StaleTrainer(Trainer):
     def meet(self) -> Control:
         """All ranks have come to this step, and read the same; what they tell of the round's steps is noted."""
         with self.handover.waiting(), lost_with_a_peer():
-            self.handover.journal, control = self._round.meet(self.preset.train.virtual_workers)
+            self.handover.journal, control = self.round.meet(self.preset.train.virtual_workers)
         self.maybe_validate()
         for entry in self.handover.journal:
             if self.maybe_events is not None:
