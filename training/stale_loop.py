@@ -121,6 +121,8 @@ class StaleTrainer(Trainer):
         super().__init__(**arguments)
         self._servers = self._maybe_attached = servers
         self.round = Round(self.state.model)
+        self._wanted_barrier = 0
+        """The step at which all meet since a rank wants the group to end; 0: there is none."""
 
     @property
     def _knows_its_pace(self) -> bool:
@@ -135,9 +137,8 @@ class StaleTrainer(Trainer):
     def is_barrier(self, step: int) -> bool:
         """Whether all ranks wait for one another after that step: it may have to be saved, or judged."""
         train = self.preset.train
-        return step == train.steps or any(
-            step % every == 0 for every in (train.checkpoint_every_steps, train.validate_every_steps or train.steps)
-        )
+        periods = (train.checkpoint_every_steps, train.validate_every_steps or train.steps)
+        return step in (train.steps, self._wanted_barrier) or any(step % every == 0 for every in periods)
 
     def train(self) -> None:
         """Resume, step to the end, checkpoint on the way, and commit the result."""
@@ -216,7 +217,13 @@ class StaleTrainer(Trainer):
             grad_norm=norm, clip_norm=train.clip_norm, learning_rate_scale=own_scale, extras=torch.empty(0)
         )
         with self.handover.waiting(), lost_with_a_peer():
-            self._servers.step(step + 1, gradients, decision, is_barrier=self.is_barrier(step + 1))
+            self._wanted_barrier = self._servers.step(
+                step + 1,
+                gradients,
+                decision,
+                is_barrier=self.is_barrier(step + 1),
+                wants_barrier=self.handover.wants_regroup or self.handover.wants_checkpoint,
+            )
         return norm
 
     def entry(self, seconds: float) -> Entry:

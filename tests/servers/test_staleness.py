@@ -112,8 +112,8 @@ PLANTED = (
     ),
     Planted(
         name="a worker reads before it pushes",
-        old="sends + self._read(is_barrier)",
-        new="self._read(is_barrier) + sends",
+        old="sends + self._read(is_barrier, wants_barrier)",
+        new="self._read(is_barrier, wants_barrier) + sends",
     ),
 )
 
@@ -166,8 +166,41 @@ def test_a_read_waits_for_the_slowest_and_for_no_more() -> None:
     for clock in (1, 2):
         shard.handle("quick", Update(token=1, clock=clock, update=f"step {clock}"))
     assert shard.handle("quick", Read(token=1, clock=2)) == []
-    expected = Fresh(token=1, clock=2, values=["step 1 of 0", "step 2 of 0", "step 1 of 1"])
+    expected = Fresh(token=1, clock=2, barrier=0, values=["step 1 of 0", "step 2 of 0", "step 1 of 1"])
     assert shard.handle("slow", Update(token=1, clock=1, update="step 1")) == [Send(to="quick", message=expected)]
+
+
+def barriers_heard(bound: int, chance: random.Random) -> dict[str, int]:
+    """Of each place: the step before which it stopped, since all are to meet after it. One of them wanted that."""
+    places = [str(place) for place in range(NUM_PLACES)]
+    shard = StaleShard(Names(), num_places=NUM_PLACES, bound=bound)
+    shard.begin(Places(token=1, workers=tuple(places)))
+    heard = dict.fromkeys(places, Fresh(token=1, clock=0, barrier=0, values=None))
+    computing, wants_after = set(places), chance.randrange(60)
+    stopped: dict[str, int] = {}
+    while computing:
+        name = chance.choice(sorted(computing))
+        computing.remove(name)
+        clock = heard[name].clock + 1
+        if clock == heard[name].barrier:
+            stopped[name] = clock
+            clock_of_others = [one.clock for one in heard.values()]
+            assert max(clock_of_others) < clock, "nobody may have passed it"
+        read = Read(token=1, clock=clock, is_barrier=name in stopped, wants_barrier=wants_after <= clock)
+        for send in shard.handle(name, Update(token=1, clock=clock, update="")) + shard.handle(name, read):
+            assert isinstance(send.message, Fresh)
+            heard[send.to] = send.message
+            if send.to not in stopped:
+                computing.add(send.to)
+    return stopped
+
+
+@pytest.mark.parametrize("bound", BOUNDS)
+def test_a_barrier_that_one_wants_is_the_same_for_all_and_nobody_has_passed_it(bound: int) -> None:
+    for seed in SEEDS:
+        stopped = barriers_heard(bound, random.Random(seed))
+        assert len(stopped) == NUM_PLACES
+        assert len(set(stopped.values())) == 1
 
 
 def test_each_place_has_one_worker() -> None:

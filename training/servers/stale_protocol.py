@@ -42,6 +42,8 @@ class Read(Message):
     clock: int
     is_barrier: bool = False
     """Those of all steps up to there, of all workers."""
+    wants_barrier: bool = False
+    """As soon as may be."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,4 +51,6 @@ class Fresh(Message):
     """Parameters that are fresh enough for a worker which has finished so many steps."""
 
     clock: int
+    barrier: int
+    """The step at which all workers are to meet, as one of them wants it; 0: none does. The first shard's counts."""
     values: Any

@@ -49,11 +49,14 @@ class StaleRemote(Remote):
         self._follow(self._worker, self._worker.join(), "computing")
         return self._worker.clock
 
-    def push(self, updates: Sequence[Contribution], *, is_barrier: bool) -> list[Reading]:
+    def push(
+        self, updates: Sequence[Contribution], *, is_barrier: bool, wants_barrier: bool
+    ) -> tuple[list[Reading], int]:
         """What the next step adds to each shard. Returns what there is for the step after it, once that is fresh
-        enough; at a barrier, the same for all."""
-        self._follow(self._worker, self._worker.push(updates, is_barrier=is_barrier), "computing")
-        return self._worker.values
+        enough (at a barrier, the same for all), and a step at which all are to meet, or 0."""
+        sends = self._worker.push(updates, is_barrier=is_barrier, wants_barrier=wants_barrier)
+        self._follow(self._worker, sends, "computing")
+        return self._worker.values, self._worker.barrier
 
 
 def _decides_nothing(reports: Sequence[Any]) -> NoReturn:
@@ -108,8 +111,17 @@ class StaleServers(Attached):
         return self._remote
 
     @torch.no_grad()
-    def step(self, step: int, gradients: Sequence[Tensor], decision: Decision, *, is_barrier: bool) -> None:
-        """Give this rank's step of that number, and take the parameters for the next one. Raises `PrimaryLost`."""
+    def step(
+        self,
+        step: int,
+        gradients: Sequence[Tensor],
+        decision: Decision,
+        *,
+        is_barrier: bool,
+        wants_barrier: bool = False,
+    ) -> int:
+        """Give this rank's step of that number, and take the parameters for the next one. Returns a step that is a
+        barrier because a rank wants one, or 0. Raises `PrimaryLost`."""
         self._step = step
         token = self._remote.token
         updates = [
@@ -117,9 +129,10 @@ class StaleServers(Attached):
             for shard in self.shards
         ]
         with self._own_errors():
-            found = self._stale_remote.push(updates, is_barrier=is_barrier)
+            found, barrier = self._stale_remote.push(updates, is_barrier=is_barrier, wants_barrier=wants_barrier)
         for shard, reading in zip(self.shards, found, strict=True):
             put(reading.values, shard, self._parameters)
+        return barrier
 
 
 def _dense(part: Any) -> Tensor:

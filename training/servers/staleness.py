@@ -7,6 +7,7 @@ B1. What a worker reads that has finished step c holds the steps of all workers 
 B2. A step of a place is applied once, in order, whoever sends it how often.
    At a barrier the bound is 0.
 B3. A message of an older token changes nothing.
+B4. A barrier that a worker wants is the same step for all, and each hears of it before it pushes that step.
 (Stale synchronous parallel: Ho et al., NIPS'13; bounded delay: Li et al., OSDI'14, section 3.4.)
 """
 
@@ -44,6 +45,9 @@ class StaleShard:
         self.bound = bound
         self.clocks = [clock] * num_places
         """Steps of each place that are applied. They outlast its workers."""
+        self._answered = clock
+        """The greatest number of finished steps of a worker that was given what it asked for."""
+        self._barrier = 0
         self.token = 0
         self._places: dict[str, int] = {}
         self._waiting: dict[str, Read] = {}
@@ -56,7 +60,7 @@ class StaleShard:
             return []
         if len(places.workers) != len(self.clocks):
             raise ValueError(f"{len(places.workers)} workers for {len(self.clocks)} places")
-        self.token, self._waiting = places.token, {}
+        self.token, self._waiting, self._barrier = places.token, {}, 0
         self._places = {name: place for place, name in enumerate(places.workers)}
         early, self._early = self._early, []
         return [send for sender, message in early for send in self.handle(sender, message)]
@@ -73,6 +77,7 @@ class StaleShard:
             self._take(self._places[sender], message)
         elif isinstance(message, Read):
             self._waiting[sender] = message
+            self._want_barrier(message)
         elif isinstance(message, Pull):  # at a barrier, which all pass together
             return [Send(to=sender, message=self._whole())]
         return self._answer_all()
@@ -85,6 +90,11 @@ class StaleShard:
             self.state.apply(place, message.update)
             self.clocks[place] = message.clock
 
+    def _want_barrier(self, message: Read) -> None:
+        """Whoever was answered last is in the next step, and does not know of it: but after that, it will."""
+        if message.wants_barrier and self._barrier == 0:
+            self._barrier = self._answered + 2
+
     def _answer_all(self) -> list[Send]:
         """All whose reads are fresh enough by now."""
         ready = {name: read.clock for name, read in self._waiting.items() if self._is_fresh(read)}
@@ -93,7 +103,8 @@ class StaleShard:
         return [Send(to=name, message=self._fresh(self._places[name], clock)) for name, clock in ready.items()]
 
     def _fresh(self, place: int, clock: int) -> Fresh:
-        return Fresh(token=self.token, clock=clock, values=self.state.values(place, clock))
+        self._answered = max(self._answered, clock)
+        return Fresh(token=self.token, clock=clock, barrier=self._barrier, values=self.state.values(place, clock))
 
     def _is_fresh(self, read: Read) -> bool:
         """The reader's own steps came before, on the same link."""
@@ -121,15 +132,22 @@ class StaleWorker:
         self.phase = "joining"
         return self._say(lambda _: Join(token=self.token))
 
-    def push(self, updates: Sequence[Any], *, is_barrier: bool = False) -> list[Send]:
+    @property
+    def barrier(self) -> int:
+        """The step at which all meet because one of them wants it, or 0."""
+        first: int = self._answers[self._shards[0]].barrier
+        return first
+
+    def push(self, updates: Sequence[Any], *, is_barrier: bool = False, wants_barrier: bool = False) -> list[Send]:
         """Of the step that it read for, for each shard. It waits for all workers' step of that number at a barrier."""
         self.clock += 1
         sends = self._say(lambda shard: Update(token=self.token, clock=self.clock, update=updates[shard]))
-        return sends + self._read(is_barrier)
+        return sends + self._read(is_barrier, wants_barrier)
 
-    def _read(self, is_barrier: bool = False) -> list[Send]:
+    def _read(self, is_barrier: bool = False, wants_barrier: bool = False) -> list[Send]:
         self.phase = "reading"
-        return self._say(lambda _: Read(token=self.token, clock=self.clock, is_barrier=is_barrier))
+        read = Read(token=self.token, clock=self.clock, is_barrier=is_barrier, wants_barrier=wants_barrier)
+        return self._say(lambda _: read)
 
     def _say(self, message: Callable[[int], Message]) -> list[Send]:
         self._answers = {}

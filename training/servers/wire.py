@@ -149,7 +149,7 @@ def _unpacked(value: Any, tensors: dict[str, Tensor]) -> Any:
 
 def _made(kind: type[Any], values: dict[str, Any]) -> Any:
     """Steps, tokens and positions are whole numbers."""
-    for name in ("token", "step", "clock", "position", "start", "size"):
+    for name in ("token", "step", "clock", "barrier", "position", "start", "size"):
         if name in values and type(values[name]) is not int:
             raise ValueError(f"{name} = {values[name]!r}")
     return kind(**values)
