@@ -12,11 +12,11 @@ import torch
 
 from tasks.lifecycle.champion import Entry
 from tasks.lifecycle.model_file import KeptVersion
-from tasks.lineage.facts import Code, Gate, Lineage
+from tasks.lineage.facts import Code, Gate, Lineage, Training
 from tasks.lineage.gather import _gate, decision_key
 from tasks.lineage.replay import Window, compare, parse_window
-from tasks.lineage.tree import MAX_DESCRIPTION_CHARACTERS, Node, markdown, terminal_lines, tree_of
-from tasks.lineage.verify import LineageError, first_difference
+from tasks.lineage.tree import MAX_DESCRIPTION_CHARACTERS, Node, _training, markdown, terminal_lines, tree_of
+from tasks.lineage.verify import LineageError, exactness, first_difference
 from tasks.provenance import Reproduced, Start, keep_start, start_of, starts_of
 from tasks.registry import GATE_TAG
 from tests.unit.champions import SIGNATURE
@@ -188,6 +188,25 @@ def test_what_is_not_exact_is_not_replayed(preset: Preset, setting: str, store: 
     job = Job(key="k", generation=0, preset=preset, dataset_digest="d", location=store.location)
     with pytest.raises(UserError, match=f"trained with {setting}, which promises no bits"):
         begin_replay(job, Record(key="k"), first=1)
+    assert [(one.is_whole, one.note) for one in exactness(job)] == [
+        (False, f"{setting}: done again, it gives another result")
+    ]
+    training = Training(
+        run_key="k",
+        generation=0,
+        steps=6,
+        state_sha256="s",
+        environment={},
+        attempts=(),
+        departures=(),
+        checkpoints=(),
+        quarantined=(),
+        inexact=preset.train.maybe_inexact,
+        initial=None,
+        continued=None,
+        preset=preset.to_json(),
+    )
+    assert f"not exact ({setting}): done again, it gives another result" in markdown(_training(training))
 
 
 def test_the_digest_of_the_weights_is_told_when_due_and_follows_every_bit() -> None:
