@@ -86,7 +86,7 @@ class Round:
 
     def add(self, own: Tensor, grad_norm: float, num_workers: int, entry: Entry) -> None:
         """A step: the sum of the extras of so many virtual workers (training.arithmetic.extras), and the norm."""
-        changes, rest = own.split([len(self._changes), len(own) - len(self._changes)])
+        changes, rest = torch.split(own, [len(self._changes), len(own) - len(self._changes)])
         self._changes += changes
         self._rows.append(torch.cat([torch.tensor([grad_norm * num_workers]), rest]))
         self.entries.append(entry)
@@ -95,19 +95,13 @@ class Round:
         """The round's steps, as all ranks did them, and what they decided in the last one; buffers become what their
         changes make of them on average. Collective."""
         total = of_all_ranks(torch.cat([self._changes, *self._rows])).sum(dim=0)
-        changes, rest = total.split([len(self._changes), len(total) - len(self._changes)])
+        changes, rest = torch.split(total, [len(self._changes), len(total) - len(self._changes)])
         self._buffers.add_mean(self._before, changes / virtual_workers)
-        norms, losses, words, entries = rest.view(len(self._rows), -1).split(
-            [1, 1, NUM_CONTROL_WORDS, ledger.NUM_ENTRIES], dim=1
-        )
+        rows = rest.view(len(self._rows), -1)
+        means, words, entries = torch.split(rows, [2, NUM_CONTROL_WORDS, ledger.NUM_ENTRIES], dim=1)
         told = [
             {"loss": loss, "grad_norm": norm, "samples": ledger.seal(entry.numpy())}
-            for loss, norm, entry in zip(
-                (losses.flatten() / virtual_workers).tolist(),
-                (norms.flatten() / virtual_workers).tolist(),
-                entries,
-                strict=True,
-            )
+            for (norm, loss), entry in zip((means / virtual_workers).tolist(), entries, strict=True)
         ]
         done = [replace(one, values={**values, **one.values}) for one, values in zip(self.entries, told, strict=True)]
         return done, Control.decided(words[-1].tolist())

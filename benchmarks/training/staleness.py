@@ -13,6 +13,7 @@ import heapq
 import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import NoReturn
 
 import numpy as np
 import torch
@@ -71,6 +72,9 @@ class Model:
 
     def values(self, place: int = 0, clock: int = 0) -> list[Tensor]:
         return [parameter.detach().clone() for parameter in self._parameters]
+
+    def snapshot(self) -> NoReturn:
+        raise NotImplementedError("nothing is saved here")
 
     def gradients(self, values: Sequence[Tensor], worker: int, step: int) -> Gradients:
         """At other values than those that are here."""
