@@ -64,10 +64,9 @@ def plan(preset: Preset, *, faults: Sequence[str] = (), steps: int | None = None
             raise UserError(f"--faults: there is no fault {name!r} (known: {', '.join(NAMES)})")
     if steps is not None and steps < MIN_STEPS:
         raise UserError(f"--steps {steps}: a drill needs {MIN_STEPS} at least")
-    if preset.train.mode != "exact":
-        raise UserError(
-            "train.mode = 'fast' promises no bits that a fault could change: drill it with --set 'train.mode=\"exact\"'"
-        )
+    if setting := preset.train.maybe_inexact:
+        exact = "train.staleness=0" if preset.train.staleness else "'train.mode=\"exact\"'"
+        raise UserError(f"{setting} promises no bits that a fault could change: drill it with --set {exact}")
     if preset.train.virtual_workers < 2 * preset.launch.processes_per_node:
         raise UserError(
             f"train.virtual_workers = {preset.train.virtual_workers}: a drill trains on two nodes at least, and these"

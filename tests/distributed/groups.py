@@ -254,12 +254,12 @@ async def regroup(group: Group, rank: int = 1) -> None:
     group.go_on(rank)
 
 
-def calm(*, preset: Preset = PRESET, recipe: Recipe = TINY) -> tuple[str, list[Told]]:
+def calm(*, preset: Preset = PRESET, recipe: Recipe = TINY, steps: int = STEPS) -> tuple[str, list[Told]]:
     """State and history of a run in one process that nothing happens to."""
     trainer = make_trainer(preset=preset, recipe=recipe)
     told = []
     with exact_arithmetic():
-        for step in range(1, STEPS + 1):
+        for step in range(1, steps + 1):
             outcome = trainer.train_step()
             told.append((step, outcome.loss, outcome.samples, dict(outcome.validation)))
     return trainer.state.state_sha256(), told

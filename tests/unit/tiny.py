@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import numpy as np
@@ -142,6 +142,16 @@ def tiny_preset(*, steps: int = 6, **train: Any) -> Preset:
         train=TrainConfig(steps=steps, **settings),
         launch=LaunchConfig(nodes=1),
         seed=7,
+    )
+
+
+def stale_preset(*, staleness: int = 2, steps: int = 6, **train: Any) -> Preset:
+    """With servers; 0: the synchronous mode of the same."""
+    preset = tiny_preset(steps=steps, **train)
+    return replace(
+        preset,
+        train=replace(preset.train, strategy="parameter_server", staleness=staleness),
+        launch=replace(preset.launch, server_replicas=1),
     )
 
 

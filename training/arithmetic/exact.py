@@ -59,7 +59,7 @@ class ExactReducer:
         Raises `UserError` if a parameter is not float32.
         """
         trained = [p for p in objective.parameters() if p.requires_grad]
-        _require_float32(trained)
+        require_float32(trained)
         if is_exchanged:
             have_whole_gradients(objective)
         tables = set(tables_of(objective))
@@ -310,7 +310,7 @@ def _exchange_after(maybe_before: Future[None] | None, bucket: _Bucket) -> None:
     bucket.exchange()
 
 
-def _require_float32(parameters: Sequence[Tensor]) -> None:
+def require_float32(parameters: Sequence[Tensor]) -> None:
     wrong = [p.dtype for p in parameters if p.dtype != torch.float32]
     if wrong:
         raise UserError(f"the recipe's model has parameters of {wrong[0]}; exact mode needs float32")

@@ -7,33 +7,52 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 from training.arithmetic.reduce import Subtree
 from training.errors import InfrastructureError
 from training.servers.client import Client
 from training.servers.mesh import Address, Lost, Mesh
 from training.servers.protocol import Assignment, Message, Send
-from training.servers.replica import Replica
+from training.servers.stale_protocol import Places
+
+
+class Server(Protocol):
+    """A state machine: training.servers.replica, or training.servers.staleness."""
+
+    token: int
+
+    def begin(self, assignment: Any, /) -> list[Send]: ...
+
+    def handle(self, sender: str, message: Message) -> list[Send]: ...
+
+
+class Speaker(Protocol):
+    """A worker's state machine: training.servers.client, or training.servers.staleness."""
+
+    @property
+    def phase(self) -> str: ...
+
+    def handle(self, sender: str, message: Message) -> list[Send]: ...
 
 
 @dataclass(frozen=True, kw_only=True)
 class Begun:
     """Put into a server's inbox: the record has a new group."""
 
-    assignment: Assignment
+    assignment: Assignment | Places
     places: Mapping[str, Address]
 
 
 def serve(
     mesh: Mesh,
-    replica: Replica,
+    server: Server,
     changes: queue.SimpleQueue[Begun | None],
     on_trouble: Callable[[int, Exception | None], None] = lambda token, maybe_error: None,
     maybe_lock: threading.Lock | None = None,
 ) -> None:
     """Until `changes` gives None. Whoever puts something there calls `wake`. Whoever has the lock meanwhile sees the
-    replica between two messages: what it acknowledged, it has.
+    server between two messages: what it acknowledged, it has.
 
     `on_trouble` hears that a peer of this group is lost, or of an error of the replica's own, which is its end: nobody
     else may notice, and all wait for its answer.
@@ -42,26 +61,26 @@ def serve(
         sender, message = mesh.inbox.get()
         try:
             with maybe_lock or nullcontext():
-                if not _has_begun(mesh, replica, changes):
+                if not _has_begun(mesh, server, changes):
                     return
                 if not isinstance(message, Lost):
-                    mesh.send(replica.handle(sender, message))
-                elif message.token == replica.token and sender != mesh.name:
-                    on_trouble(replica.token, None)
-        except Exception as error:  # whoever waits for this replica raises it
-            on_trouble(replica.token, error)
+                    mesh.send(server.handle(sender, message))
+                elif message.token == server.token and sender != mesh.name:
+                    on_trouble(server.token, None)
+        except Exception as error:  # whoever waits for this server raises it
+            on_trouble(server.token, error)
             return
         del message  # or it would keep its memory until the next one comes
 
 
-def _has_begun(mesh: Mesh, replica: Replica, changes: queue.SimpleQueue[Begun | None]) -> bool:
+def _has_begun(mesh: Mesh, server: Server, changes: queue.SimpleQueue[Begun | None]) -> bool:
     """With the newest group there is; False once there will be none."""
     while not changes.empty():
         begun = changes.get()
         if begun is None:
             return False
         mesh.begin(begun.assignment.token, begun.places)
-        mesh.send(replica.begin(begun.assignment))
+        mesh.send(server.begin(begun.assignment))
     return True
 
 
@@ -120,17 +139,21 @@ class Remote:
 
     def give_up(self) -> None:
         """May be called by another thread: what waits for an answer raises `PrimaryLost`."""
-        self._mesh.inbox.put((self._primaries[0], Lost(token=self._client.token)))
+        self._mesh.inbox.put((self._primaries[0], Lost(token=self.token)))
 
     def _until_answered(self, sends: list[Send]) -> list[tuple[int, Any]]:
+        self._follow(self._client, sends, "idle")
+        return self._client.values()
+
+    def _follow(self, machine: Speaker, sends: list[Send], end: str) -> None:
+        """What it says, and what comes of that, until it is in that phase."""
         self._mesh.send(sends)
-        while self._client.phase != "idle":
+        while machine.phase != end:
             try:
                 sender, message = self._mesh.inbox.get(timeout=self._patience_seconds)
             except queue.Empty:
                 raise PrimaryLost(f"no server answered for {self._patience_seconds:.0f} s") from None
             if isinstance(message, Message):
-                self._mesh.send(self._client.handle(sender, message))
-            elif message.token == self._client.token and sender in self._primaries:
+                self._mesh.send(machine.handle(sender, message))
+            elif message.token == self.token and sender in self._primaries:
                 raise PrimaryLost(f"{sender} is gone")
-        return self._client.values()

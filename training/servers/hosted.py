@@ -8,7 +8,7 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 
 from training.servers.arithmetic import TensorState
-from training.servers.endpoints import Begun, serve, wake
+from training.servers.endpoints import Begun, Server, serve, wake
 from training.servers.mesh import Mesh
 from training.servers.protocol import Copy, Left
 from training.servers.replica import Replica
@@ -18,19 +18,15 @@ FREEZE_SECONDS = 1.0
 """After which a replica that is in the midst of something leaves nothing."""
 
 
-class Hosted:
-    """With the thread that serves it."""
+class Served:
+    """A server's state machine, with the thread that serves it."""
 
-    def __init__(
-        self, mesh: Mesh, replica: Replica, state: TensorState, on_trouble: Callable[[int, Exception | None], None]
-    ) -> None:
-        """`on_trouble` is that of `serve`. `state` is the replica's."""
+    def __init__(self, mesh: Mesh, server: Server, on_trouble: Callable[[int, Exception | None], None]) -> None:
+        """`on_trouble` is that of `serve`."""
         self.mesh = mesh
-        self.replica = replica
-        self._state = state
         self._changes: queue.SimpleQueue[Begun | None] = queue.SimpleQueue()
         self._lock = threading.Lock()
-        arguments = (mesh, replica, self._changes, on_trouble, self._lock)
+        arguments = (mesh, server, self._changes, on_trouble, self._lock)
         threading.Thread(target=serve, args=arguments, name=mesh.name, daemon=True).start()
 
     def tell(self, maybe_begun: Begun | None) -> None:
@@ -40,6 +36,18 @@ class Hosted:
     def close(self) -> None:
         self.tell(None)
         self.mesh.close()
+
+
+class Hosted(Served):
+    """A replica, which can be left."""
+
+    def __init__(
+        self, mesh: Mesh, replica: Replica, state: TensorState, on_trouble: Callable[[int, Exception | None], None]
+    ) -> None:
+        """`state` is the replica's."""
+        self.replica = replica
+        self._state = state
+        super().__init__(mesh, replica, on_trouble)
 
     def num_bytes(self) -> int:
         """Of what it would leave, about."""

@@ -11,9 +11,10 @@ from contextlib import suppress
 from typing import Protocol
 
 from training.servers.protocol import Apply, Commit, Decided, Fetch, Held, Message, Pull, Reached, Standing
+from training.servers.stale_protocol import Join, Joined, Read
 from training.servers.streams import advance, send_all
 
-SHORT = (Apply, Commit, Decided, Fetch, Held, Pull, Reached, Standing)
+SHORT = (Apply, Commit, Decided, Fetch, Held, Pull, Reached, Standing, Join, Joined, Read)
 """They hold no parameters."""
 
 

@@ -79,10 +79,8 @@ class MemoryFeed:
                 yield Microbatch(step=number, worker=worker, ids=ids[number % NUM_DATA_STEPS, worker], fields=fields)
 
 
-def steps(workload: Workload, mode: Literal["exact", "fast"], *, num_replicas: int = 0) -> Iterator[None]:
+def preset_of(workload: Workload, mode: Literal["exact", "fast"], *, num_replicas: int = 0) -> Preset:
     """With `num_replicas`, each rank is a server too, and as many hold each shard."""
-    torch.use_deterministic_algorithms(True)
-    fill_new_memory(False)  # as Trainer.train does after its first step
     train = TrainConfig(
         steps=NUM_STEPS,
         checkpoint_every_steps=NUM_STEPS,  # none: there is no store
@@ -92,7 +90,7 @@ def steps(workload: Workload, mode: Literal["exact", "fast"], *, num_replicas: i
         mode=mode,
         strategy="parameter_server" if num_replicas else "all_reduce",
     )
-    preset = Preset(
+    return Preset(
         name="bench",
         recipe="bench:Bench",
         data=DataConfig(name="bench", source="nowhere", format="files"),
@@ -100,6 +98,13 @@ def steps(workload: Workload, mode: Literal["exact", "fast"], *, num_replicas: i
         launch=LaunchConfig(nodes=1, servers=workload.world_size, server_replicas=max(1, num_replicas)),
         seed=SEED,
     )
+
+
+def steps(workload: Workload, mode: Literal["exact", "fast"], *, num_replicas: int = 0) -> Iterator[None]:
+    """Each time, a step."""
+    torch.use_deterministic_algorithms(True)
+    fill_new_memory(False)  # as Trainer.train does after its first step
+    preset = preset_of(workload, mode, num_replicas=num_replicas)
     recipe = Bench(workload=workload)
     maybe_servers = Colocated(recipe, preset, address="127.0.0.1", secret="bench") if num_replicas else None
     trainer = Trainer(
