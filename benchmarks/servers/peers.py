@@ -86,9 +86,10 @@ def turn(processes: Mapping[Way, Processes], order: Sequence[Way], case: int, nu
     return {way: max(float(reply["seconds"]) for reply in one) / num_times for way, one in replies.items()}
 
 
-def measure(cases: Sequence[Case], workers: int, servers: int, num_rounds: int) -> list[dict[Way, list[float]]]:
+def measure(
+    ways: Sequence[Way], cases: Sequence[Case], workers: int, servers: int, num_rounds: int
+) -> list[dict[Way, list[float]]]:
     """Of each case, the seconds of each round."""
-    ways = [FLOOR, *WAYS]
     found: list[dict[Way, list[float]]] = [{way: [] for way in ways} for _ in cases]
     with started(ways, cases, workers, servers) as processes:
         for case in range(len(cases)):
@@ -119,23 +120,25 @@ def main(arguments: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.servers peers", description=__doc__)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--layouts", nargs="+", default=["2x1", "2x2", "4x2", "4x4"], help="workers x servers")
+    parser.add_argument("--only", nargs="+", default=[""], help="those whose titles have one of these in them")
     parser.add_argument("--megabytes", type=int, default=25, help="of the dense parameter")
     parser.add_argument("--rows", type=int, default=262_144, help=f"of the table, of {WIDTH} elements each")
     parser.add_argument("--densities", type=float, nargs="+", default=[0.01, 0.001], help="of a worker's gradient")
     options = parser.parse_args(arguments)
     dense = Case(num_rows=options.megabytes * MEGABYTE // (4 * WIDTH))
     cases = [dense, *(Case(num_rows=options.rows, density=density) for density in options.densities)]
+    ways = [way for way in WAYS if any(word in way.title for word in options.only)]
     found: dict[str, dict[Way, list[float]]] = {}
     for layout in options.layouts:
         workers, servers = map(int, layout.split("x"))
         print(f"{workers} workers, {servers} servers …", file=sys.stderr, flush=True)
-        for case, seconds in zip(cases, measure(cases, workers, servers, options.rounds), strict=True):
+        measured = measure([FLOOR, *ways], cases, workers, servers, options.rounds)
+        for case, seconds in zip(cases, measured, strict=True):
             found[f"{case.title}; W={workers}, S={servers}"] = seconds
-    print(as_markdown("seconds / gloo's, median (min–max)", found, FLOOR, WAYS))
-    for way, peers in (("sockets", PEERS[:1] + PEERS[2:]), ("memory", PEERS[1:])):
-        for own in OURS:
-            if own.way == way:
-                print(as_markdown(f"seconds / those of {own.title}, median (min–max)", found, own, peers))
+    print(as_markdown("seconds / gloo's, median (min–max)", found, FLOOR, ways))
+    for own in (way for way in ways if way in OURS):
+        peers = [way for way in ways if way in PEERS and way.way in ("", own.way)]
+        print(as_markdown(f"seconds / those of {own.title}, median (min–max)", found, own, peers))
 
 
 if __name__ == "__main__":

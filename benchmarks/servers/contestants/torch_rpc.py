@@ -48,7 +48,7 @@ SERVERS: list[Server] = []
 """Of this process, by case."""
 
 
-@rpc.functions.async_execution
+@rpc.functions.async_execution  # type: ignore[untyped-decorator]  # torch has no annotation here
 def push_and_pull(case: int, gradient: Tensor) -> Future[Sequence[Tensor]]:
     return SERVERS[case].push_and_pull(gradient)
 
@@ -89,7 +89,9 @@ def main() -> None:
     if not seat.is_worker:
         server = seat.rank - seat.deal.num_workers
         SERVERS.extend(Server(case, seat.deal.parts(case)[server], seat.deal.num_workers) for case in seat.deal.cases)
-    rpc.init_rpc(str(seat.rank), rank=seat.rank, world_size=seat.deal.num_processes, rpc_backend_options=options)
+    rpc.init_rpc(  # type: ignore[no-untyped-call]  # nor here
+        str(seat.rank), rank=seat.rank, world_size=seat.deal.num_processes, rpc_backend_options=options
+    )
     if seat.is_worker:
         seat.answer(lambda number: Worker(seat, number))
     wait_until_killed()
