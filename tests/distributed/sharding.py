@@ -79,7 +79,7 @@ class Twice(ByteTransformer):
         return super().loss(model, batch) + super().loss(model, batch)
 
 
-WIDE = {"sequence_bytes": SEQUENCE, "width": 160, "num_layers": 2, "num_heads": 4}
+WIDE = {"sequence_bytes": SEQUENCE, "width": 132, "num_layers": 2, "num_heads": 4}
 """Some of its matrices are cut: they have more elements than a block of a norm."""
 RECIPES: dict[str, Recipe] = {
     "tiny": Tiny(),

@@ -15,6 +15,7 @@ from tests.unit.tiny import NUM_INPUTS, Tiny
 from training.errors import DeterministicError
 from training.parallel.measure import _measured, measure
 from training.recipes.digits import Digits
+from training.recipes.pairs import Words
 from training.recipes.stdlib import ByteTransformer
 
 TEXT = {"bytes": np.zeros(17, np.uint8)}
@@ -44,6 +45,13 @@ def test_a_model_without_blocks_is_one_part() -> None:
     assert len(found.parts) == 1
     assert found.max_stages == 1
     assert found.parts[0].saved_bytes > 0
+
+
+def test_tables_and_an_optimizer_that_keeps_things_from_the_beginning() -> None:
+    recipe = Words(num_rows=64, width=4)
+    sample = {"rows": np.arange(2 + recipe.num_others, dtype=np.int32)}
+    (part,) = measure(recipe, sample, batch_size=2, precision="float32").parts
+    assert part.optimizer_bytes == part.weight_bytes > 0, "Adagrad's sum"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -39,6 +39,7 @@ def _measured(recipe: Recipe, batch: Mapping[str, Tensor], precision: str) -> Mo
     with recipe_errors("model()"):
         model = recipe.model()
         blocks = recipe.blocks(model)
+    with recipe_errors("optimizer()"):
         optimizer_bytes = _optimizer_bytes(recipe, model)
     counter = _Counter(model, blocks)
     with counter.counting(), _as_it_is():
@@ -134,9 +135,11 @@ def _parts_of_parameters(model: nn.Module, blocks: Sequence[nn.Module]) -> dict[
 
 
 def _optimizer_bytes(recipe: Recipe, model: nn.Module) -> dict[Tensor, int]:
-    """What it keeps of each parameter, found out by a step of two elements in the place of each."""
+    """What it keeps of each parameter: from the beginning, or else after a step of two elements in its place."""
     optimizer = recipe.optimizer(model)
-    found = {}
+    if optimizer.state:
+        return {whole: _num_kept(entries, like=whole) for whole, entries in optimizer.state.items()}
+    found: dict[Tensor, int] = {}
     with unset_fake_temporarily():
         for group in optimizer.param_groups:
             wholes = group["params"]
@@ -146,7 +149,11 @@ def _optimizer_bytes(recipe: Recipe, model: nn.Module) -> dict[Tensor, int]:
             group["params"] = stand_ins
             optimizer.step()
             for whole, one in zip(wholes, stand_ins, strict=True):
-                kept = [value for value in optimizer.state[one].values() if isinstance(value, Tensor)]
-                found[whole] = sum(value.element_size() * whole.numel() for value in kept if value.numel() == 2)
+                found[whole] = _num_kept(optimizer.state[one], like=one) * whole.numel() // 2
             group["params"] = []
     return found
+
+
+def _num_kept(entries: Mapping[str, Any], *, like: Tensor) -> int:
+    """Bytes of the tensors of that shape."""
+    return sum(value.nbytes for value in entries.values() if isinstance(value, Tensor) and value.shape == like.shape)

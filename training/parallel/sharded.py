@@ -74,11 +74,6 @@ class Sharded:
         self.begin()
         self.go_back(lambda: None)
 
-    def gather(self) -> None:
-        """Have all weights. Collective."""
-        for unit in self.units:
-            unit.gather()
-
     def free(self) -> None:
         """Keep the shards alone."""
         for unit in self.units:

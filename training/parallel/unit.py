@@ -1,7 +1,8 @@
 """Parameters that are gathered together, of which each rank keeps a shard.
 
 Their memory is emptied, not given up, when nobody needs it: what autograd keeps of a parameter is that memory, so it is
-empty too until they are gathered anew. (FSDP: Zhao et al., VLDB'23; ZeRO: Rajbhandari et al., SC'20.)
+empty too until they are gathered anew. Nobody else may see it: torch empties no memory that numpy has seen.
+(FSDP: Zhao et al., VLDB'23; ZeRO: Rajbhandari et al., SC'20.)
 """
 
 from __future__ import annotations
@@ -78,6 +79,12 @@ class Unit:
         found = [torch.empty(p.shape, device=flat.device) for p in self.parameters]
         torch._foreach_copy_(self.slices([one.view(-1) for one in found]), self.views(flat))
         return found
+
+    def lend(self) -> dict[nn.Parameter, nn.Parameter]:
+        """Put copies that are whole into the model, until it is freed; which is in the place of which. Collective."""
+        copies = [nn.Parameter(whole) for whole in self.gathered(self.own)]
+        self._hang(copies)
+        return dict(zip(self.parameters, copies, strict=True))
 
     def gather(self) -> None:
         """Have the whole parameters. Collective, unless they are whole."""

@@ -90,15 +90,17 @@ class ShardedUpdate:
 
     @contextmanager
     def whole_state(self) -> Iterator[None]:
-        """Meanwhile the state has all weights, and what the optimizer keeps of them. Collective."""
-        self._sharded.gather()
-        entries = self._entries()
+        """Meanwhile the state has all weights, and what the optimizer keeps of them: copies. Collective."""
+        copies: dict[nn.Parameter, nn.Parameter] = {}
+        for unit in self._sharded.units:
+            copies |= unit.lend()
+        entries = {copies[parameter]: kept for parameter, kept in self._entries().items()}
         self._state.optimizer.state.update(entries)
         try:
             yield
         finally:
-            for parameter in entries:
-                del self._state.optimizer.state[parameter]
+            for copy in entries:
+                del self._state.optimizer.state[copy]
             self._sharded.free()
 
     def _entries(self) -> dict[nn.Parameter, dict[str, Any]]:
