@@ -102,7 +102,7 @@ class Sharded:
     def _leave(self, unit: Unit, block: nn.Module, inputs: Any, outputs: Any) -> None:
         for output in tree_leaves(outputs):
             if isinstance(output, Tensor) and output.requires_grad:
-                output.register_hook(partial(self._enter_backwards, unit))
+                output.register_hook(partial(self._enter_backwards, unit))  # type: ignore[no-untyped-call]  # no annotation
         if not self._is_going_back:
             unit.free()
 
@@ -151,8 +151,9 @@ class ShardedReducer:
     def backward(self, worker: int, loss: Tensor, extras: Tensor) -> None:
         """Its gradients. A parameter that the loss does not reach counts as zeros."""
         place = self._places[worker]
-        for one in (*self._gradients, self._extras):
+        for one in self._gradients:
             one.begin(place)
+        self._extras.begin(place)
         self._extras.add_extras(extras)
         self._sharded.go_back((loss / self._virtual_workers).backward)
         for one in self._gradients:

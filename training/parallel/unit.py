@@ -92,7 +92,7 @@ class Unit:
             return
         self.is_whole = True
         for memory, size in zip(self._memory, self._sizes, strict=True):
-            memory.resize_(size)  # type: ignore[no-untyped-call]  # torch has no annotation here
+            memory.resize_(size)
         dist.all_gather_single(self._flat, self.own, group=self._group)
         if self._cut:
             torch._foreach_copy_(self._cut_slices, self._cut_views)
@@ -102,7 +102,7 @@ class Unit:
         """Keep the shard alone. Whoever reads a parameter then finds one without elements, which is an error."""
         self.is_whole = False
         for memory in self._memory:
-            memory.resize_(0)  # type: ignore[no-untyped-call]  # torch has no annotation here
+            memory.resize_(0)
         self._hang(self._stand_ins)
 
     def _hang(self, tensors: Sequence[nn.Parameter]) -> None:

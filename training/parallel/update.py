@@ -74,7 +74,7 @@ class ShardedUpdate:
         found = torch.empty(len(self._block_places) * most)
         dist.all_gather_single(found, mine, group=self._sharded.groups.gathering)
         ordered = torch.empty(sum(len(places) for places in self._block_places))
-        for places, norms in zip(self._block_places, found.split(most), strict=True):
+        for places, norms in zip(self._block_places, torch.split(found, most), strict=True):
             ordered[places] = norms[: len(places)]
         norm = norm_of(ordered)
         factor = clip_factor(norm, self._clip_norm)
@@ -94,7 +94,7 @@ class ShardedUpdate:
         copies: dict[nn.Parameter, nn.Parameter] = {}
         for unit in self._sharded.units:
             copies |= unit.lend()
-        entries = {copies[parameter]: kept for parameter, kept in self._entries().items()}
+        entries: dict[Tensor, Any] = {copies[parameter]: kept for parameter, kept in self._entries().items()}
         self._state.optimizer.state.update(entries)
         try:
             yield
