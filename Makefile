@@ -51,7 +51,6 @@ bench: install ## Data, training, checkpoints, recovery, serving and the chain b
 	$(BIN)/python -m benchmarks.data
 	$(BIN)/python -m benchmarks.data.scale
 	$(BIN)/python -m benchmarks.training
-	$(BIN)/python -m benchmarks.training.sharded
 	$(BIN)/python -m benchmarks.training.tables
 	$(BIN)/python -m benchmarks.training.staleness
 	$(BIN)/python -m benchmarks.training.checkpoints

@@ -79,11 +79,5 @@ class Model(nn.Module):
         return F.cross_entropy(self.head(hidden).flatten(0, 1), tokens[:, 1:].flatten())
 
 
-def blocks_of(model: nn.Module) -> list[nn.Module]:
-    """Its layers."""
-    assert isinstance(model, Model)
-    return list(model.layers.layers)
-
-
 def optimizer_of(model: nn.Module) -> torch.optim.Optimizer:
     return torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE)
