@@ -175,10 +175,11 @@ def make_trainer(
     token: int = 1,
     handover: Handover | None = None,
     servers: Colocated | None = None,
+    kind: type[Trainer] = Trainer,
 ) -> Trainer:
     """A trainer that can step; with `run`, `saver` and `events` it can also resume, save and finish."""
     preset = preset or tiny_preset()
-    return Trainer(
+    return kind(
         preset=preset,
         recipe=recipe or Tiny(),
         feed=MemoryFeed(reader or tiny_reader(), preset),

@@ -11,12 +11,13 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
+from typing import Protocol
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from training.arithmetic.reduce import Place, Subtree, TreeSum, fold, places, subtrees
+from training.arithmetic.reduce import Place, Subtree, TreeSum, fold, num_rows, places, subtrees
 from training.arithmetic.sparse import have_whole_gradients, tables_of
 from training.errors import UserError
 
@@ -68,15 +69,15 @@ class ExactReducer:
         self._objective = objective
         self._virtual_workers = ranges[-1].stop
         self._places = places(self.owned)
-        group = _Group(ranges, rank, trained[0].device) if is_exchanged else _Alone([self.owned], 0, trained[0].device)
+        group = Group(ranges, rank, trained[0].device) if is_exchanged else _Alone([self.owned], 0, trained[0].device)
         self._planned = planned = plan_buckets([p.numel() for p in parameters], bucket_bytes // 4)
         self._buckets = [
-            _Bucket(
+            Bucket(
                 [parameters[n] for n in numbers], num_extras if numbers is planned[-1] else 0, group, self._when_full
             )
             for numbers in planned
         ]
-        self._exchange = _Exchange(self._buckets)
+        self._exchange = Exchange(self._buckets)
 
     def forward(self, worker: int, batch: Mapping[str, Tensor]) -> Tensor:
         """The loss of one virtual worker's microbatch."""
@@ -126,16 +127,23 @@ class ExactReducer:
         self._buckets.clear()  # they and this hold one another, and garbage is seldom collected in a forked process
 
 
-class _Group:
+class Group:
     """The ranks, and which subtrees each of them adds up."""
 
-    def __init__(self, ranges: Sequence[range], rank: int, device: torch.device) -> None:
+    def __init__(
+        self,
+        ranges: Sequence[range],
+        rank: int,
+        device: torch.device,
+        maybe_processes: dist.ProcessGroup | None = None,
+    ) -> None:
+        """`rank` is this one's among `maybe_processes`, which are all unless it says which."""
+        self._maybe_processes = maybe_processes
         self.world_size = len(ranges)
         self.device = device
         self.plans = [subtrees(owned) for owned in ranges]
         self.own_plan = self.plans[rank]
-        self.num_rows = max((n + max(1, subtree.level) for n, subtree in enumerate(self.own_plan)), default=1)
-        """Of sums at a time: the subtrees before, and those on the way in this one."""
+        self.num_rows = num_rows(self.own_plan)
         self.is_pair = [len(plan) for plan in self.plans] == [1, 1]
         """The root has two terms, and a + b is b + a to the last bit: any all-reduce adds them up as the tree does."""
         self.is_in_place = self.world_size == 1 or self.is_pair
@@ -149,26 +157,27 @@ class _Group:
             fold(everybody, rows.unbind())  # adds into the first, which is `flat`, as it is for a pair
             return
         if self.is_pair:
-            dist.all_reduce(flat)
+            dist.all_reduce(flat, group=self._maybe_processes)
             return
         send = rows.view(len(rows), self.world_size, slice_size).transpose(0, 1).reshape(-1)
         counts = [len(plan) * slice_size for plan in self.plans]
-        dist.all_to_all_single(received, send, counts, [len(rows) * slice_size] * self.world_size)
-        dist.all_gather_single(flat, fold(everybody, torch.split(received, slice_size)))
+        own_counts = [len(rows) * slice_size] * self.world_size
+        dist.all_to_all_single(received, send, counts, own_counts, group=self._maybe_processes)
+        dist.all_gather_single(flat, fold(everybody, torch.split(received, slice_size)), group=self._maybe_processes)
 
 
-class _Alone(_Group):
+class _Alone(Group):
     """Of one rank, whose sums another process adds up."""
 
     def exchange(self, rows: Tensor, received: Tensor, flat: Tensor) -> None:
         """There is nobody here."""
 
 
-class _Bucket:
+class Bucket:
     """Some parameters: their gradients added up along the tree as they come, then the sum over all ranks."""
 
     def __init__(
-        self, parameters: Sequence[Tensor], num_extras: int, group: _Group, when_full: Callable[[], None]
+        self, parameters: Sequence[Tensor], num_extras: int, group: Group, when_full: Callable[[], None]
     ) -> None:
         self.is_full = False
         self._when_full = when_full
@@ -277,10 +286,18 @@ class _Bucket:
         return self._flat_views[-1]
 
 
-class _Exchange:
+class Exchanged(Protocol):
+    """What is exchanged once it is full."""
+
+    is_full: bool
+
+    def exchange(self) -> None: ...
+
+
+class Exchange:
     """A thread that exchanges full buckets in their order, which is the same on all ranks, whichever is full first."""
 
-    def __init__(self, buckets: Sequence[_Bucket]) -> None:
+    def __init__(self, buckets: Sequence[Exchanged]) -> None:
         self._buckets = buckets
         self._started: list[Future[None]] = []
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="exchange")
@@ -303,7 +320,7 @@ class _Exchange:
         self._pool.shutdown(wait=False)
 
 
-def _exchange_after(maybe_before: Future[None] | None, bucket: _Bucket) -> None:
+def _exchange_after(maybe_before: Future[None] | None, bucket: Exchanged) -> None:
     """After an error no more collectives: the one before is done, or its error is raised again."""
     if maybe_before is not None:
         maybe_before.result()
