@@ -96,19 +96,19 @@ class Launcher(Protocol):
         """Stop what is left of a job that has ended, which stays known as ended, or that was being cancelled; one that
         runs is left alone."""
 
-    def cancel(self, key: str, *, by: str | None = None) -> bool:
+    def cancel(self, key: str, *, by: set[str] | None = None) -> bool:
         """Have no process of the job left, and know it no more. No such job: nothing to do.
 
-        `by` one of its owners, it does nothing, and says so (False), if the job has others. Whether these live, an
+        `by` some of its owners, it does nothing, and says so (False), if the job has others. Whether these live, an
         engine does not know: if none does, somebody who knows must cancel it once more (flows/reaper/engine_jobs.py).
         """
 
 
 def cancel_owned_by(launcher: Launcher, owner: str) -> list[str]:
     """Cancel every job that has this owner alone; returns their keys."""
-    return [key for key, owners in launcher.jobs().items() if owner in owners and launcher.cancel(key, by=owner)]
+    return [key for key, owners in launcher.jobs().items() if owner in owners and launcher.cancel(key, by={owner})]
 
 
-def is_others(owners: Iterable[str], by: str | None) -> bool:
+def is_others(owners: Iterable[str], by: set[str] | None) -> bool:
     """Whether a job with these owners is not for `by` alone to cancel."""
-    return by is not None and any(owner != by for owner in owners)
+    return by is not None and not by.issuperset(owners)

@@ -20,6 +20,8 @@ DATASET_TAG = "unbroken.dataset_digest"
 STORE_TAG = "unbroken.store"
 """Where the run's record lies: several stores may have runs in one MLflow."""
 WEIGHTS_TAG = "unbroken.weights_sha256"
+INEXACT_TAG = "unbroken.inexact"
+"""The setting by which its run gives another result if it is done again; exact ones have none."""
 
 MACHINE_LEARNING = "?workflowType=machine_learning"  # else MLflow opens its other face, which has no registry
 

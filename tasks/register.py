@@ -67,6 +67,7 @@ def register(preset: Preset, dataset: Dataset, model: TrainedModel, evaluation: 
         mlflow_client.DATASET_TAG: dataset.digest,
         "unbroken.commit": commit_of(preset),
         "unbroken.preset": preset.name,
+        **({mlflow_client.INEXACT_TAG: setting} if (setting := preset.train.maybe_inexact) else {}),
         **tracking.quarantine_tags(quarantined_records(store, dataset.name)),
         **{f"unbroken.test.{name}": f"{value.value:.6f}" for name, value in evaluation.metrics.items()},
     }

@@ -36,7 +36,7 @@ def write_on_nodes(launcher: Launcher, store: Store, preset: Preset, *, owner: s
         owner=owner,
     )
     nodes = Nodes(launcher, key)
-    maybe_canceller = owner
+    maybe_canceller = None if owner is None else {owner}
     launcher.submit(spec)
     try:
         while (status := launcher.find(key)) is not None and status.state is not JobState.ENDED:

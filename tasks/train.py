@@ -166,7 +166,7 @@ def _cancel(launcher: Launcher, run: RunRecord, record: Record, *, by: str | Non
         is_ours = (newest.instance, newest.generation) == (record.instance, record.generation)
     except InfrastructureError:  # nobody can begin a new one either while the store is away
         is_ours = True
-    return not is_ours or launcher.cancel(run.run_key, by=by)
+    return not is_ours or launcher.cancel(run.run_key, by=None if by is None else {by})
 
 
 def job_spec(

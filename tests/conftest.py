@@ -15,6 +15,7 @@ from types import SimpleNamespace
 
 import botocore.endpoint
 import pytest
+from hypothesis import HealthCheck, settings
 
 from infra.local import supervisor
 from infra.passwords import password_path, read_password
@@ -35,6 +36,10 @@ CANARY = os.urandom(16).hex()
 """A secret of whoever starts the stack."""
 HAS_FAILED = pytest.StashKey[bool]()
 NO_PARTS = ("UNBROKEN_S3_ENDPOINT", "UNBROKEN_MLFLOW_URI", "UNBROKEN_PREFECT_API_URL", "UNBROKEN_SETTINGS")
+
+
+settings.register_profile("patient", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("patient")  # it would fail an example that takes 0.2 s, whatever the machine was busy with
 
 
 def pytest_configure() -> None:

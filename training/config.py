@@ -57,6 +57,9 @@ class TrainConfig:
     strategy: Literal["all_reduce", "parameter_server"] = "all_reduce"
     """Who makes the optimizer's step: every rank the whole of it, or servers a part each (`launch.servers`). The bits
     are the same."""
+    staleness: int = 0
+    """With servers: ranks may be so many steps ahead of the slowest, and the result hangs on who was quick. 0: all make
+    each step together, and the result is exact."""
     precision: Literal["float32", "bfloat16"] = "float32"
     """`bfloat16`: the loss is computed under torch.autocast; weights, gradients and sums stay float32."""
     warm_start: str | None = None
@@ -81,6 +84,12 @@ class TrainConfig:
             self.strategy == "all_reduce" or self.mode == "exact",
             "train.strategy",
             "'parameter_server' needs train.mode = 'exact'",
+        )
+        require(self.staleness >= 0, "train.staleness", "must not be negative (0: all ranks make each step together)")
+        require(
+            self.staleness == 0 or self.strategy == "parameter_server",
+            "train.staleness",
+            f"= {self.staleness} needs train.strategy = 'parameter_server'",
         )
         require(self.keep_checkpoints >= 1, "train.keep_checkpoints", "must be at least 1")
         require(
@@ -108,6 +117,14 @@ class TrainConfig:
                 f"train.batch_size = {self.batch_size} is not divisible by train.virtual_workers ="
                 f" {self.virtual_workers}: set train.batch_size to {near}, or change train.virtual_workers"
             )
+
+    @property
+    def maybe_inexact(self) -> str | None:
+        """The setting by which the result is no function of the run key, so that a run cannot be repeated; None: it is
+        one."""
+        if self.mode == "fast":
+            return "train.mode = 'fast'"
+        return f"train.staleness = {self.staleness}" if self.staleness else None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -162,7 +179,7 @@ class LaunchConfig:
     max_restarts: int = 20
     keep_spares: bool = False
     """For each rank of a node, one more process that has made its model and takes the place of one that dies at once.
-    It takes the memory of the weights."""
+    It takes the memory of a state."""
     server_nodes: int = 0
     """So many nodes, the last ones, have the servers and compute nothing; 0: who computes has them. One node computes
     in any case."""
@@ -245,6 +262,13 @@ class Preset:
             "launch.server_nodes",
             "needs train.strategy = 'parameter_server'",
         )
+        for name, due in (("server_nodes", 0), ("server_replicas", 1)) if self.train.staleness else ():
+            require(
+                getattr(self.launch, name) == due,
+                f"launch.{name}",
+                f"must be {due} with train.staleness: ranks that compute have the shards, each once, and if one is lost"
+                " all go back to the newest checkpoint",
+            )
         num_computing = (self.launch.nodes - self.launch.server_nodes) * self.launch.processes_per_node
         require(
             num_computing <= self.train.virtual_workers,
@@ -265,6 +289,8 @@ class Preset:
             "warm_start",
         ):
             del train[name]
+        if not self.train.staleness:
+            del train["staleness"]  # all that is exact has the same key
         return {"train": train, "hyperparameters": self.hyperparameters, "seed": self.seed}
 
     def to_json(self) -> dict[str, Any]:

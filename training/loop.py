@@ -39,6 +39,7 @@ from training.runs.failures import crash_to_explain
 from training.runs.figures import Figures
 from training.runs.pace import Pace, Straggler, maybe_straggler
 from training.runs.record import CheckpointRef, InitialWeights, Record, Result, RunRecord, with_result, with_resume_step
+from training.servers.attached import Attached
 from training.servers.colocated import Colocated
 from training.servers.endpoints import PrimaryLost
 from training.servers.placement import num_computing
@@ -50,8 +51,8 @@ DIGEST_BYTES_PER_STEP = 4 << 20
 
 
 def digest_period(train: TrainConfig, num_weight_bytes: int) -> int:
-    """After so many steps the weights' digest is noted; 0: never. Fast mode promises no bits that it could prove."""
-    if train.mode == "fast":
+    """After so many steps the weights' digest is noted; 0: never, as where no bits are promised."""
+    if train.maybe_inexact:
         return 0
     if train.digest_every_steps is not None:
         return train.digest_every_steps
@@ -109,6 +110,8 @@ class Trainer:
         )
         self._maybe_crashes = crashes
         self._maybe_servers = servers
+        self._maybe_attached: Attached | None = servers
+        """In this mode or another."""
         self._maybe_suspect_step = crash_to_explain(record)
         """After which ranks died twice alike."""
         self.checkpoints = Checkpointing(
@@ -284,26 +287,24 @@ class Trainer:
         waited_seconds = self.handover.waited_seconds - waited
         fixed_seconds = time.monotonic() - started - waited_seconds - workers_seconds
         self.pace.add(self.balance.seconds_at_even_shares(fixed_seconds, workers_seconds))
-        self.count_step(outcome, fixed_seconds, workers_seconds, waited_seconds)
+        self.count_step(outcome.loss, fixed_seconds, workers_seconds, waited_seconds)
         self.balance.hear(self.extras.other_words(total))
         self.balance.note(fixed_seconds, workers_seconds)
         return outcome
 
-    def count_step(
-        self, outcome: StepOutcome, fixed_seconds: float, workers_seconds: float, waited_seconds: float
-    ) -> None:
+    def count_step(self, loss: float, fixed_seconds: float, workers_seconds: float, waited_seconds: float) -> None:
         """For whoever watches."""
         figures, share = self.figures, len(self.reducer.owned) / self.preset.train.virtual_workers
         figures.steps += 1
         figures.samples += share * self.preset.train.batch_size
-        figures.loss = outcome.loss
+        figures.loss = loss
         figures.outside_seconds += fixed_seconds + workers_seconds
         figures.pace_seconds += self.pace.seconds[-1]
         figures.collective_seconds += waited_seconds
 
     def reduce(self) -> Tensor:
         """The sums over all virtual workers. Raises `GroupLost` if another rank does not give its part."""
-        with _lost_with_a_peer():
+        with lost_with_a_peer():
             return self.reducer.finish()
 
     def let_go(self) -> None:
@@ -377,11 +378,11 @@ class Trainer:
     @contextmanager
     def whole_state(self) -> Iterator[None]:
         """Meanwhile the state has what the servers keep. All ranks must ask for it after the same step."""
-        servers = self._maybe_servers
+        servers = self._maybe_attached
         if servers is None:
             yield
             return
-        with self.handover.waiting(), _lost_with_a_peer():
+        with self.handover.waiting(), lost_with_a_peer():
             entries = servers.optimizer_entries()
         with self.handover.standstill():
             self.state.optimizer.state.update(entries)
@@ -403,7 +404,7 @@ class Trainer:
     def compare_pace(self) -> None:
         """Since the last time: how long a step takes each rank without waiting, if it has as many virtual workers as
         the others, and who is slow."""
-        with self.handover.waiting(), _lost_with_a_peer():
+        with self.handover.waiting(), lost_with_a_peer():
             mine = torch.tensor([self.pace.take_median()], dtype=torch.float64)
             outside: list[float] = of_all_ranks(mine).flatten().tolist()
         computing = outside[: self.balance.num_computing]
@@ -427,7 +428,7 @@ class Trainer:
         """Held-out scores; of all ranks together, unless each does it `alone`."""
         self._maybe_held_out = self._maybe_held_out or self.feed.held_out()
         self.hold_buffers()
-        with _lost_with_a_peer():
+        with lost_with_a_peer():
             scores = validate(
                 self.recipe,
                 self.state.model,
@@ -452,9 +453,9 @@ class Trainer:
 
     def virtual_worker_step(self, worker: int) -> None:
         """Forward and backward of one virtual worker's microbatch."""
-        if self._maybe_servers is not None:
-            with _lost_with_a_peer():
-                self._maybe_servers.require_group()
+        if self._maybe_attached is not None:
+            with lost_with_a_peer():
+                self._maybe_attached.require_group()
         ids, batch = self.microbatch(worker)
         self.extras.begin_worker()
         seed_streams(stream_seed(self.preset.seed, self.state.step, worker), self.rank.device)
@@ -521,6 +522,7 @@ class Trainer:
                 weights_sha256=self.state.weights_sha256(),
                 state_sha256=self.state.state_sha256(),
                 checkpoint=maybe_last,
+                inexact=self.preset.train.maybe_inexact,
             )
             self.emit("finished")
             self.maybe_events.close()
@@ -537,7 +539,7 @@ class Trainer:
 
 
 @contextmanager
-def _lost_with_a_peer() -> Iterator[None]:
+def lost_with_a_peer() -> Iterator[None]:
     """Only where the state is that of the last finished step, which the next group goes on with."""
     try:
         yield

@@ -28,7 +28,9 @@ from training.runs.events import EventWriter
 from training.runs.job import Job
 from training.runs.record import Record, RunRecord, run_key, with_environment
 from training.servers.colocated import Colocated
+from training.servers.stale_ranks import StaleServers
 from training.signatures import keyring
+from training.stale_loop import StaleTrainer
 from training.step import Rank
 
 
@@ -46,14 +48,14 @@ class Kit:
     """To the other ranks of the group."""
     maybe_leaving: Future[None] | None = None
     """The group before, as long as its connections are being closed."""
-    maybe_servers: Colocated | None = None
+    maybe_servers: Colocated | StaleServers | None = None
     """Parameter servers in this process, from the first group on."""
 
     @property
     def may_stay(self) -> bool:
         """Whether this process can leave a group and join another: DistributedDataParallel and NCCL are not known to
-        let go of what they hold."""
-        return self.job.preset.train.mode == "exact" and self.device.type == "cpu"
+        let go of what they hold, and with bounded staleness it holds no state that others have come to."""
+        return self.job.preset.train.maybe_inexact is None and self.device.type == "cpu"
 
     def cut(self) -> None:
         """Whatever this process waits for in its group, it hears that it is over. May be called by another thread."""
@@ -103,7 +105,8 @@ def train(
     events = make_events(run.store, run.prefix(record), seat.token) if seat.rank == 0 else None
     feed = Feed(preset=job.preset, location=job.location, dataset_digest=job.dataset_digest)
     patience = job.preset.launch.collective_timeout_seconds / 2
-    trainer = Trainer(
+    make: Callable[..., Trainer] = StaleTrainer if job.preset.train.staleness else Trainer
+    trainer = make(
         preset=job.preset,
         recipe=kit.recipe,
         feed=feed,
@@ -172,7 +175,7 @@ def _admitted(run: RunRecord, record: Record, here: dict[str, str]) -> Record:
     return record
 
 
-def _servers(kit: Kit, seat: Seat, record: Record) -> Colocated | None:
+def _servers(kit: Kit, seat: Seat, record: Record) -> Colocated | StaleServers | None:
     """Raises `UserError` on a GPU."""
     preset = kit.job.preset
     if preset.train.strategy == "parameter_server" and kit.maybe_servers is None:
@@ -181,7 +184,8 @@ def _servers(kit: Kit, seat: Seat, record: Record) -> Colocated | None:
                 "train.strategy = 'parameter_server' has servers on processors alone: use 'all_reduce' on GPUs"
             )
         member = record.members[seat.rank // preset.launch.processes_per_node]
-        kit.maybe_servers = Colocated(kit.recipe, preset, address=member.address, secret=record.secret)
+        kind = StaleServers if preset.train.staleness else Colocated
+        kit.maybe_servers = kind(kit.recipe, preset, address=member.address, secret=record.secret)
     return kit.maybe_servers
 
 

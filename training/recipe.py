@@ -113,6 +113,11 @@ class Recipe(ABC):
     def model(self) -> nn.Module:
         """A new model. Its random initial weights come from torch's global generator, seeded by the caller."""
 
+    def blocks(self, model: nn.Module) -> Sequence[nn.Module]:
+        """Parts of the model that are computed one after another, each from what the one before gave: between them it
+        may be cut, and each may be on a device while others are not. None: it is one piece."""
+        return ()
+
     @abstractmethod
     def loss(self, model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
         """The mean loss (a scalar) over a batch: the samples' arrays, stacked."""

@@ -36,8 +36,8 @@ def begin_replay(job: Job, record: Record, *, first: int) -> tuple[int, Iterator
     It begins at the newest checkpoint before `first` that is whole, or at step 0, and writes nothing to the store.
     Raises `UserError` if this machine's environment or the recipe's source is another than the run's.
     """
-    if job.preset.train.mode != "exact":
-        raise UserError(f"run {job.key[:12]} was trained with train.mode = 'fast', which promises no bits to compare")
+    if setting := job.preset.train.maybe_inexact:
+        raise UserError(f"run {job.key[:12]} was trained with {setting}, which promises no bits to compare")
     environment.require_same(record.environment, environment.fingerprint())
     kit = rank.prepare(job, local_rank=0)
     alone = _alone(job.preset)

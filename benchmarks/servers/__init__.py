@@ -1,1 +1,1 @@
-"""Parameter servers: how soon they go on after a kill, and what a message costs."""
+"""Parameter servers: how soon they go on after a kill, what a message costs, and what others' do."""

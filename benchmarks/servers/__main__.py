@@ -1,12 +1,17 @@
-"""`python -m benchmarks.servers failover|transport`."""
+"""`python -m benchmarks.servers failover|transport|peers|deaths`."""
 
 from __future__ import annotations
 
 import sys
 
-from benchmarks.servers import failover, transport
+from benchmarks.servers import deaths, failover, peers, transport
 
-BENCHES = {"failover": failover.main, "transport": transport.main}
+BENCHES = {
+    "failover": failover.main,
+    "transport": transport.main,
+    "peers": peers.main,
+    "deaths": deaths.main,
+}
 
 
 def main() -> None:

@@ -8,17 +8,12 @@ as it is, so that nothing is measured but what goes to and fro and what is added
 from __future__ import annotations
 
 import argparse
-import json
-import os
 import statistics
-import subprocess
 import sys
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
-from benchmarks.environments import ROOT
+from benchmarks.servers.processes import Processes
 from benchmarks.servers.rank import NUM_RANKS
 
 TARGET_SECONDS = 0.3
@@ -45,43 +40,16 @@ WAYS = [
 ]
 
 
-class Ranks:
-    """Two processes that wait until they are told how often."""
+class Ranks(Processes):
+    """Two, which wait until they are told how often."""
 
     def __init__(self, way: Way, megabytes: int) -> None:
-        self._folder = tempfile.TemporaryDirectory(prefix="unbroken-bench-")
         numbers = [str(number) for number in (megabytes, way.num_servers, way.num_replicas)]
-        environment = {
-            **os.environ,
-            "RENDEZVOUS": str(Path(self._folder.name) / "rendezvous"),
-            "OMP_NUM_THREADS": "1",
-            "GLOO_SOCKET_IFNAME": "lo",
-            "PYTHONPATH": str(ROOT),
-        }
-        self._ranks = [
-            subprocess.Popen(
-                [sys.executable, "-m", "benchmarks.servers.rank", way.name, *numbers],
-                env={**environment, "RANK": str(rank)},
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                text=True,
-            )
-            for rank in range(NUM_RANKS)
-        ]
+        super().__init__([sys.executable, "-m", "benchmarks.servers.rank", way.name, *numbers], num_asked=NUM_RANKS)
 
     def seconds(self, num_times: int) -> float:
         """Each takes, of the slower one."""
-        for rank in self._ranks:
-            assert rank.stdin is not None
-            rank.stdin.write(f"{num_times}\n")
-            rank.stdin.flush()
-        return max(float(json.loads(rank.stdout.readline())) for rank in self._ranks if rank.stdout) / num_times
-
-    def stop(self) -> None:
-        for rank in self._ranks:
-            rank.kill()
-            rank.wait()
-        self._folder.cleanup()
+        return float(max(self.ask(str(num_times)))) / num_times
 
 
 def measure(megabytes: int, ways: Sequence[Way], num_rounds: int) -> dict[Way, list[float]]:

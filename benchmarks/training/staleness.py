@@ -13,6 +13,7 @@ import heapq
 import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import NoReturn
 
 import numpy as np
 import torch
@@ -22,7 +23,7 @@ from benchmarks.power_law import lines
 from training.recipe import Record
 from training.recipes.pairs import Clicks
 from training.servers.protocol import Message, Send
-from training.servers.stale_protocol import Fresh
+from training.servers.stale_protocol import Fresh, Places
 from training.servers.staleness import StaleShard, StaleWorker
 
 RECIPE = Clicks(num_rows=4096, width=16, num_others=7, learning_rate=0.2)
@@ -69,8 +70,11 @@ class Model:
             parameter.grad = gradient
         self._optimizer.step()
 
-    def values(self) -> list[Tensor]:
+    def values(self, place: int = 0, clock: int = 0) -> list[Tensor]:
         return [parameter.detach().clone() for parameter in self._parameters]
+
+    def snapshot(self) -> NoReturn:
+        raise NotImplementedError("nothing is saved here")
 
     def gradients(self, values: Sequence[Tensor], worker: int, step: int) -> Gradients:
         """At other values than those that are here."""
@@ -135,7 +139,7 @@ class Simulation:
         self._numbers = itertools.count()
         self._events: list[tuple[float, int, str, str, Message | None]] = []
         self._lags: list[int] = []
-        self._shard.begin(1, list(self._workers))
+        self._shard.begin(Places(token=1, workers=tuple(self._workers)))
         for name, worker in self._workers.items():
             self._post(0.0, name, worker.join())
 

@@ -63,9 +63,10 @@ def serve_table(table: Table, connection: Connection) -> None:
     mesh = Mesh("server", secret=SECRET, address=HOST, max_bytes=MAX_BYTES)
     replica = Replica("server", state, num_virtual_workers=1)
     replica.fill()
+    server = Server(mesh, replica)
     connection.send(mesh.address)
     assignment = Assignment(token=TOKEN, primary="server", backups=())
-    Server(mesh, replica).begin(Begun(assignment=assignment, places={"worker": connection.recv()}))
+    server.begin(Begun(assignment=assignment, places={"worker": connection.recv()}))
     threading.Event().wait()
 
 

@@ -17,6 +17,7 @@ from flows.cli import (
     kubernetes,
     lifecycle,
     lineage,
+    plan,
     report,
     run,
     scaffold,
@@ -45,6 +46,7 @@ lineage.add_to(browse.models)
 checkpoints.add_to(app)
 serve.add_to(app)
 report.add_to(app)
+plan.add_to(app)
 kubernetes.add_to(app)
 
 

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from training.runs.record import Record, RunRecord
     from training.s3.objectstore import Store
 
-COLUMNS = ("key", "state", "checkpoint_step", "attempts", "tracking_run_id", "weights_sha256", "failure")
+COLUMNS = ("key", "state", "checkpoint_step", "attempts", "tracking_run_id", "weights_sha256", "inexact", "failure")
 Key = Annotated[str, Parameter(help="A run key, or the beginning of one.")]
 
 runs = App(name="runs", help="Look at runs and their logs, cancel or remove them; manifests for a cluster.")
@@ -179,5 +179,6 @@ def _summary(record: Record) -> dict[str, Any]:
         "attempts": len(record.attempt_starts),
         "tracking_run_id": record.tracking_run_id,
         "weights_sha256": record.result.weights_sha256 if record.result else None,
+        "inexact": record.result.inexact if record.result else None,
         "failure": record.failure.message if record.failure else None,
     }

@@ -93,11 +93,19 @@ def _start(client: SyncPrefectClient, parameters: Mapping[str, Any], queue: str,
 
 
 def _cancel(client: SyncPrefectClient, watcher: _Watcher, run_id: Any) -> FlowRun:
+    print("\ncancelling …", file=sys.stderr, flush=True)
+    ask_to_cancel(client, run_id)
+    return watcher.until_over(run_id)
+
+
+def ask_to_cancel(client: SyncPrefectClient, run_id: UUID) -> None:
+    """Also one that is crashed: Prefect leaves that as it is, and the reaper would have it run again."""
     from prefect.states import Cancelling
 
-    print("\ncancelling …", file=sys.stderr, flush=True)
     client.set_flow_run_state(run_id, Cancelling())
-    return watcher.until_over(run_id)
+    state = client.read_flow_run(run_id).state
+    if state is not None and state.is_crashed():
+        client.set_flow_run_state(run_id, Cancelling(), force=True)
 
 
 def _conclude(final: FlowRun, *, quiet: bool) -> dict[str, Any]:

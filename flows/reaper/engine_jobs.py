@@ -19,6 +19,6 @@ def end_unwanted(launcher: Launcher, flow_runs: FlowRuns) -> None:
         if CANCELLED in owners:
             log.info("job %s: it was cancelled, and something of it is left: ended", key[:12])
             launcher.reap(key)  # not `cancel`: it may have been submitted again since
-        elif is_job_unwanted([states.get(owner) for owner in owners]):
+        elif is_job_unwanted([states.get(owner) for owner in owners]) and launcher.cancel(key, by=set(owners)):
+            # unless another flow run has asked for it since
             log.info("job %s: of its flow runs, one was cancelled and none lives: ended", key[:12])
-            launcher.cancel(key)

@@ -90,7 +90,7 @@ class LocalLauncher:
                     self._remote().stopProcessGroup(key)
                 supervisor.kill_group(supervisor.stack_id(self._home), key)
 
-    def cancel(self, key: str, *, by: str | None = None) -> bool:
+    def cancel(self, key: str, *, by: set[str] | None = None) -> bool:
         with self._lock(key):
             if is_others(self._owners(key), by):
                 return False

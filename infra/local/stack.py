@@ -14,7 +14,7 @@ from xmlrpc.client import Fault  # nosec B411 # our own supervisor's socket
 
 from infra.local import provision, supervisor
 from infra.local.files import locked, write_whole
-from infra.local.ports import LOOPBACK, choose_ports
+from infra.local.ports import LOOPBACK, USUAL, choose_ports
 from infra.local.services import Service, local_services
 from infra.local.watch import (
     NAMES,
@@ -48,11 +48,13 @@ from training.errors import InfrastructureError, UserError
 
 START_SECONDS = 180.0
 MIN_FREE_BYTES = 2**30
-MAX_LOST_PORTS = 5
+MAX_LOST_PORTS = len(USUAL)
 WANTED = "is_wanted"
 """Noted from `up` to `down`."""
 LATER = ("worker", "reaper", "monitor")
 """They would only fail until the servers are there."""
+WATCHING = ("prometheus", "alertmanager")
+"""Begun with the first, as they need nobody; looked at last."""
 
 
 def up(report: Report) -> Settings:
@@ -154,7 +156,7 @@ def _bring_up(settings: Settings, services: Mapping[str, Service], report: Repor
         provisioned.result()
     for name in LATER:
         _start(folder, name)
-    for name in LATER:
+    for name in (*LATER, *WATCHING):  # of whose ports another stack that starts just now may have taken one, too
         _wait(settings, services, name, report)
 
 

@@ -26,7 +26,8 @@ from training.errors import InfrastructureError, UserError
 STACK_MARK = "UNBROKEN_STACK_ID"
 """Only supervisord sets this, to a hash of the home folder: so what outlived a killed supervisord can be found."""
 
-START_SECONDS = 15.0
+START_SECONDS = 120.0
+"""At most: one that ends before is noticed at once."""
 STOP_SECONDS = 40.0
 SHUTDOWN_STATE = 6  # supervisor.xmlrpc.Faults
 SIGNS = ('"', "'", "\n", " ;", " #")

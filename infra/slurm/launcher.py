@@ -81,7 +81,7 @@ class SlurmLauncher:
     def reap(self, key: str) -> None:
         """Nothing: a node's processes end with its job, and `ENDED` says that none is left."""
 
-    def cancel(self, key: str, *, by: str | None = None) -> bool:
+    def cancel(self, key: str, *, by: set[str] | None = None) -> bool:
         def without_array(claim: Claim) -> Claim:
             return claim if is_others(claim.owners, by) else Claim(generation=claim.generation)
 

@@ -179,8 +179,9 @@ def _times(watch: Watch, struck: Struck) -> _Times:
     if at is None:
         return {"detect_seconds": None, "next_step_seconds": None, "pause_seconds": 0.0}
     if struck.fault.ends_group:
-        noticed = watch.first_token_change(token=struck.token)
         going = measure.next_step_time(watch.events, after=at, struck=struck.token)
+        seen = [when for when in (watch.first_token_change(token=struck.token), going) if when is not None]
+        noticed = min(seen, default=None)  # the record was looked at only now and then
     else:
         noticed, going = None, measure.next_step_of_any(watch.events, after=at)
     return {

@@ -66,6 +66,8 @@ class Training:
     checkpoints: tuple[CheckpointRef, ...]
     """Those that are still kept; the last one is the result."""
     quarantined: tuple[Quarantined, ...]
+    inexact: str | None
+    """The setting by which it gives another result if it is done again."""
     initial: InitialWeights | None
     continued: Continued | None
     preset: Mapping[str, Any]

@@ -112,6 +112,7 @@ def _training(store: Store, record: Record, job: Job, unknown: list[str]) -> Tra
         departures=record.departures,
         checkpoints=record.checkpoints,
         quarantined=record.quarantined,
+        inexact=job.preset.train.maybe_inexact,
         initial=job.initial,
         continued=record.continued,
         preset=job.preset.to_json(),

@@ -109,6 +109,8 @@ def _training(training: Training) -> Node:
     if training.quarantined:
         damaged = [Node(f"step {q.checkpoint.step}: {q.reason}") for q in training.quarantined]
         children.insert(3, Node("damaged checkpoints", damaged))
+    if training.inexact is not None:
+        children.insert(0, Node(f"not exact ({training.inexact}): done again, it gives another result"))
     if training.initial is not None:
         initial = training.initial
         children.append(Node(f"began with the weights {initial.weights_sha256} of run {initial.run_key}"))

@@ -53,6 +53,7 @@ def verify(settings: Settings, store: Store, kept: KeptVersion) -> Iterator[Chec
     yield from _decisions(settings, store, kept)
     record, job = require_run(store, kept)
     yield Checked(what=f"run record {record.key}", is_whole=True)
+    yield from exactness(job)
     yield from _checkpoints(store, record)
     yield from verify_identity(store, kept, job)
     yield from _shards(store, job)
@@ -102,7 +103,11 @@ def require_run(store: Store, kept: KeptVersion) -> tuple[Record, Job]:
         raise LineageError(f"{folder} is empty: what was trained is not known")
     if record.result is None or record.result.weights_sha256 != kept.weights_sha256:
         now = record.result.weights_sha256 if record.result is not None else "none yet"
-        raise LineageError(f"{where}: the run was begun anew, and its weights are {now}, not {kept.weights_sha256}")
+        setting = jobs[0].preset.train.maybe_inexact
+        why = f" ({setting} gives others each time)" if setting else ""
+        raise LineageError(
+            f"{where}: the run was begun anew, and its weights are {now}, not {kept.weights_sha256}{why}"
+        )
     trusted_result(run, record)
     return record, jobs[0]
 
@@ -133,6 +138,12 @@ def _require_result(record: Record, reference: CheckpointRef, tensors: dict[str,
     ):
         if found != due:
             raise LineageError(f"checkpoint {reference.step}: its {what} have sha256 {found}, the result's have {due}")
+
+
+def exactness(job: Job) -> Iterator[Checked]:
+    """Whether what was done could be compared with what would be done now."""
+    if setting := job.preset.train.maybe_inexact:
+        yield Checked(what="training", is_whole=False, note=f"{setting}: done again, it gives another result")
 
 
 def verify_identity(store: Store, kept: KeptVersion, job: Job) -> Iterator[Checked]:

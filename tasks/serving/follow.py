@@ -86,9 +86,9 @@ class Follower:
         self._maybe_next_try = time.monotonic() + LOOK_AGAIN_SECONDS
         if why != self.refused:
             log.error("version %s is refused, the one before serves on: %s", self._champion.version, why)
-        self.refused = why
         self._metrics.refusals.inc()
         self._metrics.is_behind.set(1)
+        self.refused = why  # last: whoever reads it finds the numbers true
 
     def _note_store(self, trouble: str) -> None:
         if bool(trouble) != bool(self.store_trouble):

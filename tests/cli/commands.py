@@ -25,7 +25,7 @@ class Launched:
 def launched(stack: Stack) -> Launched:
     request = urllib.request.Request(f"{stack.settings.prefect_api_url}/flow_runs/count", data=b"{}", method="POST")
     request.add_header("Content-Type", "application/json")
-    with urllib.request.urlopen(request, timeout=10) as reply:
+    with urllib.request.urlopen(request, timeout=120) as reply:
         count = int(json.load(reply))
     return Launched(
         num_flow_runs=count,

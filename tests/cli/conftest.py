@@ -15,4 +15,7 @@ def nothing_launched(stack: Stack) -> Iterator[None]:
     """After a module's tests there is no flow run, job or run that was not there before them."""
     before = launched(stack)
     yield
-    assert launched(stack) == before
+    after = launched(stack)
+    assert after.num_flow_runs <= before.num_flow_runs
+    assert after.jobs <= before.jobs, "what the tests before left may end meanwhile"
+    assert after.runs <= before.runs

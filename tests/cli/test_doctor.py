@@ -6,7 +6,7 @@ import hashlib
 import json
 import subprocess
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ import pytest
 from tests.cli.commands import unbroken
 from tests.conftest import UNBROKEN, Stack
 from tests.infra.probes import environment_for
+from tests.waiting import wait_until
 
 
 class YesServer(ThreadingHTTPServer):
@@ -79,10 +80,7 @@ def yes_server() -> Iterator[YesServer]:
 
 
 def test_all_is_well(stack: Stack) -> None:
-    done = unbroken(stack, "doctor", "--json")
-    assert done.returncode == 0, done.stdout + done.stderr
-    checks = _checks(done)
-    assert all(check["is_good"] for check in checks.values())
+    checks = _examined(stack, wrong=set())
     assert set(checks) >= {"python", "memory", "disk", "torch", "S3 storage", "MLflow", "Prefect", "Prefect worker"}
     assert "create-only and If-Match writes honoured" in checks["S3 storage"]["found"]
     assert stack.store.list_folders("probe/") == []
@@ -97,7 +95,7 @@ def test_missing_stack_is_one_wrong_check_with_its_cure(tmp_path: Path) -> None:
         env=environment,
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=120,
         check=False,
     )
     assert done.returncode == 3, done.stderr
@@ -108,24 +106,30 @@ def test_missing_stack_is_one_wrong_check_with_its_cure(tmp_path: Path) -> None:
 
 def test_store_that_ignores_conditions_is_refused_by_name(stack: Stack, yes_server: YesServer) -> None:
     lying = {"UNBROKEN_S3_ENDPOINT": yes_server.endpoint, "AWS_ACCESS_KEY_ID": "any", "AWS_SECRET_ACCESS_KEY": "any"}
-    done = unbroken(stack, "doctor", "--json", variables=lying)
-    assert yes_server.num_conditions_ignored == 1, "the store was asked, and it lied"
-    assert done.returncode == 3, done.stderr
-    wrong = {name: check["found"] for name, check in _checks(done).items() if not check["is_good"]}
-    assert set(wrong) == {"S3 storage"}
-    assert f"the store at {yes_server.endpoint} ignores create-only writes" in wrong["S3 storage"]
+    checks = _examined(stack, wrong={"S3 storage"}, variables=lying)
+    assert yes_server.num_conditions_ignored >= 1, "the store was asked, and it lied"
+    assert f"the store at {yes_server.endpoint} ignores create-only writes" in checks["S3 storage"]["found"]
     assert not yes_server.objects
 
 
 def test_servers_that_do_not_answer_are_wrong_checks_and_no_traceback(stack: Stack) -> None:
     servers = {"UNBROKEN_MLFLOW_URI": "nonsense", "UNBROKEN_PREFECT_API_URL": "http://127.0.0.1:1/api"}
-    done = unbroken(stack, "doctor", "--json", variables=servers)
-    assert done.returncode == 3, done.stderr
-    assert {name for name, check in _checks(done).items() if not check["is_good"]} == {
-        "MLflow",
-        "Prefect",
-        "Prefect worker",
-    }
+    _examined(stack, wrong={"MLflow", "Prefect", "Prefect worker"}, variables=servers)
+
+
+def _examined(stack: Stack, *, wrong: set[str], variables: Mapping[str, str] | None = None) -> dict[str, Any]:
+    """The checks, once these alone are wrong: so is a server that is slow to answer just now."""
+
+    def look() -> dict[str, Any] | None:
+        done = unbroken(stack, "doctor", "--json", variables=variables)
+        assert done.returncode in (0, 3), done.stderr
+        checks = _checks(done)
+        found = {name for name, check in checks.items() if not check["is_good"]}
+        assert found >= wrong
+        assert done.returncode == (3 if found else 0)
+        return checks if found == wrong else None
+
+    return wait_until(look, what=f"these alone to be wrong: {wrong}")
 
 
 def _checks(done: subprocess.CompletedProcess[str]) -> dict[str, Any]:

@@ -15,7 +15,20 @@ from tests.conftest import UNBROKEN
 DVC = str(Path(UNBROKEN).parent / "dvc")
 HEAVY = ("torch", "prefect", "mlflow", "boto3", "botocore", "sklearn", "matplotlib", "jinja2", "starlette", "uvicorn")
 HELPS: tuple[list[str], ...] = (
-    *([], ["up"], ["down"], ["status"], ["doctor"], ["init"], ["run"], ["train"], ["drill"], ["serve"], ["report"]),
+    *(
+        [],
+        ["up"],
+        ["down"],
+        ["status"],
+        ["doctor"],
+        ["init"],
+        ["run"],
+        ["train"],
+        ["drill"],
+        ["serve"],
+        ["report"],
+        ["plan"],
+    ),
     *(
         ["runs"],
         ["runs", "ls"],
@@ -59,7 +72,7 @@ def test_help_imports_nothing_heavy() -> None:
 def test_help_lists_the_verbs() -> None:
     done = subprocess.run([UNBROKEN, "--help"], capture_output=True, text=True, timeout=240, check=False)
     assert done.returncode == 0, done.stderr
-    servers_and_runs = ("up", "down", "status", "doctor", "init", "run", "train", "drill", "serve", "report")
+    servers_and_runs = ("up", "down", "status", "doctor", "init", "run", "train", "drill", "serve", "report", "plan")
     for verb in (*servers_and_runs, "runs", "data", "ckpt", "models"):
         assert f" {verb} " in done.stdout
 
@@ -83,7 +96,7 @@ def test_scaffold_is_dvcs_with_and_without_git(tmp_path: Path) -> None:
             cwd=folder / "spirals",
             capture_output=True,
             text=True,
-            timeout=60,
+            timeout=120,
             check=False,
         )
         assert shown.stdout.split() == ["shard", "train", "evaluate", "register"], shown.stderr

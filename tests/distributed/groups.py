@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-import fcntl
 import os
 import signal
 import socket
-import struct
-import termios
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, cast
+from unittest import mock
 
 from tests.unit.tiny import Tiny, exact_arithmetic, make_trainer, tiny_preset
 from training.cluster.workers import Hand, Outcome, Workers
@@ -29,6 +27,8 @@ from training.s3.objectstore import Store
 ENTRY = "tests.distributed.pausing:run"
 STEPS = 12
 EVERY = 5
+PATIENCE_SECONDS = 100.0
+"""With ranks that are told to stop: a slow one is not taken for one that cannot."""
 VALIDATE_EVERY = 3
 TINY = Tiny()
 PRESET = tiny_preset(steps=STEPS, checkpoint_every_steps=EVERY, validate_every_steps=VALIDATE_EVERY)
@@ -46,8 +46,9 @@ class Pause:
 class Group:
     """The workers of one token."""
 
-    def __init__(self, job: Job, token: int, node: Node, **staying: Any) -> None:
+    def __init__(self, job: Job, token: int, node: Node, *, patience_seconds: float, **staying: Any) -> None:
         self._zygote = node.zygote
+        self._patience_seconds = patience_seconds
         self._pauses = node.pauses
         self._sockets = node.sockets
         self.processes: list[Worker] = []
@@ -71,6 +72,7 @@ class Group:
             self.workers.begin(listener)
 
     def _start(self, order: dict[str, Any], descriptors: Mapping[str, int]) -> Worker:
+        order = {**order, "patience_seconds": self._patience_seconds}
         pauses = self._pauses.get(order["local_rank"])
         if not pauses:
             self.processes.append(self._zygote.start(order, descriptors))
@@ -87,7 +89,11 @@ class Group:
     async def paused(self, *ranks: int) -> None:
         """Once these wait at their places."""
         for rank in ranks:
-            assert await asyncio.get_running_loop().sock_recv(self._sockets[rank], 1) == b"!", f"rank {rank} is gone"
+            await self._hear(rank, b"!")
+
+    async def _hear(self, rank: int, word: bytes) -> None:
+        said = await asyncio.get_running_loop().sock_recv(self._sockets[rank], 1)
+        assert said == word, f"rank {rank} said {said!r}, or is gone"
 
     def go_on(self, rank: int) -> None:
         self._sockets[rank].send(b"!")
@@ -98,14 +104,10 @@ class Group:
     def freeze(self, rank: int) -> None:
         os.kill(self.pids()[rank], signal.SIGSTOP)
 
-    def order(self, rank: int, order: Order) -> None:
+    async def order(self, rank: int, order: Order) -> None:
+        """Tell this one, which is paused; once it has taken note of it."""
         self.workers._workers[rank].hand.channel.send(order)
-
-    async def has_read(self, rank: int) -> None:
-        """Once nothing that this one was told is left on its socket."""
-        end = self.workers._workers[rank].hand.channel.end
-        while struct.unpack("i", fcntl.ioctl(end, termios.TIOCOUTQ, bytes(4)))[0]:
-            await asyncio.sleep(0.01)
+        await self._hear(rank, b"o")
 
     async def waits(self, rank: int, *, step: int = 0) -> None:
         """Once this one has done that many steps, and waits for the others."""
@@ -164,9 +166,11 @@ class Node:
         *,
         pauses: Mapping[int, Pause] | None = None,
         may_stay: bool = False,
+        patience_seconds: float = PATIENCE_SECONDS,
         **launch: Any,
     ) -> Group:
-        """A group of so many ranks, under the next token, until all are out of it; `act` is what befalls it."""
+        """A group of so many ranks, under the next token, until all are out of it; `act` is what befalls it. Those of
+        its new processes that are told to stop, and could stay, end if they do not leave with so much patience."""
         record = self.run.update(lambda newest: replace(newest, token=newest.token + 1))
         config = LaunchConfig(nodes=1, processes_per_node=num_ranks, **launch)
         job = replace(self.job, preset=replace(self.job.preset, launch=config))
@@ -174,9 +178,10 @@ class Node:
         async def follow() -> Group:
             hands = {rank: self.hands.pop(rank) for rank in range(num_ranks) if rank in self.hands}
             self.pauses |= {rank: [pause] for rank, pause in (pauses or {}).items()}
-            group = Group(job, record.token, self, may_stay=may_stay, hands=hands)
+            staying: dict[str, Any] = {"may_stay": may_stay, "hands": hands}
+            group = Group(job, record.token, self, patience_seconds=patience_seconds, **staying)
             try:
-                async with asyncio.timeout(150):
+                async with asyncio.timeout(240):
                     group.begin()
                     await act(group)
                     await group.ended
@@ -186,7 +191,8 @@ class Node:
                 group.close()
             return group
 
-        return asyncio.run(follow())
+        with mock.patch("training.cluster.workers.STOP_SECONDS", PATIENCE_SECONDS):
+            return asyncio.run(follow())
 
     def reach_store_at(self, endpoint: str) -> None:
         """The ranks do, not this test."""
@@ -244,17 +250,16 @@ def require_same(node: Node, calm: tuple[str, list[Told]]) -> None:
 async def regroup(group: Group, rank: int = 1) -> None:
     """One rank, which is paused, is told to."""
     await group.paused(rank)
-    group.order(rank, Order(do="regroup"))
-    await group.has_read(rank)
+    await group.order(rank, Order(do="regroup"))
     group.go_on(rank)
 
 
-def calm(*, preset: Preset = PRESET, recipe: Recipe = TINY) -> tuple[str, list[Told]]:
+def calm(*, preset: Preset = PRESET, recipe: Recipe = TINY, steps: int = STEPS) -> tuple[str, list[Told]]:
     """State and history of a run in one process that nothing happens to."""
     trainer = make_trainer(preset=preset, recipe=recipe)
     told = []
     with exact_arithmetic():
-        for step in range(1, STEPS + 1):
+        for step in range(1, steps + 1):
             outcome = trainer.train_step()
             told.append((step, outcome.loss, outcome.samples, dict(outcome.validation)))
     return trainer.state.state_sha256(), told

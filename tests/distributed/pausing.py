@@ -13,8 +13,10 @@ from tests.unit.tiny import MemoryFeed, tiny_reader
 from training import rank
 from training.cluster import worker
 from training.config import Preset
+from training.control import Order
 from training.loop import Trainer
 from training.memory.handover import Handover
+from training.servers import hosted, mesh
 from training.servers.client import Client
 from training.servers.colocated import Colocated
 from training.servers.protocol import Values
@@ -31,8 +33,10 @@ PULLING = "in the step after, when the first shard's parameters come, and all ot
 
 
 def run(order: dict[str, Any]) -> int:
-    """A worker of training.cluster.worker, which says when it comes to the place and step of its order's pauses."""
+    """A worker of training.cluster.worker, which says when it comes to the place and step of its order's pauses, and
+    when it has taken note of an order then."""
     _feed_from_memory()
+    _be_patient(order["patience_seconds"])
     if "pause_fd" in order:
         _pause_at(order["place"], order["step"], socket.socket(fileno=order["pause_fd"]))
     return worker.run(order)
@@ -43,6 +47,12 @@ def _feed_from_memory() -> None:
         return MemoryFeed(tiny_reader(), preset)
 
     rank.Feed = feed  # type: ignore[misc, assignment]  # this process ends with the test
+
+
+def _be_patient(seconds: float) -> None:
+    """With what is slow and no more than that. This process ends with the test."""
+    worker.PATIENCE_SECONDS = worker.PATIENCE_WITH_SERVERS_SECONDS = seconds
+    hosted.FREEZE_SECONDS = mesh.HANDSHAKE_SECONDS = 100.0
 
 
 def _pause_at(place: str, step: int, test: socket.socket) -> None:
@@ -67,6 +77,13 @@ def _pause_at(place: str, step: int, test: socket.socket) -> None:
         return go_on(self, *arguments, **values)
 
     setattr(owner, name, pause)
+    take_order = Handover.take_order
+
+    def take_and_tell(self: Handover, order: Order) -> None:
+        take_order(self, order)
+        test.sendall(b"o")
+
+    Handover.take_order = take_and_tell  # type: ignore[method-assign]
 
 
 def _maybe_reached(caller: Any, arguments: tuple[Any, ...]) -> int | None:

@@ -3,6 +3,7 @@ its size, and ends in the bits and the history of a run that nothing happened to
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import replace
@@ -62,18 +63,16 @@ async def freeze_and_stop(group: Group) -> None:
     """One is frozen, the other waits for it, and both are told to stop; who has not once the other has is killed."""
     await group.paused(1)
     group.freeze(1)
-    await group.waits(0)
+    await group.waits(0, step=7)
     group.workers.stop()
     await group.is_out(0)
     group.workers.kill()
 
 
 def test_a_rank_that_waits_for_a_frozen_one_stops_when_it_is_told(
-    node: Node, calm: tuple[str, list[groups.Told]], monkeypatch: pytest.MonkeyPatch
+    node: Node, calm: tuple[str, list[groups.Told]]
 ) -> None:
     """Its main thread is inside a collective, and stays there."""
-    monkeypatch.setattr("training.cluster.workers.STOP_SECONDS", 100.0)
-
     first = node.train(2, freeze_and_stop, pauses={1: Pause(MID_STEP, 7)})
     assert first.codes() == [EXIT_STOPPED, -9]
     assert node.steps_in_memory() == [7, None, None]
@@ -89,7 +88,7 @@ def test_ranks_that_stop_at_different_steps_go_on_at_the_higher_one(
 
     async def stop(group: Group) -> None:
         await group.paused(1)
-        await group.waits(0)
+        await group.waits(0, step=8)
         group.workers.stop()
 
     first = node.train(2, stop, pauses={1: Pause(UPDATING, 7)})
@@ -106,7 +105,7 @@ def test_ranks_of_which_one_has_noted_the_validation_go_on_alike(
 ) -> None:
     async def stop(group: Group) -> None:
         await group.paused(behind)
-        await group.waits(1 - behind)
+        await group.waits(1 - behind, step=6)
         group.workers.stop()
 
     first = node.train(2, stop, pauses={behind: Pause(VALIDATED, 6)})
@@ -156,17 +155,17 @@ def change_a_weight(slots: Slots, key: str) -> None:
         assert slots.write(replace(memory.header, file_digest="", journal_digest=""), fill)
 
 
-def tell_to_go(group: Group, *, rank: int) -> None:
-    group.order(rank, Order(do="preempt", seconds=2.0))
+async def tell_to_go(group: Group, *, rank: int, seconds: float) -> None:
+    await group.order(rank, Order(do="preempt", seconds=seconds))
     group.go_on(rank)
 
 
 def test_preempted_ranks_leave_together_after_a_checkpoint(node: Node, calm: tuple[str, list[groups.Told]]) -> None:
     async def preempt(group: Group) -> None:
         await group.paused(1)
-        tell_to_go(group, rank=1)
+        await tell_to_go(group, rank=1, seconds=60.0)
 
-    first = node.train(2, preempt, pauses={1: Pause(MID_STEP, 7)}, grace_seconds=2.0)
+    first = node.train(2, preempt, pauses={1: Pause(MID_STEP, 7)}, grace_seconds=60.0)
     assert first.codes() == [EXIT_STOPPED, EXIT_STOPPED]
     step, same, _ = node.steps_in_memory()
     assert step == same == node.run.read().checkpoints[-1].step
@@ -183,7 +182,7 @@ def test_preempted_ranks_wait_no_longer_than_they_may_for_a_store_that_is_away(
     async def preempt_without_store(group: Group) -> None:
         await group.paused(1)
         proxy.is_away = True  # until they are gone
-        tell_to_go(group, rank=1)
+        await tell_to_go(group, rank=1, seconds=2.0)
 
     first = node.train(2, preempt_without_store, pauses={1: Pause(MID_STEP, 7)}, grace_seconds=2.0)
     assert proxy.num_refused > 0
@@ -204,10 +203,11 @@ def test_no_checkpoint_is_needed_to_go_on(node: Node, proxy: LosingProxy, calm: 
 
     async def kill(group: Group) -> None:
         await group.paused(0)
+        while not proxy.num_refused:  # what it began to save after step 5
+            await asyncio.sleep(0.02)
         group.kill(0)
 
     node.train(2, kill, pauses={0: Pause(MID_STEP, 7)})
-    assert proxy.num_refused > 0
     assert node.run.read().checkpoints == ()
     proxy.maybe_refused = None
     node.train(2)
@@ -276,11 +276,9 @@ def test_a_process_whose_state_is_behind_takes_that_of_the_others(
 
 
 def test_a_rank_that_waits_for_a_frozen_one_stays_when_it_is_told_to_stop(
-    node: Node, calm: tuple[str, list[groups.Told]], monkeypatch: pytest.MonkeyPatch
+    node: Node, calm: tuple[str, list[groups.Told]]
 ) -> None:
     """Nothing comes by the connection between the two, which is open."""
-    monkeypatch.setattr("training.cluster.workers.STOP_SECONDS", 100.0)
-
     first = node.train(2, freeze_and_stop, pauses={1: Pause(MID_STEP, 7)}, may_stay=True)
     second = node.train(2, may_stay=True)
     assert [before == after for before, after in zip(first.pids(), second.pids(), strict=True)] == [True, False]
@@ -295,7 +293,8 @@ def test_ranks_that_cannot_leave_in_time_end_instead(node: Node, calm: tuple[str
         await group.paused(0, 1)
         group.workers.stop()
 
-    first = node.train(2, stop, pauses={0: Pause(MID_STEP, 7), 1: Pause(MID_STEP, 7)}, may_stay=True)
+    pauses = {rank: Pause(MID_STEP, 7) for rank in range(2)}
+    first = node.train(2, stop, pauses=pauses, may_stay=True, patience_seconds=0.0)
     assert first.codes()[:2] == [EXIT_STOPPED, EXIT_STOPPED]
     assert not set(node.train(2, may_stay=True).pids()) & set(first.pids())
     assert node.attempts()[-1] == (2, 7, "memory")

@@ -181,6 +181,7 @@ def train_with_slow_ranks(rank: int, world_size: int, slow_ranks: list[int], min
 
     for slow_rank in slow_ranks:
         recipe.seconds[0] = SLOW_SECONDS if rank == slow_rank else SLOW_SECONDS / 10
+        step()  # at least: it may have but one, for having been slow by itself
         while trainer.balance.shares[slow_rank] > 1:
             step()
         shares.append(trainer.balance.shares)

@@ -93,7 +93,7 @@ class Agents:
     def restart(self, host: Host) -> None:
         """In the place of one that was killed."""
         before = self.newest[host.number]
-        assert before.wait(timeout=60) == -9
+        assert before.wait(timeout=120) == -9
         self.running.remove(before)
         self.start(host)
 

@@ -119,7 +119,7 @@ class Door:
 
     def close(self) -> None:
         self._server.should_exit = True
-        self._thread.join(timeout=30)
+        self._thread.join(timeout=120)
 
     def _serve(self, server: uvicorn.Server, listener: socket.socket) -> None:
         self._namespace.enter_network()  # for what the handlers ask of others

@@ -92,7 +92,7 @@ class Namespace:
 
     def kill_all(self) -> None:
         """All processes inside at once, before any can start another."""
-        self.start(["sh", "-c", "kill -KILL -1 2> /dev/null"]).wait(timeout=30)
+        self.start(["sh", "-c", "kill -KILL -1 2> /dev/null"]).wait(timeout=120)
         self._reap()
 
     def close(self) -> None:
@@ -100,14 +100,14 @@ class Namespace:
         with contextlib.suppress(psutil.NoSuchProcess):
             self._init.kill()
         self._reap()  # the holder's end waits for this
-        self._holder.wait(timeout=30)
+        self._holder.wait(timeout=120)
         for pipe in self._pipes():
             pipe.close()
         self._starter.shutdown()
 
     def _reap(self) -> None:
         for process in self._started:
-            process.wait(timeout=30)
+            process.wait(timeout=120)
 
     def _pipes(self) -> Sequence[IO[bytes]]:
         return [pipe for pipe in (self._holder.stdin, self._holder.stdout, self._holder.stderr) if pipe is not None]

@@ -81,15 +81,15 @@ class Relay:
         self._is_serving = threading.Event()
         self._thread = threading.Thread(target=self._run, name="relay", daemon=True)
         self._thread.start()
-        assert self._is_serving.wait(timeout=30), "the relay did not start"
+        assert self._is_serving.wait(timeout=120), "the relay did not start"
 
     def make_trouble(self, trouble: Trouble | None, *, client: str = EVERYONE) -> None:
         """For one client, by address, or for everyone; None ends it. Connections that are open feel it at once."""
-        asyncio.run_coroutine_threadsafe(self._change(trouble, client), self._loop).result(timeout=30)
+        asyncio.run_coroutine_threadsafe(self._change(trouble, client), self._loop).result(timeout=120)
 
     def close(self) -> None:
         self._loop.call_soon_threadsafe(lambda: self._is_stopped.set())
-        self._thread.join(timeout=30)
+        self._thread.join(timeout=120)
 
     def trouble_of(self, client: str) -> Trouble | None:
         return self._troubles.get(client) or self._troubles.get(EVERYONE)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from infra.local.ports import INTERNAL, free_port
+from infra.local.ports import USUAL, choose_ports
 from infra.local.services import Service, s3_service
 from infra.settings import credentials_path
 from tests.faults.machine import FullDisk
@@ -42,7 +42,7 @@ def small_disk(home: Path) -> Iterator[SmallDisk]:
     if subprocess.run([*UNSHARE, "true"], capture_output=True, check=False).returncode != 0:
         pytest.skip("no namespaces for users here")
     (home / "logs").mkdir(parents=True)
-    service = s3_service(home, {name: free_port() for name in ("s3", *INTERNAL)})
+    service = s3_service(home, choose_ports({}, {}, lost=USUAL.values()))
     mounted = f'mount -t tmpfs -o size={DISK_MIB}m none "$0" && exec "$@"'
     with (home / "logs" / "weed").open("w") as log:
         command = [*UNSHARE, "sh", "-c", mounted, str(home / "s3"), *service.command]
@@ -53,7 +53,7 @@ def small_disk(home: Path) -> Iterator[SmallDisk]:
             yield SmallDisk(store=_store(service), folder=Path(f"/proc/{server.pid}/root{home}/s3"))
     finally:
         server.kill()  # on a full disk it would not end by itself
-        server.wait(timeout=30)
+        server.wait(timeout=120)
 
 
 def _store(service: Service) -> Store:

@@ -12,6 +12,8 @@ from urllib.parse import urlsplit
 from tests.faults.hosts import Host
 
 SILENCE_SECONDS = 0.3
+PATIENCE_SECONDS = 120.0
+"""With what must come, however long a machine stalls."""
 
 
 @contextlib.contextmanager
@@ -24,7 +26,7 @@ def connection(source: Host, target: Host) -> Iterator[tuple[socket.socket, sock
         yield here, there
 
 
-def connect(source: Host, address: str, port: int, *, timeout_seconds: float = 10.0) -> socket.socket:
+def connect(source: Host, address: str, port: int, *, timeout_seconds: float = PATIENCE_SECONDS) -> socket.socket:
     return source.namespace.inside(lambda: socket.create_connection((address, port), timeout=timeout_seconds))
 
 
@@ -34,7 +36,7 @@ def arrives(source: socket.socket, target: socket.socket, *, within_seconds: flo
     return hears(target, within_seconds=within_seconds)
 
 
-def hears(target: socket.socket, *, within_seconds: float = 10.0) -> bool:
+def hears(target: socket.socket, *, within_seconds: float = PATIENCE_SECONDS) -> bool:
     target.settimeout(within_seconds)
     with contextlib.suppress(TimeoutError):
         return bool(target.recv(1 << 16))
@@ -45,13 +47,13 @@ def seconds_to_send(source: socket.socket, target: socket.socket, num_bytes: int
     """Until the last byte has arrived. It must fit into the buffers of both."""
     started = time.monotonic()
     source.sendall(bytes(num_bytes))
-    target.settimeout(30)
+    target.settimeout(PATIENCE_SECONDS)
     while num_bytes:
         num_bytes -= len(target.recv(1 << 16))
     return time.monotonic() - started
 
 
-def http_status(source: Host, endpoint: str, *, timeout_seconds: float = 10.0) -> int:
+def http_status(source: Host, endpoint: str, *, timeout_seconds: float = PATIENCE_SECONDS) -> int:
     """Of a GET that the host makes."""
     where = urlsplit(endpoint)
     client = http.client.HTTPConnection(where.netloc, timeout=timeout_seconds)

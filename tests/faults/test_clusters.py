@@ -16,7 +16,7 @@ from tests.faults.machine import SlowCpu
 from tests.faults.namespaces import require_namespaces
 from tests.faults.network import Cut, Delay, SlowNetwork
 from tests.faults.relay import Line
-from tests.faults.talking import arrives, connect, connection, http_status
+from tests.faults.talking import PATIENCE_SECONDS, arrives, connect, connection, http_status
 from tests.waiting import wait_until
 
 
@@ -25,8 +25,8 @@ def test_hosts_hear_one_another_and_nobody_else(cluster: Cluster) -> None:
     for source, target in ((one, two), (two, one), (one, three)):
         with connection(source, target) as (here, there):
             assert here.getsockname()[0] == source.address == there.getpeername()[0]
-            assert arrives(here, there, within_seconds=5)
-            assert arrives(there, here, within_seconds=5)
+            assert arrives(here, there, within_seconds=PATIENCE_SECONDS)
+            assert arrives(there, here, within_seconds=PATIENCE_SECONDS)
     port = cluster.store.port
     assert http_status(one, cluster.store_endpoint) == 200
     with pytest.raises(ConnectionRefusedError):

@@ -9,12 +9,14 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -22,7 +24,7 @@ from tests.unit.data_source import data_config, local_source, write_csv
 from tests.unit.tiny import Tiny
 from tests.waiting import wait_until
 from training.data.collect import Garbage, collect
-from training.data.lease import BusyError
+from training.data.lease import LEASE_SECONDS, BusyError
 from training.data.manifest import SPLITS, load_manifest, shard_key
 from training.data.shard import decode_shard
 from training.data.versions import remove_version, verify_version, versions
@@ -33,7 +35,8 @@ from training.errors import InfrastructureError, UserError
 from training.s3.objectstore import Store
 
 CONFIG = data_config()
-LEASE_SECONDS = 2.0
+SHORT_SECONDS = 2.0
+"""Of a claim that is to lapse."""
 
 
 @pytest.fixture
@@ -55,7 +58,7 @@ def shards(store: Store) -> set[str]:
 def try_to_collect(store: Store) -> Garbage | None:
     """None if a writer is at work, or another collector."""
     try:
-        return collect(store, "tiny", older_than_hours=0, lease_seconds=LEASE_SECONDS)
+        return collect(store, "tiny", older_than_hours=0)
     except BusyError:
         return None
 
@@ -66,9 +69,11 @@ def assert_whole(store: Store) -> None:
 
 
 @contextmanager
-def writer_between_its_shards_and_its_manifest(store: Store, folder: Path) -> Iterator[subprocess.Popen[str]]:
+def writer_between_its_shards_and_its_manifest(
+    store: Store, folder: Path, *, lease_seconds: float = LEASE_SECONDS
+) -> Iterator[subprocess.Popen[str]]:
     location = json.dumps(asdict(store.location))
-    command = [sys.executable, "-m", "tests.faults.writing_in_two_parts", location, str(folder), str(LEASE_SECONDS)]
+    command = [sys.executable, "-m", "tests.faults.writing_in_two_parts", location, str(folder), str(lease_seconds)]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as writer:
         assert writer.stdout is not None
         assert writer.stdout.readline() == "sent\n"
@@ -79,9 +84,8 @@ def writer_between_its_shards_and_its_manifest(store: Store, folder: Path) -> It
 
 
 def test_a_stopped_writer_makes_again_what_was_collected(store: Store, folder: Path) -> None:
-    with writer_between_its_shards_and_its_manifest(store, folder) as writer:
+    with writer_between_its_shards_and_its_manifest(store, folder, lease_seconds=SHORT_SECONDS) as writer:
         sent = shards(store)
-        assert try_to_collect(store) is None
         os.kill(writer.pid, signal.SIGSTOP)
         garbage = wait_until(lambda: try_to_collect(store), what="the stopped writer's claim to lapse")
         assert sent <= set(garbage.keys)
@@ -93,13 +97,19 @@ def test_a_stopped_writer_makes_again_what_was_collected(store: Store, folder: P
     assert_whole(store)
 
 
-def test_a_killed_writer_blocks_until_its_claim_lapses_and_is_run_again(store: Store, folder: Path) -> None:
+def test_a_killed_writer_blocks_until_its_claim_lapses_and_is_run_again(
+    store: Store, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with writer_between_its_shards_and_its_manifest(store, folder) as writer:
         sent = shards(store)
+        assert try_to_collect(store) is None
         writer.kill()
         writer.wait()
         assert try_to_collect(store) is None
-        wait_until(lambda: try_to_collect(store), what="the killed writer's claim to lapse")
+        with monkeypatch.context() as patch:
+            late = {"time": lambda: time.time() + 2 * LEASE_SECONDS}
+            patch.setattr("training.data.lease.time", SimpleNamespace(**{**vars(time), **late}))
+            assert try_to_collect(store)
     assert shards(store) == set()
     assert write(store, folder) == versions(store, "tiny")[0]
     assert shards(store) == sent
@@ -134,7 +144,8 @@ def test_a_collector_that_was_away_too_long_deletes_nothing_more(
 
 
 def test_every_version_is_whole_whatever_runs_at_once(store: Store, folder: Path) -> None:
-    """Two workers do anything while a collector comes whenever it may, until it has five times found garbage."""
+    """Two workers do anything while a collector comes whenever it may, until it has five times found garbage, and a
+    version was removed."""
     write(store, folder)
     done: Counter[str] = Counter()
     is_over = threading.Event()
@@ -167,7 +178,7 @@ def test_every_version_is_whole_whatever_runs_at_once(store: Store, folder: Path
 
     def tidy() -> None:
         try:
-            while done["found garbage"] < 5 and not is_over.is_set():
+            while (done["found garbage"] < 5 or not {"write", "rm"} <= set(done)) and not is_over.is_set():
                 garbage = try_to_collect(store)
                 done["looked"] += 1
                 if garbage is not None:

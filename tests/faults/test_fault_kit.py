@@ -20,16 +20,25 @@ from tests.faults.machine import Clock, FullDisk, PowerLoss, SlowCpu
 from tests.faults.network import Cut, Delay, SlowNetwork, StoreTrouble
 from tests.faults.proxy import LosingProxy
 from tests.faults.relay import Line, Trouble
-from tests.faults.talking import arrives, connect, connection, hears, http_status, seconds_to_send
+from tests.faults.talking import (
+    PATIENCE_SECONDS,
+    SILENCE_SECONDS,
+    arrives,
+    connect,
+    connection,
+    hears,
+    http_status,
+    seconds_to_send,
+)
 from tests.waiting import wait_until
 
 SPIN = (sys.executable, "-ISc", "while True: pass")
 REFUSED = (ConnectionResetError, ConnectionRefusedError)
 
 
-def quickest(source: socket.socket, target: socket.socket) -> float:
-    """Seconds of a word, however busy this machine is just now."""
-    return min(seconds_to_send(source, target, 1) for _ in range(3))
+def wait_until_quick(source: socket.socket, target: socket.socket, *, seconds: float, num_bytes: int = 1) -> None:
+    """Until so many bytes take less than that: however busy this machine is, it is not so at every moment."""
+    wait_until(lambda: seconds_to_send(source, target, num_bytes) < seconds, what="bytes that nothing holds back")
 
 
 def test_cut_stops_what_goes_between_two_hosts_and_heal_lets_it_go_on(cluster: Cluster) -> None:
@@ -40,19 +49,19 @@ def test_cut_stops_what_goes_between_two_hosts_and_heal_lets_it_go_on(cluster: C
             assert not arrives(here, there)
             assert not arrives(there, here)
             assert cut.fired
-            assert arrives(beside, elsewhere, within_seconds=5)
+            assert arrives(beside, elsewhere, within_seconds=PATIENCE_SECONDS)
         assert hears(there), "the words of before are sent again"
         assert hears(here)
         num_packets = cut.num_packets
         assert num_packets >= 2
-        assert arrives(here, there, within_seconds=5)
+        assert arrives(here, there, within_seconds=PATIENCE_SECONDS)
         assert cut.num_lost() == num_packets
 
 
 def test_one_way_cut_lets_the_other_way_through(cluster: Cluster) -> None:
     one, two, _ = cluster.hosts
     with connection(one, two) as (here, there), Cut(one, two, is_one_way=True) as cut:
-        assert arrives(there, here, within_seconds=5)
+        assert arrives(there, here, within_seconds=PATIENCE_SECONDS)
         assert not arrives(here, there)
         assert cut.fired
 
@@ -65,7 +74,7 @@ def test_host_may_be_cut_off_from_all_or_from_the_store_only(cluster: Cluster) -
                 http_status(one, cluster.store_endpoint, timeout_seconds=0.3)
             assert cut.fired
             assert http_status(two, cluster.store_endpoint) == 200
-            assert arrives(here, there, within_seconds=5)
+            assert arrives(here, there, within_seconds=PATIENCE_SECONDS)
         with Cut(two) as cut:
             assert not arrives(here, there)
             assert not arrives(there, here)
@@ -76,39 +85,42 @@ def test_host_may_be_cut_off_from_all_or_from_the_store_only(cluster: Cluster) -
 
 def test_bandwidth_of_a_host_is_what_it_is_told(cluster: Cluster) -> None:
     one, two, three = cluster.hosts
-    num_bytes, slow = 500_000, SlowNetwork(one, 1_000_000)
+    num_bytes, slow, enough = 500_000, SlowNetwork(one, 1_000_000), 0.25
     with connection(one, two) as (here, there), connection(three, two) as (beside, elsewhere):
-        quick = [seconds_to_send(here, there, num_bytes)]
+        wait_until_quick(here, there, seconds=enough, num_bytes=num_bytes)
         assert not slow.fired
         with slow:
             took = [seconds_to_send(here, there, num_bytes), seconds_to_send(there, here, num_bytes)]
             assert slow.fired
-            quick.append(seconds_to_send(beside, elsewhere, num_bytes))
+            wait_until_quick(beside, elsewhere, seconds=enough, num_bytes=num_bytes)
         assert slow.fired
-        quick.append(seconds_to_send(here, there, num_bytes))
-    assert min(took) > 0.25
-    assert max(quick) < min(took)
+        wait_until_quick(here, there, seconds=enough, num_bytes=num_bytes)
+    assert min(took) > enough
 
 
 def test_delay_is_that_of_new_connections_between_two_hosts(cluster: Cluster) -> None:
     one, two, three = cluster.hosts
     with connection(one, two) as (early, receiver), Delay(one, two, Line(latency_seconds=0.2)) as delay:
-        assert quickest(early, receiver) < 0.2
+        wait_until_quick(early, receiver, seconds=0.2)
         assert not delay.fired
         for source, target in ((one, two), (two, one)):
             with connection(source, target) as (here, there):
-                assert quickest(here, there) > 0.2
-                assert quickest(there, here) > 0.2
+                assert seconds_to_send(here, there, 1) > 0.2
+                assert seconds_to_send(there, here, 1) > 0.2
         assert delay.fired
         with connection(one, three) as (here, there):
-            assert quickest(here, there) < 0.2
+            wait_until_quick(here, there, seconds=0.2)
 
 
 def test_delay_may_differ_from_word_to_word_and_limit_what_goes_through(cluster: Cluster) -> None:
     one, two, _ = cluster.hosts
     with Delay(one, two, Line(jitter_seconds=0.1)), connection(one, two) as (here, there):
-        took = [seconds_to_send(here, there, 1) for _ in range(8)]
-        assert max(took) > 2 * min(took)
+
+        def differ() -> bool:
+            took = [seconds_to_send(here, there, 1) for _ in range(8)]
+            return max(took) > 2 * min(took)
+
+        wait_until(differ, what="words that take longer than others")
     with Delay(one, two, Line(bytes_per_second=1_000_000)), connection(one, two) as (here, there):
         assert seconds_to_send(here, there, 500_000) > 0.25
 
@@ -118,7 +130,7 @@ def test_killed_process_is_dead(host: Host) -> None:
     kill = KillProcess(psutil.Process(process.pid))
     kill.fire()
     assert kill.fired
-    assert process.wait(timeout=5) == -9
+    assert process.wait(timeout=120) == -9
     again = KillProcess(kill.victim)
     again.fire()
     assert not again.fired, "it was dead before"
@@ -152,7 +164,7 @@ def test_host_without_power_is_silent_and_comes_back_empty(cluster: Cluster) -> 
         talker.close()
     assert two.processes() == []
     with connection(one, two) as (here, there):
-        assert arrives(here, there, within_seconds=5)
+        assert arrives(here, there, within_seconds=PATIENCE_SECONDS)
 
 
 @pytest.mark.parametrize("may_use_cgroup", [True, False])
@@ -161,12 +173,16 @@ def test_slow_processor(host: Host, may_use_cgroup: bool) -> None:
         pytest.skip("no cgroup v1 here")
     host.start(SPIN)
     (spinner,) = wait_until(host.processes, what="the process")
-    with SlowCpu(host, 0.1, may_use_cgroup=may_use_cgroup) as slow:
-        before, used = time.monotonic(), spinner.cpu_times().user
-        time.sleep(0.8)
-        share = (spinner.cpu_times().user - used) / (time.monotonic() - before)
-    assert share < 0.3
-    assert slow.fired
+
+    def slows_down() -> bool:
+        """Not if it had to wait for others all the time, or if who stops it had to."""
+        with SlowCpu(host, 0.1, may_use_cgroup=may_use_cgroup) as slow:
+            before, used = time.monotonic(), spinner.cpu_times().user
+            time.sleep(0.8)
+            share = (spinner.cpu_times().user - used) / (time.monotonic() - before)
+        return share < 0.3 and slow.fired
+
+    wait_until(slows_down, what="a share that is as small as it was told")
     assert spinner.status() != psutil.STATUS_STOPPED
 
 
@@ -217,17 +233,24 @@ def test_troubles_of_the_store(cluster: Cluster, is_for_all: bool) -> None:
     one, two, _ = cluster.hosts
     maybe_host = None if is_for_all else one
 
-    def status(source: Host) -> int:
-        return http_status(source, cluster.store_endpoint, timeout_seconds=0.5)
+    def status(source: Host, *, timeout_seconds: float = PATIENCE_SECONDS) -> int:
+        return http_status(source, cluster.store_endpoint, timeout_seconds=timeout_seconds)
 
     for trouble in Trouble:
         with StoreTrouble(cluster.store, trouble, maybe_host) as away:
             num_before = away.num_struck  # the last client's connection may not have ended yet
             if trouble is Trouble.ANSWERED_503:
                 assert status(one) == 503
-            else:
-                with pytest.raises(REFUSED if trouble is Trouble.REFUSED else TimeoutError):
+            elif trouble is Trouble.REFUSED:
+                with pytest.raises(REFUSED):
                     status(one)
+            else:
+                with pytest.raises(TimeoutError):
+                    status(one, timeout_seconds=SILENCE_SECONDS)
+            wait_until(
+                lambda away=away, before=num_before: away.num_struck > before,  # type: ignore[misc]
+                what="the relay to see whom it struck",
+            )
             assert away.num_struck == num_before + 1
             assert away.fired
             if not is_for_all:
@@ -243,8 +266,8 @@ def test_connection_that_is_open_feels_the_trouble(cluster: Cluster) -> None:
         assert hears(client)
         with StoreTrouble(cluster.store, Trouble.HANGING, one) as away:
             client.sendall(request)
-            assert not hears(client, within_seconds=0.3)
-            assert away.fired
+            assert not hears(client, within_seconds=SILENCE_SECONDS)
+            wait_until(lambda: away.fired, what="the relay to see whom it struck")
         assert hears(client), "it is answered late"
         with StoreTrouble(cluster.store, Trouble.REFUSED) as away, pytest.raises(ConnectionResetError):
             hears(client)

@@ -80,7 +80,7 @@ def read_until_killed(data: Dataset, world_size: int, step: int, stop: int) -> d
                 rank.kill()
                 break
         rank.stdout.close()
-        assert rank.wait(timeout=60) == (-9 if stop < data.num_steps else 0)
+        assert rank.wait(timeout=120) == (-9 if stop < data.num_steps else 0)
     return found
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import psutil
 from prefect.client.orchestration import SyncPrefectClient
+from prefect.client.schemas.sorting import FlowRunSort
 
 from infra.local import supervisor
 from tasks.follow import Follower
@@ -24,10 +25,22 @@ def run_keys(stack: Stack) -> set[str]:
     return set(stack.store.list_folders("runs/"))
 
 
-def at_leisure_while(slow: Path) -> tuple[str, ...]:
+PATIENT = ("--set", "launch.silence_seconds=60", "--set", "launch.join_seconds=240")
+"""Options of a run of several nodes: that this machine is busy is no fault."""
+VIRTUAL_WORKERS = 8
+"""Of digits."""
+
+
+def at_leisure_while(slow: Path, *, after_step: int = 0, num_ranks: int = 1) -> tuple[str, ...]:
     """Options of a run that takes its time for as long as that file is there: one that nobody waits for leaves the CPU
-    to the others."""
-    return ("--set", "recipe=tests.patient_recipe:Patient", "--set", f"hyperparameters.slow_while={slow}")
+    to the others. About so many steps are quick all the same, so that the file may be there from the start: a run is
+    not over then, however long it takes somebody to see how far it is."""
+    values = {
+        "recipe": "tests.patient_recipe:Patient",
+        "hyperparameters.slow_while": slow,
+        "hyperparameters.num_quick": after_step * VIRTUAL_WORKERS // num_ranks,
+    }
+    return tuple(part for name, value in values.items() for part in ("--set", f"{name}={value}"))
 
 
 def wait_for_step(stack: Stack, before: set[str], *, step: int) -> RunRecord:
@@ -69,7 +82,8 @@ def flow_processes(stack: Stack) -> list[Any]:
 
 
 def newest_run(client: SyncPrefectClient) -> Any:
-    return max(client.read_flow_runs(), key=lambda run: str(run.created))
+    latest = client.read_flow_runs(sort=FlowRunSort.EXPECTED_START_TIME_DESC)  # 200 of them at most
+    return max(latest, key=lambda run: str(run.created))
 
 
 def newest_states(stack: Stack) -> list[str | None]:

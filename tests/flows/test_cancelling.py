@@ -14,6 +14,7 @@ import pytest
 from infra.local.launcher import LocalLauncher
 from tests.conftest import Stack
 from tests.flows.runs import (
+    PATIENT,
     at_leisure_while,
     flow_processes,
     mlflow_runs,
@@ -24,6 +25,7 @@ from tests.flows.runs import (
     worker,
 )
 from tests.waiting import wait_until
+from training.runs.record import RunRecord
 
 ENDLESS = ("--set", "train.steps=100000", "--set", "train.checkpoint_every_steps=10")
 ONE_NODE = ("--set", "launch.nodes=1")
@@ -46,6 +48,7 @@ def test_cancelled_run_leaves_nothing_although_its_worker_and_flow_are_dead(stac
     command = stack.start("run", "digits", "--set", "seed=17", *ENDLESS, *ONE_NODE, *at_leisure_while(slow))
     run = wait_for_step(stack, before, step=20)
     slow.touch()
+    wait_until_tracked(run)
     for process in (worker(stack), *flow_processes(stack)):
         process.kill()
     command.send_signal(signal.SIGINT)
@@ -54,15 +57,16 @@ def test_cancelled_run_leaves_nothing_although_its_worker_and_flow_are_dead(stac
     assert command.returncode == 130, output
     assert newest_states(stack)[-1] == "Cancelled"
     with reaping(stack):
-        wait_until(lambda: mlflow_runs(stack, run.run_key)[0].info.status == "KILLED", what="MLflow to be told")
+        wait_until_told_killed(stack, run)
 
 
 def test_training_ends_with_the_last_of_its_flow_runs_and_the_next_one_goes_on(stack: Stack, slow: Path) -> None:
     before, launcher = run_keys(stack), LocalLauncher(stack.home)
-    arguments = ("run", "digits", "--set", "seed=13", *ENDLESS, *at_leisure_while(slow))
+    arguments = ("run", "digits", "--set", "seed=13", *ENDLESS, *PATIENT, *at_leisure_while(slow))
     first = stack.start(*arguments)
     run = wait_for_step(stack, before, step=60)
     slow.touch()
+    wait_until_tracked(run)
     second = stack.start(*arguments)
     wait_until(lambda: len(launcher.jobs()[run.run_key]) == 2, what="the second to ask for it")
     agents = processes(stack, "training.cluster.agent")
@@ -75,16 +79,16 @@ def test_training_ends_with_the_last_of_its_flow_runs_and_the_next_one_goes_on(s
     cancel(second)
     wait_until(lambda: not processes(stack, "training.cluster.agent"), what="the agents to be gone")
 
+    num_attempts = len(run.read().attempt_starts)
     next_one = stack.start(*arguments)
-    resumed = wait_until(lambda: run.read().attempt_starts[1:], what="the next run to resume")
+    resumed = wait_until(lambda: run.read().attempt_starts[num_attempts:], what="the next run to resume")
     assert resumed[0] >= 50
     wait_until(lambda: processes(stack, "training.cluster.worker"), what="its ranks")
     cancel(next_one)
     assert not processes(stack, "training.cluster.worker")
     assert not processes(stack, "training.cluster.agent")
     assert newest_states(stack)[-1] == "Cancelled"
-    (tracked,) = mlflow_runs(stack, run.run_key)
-    assert tracked.info.status == "KILLED"
+    wait_until_told_killed(stack, run)
 
 
 def test_runs_cancel_cancels_whoever_follows(stack: Stack, slow: Path) -> None:
@@ -93,12 +97,27 @@ def test_runs_cancel_cancels_whoever_follows(stack: Stack, slow: Path) -> None:
     command = stack.start("train", "digits", "--set", "seed=14", *ENDLESS, *ONE_NODE, *at_leisure_while(slow))
     run = wait_for_step(stack, before, step=20)
     slow.touch()
+    wait_until_tracked(run)
     assert stack.command("runs", "cancel", run.run_key).returncode == 0
     output, _ = command.communicate(timeout=240)
     assert command.returncode == 130, output
     assert not processes(stack, "training.cluster.agent")
-    (tracked,) = mlflow_runs(stack, run.run_key)
-    assert tracked.info.status == "KILLED"
+    wait_until_told_killed(stack, run)
+
+
+def wait_until_tracked(run: RunRecord) -> None:
+    """Its training does not wait for MLflow."""
+    wait_until(lambda: run.read().tracking_run_id, what="its MLflow run")
+
+
+def wait_until_told_killed(stack: Stack, run: RunRecord) -> None:
+    """By who followed it or, if that had no time to, by the reaper."""
+
+    def look() -> bool:
+        (tracked,) = mlflow_runs(stack, run.run_key)
+        return bool(tracked.info.status == "KILLED")
+
+    wait_until(look, what="MLflow to be told")
 
 
 def cancel(command: subprocess.Popen[str]) -> None:

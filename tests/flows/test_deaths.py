@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 from prefect.client.orchestration import SyncPrefectClient
 from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterId
@@ -18,6 +19,8 @@ from tasks.report.gather import gather
 from tasks.tracking import METRICS
 from tests.conftest import Stack
 from tests.flows.runs import (
+    PATIENT,
+    at_leisure_while,
     flow_processes,
     last_json,
     loss_history,
@@ -41,21 +44,25 @@ ONE_NODE = ("--set", "launch.nodes=1")
 def test_killed_rank_and_agent_change_nothing(stack: Stack, tmp_path: Path) -> None:
     """Both killed mid-run: the run completes, one MLflow run, one point per step, the bits of a calm run; and a report
     that tells of it."""
-    before = run_keys(stack)
-    command = stack.start("run", "digits", "--json", "--set", "seed=11", *SHORT)
+    before, slow = run_keys(stack), tmp_path / "slow"
+    slow.touch()
+    arguments = ("digits", "--json", "--set", "seed=11", *SHORT, *at_leisure_while(slow, after_step=50, num_ranks=2))
+    command = stack.start("run", *arguments, *PATIENT)
     run = wait_for_step(stack, before, step=40)
     processes(stack, "training.cluster.worker")[0].kill()
     wait_until(lambda: len(run.read().attempt_starts) > 1, what="the second attempt")
-    wait_for_step(stack, before, step=100)
+    wait_for_step(stack, before, step=55)
     killed_agent = processes(stack, "training.cluster.agent")[0]
     killed_agent.kill()
+    slow.unlink()
+    psutil.wait_procs([killed_agent], timeout=120)
     output, _ = command.communicate(timeout=240)
     assert command.returncode == 0, output
     record = run.read()
     assert record.result is not None
     assert [d.cause for d in record.departures if d.class_name == "Killed"] == ["worker killed by signal 9"]
     assert record.attempt_starts[1] >= 20, "it resumed, it did not begin anew"
-    assert record.attempt_starts[-1] >= 80
+    assert record.attempt_starts[-1] >= 40
     assert not killed_agent.is_running()
     (tracked,) = mlflow_runs(stack, run.run_key)
     history = loss_history(stack, tracked.info.run_id)
@@ -68,7 +75,7 @@ def test_killed_rank_and_agent_change_nothing(stack: Stack, tmp_path: Path) -> N
     assert json.loads(proof.stdout)["num_attempts"] == len(record.attempt_starts)
     assert json.loads(proof.stdout)["num_steps"] == 240
 
-    calm = stack.command("train", "digits", "--json", "--fresh", "--set", "seed=11", *SHORT, *ONE_NODE)
+    calm = stack.command("train", *arguments, "--fresh", *ONE_NODE)
     assert calm.returncode == 0, calm.stdout + calm.stderr
     assert run.read().departures == ()
     assert last_json(calm.stdout)["state_sha256"] == record.result.state_sha256
@@ -78,15 +85,19 @@ def test_killed_rank_and_agent_change_nothing(stack: Stack, tmp_path: Path) -> N
 
 def test_killed_flow_is_resumed_by_itself(stack: Stack, tmp_path: Path) -> None:
     """The engine trains on, and the same flow run re-attaches instead of beginning again."""
-    before = run_keys(stack)
-    command = stack.start("run", "digits", "--json", "--set", "seed=12", *SHORT, *ONE_NODE)
+    before, slow = run_keys(stack), tmp_path / "slow"
+    slow.touch()
+    options = (*SHORT, *ONE_NODE, *at_leisure_while(slow, after_step=30))
+    command = stack.start("run", "digits", "--json", "--set", "seed=12", *options)
     run = wait_for_step(stack, before, step=20)
     for process in flow_processes(stack):
         process.kill()
+    slow.unlink()
     output, _ = command.communicate(timeout=240)
     assert command.returncode == 0, output
     states = newest_states(stack)
-    assert (states.count("Crashed"), states.count("AwaitingRetry"), states[-1]) == (1, 1, "Completed")
+    assert states[-1] == "Completed"
+    assert {"Crashed", "AwaitingRetry"} <= set(states), "each once, unless its worker said late that it had crashed"
     record = run.read()
     assert record.departures == ()
     assert len(record.attempt_starts) == 1, "the same ranks trained from beginning to end"
@@ -94,25 +105,31 @@ def test_killed_flow_is_resumed_by_itself(stack: Stack, tmp_path: Path) -> None:
     _has_one_report(stack, run, tmp_path, "No node failed or was lost.")
 
 
-def test_worker_flow_and_agents_killed_at_once_are_resumed(stack: Stack) -> None:
+def test_worker_flow_and_agents_killed_at_once_are_resumed(stack: Stack, tmp_path: Path) -> None:
     """Nobody is left who could tell of it; and the job is not submitted twice."""
-    before = run_keys(stack)
-    command = stack.start("run", "digits", "--json", "--set", "seed=15", *SHORT, *ONE_NODE)
+    before, slow = run_keys(stack), tmp_path / "slow"
+    slow.touch()
+    options = (*SHORT, *ONE_NODE, *at_leisure_while(slow, after_step=50))
+    command = stack.start("run", "digits", "--json", "--set", "seed=15", *options)
     run = wait_for_step(stack, before, step=40)
     job = job_path(stack.home, run.run_key)
     submitted_at = job.stat().st_mtime_ns
     victims = [worker(stack), *flow_processes(stack), *processes(stack, "training.cluster.agent")]
     for process in victims:
         process.kill()
-    wait_until(lambda: newest_states(stack).count("Running") == 2, what="the flow run to run again")
+    psutil.wait_procs(victims, timeout=120)
+    wait_until(lambda: newest_states(stack).count("Running") >= 2, what="the flow run to run again")
     assert not any(process.is_running() for process in victims)
-    if job.exists():  # it may be finished by now
-        assert job.stat().st_mtime_ns == submitted_at, "the job was submitted twice"
+    assert job.stat().st_mtime_ns == submitted_at, "the job was submitted twice"
+    slow.unlink()
     output, _ = command.communicate(timeout=240)
     assert command.returncode == 0, output
     assert newest_states(stack)[-1] == "Completed"
     assert run.read().attempt_starts[-1] >= 20, "it resumed, it did not begin anew"
-    assert all(task.state.is_final() for task in _newest_tasks(stack)), "a task of a dead process says Running"
+    wait_until(
+        lambda: all(task.state.is_final() for task in _newest_tasks(stack)),
+        what="the tasks to be over, those of the dead process too",
+    )
     _is_told_once(stack, run)
 
 
@@ -133,12 +150,13 @@ def test_healthy_run_is_not_called_crashed_though_all_around_it_is_killed(stack:
     wait_until(lambda: stack.command("status").returncode == 0, what="the stack to be well")
 
 
+@pytest.mark.soak
 def test_mlflow_may_be_away_from_before_the_start_until_after_the_end(stack: Stack) -> None:
     """It stops nothing, and misses nothing: neither a point nor the samples of any node."""
     before = run_keys(stack)
     supervisor.remote(stack.home).stopProcess("mlflow")
     try:
-        command = stack.start("train", "digits", "--json", "--set", "seed=18", *SHORT)
+        command = stack.start("train", "digits", "--json", "--set", "seed=18", *SHORT, *PATIENT)
         run = wait_for_step(stack, before, step=40)
         wait_until(lambda: run.read().result, what="the result, without MLflow")
         assert run.read().tracking_run_id is None

@@ -21,7 +21,7 @@ from infra.local.stack import dvc_remote
 from tasks.mlflow_client import RUN_KEY_TAG, connect
 from tests.conftest import Stack
 from tests.faults.evidence import write_evidence
-from tests.flows.runs import last_json, loss_history, mlflow_runs, processes, run_keys, wait_for_step
+from tests.flows.runs import VIRTUAL_WORKERS, last_json, loss_history, mlflow_runs, processes, run_keys, wait_for_step
 from tests.waiting import wait_until
 from training.runs.record import RunRecord
 from training.s3.objectstore import Store
@@ -31,15 +31,17 @@ SCRIPTS = Path(sysconfig.get_path("scripts"))
 PRESET = "training/presets/digits.toml"
 FLOWS_VALUES = ("--set", "train.steps=60", "--set", "seed=31", "--set", "launch.nodes=1")
 STARTERS_SEEDS, KILLS_SEEDS = range(33, 38), range(42, 45)
+NUM_QUICK = 50 * VIRTUAL_WORKERS // 2
+"""Of each of two ranks, in 50 steps."""
 Clone = Callable[..., Path]
 
 
 @pytest.fixture
 def clone(stack: Stack, tmp_path: Path) -> Clone:
     """Makes a copy of the project as git would clone it, with values of its preset changed (`seed = 1` to another), and
-    the stack as its DVC remote."""
+    the stack as its DVC remote. As long as `maybe_slow` is there, its training takes its time after the first steps."""
 
-    def make(**values: int) -> Path:
+    def make(maybe_slow: Path | None = None, **values: int) -> Path:
         folder = tmp_path / uuid.uuid4().hex[:8]
         listed = subprocess.run(
             ["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True, check=True
@@ -53,7 +55,8 @@ def clone(stack: Stack, tmp_path: Path) -> Clone:
         for key, value in values.items():
             (number,) = (number for number, line in enumerate(lines) if line.startswith(f"{key} = "))
             lines[number] = f"{key} = {value}"
-        preset.write_text("\n".join(lines) + "\n")
+        text = "\n".join(lines) + "\n"
+        preset.write_text(text if maybe_slow is None else patient(text, maybe_slow))
         (folder / ".dvc/config.local").write_text(dvc_remote(stack.settings))
         _git(folder, "init", "-q")
         _git(folder, "add", "-A")
@@ -61,6 +64,18 @@ def clone(stack: Stack, tmp_path: Path) -> Clone:
         return folder
 
     return make
+
+
+def patient(preset: str, slow: Path) -> str:
+    """As `at_leisure_while` and `PATIENT` have it."""
+    for before, after in (
+        ("training.recipes.digits:Digits", "tests.patient_recipe:Patient"),
+        ("[hyperparameters]\n", f'[hyperparameters]\nslow_while = "{slow}"\nnum_quick = {NUM_QUICK}\n'),
+        ("[launch]\n", "[launch]\nsilence_seconds = 60\njoin_seconds = 240\n"),
+    ):
+        assert before in preset
+        preset = preset.replace(before, after)
+    return preset
 
 
 @pytest.fixture(scope="module")
@@ -101,6 +116,7 @@ def test_repro_does_what_is_needed_and_a_flow_and_dvc_find_what_the_other_did(st
     assert len(mlflow_runs(stack, key)) == len(_versions(stack, key)) == 1
 
 
+@pytest.mark.soak
 def test_a_scaffold_outside_the_repository_is_reproduced(stack: Stack, tmp_path: Path) -> None:
     """What `unbroken init` writes, as it is written, without git."""
     assert stack.command("init", "helix", cwd=tmp_path).returncode == 0
@@ -130,17 +146,17 @@ def test_three_starters_at_once_are_one_execution(
     rows.append({"case": "three starters at once", "seed": seed, "num_runs": 1, "num_steps": 60})
 
 
-def test_killed_repro_goes_on_and_locks_the_same_bytes(stack: Stack, clone: Clone) -> None:
-    _kill_and_compare(stack, clone, num_kills=1, steps=240, seed=41)
+def test_killed_repro_goes_on_and_locks_the_same_bytes(stack: Stack, clone: Clone, tmp_path: Path) -> None:
+    _kill_and_compare(stack, clone, tmp_path / "slow", num_kills=1, steps=240, seed=41)
 
 
 @pytest.mark.soak
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("seed", KILLS_SEEDS)
 def test_repro_killed_three_times_locks_the_same_bytes(
-    stack: Stack, clone: Clone, seed: int, rows: list[dict[str, Any]]
+    stack: Stack, clone: Clone, seed: int, tmp_path: Path, rows: list[dict[str, Any]]
 ) -> None:
-    row = _kill_and_compare(stack, clone, num_kills=3, steps=2400, seed=seed)
+    row = _kill_and_compare(stack, clone, tmp_path / "slow", num_kills=3, steps=2400, seed=seed)
     rows.append({"case": "dvc repro killed three times", "seed": seed, **row})
 
 
@@ -180,10 +196,11 @@ def _one_execution(stack: Stack, checkouts: list[Path]) -> None:
     assert len({(checkout / "dvc.lock").read_bytes() for checkout in checkouts}) == 1
 
 
-def _kill_and_compare(stack: Stack, clone: Clone, *, num_kills: int, **values: int) -> dict[str, Any]:
+def _kill_and_compare(stack: Stack, clone: Clone, slow: Path, *, num_kills: int, **values: int) -> dict[str, Any]:
     """`kill -9` of dvc, its stage and the agents while it trains; at last, the same from nothing in another clone."""
     before = run_keys(stack)
-    checkout = clone(checkpoint_every_steps=20, **values)
+    checkout = clone(slow, checkpoint_every_steps=20, **values)
+    slow.touch()
     step = 0
     for _ in range(num_kills):
         running = _start_dvc(stack, checkout, "repro")
@@ -197,13 +214,14 @@ def _kill_and_compare(stack: Stack, clone: Clone, *, num_kills: int, **values: i
             victim.kill()
         running.communicate(timeout=240)
         assert run.read().result is None, "it was killed after its training"
+    slow.unlink()
     _dvc(stack, checkout, "repro")
     record = run.read()
     assert len(record.attempt_starts) > num_kills
     assert all(start >= 20 for start in record.attempt_starts[1:]), "it began anew"
     assert len(mlflow_runs(stack, run.run_key)) == 1
 
-    clean = clone(checkpoint_every_steps=20, **values)
+    clean = clone(slow, checkpoint_every_steps=20, **values)
     elsewhere = f"clean-{uuid.uuid4().hex}"
     _dvc(stack, clean, "repro", UNBROKEN_S3_PREFIX=elsewhere)
     calm = RunRecord(Store(replace(stack.location, prefix=f"{elsewhere}/")), run.run_key).read()

@@ -19,7 +19,7 @@ from tasks.lineage.page import HEADING
 from tasks.lineage.verify import Checked, verify
 from tasks.mlflow_client import connect
 from tests.conftest import Stack
-from tests.flows.runs import last_json
+from tests.flows.runs import PATIENT, last_json
 from training.checkpoints.checkpoint import folder, load_manifest
 from training.data.manifest import load_manifest as load_dataset
 from training.data.manifest import manifest_key, shard_key
@@ -32,7 +32,7 @@ from training.s3.objectstore import Store
 
 STEPS = 24
 NAME = "descended"
-SHORT = {"train.steps": STEPS, "train.checkpoint_every_steps": 8, "launch.nodes": 4, "launch.join_seconds": 60.0}
+SHORT = ("--set", f"train.steps={STEPS}", "--set", "train.checkpoint_every_steps=8", "--set", "launch.nodes=4")
 
 
 @dataclass(frozen=True)
@@ -76,8 +76,7 @@ class Model:
 def model(stack: Stack, tmp_path_factory: pytest.TempPathFactory) -> Model:
     parent = tmp_path_factory.mktemp("own")
     assert stack.command("init", NAME, cwd=parent).returncode == 0
-    values = [part for key, value in SHORT.items() for part in ("--set", f"{key}={value}")]
-    done = stack.command("run", f"{NAME}/{NAME}.toml", "--json", *values, cwd=parent)
+    done = stack.command("run", f"{NAME}/{NAME}.toml", "--json", *SHORT, *PATIENT, cwd=parent)
     assert done.returncode == 0, done.stdout + done.stderr
     return Model(stack=stack, folder=parent / NAME, result=last_json(done.stdout))
 

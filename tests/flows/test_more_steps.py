@@ -11,17 +11,17 @@ from pathlib import Path
 import psutil
 
 from tests.conftest import Stack
-from tests.flows.runs import last_json, loss_history, run_keys, wait_for_step
+from tests.flows.runs import at_leisure_while, last_json, loss_history, run_keys, wait_for_step
 
 TORCHRUN = str(Path(sysconfig.get_path("scripts")) / "torchrun")
 LEVEL = ("--set", "hyperparameters.schedule=constant", "--set", "train.checkpoint_every_steps=20", "--set", "seed=77")
 
 
-def start_torchrun(stack: Stack, *, num_steps: int, num_ranks: int) -> subprocess.Popen[str]:
+def start_torchrun(stack: Stack, *values: str, num_steps: int, num_ranks: int) -> subprocess.Popen[str]:
     command = [TORCHRUN, "--nproc-per-node", str(num_ranks), "--max-restarts", "3", "-m", "training.main", "digits"]
     store = f"s3://{stack.settings.s3_bucket}/{stack.settings.s3_prefix}"
     return subprocess.Popen(
-        [*command, "--store", store, "--set", f"train.steps={num_steps}", *LEVEL],
+        [*command, "--store", store, "--set", f"train.steps={num_steps}", *values],
         env=stack.environment(),
         stdout=subprocess.PIPE,
         text=True,
@@ -37,10 +37,13 @@ def kill_one_rank(launcher: psutil.Process) -> None:
 def test_other_launchers_and_more_steps(stack: Stack, tmp_path: Path, python: str) -> None:
     sharded = stack.execute([python, "-m", "tasks", "shard", "--preset", "digits", "--out", str(tmp_path)])
     assert sharded.returncode == 0, sharded.stderr
-    before = run_keys(stack)
-    launched = start_torchrun(stack, num_steps=250, num_ranks=2)
+    before, slow = run_keys(stack), tmp_path / "slow"
+    slow.touch()
+    values = (*LEVEL, *at_leisure_while(slow, after_step=35, num_ranks=2))
+    launched = start_torchrun(stack, *values, num_steps=250, num_ranks=2)
     run = wait_for_step(stack, before, step=25)
     kill_one_rank(psutil.Process(launched.pid))
+    slow.unlink()
     output, _ = launched.communicate(timeout=240)
     assert launched.returncode == 0, output
     record = run.read()
@@ -49,11 +52,11 @@ def test_other_launchers_and_more_steps(stack: Stack, tmp_path: Path, python: st
     assert len(record.attempt_starts) == 2
     assert record.attempt_starts[1] >= 20, "it resumed, it did not begin anew"
 
-    found = stack.command("train", "digits", "--json", "--steps", "250", *LEVEL)
+    found = stack.command("train", "digits", "--json", "--steps", "250", *values)
     assert last_json(found.stdout)["state_sha256"] == record.result.state_sha256
     assert len(run.read().attempt_starts) == 2, "it was found, not trained again"
 
-    longer = stack.command("train", "digits", "--json", "--resume", "--steps", "290", *LEVEL)
+    longer = stack.command("train", "digits", "--json", "--resume", "--steps", "290", *values)
     assert longer.returncode == 0, longer.stderr
     key = last_json(longer.stdout)["run_key"]
     (after,) = [k for k in run_keys(stack) - before if k != run.run_key]

@@ -97,16 +97,21 @@ def parts() -> list[psutil.Process]:
     return [process for process in found if "tasks.evaluation.part" in process.cmdline()]
 
 
-def test_a_process_that_fails_or_dies_is_told(stack: Stack, digits: dict[str, Any]) -> None:
+def test_a_process_that_fails_or_dies_is_told(stack: Stack, digits: dict[str, Any], tmp_path: Path) -> None:
     model, dataset = digits["model"], digits["dataset"]["digest"]
     (job,) = read_jobs(stack.store, model["run_key"])
     shared = replace(job.preset, launch=replace(job.preset.launch, evaluate_processes=2))
     with pytest.raises(UserError, match="recipe"):
         score_samples(stack.store, replace(shared, recipe="training.recipes.digits:Nobody"), dataset, model["run_key"])
+    held = tmp_path / "held"
+    held.touch()
+    fields = {**shared.hyperparameters, "held_while": str(held)}
+    patient = replace(shared, recipe="tests.patient_recipe:Patient", hyperparameters=fields)
     with ThreadPoolExecutor() as pool:
-        scoring = pool.submit(score_samples, stack.store, shared, dataset, model["run_key"])
+        scoring = pool.submit(score_samples, stack.store, patient, dataset, model["run_key"])
         processes = wait_until(lambda: parts() if len(parts()) == 2 else None, what="two processes that score")
         processes[1].kill()
+        held.unlink()
         with pytest.raises(InfrastructureError, match=r"process . of 2 .* died with code -9"):
             scoring.result()
     assert not parts()
@@ -303,19 +308,19 @@ def test_served_model_answers_as_the_held_out_labels_say(stack: Stack, digits: d
     )
     try:
         wait_until(lambda: _pings(port), what="the model server")
-        reply = requests.post(f"http://{LOOPBACK}:{port}/invocations", json={"inputs": inputs.tolist()}, timeout=30)
+        reply = requests.post(f"http://{LOOPBACK}:{port}/invocations", json={"inputs": inputs.tolist()}, timeout=120)
         assert reply.status_code == 200, reply.text
         predicted = np.array(reply.json()["predictions"]).argmax(axis=1)
         assert (predicted == batch["label"]).mean() >= 0.95
-        wrong = requests.post(f"http://{LOOPBACK}:{port}/invocations", json={"inputs": [[1.0]]}, timeout=30)
+        wrong = requests.post(f"http://{LOOPBACK}:{port}/invocations", json={"inputs": [[1.0]]}, timeout=120)
         assert wrong.status_code == 400
     finally:
         os.killpg(server.pid, signal.SIGTERM)
-        server.wait(30)
+        server.wait(120)
 
 
 def _pings(port: int) -> bool:
     try:
         return requests.get(f"http://{LOOPBACK}:{port}/ping", timeout=2).status_code == 200
-    except requests.ConnectionError:
+    except requests.RequestException:  # it does not listen yet, or has no answer yet
         return False

@@ -6,6 +6,7 @@ import io
 import json
 import signal
 import subprocess
+import threading
 import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -26,6 +27,7 @@ from tasks.lifecycle.interchange import EQUAL, export_weights
 from tasks.lifecycle.model_file import KeptVersion, Program
 from tasks.prediction.kept import predictions_prefix
 from tests.conftest import Stack
+from tests.faults.proxy import LosingProxy
 from tests.flows.runs import flow_processes, last_json
 from tests.unit.champions import SIGNATURE
 from tests.waiting import wait_until
@@ -127,11 +129,30 @@ def predict(stack: Stack, known: Known, version: str, processes: int = 1) -> sub
     return stack.command("models", "predict", f"{known.name}/{version}", *arguments)
 
 
-def strike(stack: Stack, known: Known, *, child: bool) -> dict[str, tuple[str, Any]]:
-    """Begin to predict by version 1, and kill -9 the command, or one of its processes, once some shards are finished.
-    Returns what was finished, when nothing is left that could finish more."""
-    before = known.shards("1")
-    started = stack.start("models", "predict", f"{known.name}/1", "--data", known.name, "--processes", "1")
+class Barred:
+    """For a proxy to watch: as many predictions as it is told to may pass, and no other one before it is opened."""
+
+    def __init__(self, num_passing: int) -> None:
+        self._passes = threading.Semaphore(num_passing)
+        self._opened = threading.Event()
+
+    def __call__(self, method: str, path: str, status: int) -> None:
+        is_new = method == "PUT" and ".parquet" in path and status == 0
+        if is_new and not self._opened.is_set() and not self._passes.acquire(blocking=False):
+            self._opened.wait()
+            raise TimeoutError  # the proxy hangs up: whoever waited for this is dead
+
+    def open(self) -> None:
+        self._opened.set()
+
+
+def strike(stack: Stack, known: Known, proxy: LosingProxy, *, child: bool) -> dict[str, tuple[str, Any]]:
+    """Begin to predict by version 1, and kill -9 the command, or one of its processes, once some shards are finished,
+    and before all are. Returns what was finished, when nothing is left that could finish more."""
+    before, barred = known.shards("1"), Barred(3)
+    proxy.watch = barred
+    arguments = ("models", "predict", f"{known.name}/1", "--data", known.name, "--processes", "1")
+    started = stack.start(*arguments, s3_endpoint=proxy.endpoint)
     process = psutil.Process(started.pid)
     enough = len(before) + 3
     wait_until(
@@ -148,14 +169,18 @@ def strike(stack: Stack, known: Known, *, child: bool) -> dict[str, tuple[str, A
     else:
         assert started.returncode == -signal.SIGKILL
     wait_until(lambda: not any(part.is_running() for part in parts), what="no process to be left")
+    barred.open()
     return known.shards("1")
 
 
-def test_killed_twice_it_gives_the_same_bytes_and_writes_no_shard_again(stack: Stack, known: Known) -> None:
+@pytest.mark.soak
+def test_killed_twice_it_gives_the_same_bytes_and_writes_no_shard_again(
+    stack: Stack, known: Known, proxy: LosingProxy
+) -> None:
     num_shards = len({info.sha256 for infos in known.manifest.splits.values() for info in infos})
     finished: list[dict[str, tuple[str, Any]]] = []
     for child in (False, True):
-        finished.append(strike(stack, known, child=child))
+        finished.append(strike(stack, known, proxy, child=child))
         assert known.objects("1").keys() == finished[-1].keys()  # no manifest
     assert 3 <= len(finished[0]) < len(finished[1]) < num_shards
     done = predict(stack, known, "1")
@@ -209,11 +234,14 @@ def test_predictions_are_the_models_and_the_manifest_says_whose(stack: Stack, kn
 
 
 def test_deployment_whose_process_is_killed_goes_on_by_itself(
-    stack: Stack, known: Known, client: SyncPrefectClient
+    stack: Stack, known: Known, client: SyncPrefectClient, proxy: LosingProxy
 ) -> None:
     deployment = client.read_deployment_by_name("predict/models")
+    barred = proxy.watch = Barred(1)
     run = client.create_flow_run_from_deployment(
-        deployment.id, parameters={"model": f"{known.name}/3", "data": known.name, "processes": 1}
+        deployment.id,
+        parameters={"model": f"{known.name}/3", "data": known.name, "processes": 1},
+        job_variables={"env": {"UNBROKEN_S3_ENDPOINT": proxy.endpoint}},
     )
     wait_until(
         lambda: known.shards("3") or client.read_flow_run(run.id).end_time is not None,
@@ -221,6 +249,7 @@ def test_deployment_whose_process_is_killed_goes_on_by_itself(
     )
     (engine,) = (p for p in flow_processes(stack) if p.environ()["PREFECT__FLOW_RUN_ID"] == str(run.id))
     engine.kill()
+    barred.open()
     before = known.shards("3")
 
     def is_over() -> bool:

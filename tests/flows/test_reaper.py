@@ -8,26 +8,29 @@ import subprocess
 import sys
 import threading
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from prefect.client import orchestration
 from prefect.client.orchestration import SyncPrefectClient
-from prefect.client.schemas.objects import FlowRun
+from prefect.client.schemas.objects import FlowRun, State
 from prefect.states import Cancelled, Crashed, Failed, Pending, Running
 
 import flows.reaper.__main__ as reaper
+from flows.cli.follow import ask_to_cancel
 from flows.publish import MACHINE_LABEL, machine_label
 from flows.reaper import champions, sources
 from flows.reaper.attempt import attempt
-from flows.reaper.decide import GONE_SECONDS, QUIET_SECONDS, SILENT_SECONDS
+from flows.reaper.decide import END_SECONDS, GONE_SECONDS, QUIET_SECONDS, SILENT_SECONDS
 from flows.reaper.engine_jobs import end_unwanted
 from flows.reaper.flow_runs import FLOW_RUN_VARIABLE, FlowRuns
 from flows.reaper.signs import MAX_GAP_SECONDS
 from flows.reaper.tracked_runs import TrackedRuns
 from infra.launcher import JobSpec
+from infra.local import supervisor
 from infra.local.launcher import LocalLauncher
 from infra.local.ports import free_port
 from infra.local.services import WORK_POOL
@@ -44,6 +47,14 @@ from training.runs.record import CheckpointRef, Failure, Record, Result, RunReco
 DATASET = Dataset(name="tiny", digest="d" * 64, num_train_samples=1, num_test_samples=1, num_shards=2, num_bytes=2)
 REF = CheckpointRef(step=3, token=1, sha256="")
 RESULT = Result(step=3, weights_sha256="w", state_sha256="s", checkpoint=REF)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _no_other_reaper(stack: Stack) -> Iterator[None]:
+    """The stack's own goes by the clock of this machine: what is begun here it would end while it is looked at."""
+    supervisor.remote(stack.home).stopProcess("reaper")
+    yield
+    supervisor.remote(stack.home).startProcess("reaper")
 
 
 @pytest.fixture
@@ -166,14 +177,43 @@ def test_damaged_record_is_told_once_and_keeps_nobody_from_looking_at_the_others
         stack.store.delete(run.object_key)
 
 
-def test_job_of_a_cancelled_flow_run_is_ended_although_no_hook_did(
-    client: SyncPrefectClient, launcher: LocalLauncher
-) -> None:
+Held = Callable[[State[Any]], FlowRun]
+
+
+@pytest.fixture
+def hold(client: SyncPrefectClient) -> Iterator[Held]:
+    """Makes flow runs, in a state that is given, that no worker takes."""
+    name = f"held-{uuid.uuid4().hex}"
+    queue = client.create_work_queue(name, work_pool_name=WORK_POOL)
+    client.update_work_queue(queue.id, is_paused=True)
     deployment = client.read_deployment_by_name("pipeline/digits")
-    gone, here, lost, over = (
-        client.create_flow_run_from_deployment(deployment.id, state=state, name=name)
-        for name, state in {"gone": Cancelled(), "here": Running(), "lost": Crashed(), "over": Failed()}.items()
-    )
+    made = []
+
+    def make(state: State[Any]) -> FlowRun:
+        run = client.create_flow_run_from_deployment(deployment.id, state=state, work_queue_name=name)
+        made.append(run.id)
+        return client.read_flow_run(run.id)
+
+    yield make
+    for run_id in made:
+        client.delete_flow_run(run_id)
+    client.delete_work_queue_by_id(queue.id)
+
+
+@pytest.fixture
+def held(hold: Held) -> FlowRun:
+    return hold(Running())
+
+
+def submit(launcher: LocalLauncher, key: str, owner: str) -> None:
+    waiting = (sys.executable, "-c", "import signal; signal.pause()")
+    launcher.submit(JobSpec(key=key, num_nodes=1, command=waiting, environment={}, owner=owner))
+
+
+def test_job_of_a_cancelled_flow_run_is_ended_although_no_hook_did(
+    client: SyncPrefectClient, launcher: LocalLauncher, hold: Held
+) -> None:
+    gone, here, lost, over = map(hold, (Cancelled(), Running(), Crashed(), Failed()))
     owned = {
         "gone": [gone.id],
         "of two that are over": [gone.id, over.id],
@@ -186,45 +226,55 @@ def test_job_of_a_cancelled_flow_run_is_ended_although_no_hook_did(
     try:
         for key, owners in jobs.items():
             for owner in owners:
-                waiting = (sys.executable, "-c", "import signal; signal.pause()")
-                launcher.submit(JobSpec(key=key, num_nodes=1, command=waiting, environment={}, owner=str(owner)))
+                submit(launcher, key, str(owner))
         end_unwanted(launcher, FlowRuns(client, launcher))
         assert [launcher.find(key) is None for key in jobs] == [True, True, True, False, False, False]
     finally:
         for key in jobs:
             launcher.cancel(key)
-        for run in (here, lost):
-            client.delete_flow_run(run.id)
+
+
+def test_job_that_is_asked_for_while_it_is_judged_goes_on(launcher: LocalLauncher) -> None:
+    """Its last flow run was cancelled, and the next one comes in the moment in which Prefect is asked of it."""
+    key, gone, here = (uuid.uuid4().hex for _ in range(3))
+
+    def states(asked: set[str]) -> dict[str, str]:
+        if gone in asked:
+            submit(launcher, key, here)
+        return dict.fromkeys(asked & {gone}, "CANCELLED")
+
+    judging: Any = SimpleNamespace(states=states)
+    submit(launcher, key, gone)
+    try:
+        end_unwanted(launcher, judging)
+        assert launcher.jobs()[key] == [gone, here]
+        assert launcher.find(key) is not None
+    finally:
+        launcher.cancel(key)
 
 
 def test_flow_run_without_process_or_heartbeat_is_crashed_and_scheduled_again(
-    client: SyncPrefectClient, launcher: LocalLauncher
+    client: SyncPrefectClient, launcher: LocalLauncher, held: FlowRun
 ) -> None:
     """It never ran on this machine: its heartbeats alone could tell that it lives."""
-    deployment = client.read_deployment_by_name("pipeline/digits")
-    lost = client.create_flow_run_from_deployment(
-        deployment.id, state=Running(), parameters={"preset": "digits", "overrides": {"train.steps": 1}}
-    )
     flow_runs = FlowRuns(client, launcher)
     for now in range(0, int(SILENT_SECONDS) + 1, int(MAX_GAP_SECONDS)):
         flow_runs.set_right(now=float(now))
-    assert [state.name for state in client.read_flow_run_states(lost.id)] == ["Running"]
+    assert states(client, held) == ["Running"]
     flow_runs.set_right(now=SILENT_SECONDS + 1)
-    assert [state.name for state in client.read_flow_run_states(lost.id)][:3] == ["Running", "Crashed", "AwaitingRetry"]
-    client.delete_flow_run(lost.id)
+    assert states(client, held) == ["Running", "Crashed", "AwaitingRetry"]
 
 
-@pytest.fixture
-def held(client: SyncPrefectClient) -> Iterator[FlowRun]:
-    """A flow run that no worker takes."""
-    name = f"held-{uuid.uuid4().hex}"
-    queue = client.create_work_queue(name, work_pool_name=WORK_POOL)
-    client.update_work_queue(queue.id, is_paused=True)
-    deployment = client.read_deployment_by_name("pipeline/digits")
-    run = client.create_flow_run_from_deployment(deployment.id, state=Running(), work_queue_name=name)
-    yield client.read_flow_run(run.id)
-    client.delete_flow_run(run.id)
-    client.delete_work_queue_by_id(queue.id)
+def test_crashed_flow_run_can_be_cancelled(client: SyncPrefectClient, launcher: LocalLauncher, hold: Held) -> None:
+    """Else who presses Ctrl-C then is not heard: it would be resumed. One that is over stays as it is."""
+    lost, over = hold(Crashed()), hold(Failed())
+    for run in (lost, over):
+        ask_to_cancel(client, run.id)
+    assert (states(client, lost), states(client, over)) == (["Crashed", "Cancelling"], ["Failed"])
+    flow_runs = FlowRuns(client, launcher)
+    for now in (0.0, END_SECONDS + 1):
+        flow_runs.set_right(now=now)
+    assert states(client, lost)[2:] == ["Cancelled"]
 
 
 @pytest.mark.parametrize(("num_tries_since", "seconds"), [(0, GONE_SECONDS), (1, SILENT_SECONDS)])

@@ -73,7 +73,7 @@ class TwoOwners:
     def logs(self, key: str) -> Sequence[Path]:
         return []
 
-    def cancel(self, key: str, *, by: str | None = None) -> bool:
+    def cancel(self, key: str, *, by: set[str] | None = None) -> bool:
         return by is None
 
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import time
 import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,7 +16,7 @@ from infra.local.ports import free_port
 from tasks import train as stage
 from tasks.follow import Follower
 from tasks.opening import identify, open_run, require_begun
-from tasks.pulse import Pulse, last_sign
+from tasks.pulse import BEAT_SECONDS, Pulse, last_sign
 from tasks.results import Dataset
 from tasks.stack import open_stack
 from tests.conftest import Stack
@@ -56,7 +56,7 @@ class FakeEngine:
     def reap(self, key: str) -> None:
         self.reaped.append(key)
 
-    def cancel(self, key: str, *, by: str | None = None) -> bool:
+    def cancel(self, key: str, *, by: set[str] | None = None) -> bool:
         if by is not None and self.others:
             return False
         self.cancelled.append(key)
@@ -215,6 +215,8 @@ def test_job_that_the_engine_does_not_know_was_cancelled(run: RunRecord) -> None
 
 
 def test_follower_gives_signs_of_life(run: RunRecord, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = [1.0]
+    monkeypatch.setattr("tasks.pulse.time", SimpleNamespace(monotonic=lambda: clock[0]))
     assert last_sign(run.store, run.read()) == b""
     with pytest.raises(CancelledError):
         follow(run, FakeEngine(None))
@@ -226,6 +228,6 @@ def test_follower_gives_signs_of_life(run: RunRecord, monkeypatch: pytest.Monkey
     assert second != first
     pulse.beat()
     assert last_sign(run.store, run.read()) == second, "it is not time yet"
-    monkeypatch.setattr("tasks.pulse.time.monotonic", lambda: time.time() * 2)
+    clock[0] += BEAT_SECONDS
     pulse.beat()
     assert last_sign(run.store, run.read()) != second

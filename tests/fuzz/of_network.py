@@ -34,6 +34,8 @@ from training.s3.objectstore import Entry
 from training.s3.quickrequests import TruncatedError, _entries
 from training.servers.protocol import Pull, Push
 from training.servers.shared import SharedReceiver
+from training.servers.stale_protocol import Fresh
+from training.servers.stale_state import Reading
 from training.servers.wire import decode, encode
 
 LISTING_ERRORS = (TruncatedError, SyntaxError, ValueError, KeyError)
@@ -60,6 +62,7 @@ MESSAGES = tuple(
     for head, tensors in (
         encode(PUSH),
         encode(Pull(token=1)),
+        encode(Fresh(token=1, clock=4, barrier=0, values=Reading(values=zeros(3), seen=(4, 5)))),
     )
 )
 HEADS = tuple(map(head_of, MESSAGES))

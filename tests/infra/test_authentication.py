@@ -128,7 +128,7 @@ def status_of(url: str, *, user: str = "", body: object = None) -> int:
     headers = {"Content-Type": "application/json", **(basic(user) if user else {})}
     data = json.dumps(body).encode() if body is not None else None
     try:
-        with urllib.request.urlopen(urllib.request.Request(url, data, headers), timeout=30) as reply:
+        with urllib.request.urlopen(urllib.request.Request(url, data, headers), timeout=120) as reply:
             return int(reply.status)
     except urllib.error.HTTPError as error:
         return error.code
@@ -153,7 +153,7 @@ def test_strangers_are_refused_and_a_pipeline_runs(locked_stack: Stack) -> None:
 
     said = stack.command("up")
     assert f"user unbroken, with the password in {password_path(stack.home, 'mlflow')}" in said.stdout, said.stderr
-    assert all(service["healthy"] for service in json.loads(stack.command("status", "--json").stdout))
+    wait_until(lambda: stack.command("status").returncode == 0, what="the whole stack to be well")
     done = stack.command("run", "digits", "--set", "train.steps=4", "--json")
     assert done.returncode == 0, done.stdout + done.stderr
     monitor = next(
@@ -161,7 +161,7 @@ def test_strangers_are_refused_and_a_pipeline_runs(locked_stack: Stack) -> None:
     )
 
     def completed_runs() -> bool:
-        with urllib.request.urlopen(f"{monitor.removesuffix('/metrics')}/metrics", timeout=30) as reply:
+        with urllib.request.urlopen(f"{monitor.removesuffix('/metrics')}/metrics", timeout=120) as reply:
             return 'unbroken_flow_runs{state="completed"} 1' in reply.read().decode()
 
     wait_until(completed_runs, what="the monitor to count the flow run")

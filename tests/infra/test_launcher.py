@@ -5,7 +5,7 @@ from __future__ import annotations
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -17,8 +17,9 @@ import pytest
 from infra.launcher import CANCELLED, JobState, cancel_owned_by
 from infra.local.launcher import LocalLauncher
 from tests.conftest import Stack
+from tests.faults.injectors import Stop
 from tests.infra.conftest import ToyJob
-from tests.infra.probes import is_alive, kill_9
+from tests.infra.probes import is_alive, kill_9, service_pid
 from tests.waiting import wait_until
 from training.errors import FencedError, InfrastructureError, UserError
 
@@ -32,8 +33,8 @@ def test_each_node_runs_once_and_knows_its_number(toy_job: MakeJob) -> None:
     job.submit(owner="me")
     for node in (0, 1):
         assert job.wait_for_starts(1, node) == [job.pid(node)]
-        wait_until((job.folder / f"told-{node}").exists, what="the node's environment")
-        assert (job.folder / f"told-{node}").read_text() == job.spec.environment["TOLD"]
+        told = wait_until(lambda path=job.folder / f"told-{node}": _text(path), what="the node's environment")  # type: ignore[misc]
+        assert told == job.spec.environment["TOLD"]
     status = job.launcher.find(job.spec.key)
     assert status is not None
     assert (status.state, set(status.nodes)) == (JobState.RUNNING, {"node0", "node1"})
@@ -90,11 +91,12 @@ def test_only_the_three_final_exit_codes_are_final(toy_job: MakeJob) -> None:
 
 def test_job_between_two_starts_has_not_ended(toy_job: MakeJob) -> None:
     """Or whoever follows it would call a run lost that is about to go on."""
-    job = toy_job("num_starts < 12 and sys.exit(3)\nsignal.pause()")
+    job = toy_job("(folder / 'enough').exists() or sys.exit(3)\nsignal.pause()")
     job.submit()
-    seen: set[JobState | None] = set()
-    while len(job.starts()) < 12:
+    num_before, seen = len(job.starts()), {job.state()}
+    while len(job.starts()) < num_before + 10:
         seen.add(job.state())
+    (job.folder / "enough").touch()
     assert seen == {JobState.RUNNING}
 
 
@@ -190,6 +192,14 @@ def test_cancelled_job_can_be_cancelled_again_and_submitted_again(toy_job: MakeJ
     assert job.launcher.jobs()[job.spec.key] == []
 
 
+@pytest.fixture
+def no_reaper(stack: Stack) -> Iterator[None]:
+    """The stack's own would end what is half cancelled, any moment."""
+    with Stop([psutil.Process(service_pid(stack.home, "reaper"))]) as stop:
+        assert stop.fired
+        yield
+
+
 def half_cancelled(toy_job: MakeJob) -> tuple[ToyJob, int]:
     """A job that whoever cancelled it left at work, and its node's process."""
     job = toy_job()
@@ -207,6 +217,7 @@ def half_cancelled(toy_job: MakeJob) -> tuple[ToyJob, int]:
     return job, pid
 
 
+@pytest.mark.usefixtures("no_reaper")
 def test_job_whose_canceller_was_killed_is_seen_and_can_be_ended(toy_job: MakeJob) -> None:
     job, pid = half_cancelled(toy_job)
     assert job.state() is None
@@ -216,6 +227,7 @@ def test_job_whose_canceller_was_killed_is_seen_and_can_be_ended(toy_job: MakeJo
     assert job.spec.key not in job.launcher.jobs()
 
 
+@pytest.mark.usefixtures("no_reaper")
 def test_half_cancelled_job_that_is_submitted_again_is_a_new_one(toy_job: MakeJob) -> None:
     job, pid = half_cancelled(toy_job)
     job.submit(owner="after")
@@ -313,7 +325,7 @@ def test_cancelling_an_owner_cancels_the_jobs_that_are_its_alone(toy_job: MakeJo
     cancelled = cancel_owned_by(mine.launcher, "flow-1")
     assert cancelled == [mine.spec.key]
     assert [is_alive(job.starts()[0]) for job in (mine, shared, other)] == [False, True, True]
-    assert not shared.launcher.cancel(shared.spec.key, by="flow-1")
+    assert not shared.launcher.cancel(shared.spec.key, by={"flow-1"})
     assert shared.launcher.jobs()[shared.spec.key] == ["flow-2", "flow-1"], "whether one of them lives, others know"
     assert shared.launcher.cancel(shared.spec.key)
     assert not is_alive(shared.starts()[0])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
@@ -18,7 +19,8 @@ from infra.local import supervisor
 from infra.local.launcher import LocalLauncher
 from infra.settings import activate, credentials_path, load_settings, read_state
 from tests.conftest import UNBROKEN
-from tests.infra.probes import environment_for, is_alive, post_json, service_pid
+from tests.faults.injectors import Stop
+from tests.infra.probes import environment_for, is_alive, kill_9, post_json, service_pid
 from tests.waiting import wait_until
 from training.errors import InfrastructureError
 from training.s3.objectstore import Store, StoreLocation
@@ -63,7 +65,7 @@ def test_stack_dies_and_comes_back_with_its_data(home: Path, monkeypatch: pytest
     processes = [*supervisor.stack_processes(home), *filter(None, [supervisor.supervisor_process(home)])]
     assert len(processes) >= 6
     assert _unbroken("down").stdout == "stopped\n"
-    assert not [process for process in processes if process.is_running()]
+    assert not [process for process in processes if process.is_running() and is_alive(process.pid)]
     assert not supervisor.stack_processes(home)
     assert "`unbroken up`" in _unbroken("status", expect=3).stderr
     assert _unbroken("down").stdout == "nothing was running\n"
@@ -75,15 +77,21 @@ def _fails_naming_the_service_that_does_not_come_up(home: Path, monkeypatch: pyt
     garbage = [home / "s3-identities.json", credentials_path(home)]
     for path in garbage:
         path.write_text("{garbage")
-    with monkeypatch.context() as patch:
-        patch.setattr(local, "START_SECONDS", 3.0)
+    log = home / "logs" / "s3.log"
+
+    def end_of_log() -> str:
+        """As it is told; nothing, if S3 had not said a word yet."""
         with pytest.raises(InfrastructureError) as caught:
             local.up(lambda line: None)
-    assert "service 's3' does not come up" in str(caught.value)
-    log = home / "logs" / "s3.log"
-    message, _, end = str(caught.value).partition(" and ends with:\n  ")
-    assert str(log) in message
-    assert end.splitlines()[0] in log.read_text().splitlines()
+        assert "service 's3' does not come up" in str(caught.value)
+        message, _, end = str(caught.value).partition(" and ends with:\n  ")
+        assert str(log) in message
+        return end
+
+    with monkeypatch.context() as patch:
+        patch.setattr(local, "START_SECONDS", 3.0)
+        told = wait_until(end_of_log, what="the end of a log")
+    assert told.splitlines()[0] in log.read_text().splitlines()
     for path in garbage:
         path.unlink()
 
@@ -114,21 +122,27 @@ def _supervisor_alone_is_killed(home: Path) -> None:
 
 
 def _kill_all_but(home: Path, survivor: int) -> None:
-    """The supervisor first, or it would start again what dies."""
+    """The supervisor is stopped first, or it would start again what dies; and it dies last, or its keeper would."""
     head = supervisor.supervisor_process(home)
     assert head is not None
-    victims = [head, *(process for process in supervisor.stack_processes(home) if process.pid != survivor)]
-    for process in victims:
-        process.kill()
-    _, alive = psutil.wait_procs(victims, timeout=120)
-    assert not alive
+
+    def others_are_dead() -> bool:
+        others = [process for process in supervisor.stack_processes(home) if process.pid != survivor]
+        for process in others:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+        return not others
+
+    with Stop([head]):
+        wait_until(others_are_dead, what="all others to be dead")
+        kill_9(head.pid)
     assert [process.pid for process in supervisor.stack_processes(home)] == [survivor]
 
 
 def _everything_is_still_there(home: Path) -> None:
     assert _store().get("kept/object") == b"before"
     url = f"{load_settings().mlflow_uri}/api/2.0/mlflow/experiments/get-by-name?experiment_name=kept"
-    with urllib.request.urlopen(url, timeout=10) as reply:
+    with urllib.request.urlopen(url, timeout=120) as reply:
         assert json.load(reply)["experiment"]["lifecycle_stage"] == "active"
     launcher = LocalLauncher(home)
     status = launcher.find(JOB)

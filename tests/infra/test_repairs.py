@@ -52,7 +52,7 @@ def test_shell_environment_is_what_a_shell_reads(stack: Stack) -> None:
         env={"PATH": os.environ["PATH"], "AWS_ACCESS_KEY_ID": "of another store"},
         capture_output=True,
         text=True,
-        timeout=20,
+        timeout=120,
         check=True,
     )
     assert done.stdout.splitlines()[0] == f"{stack.home} none"
@@ -80,7 +80,7 @@ def _take(path: Path) -> None:
 def test_lock_of_a_killed_process_is_free(tmp_path: Path) -> None:
     process = multiprocessing.get_context("spawn").Process(target=_take, args=(tmp_path / "lock",))
     process.start()
-    process.join(timeout=30)
+    process.join(timeout=120)
     assert process.exitcode == -9
     with locked(tmp_path / "lock"):
         pass

@@ -30,17 +30,26 @@ SERVICES = ("s3", "mlflow", "prefect", "worker", "reaper", "keeper", "monitor", 
 
 
 def test_up_again_starts_nothing(stack: Stack) -> None:
-    before = {name: service_pid(stack.home, name) for name in SERVICES}
-    done = stack.command("up", "--json")
-    assert done.returncode == 0, done.stderr
-    assert done.stderr == "", "nothing was to be done, so nothing is said"
-    assert {name: service_pid(stack.home, name) for name in SERVICES} == before
+    def pids() -> dict[str, int]:
+        return {name: service_pid(stack.home, name) for name in SERVICES}
+
+    def is_quiet() -> bool:
+        """Whoever is slow to answer just now is waited for, and that is said."""
+        done = stack.command("up", "--json")
+        assert done.returncode == 0, done.stderr
+        return done.stderr == ""
+
+    before = wait_until(lambda: found if all((found := pids()).values()) else None, what="all services to run")
+    wait_until(is_quiet, what="nothing to be done, so that nothing is said")
+    assert pids() == before
 
 
 def test_status_tells_scripts_each_service(stack: Stack) -> None:
-    done = stack.command("status", "--json")
-    assert done.returncode == 0, done.stderr
-    services = json.loads(done.stdout)
+    def when_well() -> str:
+        done = stack.command("status", "--json")
+        return done.stdout if done.returncode == 0 else ""
+
+    services = json.loads(wait_until(when_well, what="all services to answer in time"))
     assert [service["name"] for service in services] == list(SERVICES)
     assert all(service["healthy"] and service["state"] == "running" for service in services)
     assert all(Path(service["log"]).is_file() for service in services)
@@ -134,7 +143,7 @@ def test_up_refuses_a_configured_port_that_is_taken(tmp_path: Path) -> None:
             env=environment_for(home, UNBROKEN_PREFECT_PORT=port),
             capture_output=True,
             text=True,
-            timeout=60,
+            timeout=120,
             check=False,
         )
     assert done.returncode == 2, done.stderr

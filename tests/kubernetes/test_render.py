@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import configparser
 import json
+import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import yaml
 from infra.kubernetes.manifests import PREEMPTED
 from tests.cli.commands import complaint, unbroken
 from tests.conftest import Stack
+from tests.flows.runs import at_leisure_while
 from tests.kubernetes.pod import Pod, require_pods, start
 from tests.kubernetes.strict import complaints, pod_templates
 from tests.waiting import wait_until
@@ -58,13 +60,23 @@ def begin(stack: Stack, tmp_path: Path) -> Iterator[Callable[[dict[str, Any], in
     yield start_one
     for pod in started:
         pod.process.kill()
-        pod.process.wait(timeout=30)
+        pod.process.wait(timeout=120)
+
+
+@pytest.fixture
+def slow() -> Iterator[Path]:
+    """While it is there, training takes its time. Every pod has a /tmp of its own, but this one they see."""
+    with tempfile.TemporaryDirectory(dir="/var/tmp") as folder:
+        Path(folder).chmod(0o755)
+        file = Path(folder) / "slow"
+        file.touch()
+        yield file
 
 
 def test_pods_train_what_was_rendered_and_a_preempted_one_comes_back(
-    stack: Stack, begin: Callable[[dict[str, Any], int], Pod]
+    stack: Stack, begin: Callable[[dict[str, Any], int], Pod], slow: Path
 ) -> None:
-    (manifest,) = render(stack, "--kind", "JobSet", "--set", "train.steps=200")
+    (manifest,) = render(stack, "--kind", "JobSet", "--set", "train.steps=200", *at_leisure_while(slow))
     assert complaints(manifest) == []
     (template,) = pod_templates(manifest)
     run = RunRecord(stack.store, manifest["metadata"]["annotations"]["unbroken/run-key"])
@@ -72,6 +84,7 @@ def test_pods_train_what_was_rendered_and_a_preempted_one_comes_back(
     wait_until(lambda: _trains_with(run, num_nodes=2), what="both pods to train")
     pods[1].evict()
     assert pods[1].exit_code() in PREEMPTED, pods[1].log.read_text()
+    slow.unlink()
     pods[1] = begin(template, 1)
     assert [pod.exit_code() for pod in pods] == [0, 0], pods[0].log.read_text() + pods[1].log.read_text()
     record = run.read()

@@ -1,6 +1,6 @@
 """`python -m tests.servers.process CONFIG`: one server or worker, told what to do by JSON lines on its standard input.
 
-It says where it listens, and a worker says each step that it has heard to be done.
+It says where it listens, and a worker says each step that it has heard to be done. It begins none after `until`.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import torch
 from tests.servers.test_arithmetic import CLIP, SIZES, Net, V, adamw, elements, sums
 from training.arithmetic.reduce import owned_range
 from training.documents import sha256_hex
+from training.servers import mesh as mesh_module
 from training.servers.arithmetic import TensorState, decide
 from training.servers.endpoints import Begun, PrimaryLost, Remote, Server
 from training.servers.layout import shards
@@ -32,9 +33,29 @@ def say(**values: Any) -> None:
     print(json.dumps(values), flush=True)
 
 
-def orders() -> Iterator[dict[str, Any]]:
+class Gate:
+    """How far workers may go."""
+
+    def __init__(self) -> None:
+        self._until, self._changed = 0, threading.Condition()
+
+    def open(self, until: int) -> None:
+        with self._changed:
+            self._until = until
+            self._changed.notify_all()
+
+    def wait(self, step: int) -> None:
+        with self._changed:
+            self._changed.wait_for(lambda: step <= self._until)
+
+
+def orders(gate: Gate) -> Iterator[dict[str, Any]]:
+    """To begin with another group. In between, it may be told to go on."""
     for line in sys.stdin:
         found: dict[str, Any] = json.loads(line)
+        gate.open(found["until"])
+        if "places" not in found:
+            continue
         found["places"] = {name: (host, port) for name, (host, port) in found["places"].items()}
         yield found
 
@@ -46,7 +67,8 @@ def be_server(mesh: Mesh, shard: int, num_shards: int, *, is_filled: bool) -> No
     if is_filled:
         replica.fill()
     server = Server(mesh, replica)
-    for order in orders():
+    say(address=mesh.address)  # it hears from now on
+    for order in orders(Gate()):
         primary, *backups = order["replicas"][shard]
         assignment = Assignment(token=order["token"], primary=primary, backups=tuple(backups))
         server.begin(Begun(assignment=assignment, places=order["places"]))
@@ -54,9 +76,10 @@ def be_server(mesh: Mesh, shard: int, num_shards: int, *, is_filled: bool) -> No
 
 def be_worker(mesh: Mesh, num_shards: int, num_steps: int) -> None:
     waiting: queue.SimpleQueue[tuple[Remote, range]] = queue.SimpleQueue()
-    threading.Thread(target=train, args=(mesh, waiting, num_shards, num_steps), daemon=True).start()
-    maybe_remote = None
-    for order in orders():
+    gate, maybe_remote = Gate(), None
+    threading.Thread(target=train, args=(waiting, gate, num_shards, num_steps), daemon=True).start()
+    say(address=mesh.address)
+    for order in orders(gate):
         if maybe_remote is not None:
             maybe_remote.give_up()
         maybe_remote = Remote(
@@ -70,7 +93,7 @@ def be_worker(mesh: Mesh, num_shards: int, num_steps: int) -> None:
         waiting.put((maybe_remote, owned_range(place, len(order["workers"]), V)))
 
 
-def train(mesh: Mesh, waiting: queue.SimpleQueue[tuple[Remote, range]], num_shards: int, num_steps: int) -> None:
+def train(waiting: queue.SimpleQueue[tuple[Remote, range]], gate: Gate, num_shards: int, num_steps: int) -> None:
     """In one group after another."""
     all_shards = shards(SIZES, num_shards)
     while True:
@@ -79,6 +102,7 @@ def train(mesh: Mesh, waiting: queue.SimpleQueue[tuple[Remote, range]], num_shar
             step, values = remote.pull()
             while step < num_steps:
                 step += 1
+                gate.wait(step)
                 parts = sums(step, leaves, torch.cat(values))
                 _, values = remote.step(step, [[(t, elements(v, one)) for t, v in parts] for one in all_shards])
                 say(step=step)
@@ -94,8 +118,8 @@ def hash_of(tensor: torch.Tensor) -> str:
 def main() -> None:
     torch.set_num_threads(1)
     config = json.loads(sys.argv[1])
+    mesh_module.HANDSHAKE_SECONDS = 100.0  # who is slow is not lost
     mesh = Mesh(config["name"], secret="s", address="127.0.0.1", max_bytes=MAX_BYTES)
-    say(address=mesh.address)
     if config["role"] == "server":
         be_server(mesh, config["shard"], config["num_shards"], is_filled=config["is_filled"])
     else:

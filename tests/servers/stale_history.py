@@ -41,10 +41,10 @@ class StaleError(AssertionError):
     """A rule is broken."""
 
 
-def check(history: Iterable[Operation], *, num_shards: int, num_places: int, bound: int) -> int:
+def check(history: Iterable[Operation], *, num_shards: int, num_places: int, bound: int, start: int = 0) -> int:
     """Raises `StaleError` for the first operation that breaks a rule. Returns the greatest lead of a worker over what
-    it knew of the slowest."""
-    applied = [[0] * num_places for _ in range(num_shards)]
+    it knew of the slowest. All began with `start` steps."""
+    applied = [[start] * num_places for _ in range(num_shards)]
     tokens = [0] * num_shards
     greatest_lead = 0
     for number, operation in enumerate(history):

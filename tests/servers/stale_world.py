@@ -11,7 +11,7 @@ from typing import Any
 
 from tests.servers.stale_history import Applied, HasRead, Operation, Seen
 from training.servers.protocol import Message, Send
-from training.servers.stale_protocol import Fresh
+from training.servers.stale_protocol import Fresh, Places
 from training.servers.staleness import StaleShard, StaleWorker
 
 SLOWNESS = 0.02
@@ -33,7 +33,7 @@ class Counts:
         self._counts[place] += 1
         self._history.append(Applied(self._shard, place, step, token))
 
-    def values(self) -> Seen:
+    def values(self, place: int, clock: int) -> Seen:
         return tuple(self._counts)
 
 
@@ -163,7 +163,7 @@ class StaleWorld:
             self._plan("record", name, self._joining(name, token))
 
     def _beginning(self, shard: Any, token: int, names: list[str]) -> Callable[[], list[Send]]:
-        return lambda: list(shard.begin(token, names))
+        return lambda: list(shard.begin(Places(token=token, workers=tuple(names))))
 
     def _joining(self, name: str, token: int) -> Callable[[], list[Send]]:
         def join() -> list[Send]:

@@ -12,6 +12,7 @@ import torch
 from tests.servers.test_arithmetic import SIZES, Net, adamw
 from training.arithmetic.reduce import Subtree
 from training.servers import hosted as hosted_module
+from training.servers import mesh as mesh_module
 from training.servers.arithmetic import Decision, TensorState
 from training.servers.endpoints import Begun
 from training.servers.hosted import Hosted, leave, left_copies
@@ -31,6 +32,13 @@ def mesh_of(name: str) -> Mesh:
 def state_of() -> TensorState:
     net = Net()
     return TensorState(adamw(net), list(net.parameters()), SHARD)
+
+
+@pytest.fixture(autouse=True)
+def _patience(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A replica that is slow to end what it does has acknowledged it all the same."""
+    monkeypatch.setattr(hosted_module, "FREEZE_SECONDS", 120.0)
+    monkeypatch.setattr(mesh_module, "HANDSHAKE_SECONDS", 100.0)
 
 
 @pytest.fixture
@@ -61,7 +69,7 @@ def push(step: int) -> Send:
 
 def test_what_was_acknowledged_is_in_what_is_left(hosted: Hosted, worker: Mesh) -> None:
     worker.send([push(1)])
-    assert isinstance(worker.inbox.get(timeout=30)[1], Held)
+    assert isinstance(worker.inbox.get(timeout=120)[1], Held)
     data = b"".join(leave({0: hosted}))
     assert hosted.num_bytes() <= len(data)
     copy = left_copies(memoryview(data))[0]
@@ -89,12 +97,12 @@ def test_a_replica_in_the_midst_of_something_leaves_nothing(
 
     def fold(*_: object) -> torch.Tensor:
         begun.set()
-        ended.wait(30)
+        ended.wait(120)
         return torch.zeros(NUM_ELEMENTS + 1)
 
     monkeypatch.setattr(hosted.replica.state, "fold", fold)
     worker.send([push(1)])
-    assert begun.wait(30)
+    assert begun.wait(120)
     assert left_copies(memoryview(b"".join(leave({0: hosted})))) == {}
     ended.set()
 
@@ -113,10 +121,10 @@ def test_a_replica_that_failed_in_the_midst_of_a_step_leaves_nothing(
 
     monkeypatch.setattr(hosted._state.optimizer, "step", step)
     worker.send([push(1)])
-    worker.inbox.get(timeout=30)
+    worker.inbox.get(timeout=120)
     decision = Decision(grad_norm=1.0, clip_norm=None, learning_rate_scale=1.0, extras=torch.zeros(1))
     worker.send([Send(to="server", message=Apply(token=1, step=1, decision=decision))])
-    assert failed.wait(30)
+    assert failed.wait(120)
     assert left_copies(memoryview(b"".join(leave({0: hosted})))) == {}
 
 

@@ -11,6 +11,7 @@ import socket
 import subprocess
 import sys
 import threading
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import replace
@@ -21,6 +22,8 @@ import pytest
 import torch
 
 from tests.servers.talker import NUM_ELEMENTS, NUM_WHOLE
+from tests.shared_memory import names_mapped_by
+from tests.waiting import wait_until
 from training.arithmetic.reduce import Subtree
 from training.errors import DamagedError
 from training.servers import mesh as mesh_module
@@ -34,6 +37,7 @@ from training.servers.wire import decode, encode
 
 MAX_BYTES = 1 << 24
 NUM_NORMS = 1 << 14
+NUM_ROUNDS = 3
 NAMES = ("taker", "known one", "known other")
 DECISION = Decision(grad_norm=0.1 + 0.2, clip_norm=None, learning_rate_scale=1e-300, extras=torch.tensor([2.0]))
 MESSAGES: list[Message] = [
@@ -104,6 +108,12 @@ def test_more_bytes_than_there_can_be_are_refused() -> None:
         decode(Bytes(as_bytes(MESSAGES[1])).read_into, max_bytes=8)
 
 
+@pytest.fixture(autouse=True)
+def _patience(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With greetings: who is slow is not lost."""
+    monkeypatch.setattr(mesh_module, "HANDSHAKE_SECONDS", 100.0)
+
+
 @pytest.fixture(params=["memory", "sockets"])
 def transport(request: pytest.FixtureRequest) -> str:
     found: str = request.param
@@ -127,7 +137,7 @@ def test_messages_keep_their_order(pair: tuple[Mesh, Mesh]) -> None:
     one, other = pair
     one.send([Send(to="other", message=message) for message in MESSAGES])
     for message in MESSAGES:
-        sender, found = other.inbox.get(timeout=30)
+        sender, found = other.inbox.get(timeout=120)
         assert sender == "one"
         assert same(found, message)
 
@@ -136,18 +146,24 @@ def long_message(step: int) -> Hold:
     return Hold(token=3, step=step, total=torch.full([NUM_ELEMENTS], float(step)))
 
 
-def mappings() -> int:
-    """Of segments, in this process, but for those that nobody refers to any more."""
+SEGMENT = "memfd:unbroken-message"
+
+
+def mappings() -> Counter[int]:
+    """How often each segment is mapped in this process, by its inode, but for those that nobody refers to any more.
+    Meshes of tests before may be giving theirs back."""
     gc.collect()
-    return Path("/proc/self/maps").read_text().count("memfd:unbroken-message")
+    lines = [line.split() for line in Path("/proc/self/maps").read_text().splitlines() if SEGMENT in line]
+    return Counter(int(inode) for _, _, _, _, inode, *_ in lines)
 
 
-def descriptors() -> int:
-    """Of segments."""
-    found = 0
+def descriptors() -> Counter[int]:
+    """Likewise."""
+    found: Counter[int] = Counter()
     for entry in Path("/proc/self/fd").iterdir():
         with suppress(OSError):  # the listing's own is closed by now
-            found += "unbroken-message" in os.readlink(entry)
+            if SEGMENT in os.readlink(entry):
+                found[entry.stat().st_ino] += 1
     return found
 
 
@@ -155,48 +171,52 @@ def test_long_messages_stay_as_they_came_for_as_long_as_they_are_kept(pair: tupl
     """And no longer: their memory is used again."""
     one, other = pair
     before = mappings()
-    for _ in range(3):
+    for _ in range(NUM_ROUNDS):
         one.send([Send(to="other", message=long_message(step)) for step in range(6)])
-        kept = [other.inbox.get(timeout=30)[1] for _ in range(6)]
+        kept = [other.inbox.get(timeout=120)[1] for _ in range(6)]
         assert [float(message.total.unique()) for message in kept] == list(range(6))  # type: ignore[union-attr]
         del kept
-    assert mappings() - before == (2 * 6 if transport == "memory" else 0), "of sender and receiver"
-    assert descriptors() == mappings(), "Python keeps one for each"
+    own = mappings() - before
+    assert set(own.values()) <= {2}, "of sender and receiver"
+    assert len(own) in (range(6, 6 + NUM_ROUNDS) if transport == "memory" else [0]), (
+        "who heard the last may hold it yet"
+    )
+    wait_until(lambda: descriptors() - before == own, what="one descriptor for each, which Python keeps")
 
 
 def test_a_peer_that_dies_in_the_midst_of_a_message_has_said_those_before(
     pair: tuple[Mesh, Mesh], transport: str
 ) -> None:
     _, other = pair
-    left_before, mapped_before = set(os.listdir("/dev/shm")), mappings()
+    mapped_before = mappings()
     host, port = ("127.0.0.1", str(other.address[1]))
     with subprocess.Popen(
         [sys.executable, "-m", "tests.servers.talker", "other", host, port], stdout=subprocess.PIPE, text=True
     ) as talker:
         assert talker.stdout is not None
         assert talker.stdout.readline() == "half\n"
+        assert not names_mapped_by([talker.pid]), "nothing of it can be left"
         talker.kill()
     assert talker.returncode == -9
     for step in range(NUM_WHOLE):
-        _, message = other.inbox.get(timeout=30)
+        _, message = other.inbox.get(timeout=120)
         assert isinstance(message, Hold)
         assert message.step == step
         assert torch.equal(message.total, torch.full([NUM_ELEMENTS], float(step)))
-    assert (mappings() > mapped_before) == (transport == "memory")
-    assert other.inbox.get(timeout=30) == ("talker", Lost(token=3))
-    assert set(os.listdir("/dev/shm")) == left_before
+    assert bool(mappings() - mapped_before) == (transport == "memory")
+    assert other.inbox.get(timeout=120) == ("talker", Lost(token=3))
 
 
 def test_whose_name_is_taken_is_heard_by_a_socket(monkeypatch: pytest.MonkeyPatch) -> None:
     """Who takes it does not know the secret."""
-    monkeypatch.setattr(mesh_module, "_local_name", lambda address: "\0unbroken-taken")
+    monkeypatch.setattr(mesh_module, "_local_name", lambda address: f"\0unbroken-taken-{os.getpid()}")
     meshes = [Mesh(name, secret=name[:5], address="127.0.0.1", max_bytes=MAX_BYTES) for name in NAMES]
     places = {mesh.name: mesh.address for mesh in meshes}
     _, one, other = meshes
     for mesh in (one, other):
         mesh.begin(3, places)
     one.send([Send(to=other.name, message=long_message(7))])
-    sender, message = other.inbox.get(timeout=30)
+    sender, message = other.inbox.get(timeout=120)
     assert sender == one.name
     assert isinstance(message, Hold)
     for mesh in meshes:
@@ -205,10 +225,11 @@ def test_whose_name_is_taken_is_heard_by_a_socket(monkeypatch: pytest.MonkeyPatc
 
 def test_who_takes_a_name_and_hands_on_what_is_said_there_learns_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     """Proofs are of one way alone: those for the local socket are none for the one by TCP."""
-    monkeypatch.setattr(mesh_module, "_local_name", lambda address: "\0unbroken-relayed")
+    name = f"\0unbroken-relayed-{os.getpid()}"
+    monkeypatch.setattr(mesh_module, "_local_name", lambda address: name)
     heard = bytearray()
     with socket.socket(socket.AF_UNIX) as taken:
-        taken.bind("\0unbroken-relayed")
+        taken.bind(name)
         taken.listen()
         meshes = [Mesh(name, secret="known", address="127.0.0.1", max_bytes=MAX_BYTES) for name in ("one", "other")]
         one, other = meshes
@@ -217,8 +238,8 @@ def test_who_takes_a_name_and_hands_on_what_is_said_there_learns_nothing(monkeyp
         for mesh in meshes:
             mesh.begin(3, {mesh.name: mesh.address for mesh in meshes})
         one.send([Send(to="other", message=long_message(7))])
-        sender, message = other.inbox.get(timeout=30)
-        relaying.join(30)
+        sender, message = other.inbox.get(timeout=120)
+        relaying.join(120)
     assert sender == "one"
     assert isinstance(message, Hold)
     assert 0 < len(heard) < 1000, "it heard the greeting, and nothing after it"
@@ -250,19 +271,26 @@ def test_another_user_is_not_heard_at_a_local_socket() -> None:
     )
     name = mesh_module._local_name(mesh.address)[1:]
     for user, num_bytes in ((65534, 0), (0, 16)):
-        done = subprocess.run(["python3", "-I", "-c", call, name], user=user, check=False, timeout=60)
+        done = subprocess.run(["python3", "-I", "-c", call, name], user=user, check=False, timeout=120)
         assert done.returncode == num_bytes
+    mesh.close()
+
+
+def test_no_more_may_wait_to_be_proven_than_so_many(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(mesh_module, "MAX_UNPROVEN", 1)
+    mesh = Mesh("one", secret="known", address="127.0.0.1", max_bytes=MAX_BYTES)
+    with socket.create_connection(mesh.address) as first:
+        assert first.recv(16, socket.MSG_WAITALL)
+        with socket.create_connection(mesh.address) as second:
+            assert second.recv(16) == b""
     mesh.close()
 
 
 def test_a_greeting_that_drips_holds_nobody_up(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(mesh_module, "HANDSHAKE_SECONDS", 0.5)
-    monkeypatch.setattr(mesh_module, "MAX_UNPROVEN", 1)
     mesh = Mesh("one", secret="known", address="127.0.0.1", max_bytes=MAX_BYTES)
     with socket.create_connection(mesh.address) as dripping:
         assert dripping.recv(16, socket.MSG_WAITALL)
-        with socket.create_connection(mesh.address) as second:
-            assert second.recv(16) == b"", "there are as many as may be"
         with pytest.raises(OSError, match=r"reset|pipe"):  # not for as long as a byte comes in time
             _drip(dripping)
     mesh.close()
@@ -278,8 +306,8 @@ def test_a_snapshot_takes_no_memory_that_stays(pair: tuple[Mesh, Mesh]) -> None:
     one, other = pair
     before = mappings()
     one.send([Send(to="other", message=replace(MESSAGES[-1], snapshot={"values": torch.ones(NUM_ELEMENTS)}))])
-    assert isinstance(other.inbox.get(timeout=30)[1], Copy)
-    assert mappings() == before
+    assert isinstance(other.inbox.get(timeout=120)[1], Copy)
+    assert not mappings() - before
 
 
 @pytest.mark.parametrize(
@@ -339,7 +367,7 @@ def test_what_is_short_keeps_its_place_among_the_rest_though_it_would_wait() -> 
     found += [receiver.receive(max_bytes=MAX_BYTES) for _ in messages[1:]]
     assert [message.step for message in found] == list(range(20))  # type: ignore[attr-defined]
     assert all(same(one, other) for one, other in zip(found, messages, strict=True))
-    thread.join(30)
+    thread.join(120)
     slow.connection.close()
     slow.theirs.close()
 
@@ -347,9 +375,9 @@ def test_what_is_short_keeps_its_place_among_the_rest_though_it_would_wait() -> 
 def test_the_end_of_a_peer_is_told(pair: tuple[Mesh, Mesh]) -> None:
     one, other = pair
     one.send([Send(to="other", message=MESSAGES[0])])
-    other.inbox.get(timeout=30)
+    other.inbox.get(timeout=120)
     one.begin(4, {})
-    assert other.inbox.get(timeout=30) == ("one", Lost(token=3))
+    assert other.inbox.get(timeout=120) == ("one", Lost(token=3))
 
 
 def test_who_cannot_be_reached_is_lost(pair: tuple[Mesh, Mesh]) -> None:
@@ -358,7 +386,7 @@ def test_who_cannot_be_reached_is_lost(pair: tuple[Mesh, Mesh]) -> None:
         gone = nobody.getsockname()
     one.begin(4, {"other": gone})
     one.send([Send(to="other", message=Pull(token=4))])
-    assert one.inbox.get(timeout=30) == ("other", Lost(token=4))
+    assert one.inbox.get(timeout=120) == ("other", Lost(token=4))
 
 
 def test_who_does_not_know_the_secret_is_not_heard(pair: tuple[Mesh, Mesh]) -> None:
@@ -366,7 +394,7 @@ def test_who_does_not_know_the_secret_is_not_heard(pair: tuple[Mesh, Mesh]) -> N
     stranger = Mesh("one", secret="guessed", address="127.0.0.1", max_bytes=MAX_BYTES)
     stranger.begin(3, {"other": other.address})
     stranger.send([Send(to="other", message=MESSAGES[0])])
-    assert stranger.inbox.get(timeout=30) == ("other", Lost(token=3))
+    assert stranger.inbox.get(timeout=120) == ("other", Lost(token=3))
     with pytest.raises(queue.Empty):
         other.inbox.get_nowait()
     stranger.close()
@@ -382,18 +410,18 @@ def test_meshes_of_one_process_need_no_connection() -> None:
     message = long_message(1)
     one.send([Send(to=name, message=message) for name in ("other", "one")])
     for mesh in meshes:
-        sender, found = mesh.inbox.get(timeout=30)
+        sender, found = mesh.inbox.get(timeout=120)
         assert (sender, found is message) == ("one", True)
     other.close()
     one.send([Send(to="other", message=message)])
-    assert one.inbox.get(timeout=30) == ("other", Lost(token=3))
+    assert one.inbox.get(timeout=120) == ("other", Lost(token=3))
     one.close()
 
 
 def test_messages_of_another_token_are_not_sent(pair: tuple[Mesh, Mesh]) -> None:
     one, other = pair
     one.send([Send(to="other", message=Pull(token=2)), Send(to="other", message=MESSAGES[0])])
-    assert other.inbox.get(timeout=30)[1] == MESSAGES[0]
+    assert other.inbox.get(timeout=120)[1] == MESSAGES[0]
 
 
 @pytest.mark.parametrize("is_connected", [False, True])
@@ -404,8 +432,8 @@ def test_what_cannot_be_said_is_told_as_a_loss(
     one, other = pair
     if is_connected:
         one.send([Send(to="other", message=Pull(token=3))])
-        other.inbox.get(timeout=30)
+        other.inbox.get(timeout=120)
     unsayable = Held(token=3, step=7, report=object())
     one.send([Send(to="other", message=unsayable)])
-    assert one.inbox.get(timeout=60) == ("other", Lost(token=3))
+    assert one.inbox.get(timeout=120) == ("other", Lost(token=3))
     assert "could not say something to other" in caplog.text

@@ -15,7 +15,7 @@ from tests.servers.stale_history import Applied, HasRead, StaleError, check
 from tests.servers.stale_world import Fault, StaleWorld
 from training.servers import staleness
 from training.servers.protocol import Send
-from training.servers.stale_protocol import Fresh, Read, Update
+from training.servers.stale_protocol import Fresh, Places, Read, Update
 from training.servers.staleness import StaleShard
 
 BOUNDS = (0, 1, 3, 8)
@@ -93,13 +93,13 @@ class Planted:
 
 
 PLANTED = (
-    Planted(name="one step more is allowed", old="clock - self.bound\n", new="clock - self.bound - 1\n"),
+    Planted(name="one step more is allowed", old="clock - bound\n", new="clock - bound - 1\n"),
     Planted(name="the quickest counts, not the slowest", old="min(self.clocks) >=", new="max(self.clocks) >="),
     Planted(name="a step is applied again", old="if message.clock == self.clocks[place] + 1:", new="if True:"),
     Planted(name="an older token is heard", old="if message.token < self.token:", new="if False:"),
     Planted(
         name="all who wait are answered once one is",
-        old="if self._is_fresh(clock)}",
+        old="if self._is_fresh(read)}",
         new="if any(map(self._is_fresh, self._waiting.values()))}",
     ),
     Planted(
@@ -110,7 +110,11 @@ PLANTED = (
         old="if len(self._answers) < len(self._shards):",
         new="if not self._answers:",
     ),
-    Planted(name="a worker reads before it pushes", old="sends + self._read()", new="self._read() + sends"),
+    Planted(
+        name="a worker reads before it pushes",
+        old="sends + self._read(is_barrier, wants_barrier)",
+        new="self._read(is_barrier, wants_barrier) + sends",
+    ),
 )
 
 
@@ -151,22 +155,55 @@ class Names:
     def apply(self, place: int, update: str) -> None:
         self.applied.append(f"{update} of {place}")
 
-    def values(self) -> list[str]:
+    def values(self, place: int, clock: int) -> list[str]:
         return list(self.applied)
 
 
 def test_a_read_waits_for_the_slowest_and_for_no_more() -> None:
     shard = StaleShard(Names(), num_places=2, bound=1)
-    assert shard.begin(1, ["quick", "slow"]) == []
-    assert shard.begin(1, ["other", "workers"]) == [], "a token begins once"
+    assert shard.begin(Places(token=1, workers=("quick", "slow"))) == []
+    assert shard.begin(Places(token=1, workers=("other", "workers"))) == [], "a token begins once"
     for clock in (1, 2):
         shard.handle("quick", Update(token=1, clock=clock, update=f"step {clock}"))
     assert shard.handle("quick", Read(token=1, clock=2)) == []
-    expected = Fresh(token=1, clock=2, values=["step 1 of 0", "step 2 of 0", "step 1 of 1"])
+    expected = Fresh(token=1, clock=2, barrier=0, values=["step 1 of 0", "step 2 of 0", "step 1 of 1"])
     assert shard.handle("slow", Update(token=1, clock=1, update="step 1")) == [Send(to="quick", message=expected)]
+
+
+def barriers_heard(bound: int, chance: random.Random) -> dict[str, int]:
+    """Of each place: the step before which it stopped, since all are to meet after it. One of them wanted that."""
+    places = [str(place) for place in range(NUM_PLACES)]
+    shard = StaleShard(Names(), num_places=NUM_PLACES, bound=bound)
+    shard.begin(Places(token=1, workers=tuple(places)))
+    heard = dict.fromkeys(places, Fresh(token=1, clock=0, barrier=0, values=None))
+    computing, wants_after = set(places), chance.randrange(60)
+    stopped: dict[str, int] = {}
+    while computing:
+        name = chance.choice(sorted(computing))
+        computing.remove(name)
+        clock = heard[name].clock + 1
+        if clock == heard[name].barrier:
+            stopped[name] = clock
+            clock_of_others = [one.clock for one in heard.values()]
+            assert max(clock_of_others) < clock, "nobody may have passed it"
+        read = Read(token=1, clock=clock, is_barrier=name in stopped, wants_barrier=wants_after <= clock)
+        for send in shard.handle(name, Update(token=1, clock=clock, update="")) + shard.handle(name, read):
+            assert isinstance(send.message, Fresh)
+            heard[send.to] = send.message
+            if send.to not in stopped:
+                computing.add(send.to)
+    return stopped
+
+
+@pytest.mark.parametrize("bound", BOUNDS)
+def test_a_barrier_that_one_wants_is_the_same_for_all_and_nobody_has_passed_it(bound: int) -> None:
+    for seed in SEEDS:
+        stopped = barriers_heard(bound, random.Random(seed))
+        assert len(stopped) == NUM_PLACES
+        assert len(set(stopped.values())) == 1
 
 
 def test_each_place_has_one_worker() -> None:
     shard = StaleShard(Names(), num_places=2, bound=1)
     with pytest.raises(ValueError, match="1 workers for 2 places"):
-        shard.begin(1, ["alone"])
+        shard.begin(Places(token=1, workers=("alone",)))

@@ -194,7 +194,8 @@ def test_servers_of_a_rank_that_cannot_leave_in_time_are_there_for_the_process_i
             group.workers.stop()
 
     settings: dict[str, Any] = {"may_stay": True, "servers": 2, "server_replicas": num_replicas}
-    first = node.train(2, act, pauses={rank: Pause(MID_STEP, 7) for rank in range(2)}, **settings)
+    pauses = {rank: Pause(MID_STEP, 7) for rank in range(2)}
+    first = node.train(2, act, pauses=pauses, patience_seconds=0.0, **settings)
     assert first.codes()[:2] == [EXIT_STOPPED, -9 if num_replicas == 2 else EXIT_STOPPED]
     assert not set(node.train(2, **settings).pids()) & set(first.pids())
     assert node.attempts() == [(2, 0, "start"), (2, 7, "memory")]

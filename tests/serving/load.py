@@ -74,6 +74,9 @@ class Load:
             self.failures.append(repr(error))
         client.close()
 
+    def has_seen(self, version: str) -> bool:
+        return bool(self.failures) or any(seen.version == version for seen in self.seen)
+
     def __enter__(self) -> Load:
         for thread in self._threads:
             thread.start()
@@ -93,6 +96,7 @@ def under_load(corner: Corner, *, num_clients: int, every_seconds: float, promot
     Nothing fails, no answer is mixed, and each names a version that was champion while it was asked.
     """
     corner.become_champion("1")
+    wait_until(lambda: corner.server.get("/version")["replicas"]["ready"] == 2, what="all whom others killed replaced")
     served = [Reign("1", 0.0, 0.0)]
     deaths = corner.server.metric("unbroken_serving_replica_deaths_total")
     with Load(corner.server, num_clients=num_clients, every_seconds=every_seconds) as load:
@@ -104,6 +108,7 @@ def under_load(corner: Corner, *, num_clients: int, every_seconds: float, promot
             version = str(1 + step % len(CONSTANTS))
             promoted = corner.become_champion(version)
             served.append(Reign(version, promoted, time.monotonic()))
+            wait_until(lambda version=version: load.has_seen(version), what="somebody to be answered by it")
         wait_until(lambda: corner.server.get("/version")["replicas"]["ready"] == 2, what="the replica to be replaced")
     assert load.failures == []
     assert {seen.status for seen in load.seen} == {200}

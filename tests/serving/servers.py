@@ -30,7 +30,7 @@ class Client:
     """One kept-alive connection."""
 
     def __init__(self, url: str) -> None:
-        self._connection = http.client.HTTPConnection(urlsplit(url).netloc, timeout=60)
+        self._connection = http.client.HTTPConnection(urlsplit(url).netloc, timeout=120)
 
     def ask(self, method: str, path: str, body: bytes | None = None, content_type: str = "application/json") -> Reply:
         self._connection.request(method, path, body, {"Content-Type": content_type} if body is not None else {})
@@ -103,7 +103,7 @@ class Server:
         self._process.send_signal(signal.SIGTERM)
 
     def wait(self) -> int:
-        return self._process.wait(60)
+        return self._process.wait(120)
 
     def stop(self) -> str:
         """Returns what it printed to stderr."""

@@ -20,7 +20,7 @@ def _serve(stack: Stack, store: Store, *arguments: str) -> subprocess.CompletedP
         env=corner(stack, store),
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=120,
         check=False,
     )
 

@@ -110,7 +110,7 @@ def test_damaged_files_are_refused(corner: Corner) -> None:
     ):
         promote(store, kept)
         wait_until(lambda reason=reason: reason in (server.get("/version")["refused"] or ""), what=f"refusal: {reason}")
-        assert kept.version in server.errors
+        wait_until(lambda kept=kept: kept.version in server.errors, what="the refusal to be logged")
         assert server.metric("unbroken_serving_refused") == 1
         reply = client.predict({"inputs": [ROW]})
         assert (reply.version, reply.document["predictions"]) == ("1", [[1.0] * NUM_FIELDS])

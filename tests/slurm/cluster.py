@@ -45,6 +45,7 @@ class SlurmCluster:
         num_cpus: int = 4,
         num_gpus: int = 2,
         grace_seconds: int = 15,
+        slurmd_timeout_seconds: int = 5,
     ) -> None:
         self.folder = folder
         self.commands = folder / "commands"
@@ -54,6 +55,7 @@ class SlurmCluster:
         self._num_cpus = num_cpus
         self._num_gpus = num_gpus
         self._grace_seconds = grace_seconds
+        self._slurmd_timeout_seconds = slurmd_timeout_seconds
         self._relays: list[Relay] = []
         self.slurmctld: subprocess.Popen[str]
 
@@ -130,7 +132,7 @@ class SlurmCluster:
         for process in self.controller.processes():
             if process.name() == "slurmctld":
                 process.kill()
-        assert self.slurmctld.wait(timeout=30) != 0
+        assert self.slurmctld.wait(timeout=120) != 0
 
     def reach(self, host: Host, endpoint: str) -> None:
         """A server on this machine's loopback is found at the same address by that host, until that is switched off."""
@@ -213,7 +215,7 @@ class SlurmCluster:
             "SwitchType": "switch/none",
             "MpiDefault": "none",
             "ReturnToService": 2,
-            "SlurmdTimeout": 5,
+            "SlurmdTimeout": self._slurmd_timeout_seconds,
             "SlurmctldTimeout": 10,
             "InactiveLimit": 0,
             "KillWait": 5,

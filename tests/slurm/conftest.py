@@ -15,10 +15,17 @@ from tests.slurm.running import Run
 from tests.waiting import wait_until
 from training.s3.objectstore import Store
 
+PATIENT = {"slurmd_timeout_seconds": 60, "grace_seconds": 60}
+"""A busy machine is no dead node."""
+
 
 @pytest.fixture(scope="module")
-def cluster(stack: Stack, tmp_path_factory: pytest.TempPathFactory) -> Iterator[SlurmCluster]:
-    with SlurmCluster(tmp_path_factory.mktemp("slurm"), store=stack.settings.s3_endpoint) as running:
+def cluster(
+    stack: Stack, tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest
+) -> Iterator[SlurmCluster]:
+    """A file of tests may name other `TIMES`."""
+    times = getattr(request.module, "TIMES", PATIENT)
+    with SlurmCluster(tmp_path_factory.mktemp("slurm"), store=stack.settings.s3_endpoint, **times) as running:
         yield running
 
 

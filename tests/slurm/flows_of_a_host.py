@@ -10,17 +10,21 @@ import json
 import logging
 import multiprocessing
 import sys
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
 import mlflow  # noqa: F401  # imported once, for all
 
-from tasks.results import Dataset
+from tasks.results import Dataset, TrainedModel
 from tasks.train import train
 from tests.waiting import wait_until
 from training.config import Preset
+from training.errors import InfrastructureError
 from training.preset_file import preset_from_json
 from training.recipe import load_recipe
+
+NUM_RETRIES = 3
 
 
 def main() -> None:
@@ -42,8 +46,18 @@ def _flow(folder: Path, name: str, preset: Preset, dataset: Dataset) -> None:
     logging.basicConfig(filename=folder / f"{name}.log", level=logging.INFO, force=True)  # libraries have set it up
     start = folder / f"{name}.start"
     owner = wait_until(lambda: start.exists() and start.read_text(), what="a start")
-    model = train.fn(preset, dataset, owner=str(owner))
+    model = _tried_again(lambda: train.fn(preset, dataset, owner=str(owner)))
     (folder / f"{name}.json").write_text(json.dumps(asdict(model)))
+
+
+def _tried_again(stage: Callable[[], TrainedModel]) -> TrainedModel:
+    """As Prefect does: so many ask Slurm's controller at once that one may not be answered in time."""
+    for _ in range(NUM_RETRIES):
+        try:
+            return stage()
+        except InfrastructureError as error:
+            logging.warning("it is tried again: %s", error)
+    return stage()
 
 
 if __name__ == "__main__":

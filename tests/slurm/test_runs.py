@@ -8,6 +8,9 @@ from tests.slurm.cluster import SlurmCluster
 from tests.slurm.running import NUM_NODES, STEPS, Run, kill_and_return, require_same, take_and_give_back
 from training.s3.objectstore import Store
 
+TIMES = {"slurmd_timeout_seconds": 5, "grace_seconds": 60}
+"""Of the cluster: nodes die here, and somebody waits for that to be noticed."""
+
 
 def test_each_node_may_die_and_come_back(run: Run, calm: Run) -> None:
     run.submit()
@@ -16,7 +19,7 @@ def test_each_node_may_die_and_come_back(run: Run, calm: Run) -> None:
         kill_and_return(run, node=victim)
     assert len({task.job_id for task in run.tasks()}) == 1, "the same array, requeued by Slurm"
     require_same(run, calm)
-    assert run.sources() == ["start"] + ["memory"] * (len(run.sources()) - 1), "no step was done again"
+    assert set(run.sources()) == {"memory"}, "no step was done again"
 
 
 def test_something_more_urgent_takes_the_nodes_and_gives_them_back(

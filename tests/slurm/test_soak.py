@@ -18,6 +18,7 @@ from training.s3.objectstore import Store
 
 pytestmark = [pytest.mark.soak, pytest.mark.timeout(1800)]
 NUM_TIMES = 5
+TIMES = {"slurmd_timeout_seconds": 5, "grace_seconds": 15}
 SETTINGS = {"SlurmdTimeout": 5, "cred_expire": 5, "GraceTime": 15, "KillWait": 5, "silence_seconds": 2.0}
 """Of the cluster (cluster.py) and the runs (running.py)."""
 
@@ -37,7 +38,7 @@ def test_nodes_die_and_come_back(run: Run, calm: Run, rows: list[dict[str, Any]]
     nodes = [number % NUM_NODES for number in range(NUM_TIMES)]
     times = [kill_and_return(run, node=node) for node in nodes]
     require_same(run, calm)
-    assert run.sources() == ["start"] + ["memory"] * (len(run.sources()) - 1), "no step was done again"
+    assert set(run.sources()) == {"memory"}, "no step was done again"
     rows.append({"case": "node killed, and back", "nodes": nodes, **medians(times), "same_bits": True, **SETTINGS})
 
 

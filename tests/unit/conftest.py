@@ -22,3 +22,10 @@ def store(store: Store) -> Store:
 def roomy_disk(monkeypatch: pytest.MonkeyPatch) -> None:
     """However full the disk of this machine is: a cache would leave its last tenth alone."""
     monkeypatch.setattr("training.data.cache.MIN_FREE_SHARE", 0.0)
+
+
+@pytest.fixture(autouse=True)
+def patient_checkpoints(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However slow the store is: a checkpoint that is due waits for the one before, and is of the step that it should
+    be of."""
+    monkeypatch.setattr("training.checkpointing.PATIENCE_SECONDS", 240.0)

@@ -171,7 +171,7 @@ def test_the_share_is_copied_at_once(run: RunRecord) -> None:
     go_on = threading.Event()
 
     def wait_for_the_step() -> None:
-        assert go_on.wait(30)
+        assert go_on.wait(120)
 
     group = Group(run=run, before_commit=wait_for_the_step)
     tensors = tensors_of(4)
@@ -228,7 +228,7 @@ def test_rank_0_is_done_once_all_ranks_are_even_if_its_own_part_failed(run: RunR
     class Slow(Store):
         def put_proven(self, key: str, data: bytes | bytearray, *, sha256: str) -> None:
             if "part-1" in key:
-                may_fail.wait(30)
+                may_fail.wait(120)
             raise InfrastructureError(f"{key}: the test says that the store is away")
 
     first, second = Group(run=RunRecord(Slow(store.location), "k"), world_size=2).savers
@@ -236,7 +236,7 @@ def test_rank_0_is_done_once_all_ranks_are_even_if_its_own_part_failed(run: RunR
         saver.save(4, tensors_of(4), on_commit=lambda reference: None)
     assert not first.is_settled(0.2)
     may_fail.set()
-    assert first.is_settled(30)
+    assert first.is_settled(120)
     for saver, part in ((first, "part-0"), (second, "part-1")):
         with pytest.raises(InfrastructureError, match=part):
             saver.wait()
@@ -397,7 +397,7 @@ def test_all_ranks_finding_the_same_damage_quarantine_it_once(run: RunRecord) ->
         def update(self, change: Callable[..., object]) -> object:  # type: ignore[override]
             if not self.waited:
                 self.waited = True
-                reads.wait(timeout=30)
+                reads.wait(timeout=120)
             return super().update(change)  # type: ignore[arg-type]
 
     found: list[CheckpointRef] = []
@@ -513,11 +513,11 @@ def test_a_zombie_woken_after_the_takeover_commits_nothing_ever(run: RunRecord, 
 
         def stop(stopped: threading.Event = stopped, go_on: threading.Event = go_on) -> None:
             stopped.set()
-            assert go_on.wait(60)
+            assert go_on.wait(120)
 
         zombie = Group(run=RunRecord(store, "k"), token=token, before_commit=stop).savers[0]
         zombie.save(4, tensors_of(race), on_commit=lambda reference: pytest.fail("the zombie committed"))
-        assert stopped.wait(60)
+        assert stopped.wait(120)
         run.update(lambda r: replace(r, token=r.token + 1))
         owner = Group(run=RunRecord(store, "k"), token=token + 1)
         waking = threading.Thread(target=go_on.set)

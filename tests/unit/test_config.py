@@ -30,6 +30,7 @@ batch_size = 16
 width = 3
 sizes = [1, 2]
 """
+STALE = 'batch_size = 16\nstrategy = "parameter_server"\nstaleness = 2'
 
 
 @pytest.fixture
@@ -99,6 +100,14 @@ def test_there_are_built_in_presets() -> None:
         ('name = "demo"\nrecipe', 'name = ""\nrecipe', "name = '' must be 1 to 64 letters"),
         ("[data]", "seed = -1\n[data]", "seed must lie between 0 and 2^63"),
         ("[data]", "[launch]\nnodes = 9\n[data]", "launch.nodes gives 9 ranks, more than train.virtual_workers = 8"),
+        ("batch_size = 16", "batch_size = 16\nstaleness = -1", "train.staleness must not be negative"),
+        ("batch_size = 16", "batch_size = 16\nstaleness = 2", "train.staleness = 2 needs train.strategy = 'parameter_"),
+        ("batch_size = 16", STALE, "launch.server_replicas must be 1 with train.staleness"),
+        (
+            "batch_size = 16",
+            f"{STALE}\n[launch]\nserver_replicas = 1\nserver_nodes = 1",
+            "launch.server_nodes must be 0 with train.staleness",
+        ),
         ("[data]", "[data", "not valid TOML"),
         (
             "[hyperparameters]\nwidth = 3\nsizes = [1, 2]",

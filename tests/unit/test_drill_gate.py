@@ -43,7 +43,7 @@ def answer(connection: socket.socket, data: bytes) -> bytes:
 
 def test_it_is_shut_and_opened(echo: int) -> None:
     with Gate("127.0.0.1", echo) as gate:
-        first = socket.create_connection(("127.0.0.1", gate.port), timeout=10)
+        first = socket.create_connection(("127.0.0.1", gate.port), timeout=120)
         assert answer(first, b"one") == b"one"
         assert gate.num_refused == 0
 
@@ -54,25 +54,25 @@ def test_it_is_shut_and_opened(echo: int) -> None:
         wait_until(lambda: gate.num_refused == 1, what="the refusal to be counted")
 
         gate.open()
-        with socket.create_connection(("127.0.0.1", gate.port), timeout=10) as third:
+        with socket.create_connection(("127.0.0.1", gate.port), timeout=120) as third:
             assert answer(third, b"two") == b"two"
 
 
 def test_a_store_that_is_away_itself_is_a_closed_connection() -> None:
-    with socket.create_server(("127.0.0.1", 0)) as nobody:
-        port = nobody.getsockname()[1]
-    with (
-        Gate("127.0.0.1", port) as gate,
-        socket.create_connection(("127.0.0.1", gate.port), timeout=10) as connection,
-    ):
-        assert is_cut(connection)
+    with socket.socket() as nobody:
+        nobody.bind(("127.0.0.1", 0))  # and listens not: nobody else can have that port meanwhile
+        with (
+            Gate("127.0.0.1", nobody.getsockname()[1]) as gate,
+            socket.create_connection(("127.0.0.1", gate.port), timeout=120) as connection,
+        ):
+            assert is_cut(connection)
     assert gate.num_refused == 0
 
 
 def is_refused(port: int) -> bool:
     """A connection that is reset at once may be so before `connect` has returned."""
     try:
-        with socket.create_connection(("127.0.0.1", port), timeout=10) as connection:
+        with socket.create_connection(("127.0.0.1", port), timeout=120) as connection:
             return is_cut(connection)
     except (ConnectionResetError, BrokenPipeError):
         return True

@@ -7,7 +7,8 @@ from typing import Any
 
 from tasks.drill.faults import AllKilled, NodeFrozen, RankStopped, StoreAway, WorkerKilled
 from tasks.drill.gate import Gate
-from tasks.drill.judge import Struck, _broken_promises, _differences, always_promised
+from tasks.drill.judge import Struck, _broken_promises, _differences, _times, always_promised
+from tasks.drill.matrix import NUM_TRIES, _Drill
 from training.runs.events import Event
 from training.runs.record import CheckpointRef, Departure, Failure, Member, Record, Result
 
@@ -129,3 +130,25 @@ def test_other_bits() -> None:
     assert _differences(record(result=None), POINTS, CALM) == ["the run did not end"]
     failure = Failure(kind="InfrastructureError", message="too many restarts")
     assert _differences(record(result=None, failure=failure), POINTS, CALM) == ["the run failed: too many restarts"]
+
+
+def test_a_fault_was_noticed_before_the_next_step_however_late_anybody_looked() -> None:
+    step = Event(kind="step", time=1.9, token=2, step=25)
+    seen = watched(record(), STARTED, attempt(2, 24, "memory"), step)
+    for changed_at, seconds in ((1.75, 0.25), (3.0, 0.4)):
+        seen.first_token_change = lambda token, at=changed_at: at
+        found = _times(seen, struck(WorkerKilled()))
+        assert (round(found["detect_seconds"] or 0, 3), round(found["next_step_seconds"] or 0, 3)) == (seconds, 0.4)
+
+
+def test_a_run_that_was_over_before_it_was_struck_is_done_again() -> None:
+    for num_missed, bits_equal, expected in ((1, True, 2), (NUM_TRIES, True, NUM_TRIES), (NUM_TRIES, False, 1)):
+        tries: list[Struck] = []
+
+        def try_it(*_: Any, number: int = num_missed, equal: bool = bits_equal, tries: list[Struck] = tries) -> Any:
+            tries.append(struck(WorkerKilled()))
+            tries[-1].maybe_at = None if len(tries) <= number else 1.5
+            return tries[-1], SimpleNamespace(bits_equal=equal)
+
+        _Drill._suffer(SimpleNamespace(_struck_run=try_it), None, "worker-killed", None, "")  # type: ignore[arg-type]
+        assert len(tries) == expected

@@ -147,7 +147,7 @@ def parameters() -> st.SearchStrategy[Parameters]:
 
 
 @given(p=parameters(), seed=st.integers(0, 2**32 - 1))
-@settings(derandomize=True, max_examples=100, deadline=None)
+@settings(derandomize=True, max_examples=100)
 def test_every_nanosecond_is_booked_to_one_part(p: Parameters, seed: int) -> None:
     done = simulate(p, horizon_seconds=HOUR_SECONDS, seed=seed)
     assert done.wall == HOUR_SECONDS * NANOSECONDS
@@ -183,7 +183,7 @@ WORSE: dict[str, Callable[[float], float]] = {
 
 @pytest.mark.parametrize("name", WORSE)
 @given(p=parameters())
-@settings(derandomize=True, max_examples=25, deadline=None)
+@settings(derandomize=True, max_examples=25)
 def test_the_estimate_falls_with_every_worse_machine(name: str, p: Parameters) -> None:
     """The last falls only where a reload costs more than the repair that it takes the place of."""
     if name == "all_copies_lost_probability":

@@ -196,11 +196,11 @@ def test_an_update_that_does_not_end_leaves_nothing(slots: Slots, monkeypatch: p
     def update() -> None:
         with handover.update():
             begun.set()
-            ended.wait(30)
+            ended.wait(120)
 
     thread = threading.Thread(target=update)
     thread.start()
-    assert begun.wait(30)
+    assert begun.wait(120)
     handover.leave()
     assert slots.newest("k", 0) is None
     ended.set()
@@ -280,11 +280,11 @@ def test_nothing_changes_while_another_thread_copies(
     CALLS[0] = is_under_way.set
     leaving = threading.Thread(target=trainer.handover.leave)
     leaving.start()
-    assert copy.has_begun.wait(30)
+    assert copy.has_begun.wait(120)
     with exact_arithmetic():
         trainer.train_step() if next_thing == "a step" else trainer.validate(max_samples=None)
     CALLS[0] = lambda: None
-    leaving.join(30)
+    leaving.join(120)
     memory = slots.newest("k", 0)
     assert memory is not None
     assert memory.step == 2
@@ -297,16 +297,16 @@ def test_two_threads_that_leave_write_once_and_both_wait_for_it(slots: Slots, mo
     handover = Handover(slots, run_key="k", generation=0)
     handover.keep(lambda: (3, {}))
     go_on = threading.Event()
-    copy = SlowCopy(monkeypatch, lambda: go_on.wait(30))
+    copy = SlowCopy(monkeypatch, lambda: go_on.wait(120))
     first, second = (threading.Thread(target=handover.leave) for _ in range(2))
     first.start()
-    assert copy.has_begun.wait(30)
+    assert copy.has_begun.wait(120)
     second.start()
     second.join(0.1)
     assert second.is_alive(), "the process must not end before the copy is whole"
     go_on.set()
-    first.join(30)
-    second.join(30)
+    first.join(120)
+    second.join(120)
     assert copy.num_whole == 1
     assert slots.newest("k", 0) is not None
     with handover.update():

@@ -8,6 +8,7 @@ import time
 import pytest
 
 from tests.waiting import wait_until
+from training.data import lease as lease_module
 from training.data.activity import activity_key
 from training.data.lease import LEASE_SECONDS, MARGIN, collecting, writing
 from training.errors import InfrastructureError, UserError
@@ -34,7 +35,7 @@ def test_a_writer_waits_until_garbage_is_collected(store: Store, caplog: pytest.
     entered: list[list[str]] = []
 
     def write() -> None:
-        with writing(store, "d", seconds=2.0):
+        with writing(store, "d"):
             entered.append(holders(store))
 
     writer = threading.Thread(target=write)
@@ -60,14 +61,23 @@ def a_collector_enters(store: Store) -> bool:
 
 
 def test_the_dead_block_nobody_for_long(store: Store) -> None:
-    store.create_versioned(activity_key("d"), {"format": 1, "holders": {"writer-dead": time.time() + 1.0}})
-
+    key = activity_key("d")
+    store.create_versioned(key, {"format": 1, "holders": {"writer-dead": time.time() + LEASE_SECONDS}})
     assert not a_collector_enters(store)
+    soon = {"format": 1, "holders": {"writer-dead": time.time() + 0.5}}
+    assert store.replace_versioned(key, soon, read=store.read_versioned(key))
     wait_until(lambda: a_collector_enters(store), what="the dead writer's claim to lapse")
 
 
+@pytest.fixture
+def quick_renewals(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of claims that last as long as ever: no pause of this machine makes them lapse."""
+    monkeypatch.setattr(lease_module, "RENEWALS", LEASE_SECONDS / 0.1)
+
+
+@pytest.mark.usefixtures("quick_renewals")
 def test_a_claim_is_renewed_while_it_is_held(store: Store) -> None:
-    with writing(store, "d", seconds=6.0) as lease:
+    with writing(store, "d") as lease:
         first = store.read_versioned(activity_key("d")).document["holders"]
         renewed = wait_until(
             lambda: store.read_versioned(activity_key("d")).document["holders"] != first, what="a renewal"
@@ -76,16 +86,32 @@ def test_a_claim_is_renewed_while_it_is_held(store: Store) -> None:
         wait_until(lambda: lease.is_sure, what="the claim to be sure")
 
 
+class Later:
+    """Both clocks, so many seconds on."""
+
+    CLOCK_BOOTTIME = time.CLOCK_BOOTTIME
+
+    def __init__(self, seconds: float) -> None:
+        self._seconds = seconds
+
+    def time(self) -> float:
+        return time.time() + self._seconds
+
+    def clock_gettime(self, clock: int) -> float:
+        return time.clock_gettime(clock) + self._seconds
+
+
 def test_a_writer_that_was_away_too_long_is_told(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     """As if the process had been stopped: its renewals did not happen, and a collector took over."""
     monkeypatch.setattr("training.data.lease.Lease._renew_for_ever", lambda self: None)
-    with writing(store, "d", seconds=0.5) as lease:
+    with writing(store, "d") as lease:
         lease.require_sure()
-        wait_until(lambda: not lease.is_sure, what="the claim to lapse")
+        assert not a_collector_enters(store)
+        monkeypatch.setattr(lease_module, "time", Later(2 * LEASE_SECONDS))
         with pytest.raises(InfrastructureError, match="was away for so long"):
             lease.require_sure()
 
-        wait_until(lambda: a_collector_enters(store), what="a collector to enter")
+        assert a_collector_enters(store)
         with pytest.raises(InfrastructureError, match="has lapsed"):
             lease.renew()
 
@@ -103,6 +129,7 @@ def test_what_happened_before_is_not_hidden_by_a_store_that_is_away(
         pass  # nor is what was done undone by it
 
 
+@pytest.mark.usefixtures("quick_renewals")
 def test_renewals_go_on_after_the_store_was_away(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[int] = []
     real = Store.replace_versioned
@@ -114,6 +141,6 @@ def test_renewals_go_on_after_the_store_was_away(store: Store, monkeypatch: pyte
         return real(self, *args, **kwargs)  # type: ignore[arg-type]
 
     monkeypatch.setattr(Store, "replace_versioned", sometimes)
-    with writing(store, "d", seconds=6.0) as lease:
+    with writing(store, "d") as lease:
         wait_until(lambda: len(calls) >= 5 and lease.is_sure, what="a renewal after two failures")
         assert holders(store) == ["writer"]

@@ -12,21 +12,23 @@ import torch
 
 from tasks.lifecycle.champion import Entry
 from tasks.lifecycle.model_file import KeptVersion
-from tasks.lineage.facts import Code, Gate, Lineage
+from tasks.lineage.facts import Code, Gate, Lineage, Training
 from tasks.lineage.gather import _gate, decision_key
 from tasks.lineage.replay import Window, compare, parse_window
-from tasks.lineage.tree import MAX_DESCRIPTION_CHARACTERS, Node, markdown, terminal_lines, tree_of
-from tasks.lineage.verify import LineageError, first_difference
+from tasks.lineage.tree import MAX_DESCRIPTION_CHARACTERS, Node, _training, markdown, terminal_lines, tree_of
+from tasks.lineage.verify import LineageError, exactness, first_difference
 from tasks.provenance import Reproduced, Start, keep_start, start_of, starts_of
 from tasks.registry import GATE_TAG
 from tests.unit.champions import SIGNATURE
-from tests.unit.tiny import Tiny, exact_arithmetic, make_trainer, tiny_preset
+from tests.unit.tiny import Tiny, exact_arithmetic, make_trainer, stale_preset, tiny_preset
+from training.config import Preset
 from training.documents import canonical_json, sha256_hex
 from training.errors import DamagedError, UserError
 from training.loop import DIGEST_BYTES_PER_STEP, digest_period
-from training.replay import Replayed
+from training.replay import Replayed, begin_replay
 from training.runs.identity import find_identity, identity_key, keep_identity, source_file
-from training.runs.record import run_key
+from training.runs.job import Job
+from training.runs.record import Record, run_key
 from training.s3.objectstore import Store
 
 KEPT = KeptVersion(
@@ -176,6 +178,35 @@ def test_how_often_weights_are_digested() -> None:
     assert digest_period(replace(train, digest_every_steps=0), 1000) == 0
     assert digest_period(replace(train, digest_every_steps=7), 1 << 40) == 7
     assert digest_period(replace(train, mode="fast", digest_every_steps=7), 1000) == 0
+    assert digest_period(stale_preset().train, 1000) == 0
+
+
+@pytest.mark.parametrize(
+    ("preset", "setting"), [(tiny_preset(mode="fast"), "train.mode = 'fast'"), (stale_preset(), "train.staleness = 2")]
+)
+def test_what_is_not_exact_is_not_replayed(preset: Preset, setting: str, store: Store) -> None:
+    job = Job(key="k", generation=0, preset=preset, dataset_digest="d", location=store.location)
+    with pytest.raises(UserError, match=f"trained with {setting}, which promises no bits"):
+        begin_replay(job, Record(key="k"), first=1)
+    assert [(one.is_whole, one.note) for one in exactness(job)] == [
+        (False, f"{setting}: done again, it gives another result")
+    ]
+    training = Training(
+        run_key="k",
+        generation=0,
+        steps=6,
+        state_sha256="s",
+        environment={},
+        attempts=(),
+        departures=(),
+        checkpoints=(),
+        quarantined=(),
+        inexact=preset.train.maybe_inexact,
+        initial=None,
+        continued=None,
+        preset=preset.to_json(),
+    )
+    assert f"not exact ({setting}): done again, it gives another result" in markdown(_training(training))
 
 
 def test_the_digest_of_the_weights_is_told_when_due_and_follows_every_bit() -> None:

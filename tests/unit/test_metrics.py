@@ -143,10 +143,10 @@ def test_metrics_are_served_on_the_usual_port_or_on_another() -> None:
             port = server.sockets[0].getsockname()[1]
             assert port != taken.getsockname()[1]
         get = urllib.request.urlopen
-        reply = await asyncio.to_thread(get, f"http://127.0.0.1:{port}/metrics", timeout=5)
+        reply = await asyncio.to_thread(get, f"http://127.0.0.1:{port}/metrics", timeout=120)
         assert reply.read() == b"unbroken_x{} 1\n"
         with pytest.raises(urllib.error.HTTPError, match="404"):
-            await asyncio.to_thread(get, f"http://127.0.0.1:{port}/", timeout=5)
+            await asyncio.to_thread(get, f"http://127.0.0.1:{port}/", timeout=120)
         _, writer = await asyncio.open_connection("127.0.0.1", port)
         writer.close()  # who hangs up is no trouble
         server.close()
@@ -157,7 +157,7 @@ def test_metrics_are_served_on_the_usual_port_or_on_another() -> None:
 
 def test_counting_a_step_costs_next_to_nothing() -> None:
     """It is told once a second by another thread: what the training thread does is a few additions."""
-    figures, started = Figures(), time.perf_counter()
+    figures, started = Figures(), time.thread_time()
     for _ in range(1000):
         figures.numbers()
-    assert time.perf_counter() - started < 1.0, "a millisecond each, of each second, would be 0.1 %"
+    assert time.thread_time() - started < 1.0, "a millisecond each, of each second, would be 0.1 %"

@@ -111,6 +111,13 @@ def test_what_is_no_message_is_refused(message: Any) -> None:
         prefect_events(message, lambda run: [])
 
 
+@pytest.fixture(autouse=True)
+def _patience(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With servers that are threads of this process: none is away for being slow."""
+    for module in ("agents", "firing", "servers"):
+        monkeypatch.setattr(f"flows.monitor.{module}.ANSWER_SECONDS", 120.0)
+
+
 @contextmanager
 def serving(handler: type[BaseHTTPRequestHandler]) -> Iterator[str]:
     with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
@@ -257,7 +264,7 @@ def test_what_does_not_speak_http_does_not_answer() -> None:
         host, port = server.server_address
         url = f"http://{host!s}:{port}"
         with pytest.raises(OSError, match="does not speak HTTP"):
-            fetch(url, timeout=5)
+            fetch(url, timeout=120)
         assert not answers(url)
         assert ask_alertmanager(url) is None
         (node,) = ask_agents([Place(node=0, incarnation="i", address=str(host), port=1, metrics_port=port)])

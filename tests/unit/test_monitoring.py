@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -124,14 +125,24 @@ def alertmanager(folder: Path) -> Iterator[str]:
 
 
 def left_to_tell(url: str, alerts: Sequence[Mapping[str, str]]) -> list[str]:
-    """The names of those that are not inhibited, once all are there. Then all are over."""
-    now = datetime.now(UTC)
+    """The names of those that are not inhibited, once all are there. Then all are over.
+
+    Who inhibits is noted beside, one alert after another: once the last inhibits the first, all have been.
+    """
+    now, run = datetime.now(UTC), f"last {os.urandom(4).hex()}"
+    first, last = ({"alertname": name, "run": run} for name in ("Straggler", "Stalled"))
+    alerts = [first, *alerts, last]
     _post(url, [{"labels": labels, "startsAt": now.isoformat()} for labels in alerts])
     assert len(_get(url)) == len(alerts)
-    left = _get(f"{url}?inhibited=false")
+    wait_until(lambda: first not in _labels_left(url), what="the last alert to be noted")
+    left = [labels for labels in _labels_left(url) if labels.get("run") != run]
     _post(url, [{"labels": labels, "startsAt": now.isoformat(), "endsAt": now.isoformat()} for labels in alerts])
     wait_until(lambda: not _get(url), what="the alerts to be over")
-    return sorted(f"{each['labels']['alertname']} {each['labels'].get('run', '')}" for each in left)
+    return sorted(f"{labels['alertname']} {labels.get('run', '')}" for labels in left)
+
+
+def _labels_left(url: str) -> list[dict[str, str]]:
+    return [each["labels"] for each in _get(f"{url}?inhibited=false")]
 
 
 def _get(url: str) -> Any:

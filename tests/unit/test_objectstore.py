@@ -29,7 +29,7 @@ def race(keys: Sequence[str], attempt: Callable[[str, int], bool]) -> dict[str, 
     barrier = Barrier(len(starters))
 
     def run(starter: tuple[str, int]) -> bool:
-        barrier.wait(timeout=30)
+        barrier.wait(timeout=120)
         return attempt(*starter)
 
     with ThreadPoolExecutor(len(starters)) as pool:

@@ -41,7 +41,7 @@ def orders(draw: st.DrawFn) -> Order:
 
 
 @given(order=orders())
-@settings(derandomize=True, max_examples=200, deadline=None)
+@settings(derandomize=True, max_examples=200)
 def test_each_epoch_uses_each_sample_once(order: Order) -> None:
     """Also where a batch crosses an epoch, and where an epoch is smaller than a batch."""
     found = sequence(order, 3)
@@ -51,7 +51,7 @@ def test_each_epoch_uses_each_sample_once(order: Order) -> None:
 
 
 @given(order=orders(), step=st.integers(0, 40), num_steps=st.integers(1, 40))
-@settings(derandomize=True, max_examples=100, deadline=None)
+@settings(derandomize=True, max_examples=100)
 def test_a_stretch_is_the_same_however_it_is_cut(order: Order, step: int, num_steps: int) -> None:
     for worker in range(order.virtual_workers):
         whole, epochs = order.samples(worker, step=step, num_steps=num_steps)
@@ -61,7 +61,7 @@ def test_a_stretch_is_the_same_however_it_is_cut(order: Order, step: int, num_st
 
 
 @given(order=orders(), world_size=st.integers(1, 8), step=st.integers(0, 100))
-@settings(derandomize=True, max_examples=100, deadline=None)
+@settings(derandomize=True, max_examples=100)
 def test_batches_are_the_same_for_any_number_of_ranks(order: Order, world_size: int, step: int) -> None:
     """And every rank does the same number of steps: there is one microbatch per virtual worker in each."""
     ranks = [owned_range(rank, world_size, order.virtual_workers) for rank in range(world_size)]
@@ -71,7 +71,7 @@ def test_batches_are_the_same_for_any_number_of_ranks(order: Order, world_size: 
 
 
 @given(order=orders(), step=st.integers(0, 60))
-@settings(derandomize=True, max_examples=100, deadline=None)
+@settings(derandomize=True, max_examples=100)
 def test_shards_are_asked_for_before_they_are_read(order: Order, step: int) -> None:
     """The first sample of a step lies in a shard that was due; nobody asks for more than two windows."""
     for worker in range(order.virtual_workers):

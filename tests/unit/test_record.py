@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.unit.tiny import Tiny, tiny_preset
+from tests.unit.tiny import Tiny, stale_preset, tiny_preset
 from training.documents import canonical_json, parse
 from training.errors import DamagedError, FencedError, MissingError
 from training.runs.record import (
@@ -215,7 +215,7 @@ def test_no_concurrent_change_is_lost(run: RunRecord) -> None:
     barrier = threading.Barrier(num_threads)
 
     def change_often(node: int) -> None:
-        barrier.wait(timeout=30)
+        barrier.wait(timeout=120)
         for step in range(num_changes):
             mine = Departure(token=1, node=node, cause="c", step=step, class_name="Killed")
             run.update(lambda r, d=mine: replace(r, token=r.token + 1, departures=(*r.departures, d)))  # type: ignore[misc]
@@ -249,6 +249,16 @@ def test_the_run_key_is_a_function_of_what_decides_the_result() -> None:
     assert key(checkpoint_every_steps=3, keep_checkpoints=1) == base
     others = [key(recipe=Tiny(scale=2.0)), key(dataset="e"), key(weights="w"), key(steps=7), key(batch_size=25)]
     assert len({base, *others}) == 6
+
+
+def test_a_bound_of_staleness_is_part_of_the_run_key_and_servers_are_not() -> None:
+    keys = [
+        run_key(recipe=Tiny(), preset=preset, dataset_digest="d")
+        for preset in (tiny_preset(), stale_preset(staleness=0), stale_preset(staleness=1), stale_preset(staleness=2))
+    ]
+    assert keys[0] == keys[1]
+    assert len(set(keys)) == 3
+    assert "staleness" not in stale_preset(staleness=0).determining()["train"]
 
 
 def test_a_default_and_the_same_value_written_out_are_one_run() -> None:

@@ -112,7 +112,7 @@ def test_the_right_edge_is_folded_from_the_right() -> None:
 
 
 @given(groups, st.integers(0, 2**32))
-@settings(derandomize=True, max_examples=150, deadline=None)
+@settings(derandomize=True, max_examples=150)
 def test_the_sum_has_the_same_bits_on_any_number_of_ranks(group: tuple[int, int], seed: int) -> None:
     virtual_workers, world_size = group
     leaves = wild_leaves(virtual_workers, seed)

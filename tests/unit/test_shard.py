@@ -62,7 +62,7 @@ def test_wrong_ends_of_rows_are_damage(ends: list[int]) -> None:
     inner=st.lists(st.integers(1, 3), max_size=3),
     data=st.data(),
 )
-@settings(derandomize=True, max_examples=100, deadline=None)
+@settings(derandomize=True, max_examples=100)
 def test_round_trip_of_any_dtype_and_shape(rows: int, dtype: str, inner: list[int], data: st.DataObject) -> None:
     ids = data.draw(st.lists(st.text(max_size=5), min_size=rows, max_size=rows))
     column = np.arange(rows * int(np.prod(inner)), dtype=np.int64).reshape(rows, *inner).astype(dtype)

@@ -182,7 +182,8 @@ def test_result_that_points_at_an_older_checkpoint_is_refused(store: Store, use:
     early, last = group.save(2), group.save(4)
     honest = trust.signed_result("runs/k/0/", Result(step=4, weights_sha256="w", state_sha256="s", checkpoint=last))
     assert trust.trusted_result(run, run.update(lambda r: with_result(r, honest, token=1))) == honest
-    for wrong in (replace(honest, step=2, checkpoint=early), replace(honest, signature=None)):
+    inexact = replace(honest, inexact="train.staleness = 2")
+    for wrong in (replace(honest, step=2, checkpoint=early), inexact, replace(honest, signature=None)):
         record = run.update(lambda r, wrong=wrong: with_result(r, wrong, token=1))  # type: ignore[misc]
         with pytest.raises(UntrustedError, match=r"the result in s3://.*/runs/k/record.json carries"):
             trust.trusted_result(run, record)

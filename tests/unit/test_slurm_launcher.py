@@ -50,13 +50,13 @@ def state(launcher: SlurmLauncher) -> JobState | None:
 
 
 def test_an_array_is_cancelled_by_its_last_owner_or_for_all(launcher: SlurmLauncher, tmp_path: Path) -> None:
-    assert not launcher.cancel(KEY, by="one")
+    assert not launcher.cancel(KEY, by={"one"})
     assert launcher.jobs() == {KEY: ("one", "two")}, "whether the other lives, others know"
     assert launcher.cancel(KEY)
     assert (state(launcher), (tmp_path / "queue").read_text()) == (None, "")
     change_claim(launcher._store, KEY, lambda _: Claim(job_id="8", owners=("one",)))
     begin(launcher, tmp_path, job_id="8")
-    assert launcher.cancel(KEY, by="one")
+    assert launcher.cancel(KEY, by={"one"})
     assert (state(launcher), (tmp_path / "queue").read_text()) == (None, "")
 
 
@@ -68,7 +68,7 @@ def test_while_the_store_is_away_an_owner_ends_nothing_and_a_person_ends_all(
 
     monkeypatch.setattr(Store, "read_versioned", away)
     with pytest.raises(InfrastructureError, match="the store is away"):
-        launcher.cancel(KEY, by="one")
+        launcher.cancel(KEY, by={"one"})
     assert (tmp_path / "queue").read_text()
     with pytest.raises(InfrastructureError, match="the store is away"):
         launcher.cancel(KEY)

@@ -111,7 +111,7 @@ def test_files_are_cut_into_partitions_of_about_a_size() -> None:
 
 
 @given(names=st.sets(st.text("abcdef", min_size=1, max_size=6), min_size=2, max_size=120), data=st.data())
-@settings(derandomize=True, max_examples=100, deadline=None)
+@settings(derandomize=True, max_examples=100)
 def test_another_file_changes_the_partition_that_it_falls_into_alone(names: set[str], data: st.DataObject) -> None:
     """Or, if that was cut at its greatest size, those up to the next cut by name."""
     added = data.draw(st.sampled_from(sorted(names)))

@@ -6,7 +6,8 @@ from collections.abc import Mapping
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.optim import LBFGS, Optimizer
 
 from tests.unit.tiny import CPU, Tiny, exact_arithmetic, make_trainer
 from training import tensorfile
@@ -15,7 +16,7 @@ from training.checkpoints.state import TrainState, tensors_sha256
 from training.documents import canonical_json
 from training.errors import DamagedError, DeterministicError
 from training.loop import Trainer
-from training.tensorfile import Place
+from training.tensorfile import Layout, Place
 
 ENTRIES = (
     "model.norm.bias",
@@ -93,14 +94,18 @@ def test_without_any_one_entry_a_resumed_run_differs_or_is_refused(missing: str)
     assert digest != trained(5).state.state_sha256()
 
 
-def test_a_state_that_was_put_into_its_places_is_not_copied() -> None:
-    """Weights lie where they did, what the optimizer keeps where it was put; and all goes on with the same bits."""
-    tensors, trainer = copied(trained(2).state), make_trainer()
+def layout_of(tensors: Mapping[str, Tensor]) -> Layout:
     image = Image(tensors)
     file = bytearray(image.num_bytes)
     image.write(memoryview(file))
+    return tensorfile.layout(tensorfile.head(lambda start, stop: memoryview(file)[start:stop]))
+
+
+def test_a_state_that_was_put_into_its_places_is_not_copied() -> None:
+    """Weights lie where they did, what the optimizer keeps where it was put; and all goes on with the same bits."""
+    tensors, trainer = copied(trained(2).state), make_trainer()
     before = {name: tensor.data_ptr() for name, tensor in trainer.state.tensors().items()}
-    places = trainer.state.places(tensorfile.layout(tensorfile.head(lambda start, stop: memoryview(file)[start:stop])))
+    places = trainer.state.places(layout_of(tensors))
     for name, tensor in tensors.items():
         places[name].copy_(tensor)
     trainer.state.load(places, step=2, may_keep=True)
@@ -120,6 +125,34 @@ def test_what_does_not_lie_as_in_the_file_is_no_place_for_it(place: Tensor, monk
     found = state.places(layout)["model.weight"]
     assert (found.dtype, tuple(found.shape), found.is_contiguous()) == (torch.float32, (3, 4), True)
     assert found.data_ptr() != place.data_ptr()
+
+
+def test_who_made_room_puts_what_the_optimizer_keeps_there_and_goes_on_with_the_same_bits() -> None:
+    tensors, trainer = copied(trained(2).state), make_trainer()
+    untouched = trainer.state.state_sha256()
+    trainer.state.make_room(trainer.recipe)
+    assert trainer.state.state_sha256() == untouched
+    room = {name: tensor.data_ptr() for name, tensor in trainer.state._room.items()}
+    assert set(room) == set(OPTIMIZER_ENTRIES)
+    places = trainer.state.places(layout_of(tensors))
+    assert {name: places[name].data_ptr() for name in room} == room
+    for name, tensor in tensors.items():
+        places[name].copy_(tensor)
+    trainer.state.load(places, step=2, may_keep=True)
+    with exact_arithmetic():
+        while trainer.state.step < 5:
+            trainer.train_step()
+    assert trainer.state.state_sha256() == trained(5).state.state_sha256()
+
+
+def test_an_optimizer_that_cannot_make_a_step_just_so_makes_no_room() -> None:
+    class Asking(Tiny):
+        def optimizer(self, model: nn.Module) -> Optimizer:
+            return LBFGS(model.parameters())
+
+    state = TrainState(Asking(), seed=1, device=CPU)
+    state.make_room(Asking())
+    assert state._room == {}
 
 
 def test_without_the_position_a_resumed_run_differs() -> None:

@@ -19,6 +19,7 @@ import psutil
 import pytest
 import torch
 
+from tests.shared_memory import names_mapped_by
 from tests.unit.data_source import data_config, local_source, write_csv
 from tests.unit.reading import make_reader
 from tests.unit.tiny import Tiny, tiny_preset
@@ -97,9 +98,11 @@ def test_how_far_ahead_it_reads_changes_nothing(
 
 def test_processes_give_the_same_and_end_with_the_stream(store: Store, preset: Preset, manifest: Manifest) -> None:
     """Three processes, among whom four virtual workers do not divide: one of them reads for two."""
+    before = set(psutil.Process().children(recursive=True))
     microbatches = feed_of(store, preset, manifest, 3).microbatches(workers=range(4), step=2)
     first = list(islice(microbatches, 5))
-    readers = [process for process in psutil.Process().children(recursive=True) if process.ppid() != os.getpid()]
+    begun = set(psutil.Process().children(recursive=True)) - before
+    readers = [process for process in begun if process.ppid() != os.getpid()]
     assert len(readers) == 3, "children of the fork server"
     assert places([*first, *microbatches]) == expected(store, preset, manifest, range(4), 2)
     _, alive = psutil.wait_procs(readers, timeout=120)
@@ -120,16 +123,17 @@ sys.stdin.read()
 
 def test_killed_rank_leaves_no_process_and_no_shared_memory(store: Store, preset: Preset, manifest: Manifest) -> None:
     feed = feed_of(store, preset, manifest, 2)
-    shared = set(os.listdir("/dev/shm"))
     command = [sys.executable, "-c", READ_AND_WAIT, json.dumps(asdict(feed))]
     rank = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     assert rank.stdout is not None
     children = json.loads(rank.stdout.readline())
     assert len(children) >= 3, "a fork server and two readers"
+    shared = names_mapped_by([rank.pid, *children])
+    assert shared, "as processes made by a fork server have"
     rank.kill()
     rank.communicate(timeout=240)
     wait_until(lambda: not any(psutil.pid_exists(pid) for pid in children), what="its children to die")
-    wait_until(lambda: set(os.listdir("/dev/shm")) <= shared, what="nothing new to be left in shared memory")
+    wait_until(lambda: not any(path.exists() for path in shared), what="nothing to be left in shared memory")
 
 
 @pytest.mark.parametrize("data_workers", [0, 2])

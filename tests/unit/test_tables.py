@@ -53,7 +53,7 @@ PIECES = st.lists(st.tuples(st.booleans(), st.integers(0, 130), st.integers(0, 5
 
 
 @given(pieces=st.dictionaries(st.sampled_from(["a", "ü/b.csv:12", ""]), PIECES), shard_bytes=st.integers(1, 5000))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_the_same_shards_however_samples_are_given(
     pieces: Mapping[str, Sequence[tuple[bool, int, int]]], shard_bytes: int
 ) -> None:

@@ -71,7 +71,7 @@ def new_places(layout: Layout) -> dict[str, Tensor]:
     return {name: torch.empty(place.shape, dtype=place.dtype) for name, place in layout.items()}
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(
     lengths=st.lists(st.integers(0, 40), max_size=6),
     chunk_bytes=st.integers(1, 50),

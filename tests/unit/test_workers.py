@@ -12,12 +12,14 @@ import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import pytest
 
 from tests.unit.tiny import tiny_preset
-from training.cluster.workers import Hand, Outcome, Workers
+from training.cluster.workers import Hand, Outcome, RankSight, Workers
 from training.control import EXIT_STOPPED, Channel, Order
 from training.errors import InfrastructureError
 from training.runs.job import Job
@@ -33,6 +35,29 @@ while not call.endswith(b"\\n"):
 """
 SAY = "agent.sendall(json.dumps({}).encode() + b'\\n')\n"
 OBEY = f"agent.recv(99)\nsys.exit({EXIT_STOPPED})\n"
+
+
+HANG_SECONDS, TICK_SECONDS = 8.0, 2.0
+
+
+@pytest.fixture(autouse=True)
+def _time_to_stop(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else who is slow to begin is killed before it has said what a test is about."""
+    monkeypatch.setattr("training.cluster.workers.STOP_SECONDS", 600.0)
+
+
+class Clock:
+    """The loop that the workers' agent runs in, but for its time: that goes on when a test says so."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._loop, self.now = loop, 0.0
+
+    def time(self) -> float:
+        self.now += 0.001
+        return self.now
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._loop, name)
 
 
 def say(**note: Any) -> str:
@@ -64,14 +89,14 @@ class Script:
 def outcome(
     *scripts: str,
     act: Callable[[Workers], None] = lambda workers: None,
-    hang_seconds: float = 60,
+    may_time_pass: Callable[[Sequence[RankSight]], bool] = lambda sights: False,
     before: Callable[[Workers], None] = lambda workers: None,
     then: Callable[[Workers], None] = lambda workers: None,
     later: Sequence[str] = (),
     may_stay: bool = False,
 ) -> Outcome:
     """Of a group of one node with these workers, and `then` a look at what is left. What is forked `later` does what is
-    written there; if nothing is, nothing can be forked.
+    written there; if nothing is, nothing can be forked. Who gives no sign of life is hung only as far as time may pass.
     """
     job = Job(
         key="k",
@@ -83,6 +108,7 @@ def outcome(
     object.__setattr__(job.preset.launch, "processes_per_node", len(scripts))
 
     async def follow() -> Outcome:
+        clock = Clock(asyncio.get_running_loop())
         ended: asyncio.Future[Outcome] = asyncio.get_running_loop().create_future()
         left = iter([*scripts, *later])
 
@@ -102,13 +128,16 @@ def outcome(
             on_end=ended.set_result,
             may_stay=may_stay,
         )
-        with socket.socket() as listener:
+        its_asyncio = SimpleNamespace(get_running_loop=lambda: clock)
+        with socket.socket() as listener, mock.patch("training.cluster.workers.asyncio", its_asyncio):
             before(workers)
             workers.begin(listener)
             act(workers)
-            async with asyncio.timeout(60):
+            async with asyncio.timeout(240):
                 while not ended.done():
-                    workers.kill_hung(asyncio.get_running_loop().time(), hang_seconds=hang_seconds)
+                    if may_time_pass(workers.sights(clock.now)):
+                        clock.now += TICK_SECONDS
+                    workers.kill_hung(clock.time(), hang_seconds=HANG_SECONDS)
                     with suppress(TimeoutError):
                         await asyncio.wait_for(asyncio.shield(ended), 0.02)
             then(workers)
@@ -165,7 +194,8 @@ def test_a_worker_that_does_not_stop_is_killed(monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_a_worker_without_a_sign_of_life_is_replaced() -> None:
-    found = outcome(say(event="began", step=5) + "signal.pause()\n", OBEY, hang_seconds=0.5)
+    silent = say(event="began", step=5) + "signal.pause()\n"
+    found = outcome(silent, OBEY, may_time_pass=lambda sights: sights[0].step == 5)
     assert found.maybe_departure is not None
     assert found.maybe_departure.class_name == "Hung"
     assert "no sign of life" in found.maybe_departure.cause
@@ -183,10 +213,15 @@ threading.Thread(target=beat, daemon=True).start()
 
 
 def test_who_does_not_come_to_the_end_of_a_step_is_hung_and_who_waits_is_not() -> None:
-    step = say(event="began", step=5) + "import time; time.sleep(0.02)\n" + say(event="step", step=6)
+    step = say(event="began", step=5) + say(event="step", step=6)
     stuck = step + BEATING.replace("IS_WAITING", "False") + "signal.pause()\n"
     waits = step + BEATING.replace("IS_WAITING", "True") + OBEY
-    found = outcome(waits, stuck, hang_seconds=0.8)
+
+    def both_have_beaten(sights: Sequence[RankSight]) -> bool:
+        """Since time passed."""
+        return all(sight.step == 6 and sight.silent_seconds < TICK_SECONDS for sight in sights)
+
+    found = outcome(waits, stuck, may_time_pass=both_have_beaten)
     assert found.maybe_departure is not None
     assert "does not come to the end of its step" in found.maybe_departure.cause
     assert found.maybe_departure.step == 6
@@ -254,7 +289,7 @@ def test_who_ended_while_nobody_needed_it_is_not_called() -> None:
     ours, theirs = socket.socketpair()
     gone = Hand(process=Script("", {"control_fd": theirs.fileno()}), channel=Channel(ours))
     gone.process.kill()
-    gone.process._process.wait(30)  # type: ignore[attr-defined]
+    gone.process._process.wait(120)  # type: ignore[attr-defined]
     done = say(event="step", step=6)
 
     def lend(workers: Workers) -> None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import numpy as np
@@ -145,6 +145,16 @@ def tiny_preset(*, steps: int = 6, **train: Any) -> Preset:
     )
 
 
+def stale_preset(*, staleness: int = 2, steps: int = 6, **train: Any) -> Preset:
+    """With servers; 0: the synchronous mode of the same."""
+    preset = tiny_preset(steps=steps, **train)
+    return replace(
+        preset,
+        train=replace(preset.train, strategy="parameter_server", staleness=staleness),
+        launch=replace(preset.launch, server_replicas=1),
+    )
+
+
 class NeverBusy:
     """A saver that saves nothing."""
 
@@ -165,10 +175,11 @@ def make_trainer(
     token: int = 1,
     handover: Handover | None = None,
     servers: Colocated | None = None,
+    kind: type[Trainer] = Trainer,
 ) -> Trainer:
     """A trainer that can step; with `run`, `saver` and `events` it can also resume, save and finish."""
     preset = preset or tiny_preset()
-    return Trainer(
+    return kind(
         preset=preset,
         recipe=recipe or Tiny(),
         feed=MemoryFeed(reader or tiny_reader(), preset),

@@ -21,7 +21,7 @@ def work(order: dict[str, Any]) -> int:
         source, target = order["copy_fds"]
         os.write(target, os.read(source, 100))
     if order.get("sleeps"):
-        time.sleep(120)
+        time.sleep(600)
     if order.get("raises"):
         raise RuntimeError("as ordered")
     if order.get("exits") is not None:

@@ -12,12 +12,13 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
+from typing import Protocol
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from training.arithmetic.reduce import Place, Subtree, TreeSum, fold, places, subtrees
+from training.arithmetic.reduce import Place, Subtree, TreeSum, fold, num_rows, places, subtrees
 from training.arithmetic.sparse import have_whole_gradients, tables_of
 from training.errors import UserError
 
@@ -70,7 +71,7 @@ class ExactReducer:
         Raises `UserError` if a parameter is not float32.
         """
         trained = [p for p in objective.parameters() if p.requires_grad]
-        _require_float32(trained)
+        require_float32(trained)
         if maybe_giving is None:
             have_whole_gradients(objective)
         tables = set(tables_of(objective))
@@ -80,14 +81,14 @@ class ExactReducer:
         self._virtual_workers = ranges[-1].stop
         self._places = places(self.owned)
         if maybe_giving is None:
-            group = _Group(ranges, rank, trained[0].device)
+            group = Group(ranges, rank, trained[0].device)
             planned = plan_buckets([p.numel() for p in parameters], bucket_bytes // 4)
         else:
-            group = _Group([self.owned], 0, trained[0].device)
+            group = Group([self.owned], 0, trained[0].device)
             planned = maybe_giving.buckets
         self._planned = planned
         self._buckets = [
-            _Bucket(
+            Bucket(
                 [parameters[n] for n in numbers], num_extras if numbers is planned[-1] else 0, group, self._when_full
             )
             for numbers in planned
@@ -95,7 +96,7 @@ class ExactReducer:
         ends = [bucket.exchange for bucket in self._buckets]
         if maybe_giving is not None:
             ends = [partial(maybe_giving.give, number) for number in range(len(planned))]
-        self._exchange = _Exchange(self._buckets, ends)
+        self._exchange = Exchange(self._buckets, ends)
         self._is_giving = maybe_giving is not None
 
     def forward(self, worker: int, batch: Mapping[str, Tensor]) -> Tensor:
@@ -149,16 +150,23 @@ class ExactReducer:
         self._buckets.clear()  # they and this hold one another, and garbage is seldom collected in a forked process
 
 
-class _Group:
+class Group:
     """The ranks, and which subtrees each of them adds up."""
 
-    def __init__(self, ranges: Sequence[range], rank: int, device: torch.device) -> None:
+    def __init__(
+        self,
+        ranges: Sequence[range],
+        rank: int,
+        device: torch.device,
+        maybe_processes: dist.ProcessGroup | None = None,
+    ) -> None:
+        """`rank` is this one's among `maybe_processes`, which are all unless it says which."""
+        self._maybe_processes = maybe_processes
         self.world_size = len(ranges)
         self.device = device
         self.plans = [subtrees(owned) for owned in ranges]
         self.own_plan = self.plans[rank]
-        self.num_rows = max((n + max(1, subtree.level) for n, subtree in enumerate(self.own_plan)), default=1)
-        """Of sums at a time: the subtrees before, and those on the way in this one."""
+        self.num_rows = num_rows(self.own_plan)
         self.is_pair = [len(plan) for plan in self.plans] == [1, 1]
         """The root has two terms, and a + b is b + a to the last bit: any all-reduce adds them up as the tree does."""
         self.is_in_place = self.world_size == 1 or self.is_pair
@@ -172,19 +180,20 @@ class _Group:
             fold(everybody, rows.unbind())  # adds into the first, which is `flat`, as it is for a pair
             return
         if self.is_pair:
-            dist.all_reduce(flat)
+            dist.all_reduce(flat, group=self._maybe_processes)
             return
         send = rows.view(len(rows), self.world_size, slice_size).transpose(0, 1).reshape(-1)
         counts = [len(plan) * slice_size for plan in self.plans]
-        dist.all_to_all_single(received, send, counts, [len(rows) * slice_size] * self.world_size)
-        dist.all_gather_single(flat, fold(everybody, torch.split(received, slice_size)))
+        own_counts = [len(rows) * slice_size] * self.world_size
+        dist.all_to_all_single(received, send, counts, own_counts, group=self._maybe_processes)
+        dist.all_gather_single(flat, fold(everybody, torch.split(received, slice_size)), group=self._maybe_processes)
 
 
-class _Bucket:
+class Bucket:
     """Some parameters: their gradients added up along the tree as they come, then the sum over all ranks."""
 
     def __init__(
-        self, parameters: Sequence[Tensor], num_extras: int, group: _Group, when_full: Callable[[], None]
+        self, parameters: Sequence[Tensor], num_extras: int, group: Group, when_full: Callable[[], None]
     ) -> None:
         self.is_full = False
         self._when_full = when_full
@@ -293,11 +302,17 @@ class _Bucket:
         return self._flat_views[-1]
 
 
-class _Exchange:
+class Filled(Protocol):
+    """A bucket, as `Exchange` sees it."""
+
+    is_full: bool
+
+
+class Exchange:
     """A thread that does the `ends` of full buckets in their order, which is the same on all ranks, whichever is full
     first."""
 
-    def __init__(self, buckets: Sequence[_Bucket], ends: list[Callable[[], None]]) -> None:
+    def __init__(self, buckets: Sequence[Filled], ends: list[Callable[[], None]]) -> None:
         self._buckets = buckets
         self._ends = ends
         self._started: list[Future[None]] = []
@@ -330,7 +345,7 @@ def _end_after(maybe_before: Future[None] | None, end: Callable[[], None]) -> No
     end()
 
 
-def _require_float32(parameters: Sequence[Tensor]) -> None:
+def require_float32(parameters: Sequence[Tensor]) -> None:
     wrong = [p.dtype for p in parameters if p.dtype != torch.float32]
     if wrong:
         raise UserError(f"the recipe's model has parameters of {wrong[0]}; exact mode needs float32")

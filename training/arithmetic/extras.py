@@ -57,9 +57,10 @@ class Extras:
         no floats: a byte of these is a number here."""
         self._num_words = num_words
         self._buffers = Buffers(model)
-        self._num_changes = self._buffers.num_float_elements
+        self.num_changes = self._buffers.num_float_elements
+        """The first numbers: of float buffers."""
         self._num_counters = len(self._buffers.counters()) if with_counters else 0
-        self.num_elements = self._num_changes + 1 + num_words + self._num_counters + ledger.NUM_ENTRIES
+        self.num_elements = self.num_changes + 1 + num_words + self._num_counters + ledger.NUM_ENTRIES
         self._before: list[Tensor] | None = None
 
     def hold(self) -> None:
@@ -102,15 +103,15 @@ class Extras:
     def said(self, words: Sequence[float]) -> Tensor:
         """What a rank has to say that has no virtual worker, shape [num_elements]."""
         found = torch.zeros(self.num_elements)
-        start = self._num_changes + 1
+        start = self.num_changes + 1
         found[start : start + len(words)] = torch.tensor(words)
         return found
 
     def hand_out(self, mean: Tensor) -> float:
         """Put the new buffers where they belong; returns the mean loss."""
         assert self._before is not None
-        self._buffers.add_mean(self._before, mean[: self._num_changes])
-        return float(mean[self._num_changes])
+        self._buffers.add_mean(self._before, mean[: self.num_changes])
+        return float(mean[self.num_changes])
 
     def take_counters(self, total: Tensor) -> None:
         """From the sum over all virtual workers: the buffers that are no floats become what they are elsewhere."""
@@ -127,7 +128,7 @@ class Extras:
         return self._words(total)[NUM_CONTROL_WORDS:]
 
     def _words(self, total: Tensor) -> list[float]:
-        start = self._num_changes + 1
+        start = self.num_changes + 1
         words: list[float] = total[start : start + self._num_words].tolist()
         return words
 

@@ -23,11 +23,11 @@ class Objective(nn.Module):
         self.recipe = recipe
         self.model = model
         self.precision = precision
+        self._device_type = next(model.parameters(), torch.empty(0)).device.type
 
     def forward(self, batch: Mapping[str, Tensor]) -> Tensor:
         """A scalar."""
-        device = next(self.model.parameters()).device.type
-        with torch.autocast(device, dtype=torch.bfloat16, enabled=self.precision == "bfloat16"):
+        with torch.autocast(self._device_type, dtype=torch.bfloat16, enabled=self.precision == "bfloat16"):
             loss: object = self.recipe.loss(self.model, batch)
         if not isinstance(loss, Tensor) or loss.numel() != 1 or not loss.requires_grad:
             raise DeterministicError(

@@ -70,6 +70,11 @@ def subtrees(leaves: range) -> list[Subtree]:
     return found
 
 
+def num_rows(plan: Iterable[Subtree]) -> int:
+    """Of sums at a time, where a rank adds up these: the subtrees before, and those on the way in this one."""
+    return max((number + max(1, subtree.level) for number, subtree in enumerate(plan)), default=1)
+
+
 def places(leaves: range) -> dict[int, Place]:
     """Each leaf of a rank, and its place."""
     return {

@@ -56,7 +56,10 @@ def what_is_signed(record: Record) -> tuple[object, ...]:
 
 
 def _content(prefix: str, signed: CheckpointRef | Result) -> dict[str, Any]:
-    return {**asdict(signed), "signature": None, "prefix": prefix}
+    content = {**asdict(signed), "signature": None, "prefix": prefix}
+    if content.get("inexact", "") is None:
+        del content["inexact"]  # an exact result is signed as ever
+    return content
 
 
 def _remedy(prefix: str) -> str:

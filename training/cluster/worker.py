@@ -41,6 +41,8 @@ class WorkerOrder:
     local_rank: int
     may_stay: bool = False
     """Between two groups, if the training can."""
+    is_spare: bool = False
+    """It waits until another one dies, and has time to make ready for that."""
     control_fd: int = -1
     """This worker's end of the socket between it and its agent (training.control)."""
     slot_fd_0: int = -1
@@ -87,6 +89,8 @@ class _Worker:
         from training.rank import prepare, train
 
         kit = prepare(Job.from_json(self._order.job), local_rank=self._order.local_rank)
+        if self._order.is_spare and kit.maybe_state is not None:
+            kit.maybe_state.make_room(kit.recipe)
         may_stay = self._order.may_stay and kit.may_stay
         self._maybe_kit = kit if may_stay else None
         while True:

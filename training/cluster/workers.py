@@ -76,10 +76,12 @@ class Hand:
         self.channel.end.close()
 
 
-def fork(start: Start, job: Job, local_rank: int, slots: SlotDescriptors, *, may_stay: bool) -> Hand:
+def fork(
+    start: Start, job: Job, local_rank: int, slots: SlotDescriptors, *, may_stay: bool, is_spare: bool = False
+) -> Hand:
     """A process that makes itself ready to be called. Raises `InfrastructureError`."""
     ours, theirs = socket.socketpair()
-    order = WorkerOrder(job=job.to_json(), local_rank=local_rank, may_stay=may_stay)
+    order = WorkerOrder(job=job.to_json(), local_rank=local_rank, may_stay=may_stay, is_spare=is_spare)
     with theirs:
         descriptors = {"control_fd": theirs.fileno()} | dict(zip(SLOT_FIELDS, slots, strict=True))
         return Hand(process=start(asdict(order), descriptors), channel=Channel(ours))
@@ -171,8 +173,9 @@ class Workers:
             with suppress(OSError):  # it is gone, and buried soon
                 hand.channel.send(Order(do="join", maybe_call=call), *[listener.fileno()][: call.is_host])
 
-    def _fork(self, local_rank: int) -> Hand:
-        return fork(self.start, self.job, local_rank, self.slots[local_rank], may_stay=self.may_stay)
+    def _fork(self, local_rank: int, *, is_spare: bool = False) -> Hand:
+        slots = self.slots[local_rank]
+        return fork(self.start, self.job, local_rank, slots, may_stay=self.may_stay, is_spare=is_spare)
 
     def _call(self, local_rank: int) -> Call:
         first, per_node = self.record.members[0], self.job.preset.launch.processes_per_node
@@ -283,7 +286,7 @@ class Workers:
         """Once there is nothing more urgent to do."""
         if self.may_stay and self.job.preset.launch.keep_spares and local_rank not in self.spares:
             with suppress(InfrastructureError):  # then there is none
-                self.spares[local_rank] = self._fork(local_rank)
+                self.spares[local_rank] = self._fork(local_rank, is_spare=True)
 
     def _look_whether_all_are_out(self) -> None:
         if not any(worker.is_in for worker in self._workers):

@@ -23,6 +23,8 @@ from training.errors import InfrastructureError, UnbrokenError, UserError
 from training.s3.objectstore import Store
 
 LEASE_SECONDS = 600.0
+RENEWALS = 4
+"""So often is a claim renewed before it would lapse."""
 WAIT_SECONDS = 0.25
 MARGIN = 0.1
 """Share of a lease that is given up at its end by this process, and added by all others: together, what the clocks of
@@ -105,7 +107,7 @@ class Lease:
         self._sure_until = asked + self._seconds
 
     def _renew_for_ever(self) -> None:
-        while not self._stopped.wait(self._seconds / 4):
+        while not self._stopped.wait(self._seconds / RENEWALS):
             with suppress(UnbrokenError):  # `is_sure` tells, should it last
                 self.renew()
 

@@ -59,13 +59,19 @@ class Explainer:
     ) -> DeterministicError | RuntimeError:
         """What all ranks found wrong at once: whether it is one of these virtual workers'. Collective: who finds
         nothing waits for who does."""
-        found = (
-            self.of_worker(error, worker, self._samples_of(worker, state.step), state, extras) for worker in workers
-        )
-        first = next((one for one in found if one is not None), error)
+        first = self.of_workers(error, workers, state, extras)
         with self._handover.waiting():
             of_all_ranks(torch.zeros(1))
         return first
+
+    def of_workers(
+        self, error: DeterministicError, workers: Sequence[int], state: TrainState, extras: Extras
+    ) -> DeterministicError | RuntimeError:
+        """What is wrong with one of these virtual workers, or the error."""
+        found = (
+            self.of_worker(error, worker, self._samples_of(worker, state.step), state, extras) for worker in workers
+        )
+        return next((one for one in found if one is not None), error)
 
     def _samples_of(self, worker: int, step: int) -> Samples:
         """Read anew."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -83,6 +83,10 @@ class ByteTransformer(Recipe):
             num_layers=self.num_layers,
             num_heads=self.num_heads,
         )
+
+    def blocks(self, model: nn.Module) -> Sequence[nn.Module]:
+        assert isinstance(model, Transformer)
+        return tuple(model.blocks)
 
     def inputs(self, batch: Mapping[str, Tensor]) -> Tensor:
         return batch["bytes"][:, :-1].to(torch.int64)

@@ -78,12 +78,14 @@ class Failure:
 
 @dataclass(frozen=True, kw_only=True)
 class Result:
-    """What a finished run gave. A function of the run key alone."""
+    """What a finished run gave. A function of the run key alone, unless it is `inexact`."""
 
     step: int
     weights_sha256: str
     state_sha256: str
     checkpoint: CheckpointRef
+    inexact: str | None = None
+    """The setting by which another run of this key gives another result."""
     signature: str | None = None
     """Of all this, and of whose result it is (training.checkpoints.trust)."""
 
@@ -308,8 +310,8 @@ def with_result(record: Record, result: Result, *, token: int) -> Record:
 
 
 def _to_json(record: Record) -> dict[str, Any]:
-    return {"format": FORMAT, **asdict(record, dict_factory=_without_empty_signatures)}
+    return {"format": FORMAT, **asdict(record, dict_factory=_without_what_few_have)}
 
 
-def _without_empty_signatures(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    return dict(pair for pair in pairs if pair != ("signature", None))
+def _without_what_few_have(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    return dict(pair for pair in pairs if pair not in (("signature", None), ("inexact", None)))

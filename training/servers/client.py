@@ -29,6 +29,10 @@ class Client:
         self._decide = decide
         self._answers: dict[str, Message] = {}
 
+    @property
+    def is_waiting(self) -> bool:
+        return self.phase != "idle"
+
     def pull(self, *, with_optimizer: bool = False) -> list[Send]:
         """Asks for the parameters, or for all that the shards hold."""
         self.phase = "pulling"

@@ -1,4 +1,4 @@
-"""What a process does with a mesh: serve a replica, or train against all shards.
+"""What a process does with a mesh: serve a shard, or train against all of them.
 
 Both hear what comes in the thread that it comes by (training.servers.mailbox).
 """
@@ -8,38 +8,59 @@ from __future__ import annotations
 import queue
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 from training.arithmetic.reduce import Subtree
 from training.errors import InfrastructureError
 from training.servers.client import Client
 from training.servers.mailbox import Mailbox
 from training.servers.mesh import Address, Lost, Mesh, Word
-from training.servers.protocol import Assignment, Message
-from training.servers.replica import Replica
+from training.servers.protocol import Assignment, Message, Send
+from training.servers.stale_protocol import Places
+
+
+class Machine(Protocol):
+    """A server's, without input or output: training.servers.replica, or training.servers.staleness."""
+
+    token: int
+
+    def begin(self, assignment: Any, /) -> list[Send]: ...
+
+    def handle(self, sender: str, message: Message) -> list[Send]: ...
+
+
+class Speaker(Protocol):
+    """A worker's: training.servers.client, or training.servers.staleness."""
+
+    @property
+    def is_waiting(self) -> bool:
+        """For answers to what it has said."""
+        ...
+
+    def handle(self, sender: str, message: Message) -> list[Send]: ...
 
 
 @dataclass(frozen=True, kw_only=True)
 class Begun:
     """The record has a new group."""
 
-    assignment: Assignment
+    assignment: Assignment | Places
     places: Mapping[str, Address]
 
 
 class Server:
-    """A replica, and its mesh."""
+    """A shard or a replica of one, and its mesh."""
 
     def __init__(
         self,
         mesh: Mesh,
-        replica: Replica,
+        machine: Machine,
         on_trouble: Callable[[int, Exception | None], None] = lambda token, maybe_error: None,
     ) -> None:
-        """`on_trouble` hears that a peer of this group is lost, or of an error of the replica's own, which is its end:
+        """`on_trouble` hears that a peer of this group is lost, or of an error of the machine's own, which is its end:
         nobody else may notice, and all wait for its answer."""
-        self._mesh = mesh
-        self._replica = replica
+        self.mesh = mesh
+        self._machine = machine
         self._on_trouble = on_trouble
         self._is_over = False
         self._mailbox = Mailbox[Begun | Word](self._hear)
@@ -51,9 +72,10 @@ class Server:
     def close(self) -> None:
         """What comes from now on changes nothing, and is nobody's trouble."""
         self._is_over = True
+        self.mesh.close()
 
     def freeze(self, *, timeout_seconds: float) -> bool:
-        """For ever, between two messages: what the replica acknowledged, it has. False if there was no such moment."""
+        """For ever, between two messages: what the machine acknowledged, it has. False if there was no such moment."""
         return self._mailbox.freeze(timeout_seconds=timeout_seconds)
 
     def _hear(self, word: Begun | Word) -> None:
@@ -61,20 +83,20 @@ class Server:
             return
         try:
             self._take(word)
-        except Exception as error:  # whoever waits for this replica raises it
+        except Exception as error:  # whoever waits for this server raises it
             self._is_over = True
-            self._on_trouble(self._replica.token, error)
+            self._on_trouble(self._machine.token, error)
 
     def _take(self, word: Begun | Word) -> None:
         if isinstance(word, Begun):
-            self._mesh.begin(word.assignment.token, word.places)
-            self._mesh.send(self._replica.begin(word.assignment))
+            self.mesh.begin(word.assignment.token, word.places)
+            self.mesh.send(self._machine.begin(word.assignment))
             return
         sender, message = word
         if not isinstance(message, Lost):
-            self._mesh.send(self._replica.handle(sender, message))
-        elif message.token == self._replica.token:
-            self._on_trouble(self._replica.token, None)
+            self.mesh.send(self._machine.handle(sender, message))
+        elif message.token == self._machine.token:
+            self._on_trouble(self._machine.token, None)
 
 
 class PrimaryLost(InfrastructureError):
@@ -101,6 +123,8 @@ class Remote:
         self._mesh = mesh
         self._primaries = primaries
         self._client = Client(token=token, primaries=primaries, decide=decide)
+        self._speakers: list[Speaker] = [self._client]
+        """Each refuses what is not for it."""
         self._num_heard = 0
         self._ended: queue.SimpleQueue[Exception | None] = queue.SimpleQueue()
         """Once all have answered, or never will."""
@@ -111,19 +135,16 @@ class Remote:
     def pull(self) -> tuple[int, list[Any]]:
         """The newest step, and the parameters of all shards after it. A step that the group before left half done is
         finished first."""
-        self._mesh.send(self._client.pull())
-        found = self._answers()
+        found = self._answers_to(self._client.pull())
         newest = max(step for step, _ in found)
         if any(step != newest for step, _ in found):
             self.step(newest, [()] * len(found))
-            self._mesh.send(self._client.pull())
-            found = self._answers()
+            found = self._answers_to(self._client.pull())
         return newest, [values for _, values in found]
 
     def pull_all(self) -> list[Any]:
         """Snapshots of all shards, which are at the same step."""
-        self._mesh.send(self._client.pull(with_optimizer=True))
-        return [values for _, values in self._answers()]
+        return [values for _, values in self._answers_to(self._client.pull(with_optimizer=True))]
 
     def step(
         self, step: int, parts: Sequence[Sequence[tuple[Subtree, Any]]], maybe_said: Any = None
@@ -139,7 +160,8 @@ class Remote:
 
     def finish(self) -> tuple[Any, list[Any]]:
         """Once each shard was given its part: what was decided, and the parameters after the step."""
-        found = self._answers()
+        self._wait()
+        found = self._client.values()
         return self._client.maybe_decision, [values for _, values in found]
 
     def give_up(self) -> None:
@@ -151,16 +173,26 @@ class Remote:
         self._num_heard += 1
         try:
             if isinstance(message, Message):
-                was_idle = self._client.phase == "idle"
-                self._mesh.send(self._client.handle(sender, message))
-                if self._client.phase == "idle" and not was_idle:
-                    self._ended.put(None)
+                self._handle(sender, message)
             elif message.token == self.token and sender in self._primaries:
                 self._ended.put(PrimaryLost(f"{sender} is gone"))
         except Exception as error:  # of a decision: whoever waits for it raises it
             self._ended.put(error)
 
-    def _answers(self) -> list[tuple[int, Any]]:
+    def _handle(self, sender: str, message: Message) -> None:
+        for speaker in self._speakers:
+            was_waiting = speaker.is_waiting
+            self._mesh.send(speaker.handle(sender, message))
+            if was_waiting and not speaker.is_waiting:
+                self._ended.put(None)
+
+    def _answers_to(self, sends: list[Send]) -> list[tuple[int, Any]]:
+        self._mesh.send(sends)
+        self._wait()
+        return self._client.values()
+
+    def _wait(self) -> None:
+        """Until all have answered. Raises `PrimaryLost`."""
         num_heard = -1
         while num_heard != self._num_heard:
             num_heard = self._num_heard
@@ -170,5 +202,5 @@ class Remote:
                 continue
             if maybe_error is not None:
                 raise maybe_error
-            return self._client.values()
+            return
         raise PrimaryLost(f"no server answered for {self._patience_seconds:.0f} s")

@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 
 from training.servers.arithmetic import TensorState
-from training.servers.endpoints import Begun, Server
+from training.servers.endpoints import Server
 from training.servers.mesh import Mesh
 from training.servers.protocol import Copy, Left
 from training.servers.replica import Replica
@@ -16,24 +16,16 @@ FREEZE_SECONDS = 1.0
 """After which a replica that is in the midst of something leaves nothing."""
 
 
-class Hosted:
-    """With its way to others."""
+class Hosted(Server):
+    """A replica, which can be left."""
 
     def __init__(
         self, mesh: Mesh, replica: Replica, state: TensorState, on_trouble: Callable[[int, Exception | None], None]
     ) -> None:
-        """`on_trouble` is that of `Server`. `state` is the replica's."""
-        self.mesh = mesh
+        """`state` is the replica's."""
+        super().__init__(mesh, replica, on_trouble)
         self.replica = replica
         self._state = state
-        self._server = Server(mesh, replica, on_trouble)
-
-    def begin(self, begun: Begun) -> None:
-        self._server.begin(begun)
-
-    def close(self) -> None:
-        self._server.close()
-        self.mesh.close()
 
     def num_bytes(self) -> int:
         """Of what it would leave, about."""
@@ -42,7 +34,7 @@ class Hosted:
     def maybe_last_copy(self) -> Copy | None:
         """All that it has, if it has anything. It says nothing to anybody any more: no step may count as done by what
         is not in there."""
-        is_frozen = self._server.freeze(timeout_seconds=FREEZE_SECONDS)
+        is_frozen = self.freeze(timeout_seconds=FREEZE_SECONDS)
         return self.replica.copy() if is_frozen and self.replica.position >= 0 else None
 
 

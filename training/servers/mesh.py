@@ -57,7 +57,8 @@ Word = tuple[str, Message | Lost]
 
 
 class Mesh:
-    """`hear` is called with each word, by the thread that it comes by. Until it is set, `inbox` has them."""
+    """`hear` is called with each word, by the thread that it comes by. Until it is set, `inbox` has them: who
+    serves sets it before anybody knows the address."""
 
     def __init__(
         self, name: str, *, secret: str, address: str, max_bytes: int, here: dict[str, Mesh] | None = None

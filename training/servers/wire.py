@@ -15,9 +15,10 @@ from training.arithmetic.sparse import Rows
 from training.checkpoints.snapshot import bytes_of
 from training.documents import canonical_json, read_document
 from training.errors import DamagedError
-from training.servers import protocol
+from training.servers import protocol, stale_protocol
 from training.servers.arithmetic import Decision, Report
 from training.servers.rows import Part
+from training.servers.stale_state import Contribution, Reading
 
 MAX_HEAD_BYTES = 1 << 26
 KINDS = {
@@ -26,7 +27,8 @@ KINDS = {
         *(protocol.Push, protocol.Apply, protocol.Pull, protocol.Held, protocol.Decided, protocol.Values),
         *(protocol.Standing, protocol.Hold, protocol.Commit, protocol.Fetch, protocol.Copy, protocol.Reached),
         protocol.Left,
-        *(Subtree, Report, Decision, Part, Rows),
+        *(stale_protocol.Join, stale_protocol.Joined, stale_protocol.Update, stale_protocol.Read, stale_protocol.Fresh),
+        *(Subtree, Report, Decision, Part, Rows, Contribution, Reading),
     )
 }
 """What may come, alone or inside of another."""
@@ -147,7 +149,7 @@ def _unpacked(value: Any, tensors: dict[str, Tensor]) -> Any:
 
 def _made(kind: type[Any], values: dict[str, Any]) -> Any:
     """Steps, tokens and positions are whole numbers."""
-    for name in ("token", "step", "position", "start", "size"):
+    for name in ("token", "step", "clock", "barrier", "position", "start", "size"):
         if name in values and type(values[name]) is not int:
             raise ValueError(f"{name} = {values[name]!r}")
     return kind(**values)

@@ -80,13 +80,11 @@ class MemoryFeed:
                 yield Microbatch(step=number, worker=worker, ids=ids[number % NUM_DATA_STEPS, worker], fields=fields)
 
 
-def steps(
+def preset_of(
     workload: Workload, mode: Literal["exact", "fast"], *, num_replicas: int = 0, num_shards: int = 0
-) -> Iterator[None]:
+) -> Preset:
     """With `num_replicas`, each rank is a server too, and as many hold each shard: as many as ranks, unless
     `num_shards` says how many."""
-    torch.use_deterministic_algorithms(True)
-    fill_new_memory(False)  # as Trainer.train does after its first step
     train = TrainConfig(
         steps=NUM_STEPS,
         checkpoint_every_steps=NUM_STEPS,  # none: there is no store
@@ -96,7 +94,7 @@ def steps(
         mode=mode,
         strategy="parameter_server" if num_replicas else "all_reduce",
     )
-    preset = Preset(
+    return Preset(
         name="bench",
         recipe="bench:Bench",
         data=DataConfig(name="bench", source="nowhere", format="files"),
@@ -104,6 +102,15 @@ def steps(
         launch=LaunchConfig(nodes=1, servers=num_shards or workload.world_size, server_replicas=max(1, num_replicas)),
         seed=SEED,
     )
+
+
+def steps(
+    workload: Workload, mode: Literal["exact", "fast"], *, num_replicas: int = 0, num_shards: int = 0
+) -> Iterator[None]:
+    """Each time, a step."""
+    torch.use_deterministic_algorithms(True)
+    fill_new_memory(False)  # as Trainer.train does after its first step
+    preset = preset_of(workload, mode, num_replicas=num_replicas, num_shards=num_shards)
     recipe = Bench(workload=workload)
     maybe_servers = Colocated(recipe, preset, address=os.environ["ADDRESS"], secret="bench") if num_replicas else None
     trainer = Trainer(

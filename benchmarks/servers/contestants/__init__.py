@@ -1,0 +1,1 @@
+"""Who pushes gradients and gets parameters: one per file."""

@@ -1,0 +1,41 @@
+"""`unbroken plan`: a table of layouts, of which one is recommended. It needs no stack."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from pathlib import Path
+
+from tests.cli.commands import complaint
+from tests.conftest import UNBROKEN
+from tests.infra.probes import environment_for
+
+
+def test_layouts_of_a_preset_are_compared(tmp_path: Path) -> None:
+    done = _plan(tmp_path, "stdlib", "--nodes", "2", "--json")
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found["ranks"] == 2
+    layouts = [({k: n for k, n in one["layout"].items() if n > 1}, one["schedule"]) for one in found["layouts"]]
+    assert layouts == [({"data": 2}, None), ({"shard": 2}, None), ({"pipeline": 2}, "gpipe"), ({"pipeline": 2}, "1f1b")]
+    (best,) = (one for one in found["layouts"] if one["recommended"])
+    assert best["layout"]["data"] == 2
+    tight = _plan(tmp_path, "stdlib", "--nodes", "2", "--memory", str(best["memory_bytes"] - 1))
+    assert [line.split("  ")[1] for line in tight.stdout.splitlines() if line.startswith("→")] != ["data 2"]
+
+
+def test_what_makes_no_sense_is_refused(tmp_path: Path) -> None:
+    assert "--nodes 0: must be at least 1" in complaint(_plan(tmp_path, "digits", "--nodes", "0"))
+    assert "raise train.virtual_workers = 8" in complaint(_plan(tmp_path, "digits", "--nodes", "9"))
+
+
+def _plan(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [UNBROKEN, "plan", *arguments],
+        cwd=folder,
+        env=environment_for(folder / "home"),
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )

@@ -1,0 +1,160 @@
+"""The optimizer's step on shards, and the whole state for whoever wants it (a checkpoint, a digest)."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from training.arithmetic.collectives import texts_of_all_ranks
+from training.arithmetic.norm import BLOCK_ELEMENTS, block_norms, blocks, clip_factor, norm_of
+from training.checkpoints.state import TrainState
+from training.parallel.sharded import Sharded, ShardedReducer
+from training.parallel.unit import Unit
+from training.servers.arithmetic import sliced
+from training.servers.layout import Piece
+
+
+class ShardedUpdate:
+    """Of one step: each rank updates its shards of weights, with what the optimizer keeps of these alone."""
+
+    def __init__(
+        self, state: TrainState, sharded: Sharded, reducer: ShardedReducer, *, clip_norm: float | None
+    ) -> None:
+        """Takes the optimizer's state over, which is whole, and frees the weights."""
+        self._state = state
+        self._sharded = sharded
+        self._reducer = reducer
+        self._clip_norm = clip_norm
+        self._parameters = list(state.trained.values())
+        self._numbers = {parameter: number for number, parameter in enumerate(self._parameters)}
+        own = [piece for unit in sharded.units for piece in self._pieces_of(unit, unit.index)]
+        self._pieces = sliced(state.optimizer, self._parameters, tuple(own))
+        views = [view for unit in sharded.units for view in unit.own_pieces(unit.own)]
+        for piece, view in zip(self._pieces, views, strict=True):
+            piece.data = view
+        self._block_places = [torch.tensor(self._places_of_blocks(n)).long() for n in range(sharded.layout.shard)]
+        sharded.free()
+
+    def _pieces_of(self, unit: Unit, index: int) -> list[Piece]:
+        """A rank's, by the numbers of all parameters."""
+        numbers = [self._numbers[parameter] for parameter in unit.parameters]
+        return [replace(piece, parameter=numbers[piece.parameter]) for piece in unit.shards[index]]
+
+    def _places_of_blocks(self, index: int) -> list[int]:
+        """Where the norms of a rank's blocks stand among those of all parameters."""
+        firsts = [0]
+        for parameter in self._parameters:
+            firsts.append(firsts[-1] + len(blocks(parameter.numel())))
+        pieces = [piece for unit in self._sharded.units for piece in self._pieces_of(unit, index)]
+        return [
+            firsts[piece.parameter] + number
+            for piece in pieces
+            for number in range(piece.start // BLOCK_ELEMENTS, -(-piece.stop // BLOCK_ELEMENTS))
+        ]
+
+    def _gradients(self) -> list[Tensor]:
+        totals = self._reducer.gradients()
+        return [piece for unit in self._sharded.units for piece in unit.own_pieces(totals[unit])]
+
+    def clip(self) -> float:
+        """Scale the gradients; returns the norm before. It is taken block by block, whoever has which. Collective."""
+        gradients = self._gradients()
+        most = max(len(places) for places in self._block_places)
+        mine = torch.zeros(most)
+        if gradients:
+            norms = block_norms(gradients)
+            mine[: len(norms)] = norms
+        found = torch.empty(len(self._block_places) * most)
+        dist.all_gather_single(found, mine, group=self._sharded.groups.gathering)
+        ordered = torch.empty(sum(len(places) for places in self._block_places))
+        for places, norms in zip(self._block_places, torch.split(found, most), strict=True):
+            ordered[places] = norms[: len(places)]
+        norm = norm_of(ordered)
+        factor = clip_factor(norm, self._clip_norm)
+        if factor is not None and gradients:
+            torch._foreach_mul_(gradients, factor)
+        return norm
+
+    def apply(self) -> None:
+        """The optimizer's step, at the learning rate that is set."""
+        for piece, gradient in zip(self._pieces, self._gradients(), strict=True):
+            piece.grad = gradient
+        self._state.optimizer.step()
+
+    @contextmanager
+    def whole_state(self) -> Iterator[None]:
+        """Meanwhile the state has all weights, and what the optimizer keeps of them: copies. Collective."""
+        copies: dict[nn.Parameter, nn.Parameter] = {}
+        for unit in self._sharded.units:
+            copies |= unit.lend()
+        entries: dict[Tensor, Any] = {copies[parameter]: kept for parameter, kept in self._entries().items()}
+        self._state.optimizer.state.update(entries)
+        try:
+            yield
+        finally:
+            for copy in entries:
+                del self._state.optimizer.state[copy]
+            self._sharded.free()
+
+    def _entries(self) -> dict[nn.Parameter, dict[str, Any]]:
+        """What the optimizer keeps of each parameter."""
+        told = self._told_by_all()
+        found: dict[nn.Parameter, dict[str, Any]] = {
+            self._parameters[number]: {key: _value(one) for key, one in entries.items()}
+            for number, entries in told.items()
+        }
+        offset = 0
+        for unit in self._sharded.units:
+            pieces = self._pieces[offset : offset + len(unit.own_shard)]
+            offset += len(pieces)
+            for key in sorted({key for p in unit.parameters for key, one in found.get(p, {}).items() if one is LIKE}):
+                wholes = unit.gathered(self._joined(unit, pieces, key))
+                for parameter, whole in zip(unit.parameters, wholes, strict=True):
+                    if key in found.get(parameter, {}):
+                        found[parameter][key] = whole
+        return found
+
+    def _joined(self, unit: Unit, pieces: Sequence[nn.Parameter], key: str) -> Tensor:
+        """A vector like `own`."""
+        vector = torch.zeros_like(unit.own)
+        for place, piece in zip(unit.own_pieces(vector), pieces, strict=True):
+            if key in self._state.optimizer.state.get(piece, {}):
+                place.copy_(self._state.optimizer.state[piece][key])
+        return vector
+
+    def _told_by_all(self) -> dict[int, dict[str, Any]]:
+        """Of each parameter that somebody has a piece of: the keys, and numbers. A rank may have no piece at all."""
+        own: dict[int, dict[str, Any]] = {}
+        numbers = [piece.parameter for unit in self._sharded.units for piece in self._pieces_of(unit, unit.index)]
+        for number, piece in zip(numbers, self._pieces, strict=True):
+            entries = self._state.optimizer.state.get(piece, {})
+            own[number] = {key: _told(value, piece) for key, value in entries.items() if value is not None}
+        texts = texts_of_all_ranks(json.dumps(own))
+        return {int(number): entries for text in texts for number, entries in json.loads(text).items()}
+
+
+LIKE = object()
+"""In the place of a tensor like the parameter."""
+
+
+def _told(value: Any, piece: Tensor) -> Any:
+    if isinstance(value, Tensor):
+        if value.shape == piece.shape:
+            return {"like": True}
+        return {"dtype": str(value.dtype).removeprefix("torch."), "value": value.tolist()}
+    return {"value": value}
+
+
+def _value(told: Mapping[str, Any]) -> Any:
+    if "like" in told:
+        return LIKE
+    if "dtype" in told:
+        return torch.tensor(told["value"], dtype=getattr(torch, told["dtype"]))
+    return told["value"]
