@@ -64,9 +64,9 @@ def _training(stack: Stack, run: RunRecord) -> dict[str, Any]:
     def look() -> dict[str, Any] | None:
         found = _json(stack, run)
         trains = found["state"] == "training" and [len(node["ranks"]) for node in found["nodes"]] == [1, 1]
-        return found if trains and found["expected_end_at"] else None
+        return found if trains and found["expected_end_at"] and len(found["attempts"]) > 1 else None
 
-    return wait_until(look, what="it to be seen training")
+    return wait_until(look, what="it to be seen training again")
 
 
 def _json(stack: Stack, run: RunRecord) -> dict[str, Any]:

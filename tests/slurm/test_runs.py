@@ -8,7 +8,7 @@ from tests.slurm.cluster import SlurmCluster
 from tests.slurm.running import NUM_NODES, STEPS, Run, kill_and_return, require_same, take_and_give_back
 from training.s3.objectstore import Store
 
-TIMES = {"slurmd_timeout_seconds": 5, "grace_seconds": 60}
+TIMES = {"slurmd_timeout_seconds": 5, "grace_seconds": 15}
 """Of the cluster: nodes die here, and somebody waits for that to be noticed."""
 
 
