@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from tests.faults.agents import EVERY
 from tests.slurm.cluster import SlurmCluster
 from tests.slurm.running import NUM_NODES, STEPS, Run, kill_and_return, require_same, take_and_give_back
 from training.s3.objectstore import Store
@@ -28,6 +29,9 @@ def test_something_more_urgent_takes_the_nodes_and_gives_them_back(
     run.submit()
     run.wait_for_group(num_nodes=NUM_NODES)
     urgent = Run(cluster, corner, tmp_path / "urgent", priority="high")
-    assert take_and_give_back(run, urgent)["steps_lost"] == 0, "the last one to go left all that was done"
+    lost = take_and_give_back(run, urgent)["steps_lost"]
+    assert 0 <= lost < EVERY, (
+        "the last one to go left a checkpoint, unless it was told while its group of one regrouped"
+    )
     require_same(run, calm)
     assert len(run.history()) == STEPS == len({step for step, _, _ in run.history()})
