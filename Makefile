@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 PRESET ?= digits
 
 .DEFAULT_GOAL := help
-.PHONY: help install run up down status check test soak bench screenshots constraints sbom clean
+.PHONY: help install run up down status check test slow soak bench screenshots constraints sbom clean
 
 help: ## Show this list
 	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -41,8 +41,13 @@ check: install ## Lint, types, dependency direction, bandit
 	$(BIN)/lint-imports
 	$(BIN)/bandit --quiet --recursive --configfile pyproject.toml training tasks flows infra
 
-test: check ## All checks and tests that this machine can run
-	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
+PYTEST := $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
+
+test: check ## All checks, and the tests that this machine can run: each component, and each fault once
+	$(PYTEST)
+
+slow: install ## The tests that take a minute or more each
+	$(PYTEST) -m slow
 
 soak: install ## The full counts; writes evidence under docs/evidence
 	$(BIN)/python -m pytest -m soak

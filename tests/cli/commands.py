@@ -11,6 +11,7 @@ from pathlib import Path
 
 from infra.local.launcher import LocalLauncher
 from tests.conftest import UNBROKEN, Stack
+from tests.flows.runs import run_keys
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,7 +31,7 @@ def launched(stack: Stack) -> Launched:
     return Launched(
         num_flow_runs=count,
         jobs=frozenset(LocalLauncher(stack.home).jobs()),
-        runs=frozenset(stack.store.list_folders("runs/")),
+        runs=frozenset(run_keys(stack)),
     )
 
 

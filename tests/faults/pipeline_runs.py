@@ -17,7 +17,7 @@ from infra.local.watch import infos
 from tasks.mlflow_client import RUN_KEY_TAG, connect
 from tasks.tracking import METRICS
 from tests.conftest import Stack
-from tests.flows.runs import mlflow_runs
+from tests.flows.runs import mlflow_runs, run_keys
 from tests.waiting import wait_until
 from training.errors import InfrastructureError
 from training.runs.events import Event
@@ -60,7 +60,7 @@ class PipelineRun:
     @property
     def run(self) -> RunRecord:
         """Raises `InfrastructureError` as long as there is none."""
-        new = set(self.stack.store.list_folders("runs/")) - self.known_keys
+        new = run_keys(self.stack) - self.known_keys
         if not new:
             raise InfrastructureError("it has not begun yet")
         (key,) = new

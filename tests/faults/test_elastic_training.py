@@ -121,6 +121,7 @@ def elastic(stack: Stack, *, seed: int, stops: Sequence[str], steps: int) -> dic
     }
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_with_another_number_of_ranks(stack: Stack) -> None:
     row = elastic(stack, seed=7, stops=["the manifest was read back"], steps=200)
     assert row["same_state"]

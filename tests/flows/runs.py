@@ -22,7 +22,8 @@ from training.runs.record import RunRecord
 
 
 def run_keys(stack: Stack) -> set[str]:
-    return set(stack.store.list_folders("runs/"))
+    """Of all runs that have an object: a folder is there for some minutes after its last one."""
+    return {key.split("/")[1] for key, _ in stack.store.list_keys("runs/")}
 
 
 PATIENT = ("--set", "launch.silence_seconds=60", "--set", "launch.join_seconds=240")

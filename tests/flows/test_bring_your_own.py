@@ -33,6 +33,7 @@ def test_scaffold_runs_as_it_is_written(result: Any) -> None:
     assert result["dataset"]["num_train_samples"] + result["dataset"]["num_test_samples"] == 600
 
 
+@pytest.mark.slow
 def test_records_from_s3_give_the_same_dataset(stack: Stack, spirals: Path, result: Any) -> None:
     """And so the same run, whose training is found. The raw data lies in a bucket of its own, beside a longer neighbour
     that must not be read."""

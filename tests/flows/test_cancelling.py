@@ -60,6 +60,7 @@ def test_cancelled_run_leaves_nothing_although_its_worker_and_flow_are_dead(stac
         wait_until_told_killed(stack, run)
 
 
+@pytest.mark.slow
 def test_training_ends_with_the_last_of_its_flow_runs_and_the_next_one_goes_on(stack: Stack, slow: Path) -> None:
     before, launcher = run_keys(stack), LocalLauncher(stack.home)
     arguments = ("run", "digits", "--set", "seed=13", *ENDLESS, *PATIENT, *at_leisure_while(slow))

@@ -41,6 +41,7 @@ ONE_NODE = ("--set", "launch.nodes=1")
 """Where it is not the ranks that die."""
 
 
+@pytest.mark.slow
 def test_killed_rank_and_agent_change_nothing(stack: Stack, tmp_path: Path) -> None:
     """Both killed mid-run: the run completes, one MLflow run, one point per step, the bits of a calm run; and a report
     that tells of it."""
@@ -83,6 +84,7 @@ def test_killed_rank_and_agent_change_nothing(stack: Stack, tmp_path: Path) -> N
     assert loss_history(stack, again.info.run_id) == history
 
 
+@pytest.mark.slow
 def test_killed_flow_is_resumed_by_itself(stack: Stack, tmp_path: Path) -> None:
     """The engine trains on, and the same flow run re-attaches instead of beginning again."""
     before, slow = run_keys(stack), tmp_path / "slow"
@@ -133,6 +135,7 @@ def test_worker_flow_and_agents_killed_at_once_are_resumed(stack: Stack, tmp_pat
     _is_told_once(stack, run)
 
 
+@pytest.mark.slow
 def test_healthy_run_is_not_called_crashed_though_all_around_it_is_killed(stack: Stack) -> None:
     """Its worker, Prefect, MLflow and the reaper at once: the flow process goes on."""
     before = run_keys(stack)

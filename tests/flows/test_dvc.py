@@ -87,6 +87,7 @@ def rows() -> Iterator[list[dict[str, Any]]]:
         write_evidence("dvc", rows=sorted(found, key=lambda row: (str(row["case"]), int(row["seed"]))))
 
 
+@pytest.mark.slow
 def test_repro_does_what_is_needed_and_a_flow_and_dvc_find_what_the_other_did(stack: Stack, clone: Clone) -> None:
     """No shard is sent, no step is run, no sample is scored again. That what is locked never changes, a killed `repro`
     shows."""
@@ -146,6 +147,7 @@ def test_three_starters_at_once_are_one_execution(
     rows.append({"case": "three starters at once", "seed": seed, "num_runs": 1, "num_steps": 60})
 
 
+@pytest.mark.slow
 def test_killed_repro_goes_on_and_locks_the_same_bytes(stack: Stack, clone: Clone, tmp_path: Path) -> None:
     _kill_and_compare(stack, clone, tmp_path / "slow", num_kills=1, steps=240, seed=41)
 

@@ -410,6 +410,7 @@ def wait_for(client: SyncPrefectClient, run: FlowRun, *names: str) -> str:
     return wait_until(look, what=f"a flow run to be {names}")
 
 
+@pytest.mark.slow
 def test_promotion_waits_for_approval_and_loses_if_the_champion_changed(
     known: Model, client: SyncPrefectClient
 ) -> None:

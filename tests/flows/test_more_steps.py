@@ -9,6 +9,7 @@ import sysconfig
 from pathlib import Path
 
 import psutil
+import pytest
 
 from tests.conftest import Stack
 from tests.flows.runs import at_leisure_while, last_json, loss_history, run_keys, wait_for_step
@@ -34,6 +35,7 @@ def kill_one_rank(launcher: psutil.Process) -> None:
     psutil.wait_procs(ranks[-1:], timeout=120)
 
 
+@pytest.mark.slow
 def test_other_launchers_and_more_steps(stack: Stack, tmp_path: Path, python: str) -> None:
     sharded = stack.execute([python, "-m", "tasks", "shard", "--preset", "digits", "--out", str(tmp_path)])
     assert sharded.returncode == 0, sharded.stderr

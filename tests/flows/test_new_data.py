@@ -37,6 +37,7 @@ def client(stack: Stack) -> Any:
         yield client
 
 
+@pytest.mark.slow
 def test_new_file_makes_a_new_version_and_nothing_else_does(
     stack: Stack, client: SyncPrefectClient, preset: Path
 ) -> None:

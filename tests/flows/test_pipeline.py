@@ -256,6 +256,7 @@ def test_model_holds_no_pickle_that_can_name_code(stack: Stack, digits: dict[str
     assert _dangerous_opcodes((folder / "data" / "model.pt2").read_bytes()) == set()
 
 
+@pytest.mark.slow
 def test_a_version_deleted_in_mlflow_is_registered_again(stack: Stack, language_model: dict[str, Any]) -> None:
     """Although every stage is cached."""
     client = connect(stack.settings.mlflow_uri)

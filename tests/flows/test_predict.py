@@ -233,6 +233,7 @@ def test_predictions_are_the_models_and_the_manifest_says_whose(stack: Stack, kn
     assert named == contents.keys()
 
 
+@pytest.mark.slow
 def test_deployment_whose_process_is_killed_goes_on_by_itself(
     stack: Stack, known: Known, client: SyncPrefectClient, proxy: LosingProxy
 ) -> None:

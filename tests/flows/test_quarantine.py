@@ -99,7 +99,13 @@ def clean_weights(stack: Stack, tmp_path_factory: pytest.TempPathFactory) -> str
     return str(last_json(done.stdout)["weights_sha256"])
 
 
-@pytest.mark.parametrize(("lines", "ranks"), [((30, 50, 80), 2), ((120, 170), 1)], ids=["fails", "dies"])
+@pytest.mark.parametrize(
+    ("lines", "ranks"),
+    [
+        pytest.param((30, 50, 80), 2, id="fails"),
+        pytest.param((120, 170), 1, id="dies", marks=pytest.mark.slow),
+    ],
+)
 def test_each_poison_is_named_and_without_it_the_bits_are_those_of_a_clean_run(
     stack: Stack, tmp_path: Path, clean_weights: str, lines: tuple[int, ...], ranks: int
 ) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from pathlib import Path
 
+import pytest
 from prefect.client.orchestration import SyncPrefectClient
 from prefect.client.schemas.filters import LogFilter, LogFilterFlowRunId, LogFilterLevel
 
@@ -25,6 +26,7 @@ from tests.waiting import wait_until
 COMPLAINT = "the run goes on, and nobody sees it"
 
 
+@pytest.mark.slow
 def test_storage_that_is_away_ends_neither_the_ranks_nor_who_follows_them(stack: Stack, tmp_path: Path) -> None:
     """S3 stops under a run until its follower has found none again and again; no retry is used up for that."""
     before, steps, slow = run_keys(stack), 400, tmp_path / "slow"

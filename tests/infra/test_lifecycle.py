@@ -42,6 +42,7 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     os.environ.update(environment)
 
 
+@pytest.mark.slow
 def test_stack_dies_and_comes_back_with_its_data(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     _fails_naming_the_service_that_does_not_come_up(home, monkeypatch)
     _unbroken("up")

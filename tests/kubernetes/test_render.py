@@ -73,6 +73,7 @@ def slow() -> Iterator[Path]:
         yield file
 
 
+@pytest.mark.slow
 def test_pods_train_what_was_rendered_and_a_preempted_one_comes_back(
     stack: Stack, begin: Callable[[dict[str, Any], int], Pod], slow: Path
 ) -> None:

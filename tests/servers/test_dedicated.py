@@ -46,6 +46,7 @@ def test_who_computes_nothing_is_heard_all_the_same(ranks: RankPool) -> None:
         assert found["wishes"] == [False, False, True, True]
 
 
+@pytest.mark.slow
 def test_a_node_of_servers_that_dies_costs_no_step(stack: Stack, tmp_path: Path) -> None:
     """Another node of servers has the backups; the bits are those of a run without any."""
     before, slow = run_keys(stack), tmp_path / "slow"

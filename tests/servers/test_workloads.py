@@ -41,6 +41,7 @@ def test_servers_give_the_bits_of_exact_mode(stack: Stack) -> None:
     assert found["same_run_key"]
 
 
+@pytest.mark.slow
 def test_tables_on_servers_give_the_bits_of_whole_gradients(stack: Stack) -> None:
     expected = train(stack, "words", 1, "train.strategy=all_reduce")
     found = row(stack, "words", 2, 2, expected)

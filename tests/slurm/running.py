@@ -23,8 +23,6 @@ from training.s3.objectstore import Store
 ROOT = Path(__file__).parents[2]
 NUM_NODES = 4
 STEPS = 1000
-STEP_SECONDS = 0.3
-"""At least, while it takes its time: so many steps outlast all that is done to it, on a slow machine too."""
 SITE = {"low": "partition=low", "high": "partition=high"}
 
 
@@ -43,9 +41,7 @@ class Run:
             is_slow=True,
             silence_seconds=2.0,
             join_seconds=240.0,
-            grace_seconds=60.0,
         )
-        (folder / "slow").write_text(str(STEP_SECONDS))
         self.key = self.agents.run.run_key
         self.cluster = cluster
         self.spec = JobSpec(

@@ -44,6 +44,7 @@ STEADY = {"min_nodes": NUM_NODES, "silence_seconds": 30.0, "hang_seconds": 120.0
 """However slow this machine is just now, it is one group from beginning to end."""
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(3 * PATIENT_SECONDS)
 def test_one_gang_trains_whoever_submits_and_dies(
     stack: Stack, cluster: SlurmCluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

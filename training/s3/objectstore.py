@@ -298,7 +298,10 @@ class Store:
         return Entry(key=key, num_bytes=item["Size"], etag=item["ETag"], modified=item["LastModified"])
 
     def list_folders(self, prefix: str) -> list[str]:
-        """The names directly under `prefix` (which ends in a slash), without looking inside them."""
+        """The names directly under `prefix` (which ends in a slash), without looking inside them.
+
+        A store that has real folders (SeaweedFS) names one for some minutes after the last object in it is gone.
+        """
         with self._typed_errors(prefix):
             pages = self._client.get_paginator("list_objects_v2").paginate(
                 Bucket=self.location.bucket, Prefix=self._key(prefix), Delimiter="/"
