@@ -180,6 +180,7 @@ def test_the_page_of_a_run_that_is_unknown(stack: Stack) -> None:
     assert "There is nothing to show" in refused.value.read().decode()
 
 
+@pytest.mark.slow
 def test_a_finished_run_is_at_its_last_step(stack: Stack) -> None:
     done = stack.command("train", "digits", "--json", "--ranks", "1", "--set", "train.steps=33", *OPTIONS)
     assert done.returncode == 0, done.stderr

@@ -47,7 +47,11 @@ WORKLOADS = [
 
 
 @pytest.mark.parametrize(
-    ("recipe", "virtual_workers", "layouts"), WORKLOADS, ids=[f"{name}-{number}" for name, number, _ in WORKLOADS]
+    ("recipe", "virtual_workers", "layouts"),
+    [
+        pytest.param(*each, id="-".join(map(str, each[:2])), marks=pytest.mark.slow if each[1] == 6 else [])
+        for each in WORKLOADS
+    ],
 )
 def test_sharded_state_has_the_bits_of_one_process(
     ranks: RankPool, recipe: str, virtual_workers: int, layouts: Sequence[Layout]
@@ -74,6 +78,7 @@ def test_sharded_state_has_the_bits_of_one_process(
         assert max(sizes) < 0.65 * alone["num_weights"]
 
 
+@pytest.mark.slow
 def test_bfloat16_has_the_bits_of_one_process(ranks: RankPool) -> None:
     train = {"virtual_workers": 4, "batch_size": 8, "precision": "bfloat16"}
     (alone,) = in_layout(ranks, None, "skips", train, 10)

@@ -189,6 +189,7 @@ def slow_nodes(agents: Agents) -> set[int]:
     return {straggler["node"] for event in told(agents, "pace") if (straggler := event.values["straggler"])}
 
 
+@pytest.mark.slow
 def test_a_slow_node_gets_less_and_is_named_and_a_preempted_one_leaves_a_checkpoint_and_says_so(
     store: Store, cluster: Cluster, hosts: Sequence[Host], tmp_path: Path, calm: Agents
 ) -> None:

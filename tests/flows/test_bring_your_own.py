@@ -27,6 +27,7 @@ def result(stack: Stack, spirals: Path) -> Any:
     return _run(stack, "run", "spirals/spirals.toml", cwd=spirals.parent)
 
 
+@pytest.mark.slow
 def test_scaffold_runs_as_it_is_written(result: Any) -> None:
     assert result["evaluation"]["metrics"]["accuracy"]["value"] >= 0.9
     assert result["registration"]["name"] == "spirals"

@@ -107,6 +107,7 @@ def test_killed_flow_is_resumed_by_itself(stack: Stack, tmp_path: Path) -> None:
     _has_one_report(stack, run, tmp_path, "No node failed or was lost.")
 
 
+@pytest.mark.slow
 def test_worker_flow_and_agents_killed_at_once_are_resumed(stack: Stack, tmp_path: Path) -> None:
     """Nobody is left who could tell of it; and the job is not submitted twice."""
     before, slow = run_keys(stack), tmp_path / "slow"

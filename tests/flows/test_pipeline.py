@@ -236,6 +236,7 @@ def test_flow_run_shows_a_table_and_links(stack: Stack, digits: dict[str, Any]) 
     assert digits["links"]["report"] in artifacts["links"]
 
 
+@pytest.mark.slow
 def test_stdlib_language_model_goes_the_same_way(language_model: dict[str, Any]) -> None:
     assert language_model["dataset"]["num_train_samples"] > 10_000
     assert 0 < language_model["evaluation"]["metrics"]["bits_per_byte"]["value"] < 8.5

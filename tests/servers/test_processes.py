@@ -127,6 +127,7 @@ def cluster() -> Iterator[Cluster]:
     running.close()
 
 
+@pytest.mark.slow
 def test_servers_and_workers_are_killed_one_after_another(cluster: Cluster) -> None:
     chance = random.Random(1)
     cluster.regroup()

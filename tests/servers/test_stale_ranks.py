@@ -119,7 +119,7 @@ def test_at_a_barrier_all_read_the_same(node: Node, history: Path) -> None:
     require_whole(node)
 
 
-@pytest.mark.parametrize("victim", [0, 1])
+@pytest.mark.parametrize("victim", [pytest.param(0, marks=pytest.mark.slow), 1])
 def test_a_rank_that_is_killed_costs_the_steps_since_the_checkpoint(node: Node, history: Path, victim: int) -> None:
     async def act(group: Group) -> None:
         await group.paused(victim)

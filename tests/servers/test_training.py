@@ -29,6 +29,8 @@ from training.servers.mesh import Mesh
 
 TRAIN = replace(groups.PRESET.train, strategy="parameter_server")
 PRESET = replace(groups.PRESET, recipe="tests.servers.wide:Wide", train=TRAIN)
+FEW = ((1, 2), (2, 1), (4, 4))
+"""Ranks and servers; the other numbers are slow."""
 
 
 @pytest.fixture(scope="module")
@@ -100,8 +102,14 @@ def test_who_gets_no_answer_does_not_wait_for_ever() -> None:
             remote.pull()
 
 
-@pytest.mark.parametrize("num_servers", [1, 2, 4])
-@pytest.mark.parametrize("num_ranks", [1, 2, 4])
+@pytest.mark.parametrize(
+    ("num_ranks", "num_servers"),
+    [
+        pytest.param(ranks, servers, marks=[] if (ranks, servers) in FEW else pytest.mark.slow)
+        for ranks in (1, 2, 4)
+        for servers in (1, 2, 4)
+    ],
+)
 def test_the_bits_are_those_of_one_process(
     node: Node, calm: tuple[str, list[groups.Told]], num_ranks: int, num_servers: int
 ) -> None:

@@ -34,6 +34,7 @@ def row(stack: Stack, preset: str, num_ranks: int, num_servers: int, expected: d
     }
 
 
+@pytest.mark.slow
 def test_servers_give_the_bits_of_exact_mode(stack: Stack) -> None:
     expected = train(stack, "digits", 1)
     found = row(stack, "digits", 2, 2, expected)
