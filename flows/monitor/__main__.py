@@ -20,7 +20,7 @@ from flows.monitor.alerts import prefect_events
 from flows.monitor.app import make_app
 from flows.monitor.board import Board
 from flows.monitor.runs import Runs, write_targets
-from flows.monitor.servers import PrefectServer, look_at_servers
+from flows.monitor.servers import PrefectServer, ServersLook
 from infra.engines import make_launcher
 from infra.local.ports import LOOPBACK
 from infra.local.services import alertmanager_url
@@ -30,8 +30,7 @@ from training.errors import UnbrokenError
 log = logging.getLogger("flows.monitor")
 
 LOOK_SECONDS = 5.0
-"""As often as Prometheus asks: a look at the servers is a dozen requests, most of what Prefect is asked while nothing
-runs, and one at a run reads its record and what it told since."""
+"""As often as Prometheus asks. A look at a run reads its record and what it told since."""
 TARGETS = Path("monitoring") / "nodes.json"
 """In the stack's folder: the agents, for Prometheus's file discovery."""
 
@@ -50,14 +49,15 @@ def main() -> None:
     log.setLevel(logging.INFO)
     settings, store = open_stack()
     runs = Runs(settings, store, make_launcher(settings))
-    board, maybe_alertmanager = Board(settings, store.location, runs), alertmanager_url(settings)
+    board = Board(settings, store.location, runs)
+    servers = ServersLook(settings, maybe_alertmanager=alertmanager_url(settings))
 
     def look_at_runs() -> None:
         runs.look()
         write_targets(settings.home / TARGETS, runs.targets())
 
     def look_at_all_servers() -> None:
-        board.servers = look_at_servers(settings, maybe_alertmanager=maybe_alertmanager)
+        board.servers = servers.look()
 
     def take(message: Any) -> None:
         PrefectServer(settings.prefect_api_url).post("events", prefect_events(message, runs.flow_runs))

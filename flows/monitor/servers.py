@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 import urllib.error
 import urllib.request
@@ -22,6 +23,8 @@ from training.errors import DamagedError
 
 ANSWER_SECONDS = 3.0
 STATES = ("SCHEDULED", "PENDING", "RUNNING", "PAUSED", "CANCELLING", "COMPLETED", "FAILED", "CANCELLED", "CRASHED")
+COUNT_SECONDS = 15.0
+"""Prefect counts one state after another: asked at each look, that would be most of what watching costs."""
 MAX_WAITING = 200
 """Scheduled flow runs that are looked at, those that wait longest first."""
 
@@ -100,13 +103,24 @@ def ask_prefect(prefect: PrefectServer) -> tuple[Mapping[str, int], tuple[Waitin
         raise DamagedError(f"Prefect does not answer as it should: {error!r}") from error
 
 
-def look_at_servers(settings: Settings, *, maybe_alertmanager: str | None) -> Servers:
-    """`maybe_alertmanager` is its URL, where there is one."""
-    up = {name: answers(url) for name, url in health_urls(settings).items()}
-    flow_runs: Mapping[str, int] = {}
-    waiting: tuple[Waiting, ...] = ()
-    if settings.maybe_prefect_api_url:
-        with suppress(OSError, DamagedError):  # it is away: that is told above
-            flow_runs, waiting = ask_prefect(PrefectServer(settings.maybe_prefect_api_url))
-    alerts = ask_alertmanager(maybe_alertmanager) if maybe_alertmanager else None
-    return Servers(at=time.time(), up=up, flow_runs=flow_runs, waiting=waiting, alerts=alerts)
+class ServersLook:
+    """Looks at all of them, again and again."""
+
+    def __init__(self, settings: Settings, *, maybe_alertmanager: str | None) -> None:
+        """`maybe_alertmanager` is its URL, where there is one."""
+        self._settings = settings
+        self._maybe_alertmanager = maybe_alertmanager
+        self._counted_at = -math.inf
+        self._flow_runs: Mapping[str, int] = {}
+        self._waiting: tuple[Waiting, ...] = ()
+
+    def look(self) -> Servers:
+        up = {name: answers(url) for name, url in health_urls(self._settings).items()}
+        if not up.get("prefect", False):
+            self._counted_at, self._flow_runs, self._waiting = -math.inf, {}, ()
+        elif time.monotonic() >= self._counted_at + COUNT_SECONDS:
+            with suppress(OSError, DamagedError):  # it went away since
+                self._flow_runs, self._waiting = ask_prefect(PrefectServer(self._settings.prefect_api_url))
+                self._counted_at = time.monotonic()
+        alerts = ask_alertmanager(self._maybe_alertmanager) if self._maybe_alertmanager else None
+        return Servers(at=time.time(), up=up, flow_runs=self._flow_runs, waiting=self._waiting, alerts=alerts)

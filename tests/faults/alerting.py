@@ -28,7 +28,7 @@ from flows.monitor.alerts import prefect_events
 from flows.monitor.app import make_app
 from flows.monitor.board import Board
 from flows.monitor.runs import Runs, write_targets
-from flows.monitor.servers import PrefectServer, look_at_servers
+from flows.monitor.servers import PrefectServer, ServersLook
 from infra.launcher import JobState, JobStatus
 from infra.local.ports import LOOPBACK
 from infra.monitoring.render import read_windows, write_configs
@@ -205,6 +205,7 @@ def site(
         store = Store(replace(agents.run.store.location, endpoint=seen.s3_endpoint))
         runs = Runs(seen, store, cast(Any, engine))
         board = Board(replace(seen, home=home), store.location, runs)
+        servers = ServersLook(seen, maybe_alertmanager=None)
 
         def take(message: Any) -> None:
             PrefectServer(seen.prefect_api_url).post("events", prefect_events(message, runs.flow_runs))
@@ -214,7 +215,7 @@ def site(
             write_targets(folder / "nodes.json", runs.targets())
 
         def look_at_all_servers() -> None:
-            board.servers = look_at_servers(seen, maybe_alertmanager=None)
+            board.servers = servers.look()
 
         monitor = Door(cluster, make_app(board, take))
         stack.callback(monitor.close)
