@@ -40,9 +40,10 @@ from training.runs.figures import Figures
 from training.runs.pace import Pace, Straggler, maybe_straggler
 from training.runs.record import CheckpointRef, InitialWeights, Record, Result, RunRecord, with_result, with_resume_step
 from training.servers.attached import Attached
-from training.servers.colocated import Colocated, ServedReducer
+from training.servers.colocated import Colocated
 from training.servers.endpoints import PrimaryLost
 from training.servers.placement import num_computing
+from training.servers.reducer import ServedReducer
 from training.step import Feed, LocalUpdate, Rank, Reducer, StepOutcome, Update
 
 DIGEST_BYTES_PER_STEP = 4 << 20
@@ -149,20 +150,16 @@ class Trainer:
         owned, rank = ranges(self.balance.shares), self.rank.rank
         if train.mode == "fast":
             return FastReducer(objective, ranges=owned, rank=rank)
-        exact = ExactReducer(
+        num_extras = self.extras.num_elements
+        if self._maybe_servers is None:
+            return ExactReducer(objective, num_extras=num_extras, ranges=owned, rank=rank)
+        return ServedReducer(
             objective,
-            num_extras=self.extras.num_elements,
+            self._maybe_servers,
+            num_extras=num_extras,
             ranges=owned,
             rank=rank,
-            is_exchanged=self._maybe_servers is None,
-        )
-        if self._maybe_servers is None:
-            return exact
-        return ServedReducer(
-            exact,
-            self._maybe_servers,
-            lambda: self.state.step + 1,
-            objective=objective,
+            next_step=lambda: self.state.step + 1,
             say=lambda: self.extras.said(self.wishes().words()),
         )
 

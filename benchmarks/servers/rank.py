@@ -5,9 +5,7 @@ from __future__ import annotations
 
 import json
 import os
-import queue
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -17,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from training.arithmetic.reduce import Subtree, fold
-from training.servers.endpoints import Begun, Remote, serve, wake
+from training.servers.endpoints import Begun, Remote, Server
 from training.servers.mesh import Mesh
 from training.servers.protocol import Assignment
 from training.servers.replica import Replica
@@ -90,21 +88,23 @@ def _met(rank: int, way: str, num_servers: int, num_replicas: int, *, max_bytes:
 
     worker = mesh(f"worker {rank}")
     holders = [[(shard + n) % NUM_RANKS for n in range(num_replicas)] for shard in range(num_servers)]
-    servers = {shard: mesh(f"server {shard} {rank}") for shard, ranks in enumerate(holders) if rank in ranks}
-    own = {one.name: (LOOPBACK, one.address[1]) for one in (worker, *servers.values())}
+    servers = {shard: _server(mesh(f"server {shard} {rank}")) for shard, ranks in enumerate(holders) if rank in ranks}
+    own = {one.name: (LOOPBACK, one.address[1]) for one in (worker, *(server.mesh for server in servers.values()))}
     told: list[Any] = [None] * NUM_RANKS
     dist.all_gather_object(told, own)
     places = {name: place for one in told for name, place in one.items()}
     names = [[f"server {shard} {holder}" for holder in ranks] for shard, ranks in enumerate(holders)]
     for shard, server in servers.items():
-        replica = Replica(server.name, SumState(), num_virtual_workers=NUM_RANKS)
-        replica.fill()
-        changes: queue.SimpleQueue[Begun | None] = queue.SimpleQueue()
         primary, *backups = names[shard]
-        changes.put(Begun(assignment=Assignment(token=1, primary=primary, backups=tuple(backups)), places=places))
-        threading.Thread(target=serve, args=(server, replica, changes), daemon=True).start()
-        wake(server)
+        assignment = Assignment(token=1, primary=primary, backups=tuple(backups))
+        server.begin(Begun(assignment=assignment, places=places))
     return Remote(worker, token=1, primaries=[one[0] for one in names], places=places, decide=lambda reports: None)
+
+
+def _server(mesh: Mesh) -> Server:
+    replica = Replica(mesh.name, SumState(), num_virtual_workers=NUM_RANKS)
+    replica.fill()
+    return Server(mesh, replica)
 
 
 def require_sums(flat: Tensor, begin: Callable[[], Iterator[None]]) -> Iterator[None]:

@@ -11,13 +11,14 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks.environments import ENVIRONMENTS, ROOT, Contestant, ready_python
 from benchmarks.training.workload import WIDTHS
+from tests.faults.hosts import INTERFACE, Cluster
 
 TORCH = "torch==2.13.0"
 DDP = Contestant("ddp", "DDP, same microbatches")
@@ -28,6 +29,8 @@ CONTESTANTS = {
     "unbroken fast": Contestant("unbroken", "**Unbroken**, fast"),
     "unbroken servers-1": Contestant("unbroken", "**Unbroken**, parameter servers"),
     "unbroken servers-2": Contestant("unbroken", "**Unbroken**, parameter servers with a backup each"),
+    "unbroken servers-1-8": Contestant("unbroken", "**Unbroken**, eight shards"),
+    "unbroken servers-2-8": Contestant("unbroken", "**Unbroken**, eight shards with a backup each"),
     "fabric": Contestant("fabric", "Lightning Fabric", ("lightning==2.6.6", TORCH, "numpy")),
     "lightning_trainer": Contestant("lightning_trainer", "Lightning Trainer", ("lightning==2.6.6", TORCH, "numpy")),
     "accelerate": Contestant("accelerate", "Accelerate", ("accelerate==1.15.0", TORCH, "numpy")),
@@ -37,6 +40,7 @@ WORLD_SIZES = (1, 2, 4)
 TARGET_SECONDS = 1.0
 NUM_WARM_UP_STEPS = 3
 LOOPBACK = "127.0.0.1"
+BYTES_PER_MEGABIT = 125_000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,27 +55,51 @@ class Case:
         return f"{self.size} parameters, {self.world_size} rank{'s' * (self.world_size > 1)}"
 
 
+@dataclass(frozen=True, kw_only=True)
+class Place:
+    """Where a rank runs."""
+
+    start: Callable[..., subprocess.Popen[str]] = subprocess.Popen
+    address: str = LOOPBACK
+    interface: str = "lo"
+
+
+@contextmanager
+def places_of(case: Case, maybe_megabits: int | None) -> Iterator[Sequence[Place]]:
+    """On this machine, or each on a host of its own, whose cable carries so many megabits per second each way."""
+    if maybe_megabits is None:
+        yield [Place()] * case.world_size
+        return
+    with Cluster(case.world_size, bandwidth=maybe_megabits * BYTES_PER_MEGABIT) as cluster:
+        yield [Place(start=host.start, address=host.address, interface=INTERFACE) for host in cluster.hosts]
+
+
 class Group:
     """The ranks of one contestant, which wait until they are told to step."""
 
-    def __init__(self, name: str, python: str, case: Case, log: Path) -> None:
+    def __init__(self, name: str, python: str, case: Case, log: Path, places: Sequence[Place]) -> None:
         module, _, argument = name.partition(" ")
         command = [python, "-m", f"benchmarks.training.contestants.{module}", case.size, argument]
-        address = {"MASTER_ADDR": LOOPBACK, "MASTER_PORT": str(_free_port()), "WORLD_SIZE": str(case.world_size)}
+        address = {
+            "MASTER_ADDR": places[0].address,
+            "MASTER_PORT": str(_free_port()),
+            "WORLD_SIZE": str(case.world_size),
+        }
         self._folder = tempfile.TemporaryDirectory(prefix="unbroken-bench-")
         address["RENDEZVOUS"] = str(Path(self._folder.name) / "rendezvous")
         with log.open("a") as errors:
             self._ranks = [
-                subprocess.Popen(
+                place.start(
                     command,
-                    cwd=ROOT,
+                    cwd=str(ROOT),
                     env={
                         **os.environ,
                         **address,
                         **dict.fromkeys(("RANK", "NODE_RANK", "GROUP_RANK"), str(rank)),
                         "LOCAL_RANK": "0",
                         "OMP_NUM_THREADS": "1",
-                        "GLOO_SOCKET_IFNAME": "lo",
+                        "ADDRESS": place.address,
+                        "GLOO_SOCKET_IFNAME": place.interface,
                         "PYTHONPATH": str(ROOT),
                     },
                     stdin=subprocess.PIPE,
@@ -79,7 +107,7 @@ class Group:
                     stderr=errors,
                     text=True,
                 )
-                for rank in range(case.world_size)
+                for rank, place in enumerate(places)
             ]
 
     def seconds(self, num_steps: int) -> float:
@@ -98,8 +126,8 @@ class Group:
 
 
 @contextmanager
-def groups_of(case: Case, pythons: dict[str, str], log: Path) -> Iterator[dict[str, Group]]:
-    groups = {name: Group(name, python, case, log) for name, python in pythons.items()}
+def groups_of(case: Case, pythons: dict[str, str], log: Path, places: Sequence[Place]) -> Iterator[dict[str, Group]]:
+    groups = {name: Group(name, python, case, log, places) for name, python in pythons.items()}
     try:
         yield groups
     finally:
@@ -149,6 +177,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", default=list(CONTESTANTS), help="some of the contestants")
     parser.add_argument("--sizes", nargs="+", default=list(WIDTHS))
     parser.add_argument("--ranks", nargs="+", type=int, default=list(WORLD_SIZES))
+    parser.add_argument("--megabits", type=int, help="per second, between ranks on hosts of their own; as root")
     parser.add_argument("--environments", type=Path, default=ENVIRONMENTS, help="where peers are installed")
     parser.add_argument("--out", type=Path, default=ENVIRONMENTS / "results")
     arguments = parser.parse_args()
@@ -157,7 +186,10 @@ def main() -> None:
     pythons = {name: ready_python(CONTESTANTS[name], arguments.environments) for name in names}
     results: dict[Case, dict[str, list[float]]] = {}
     for case in (Case(size=size, world_size=ranks) for size in arguments.sizes for ranks in arguments.ranks):
-        with groups_of(case, pythons, arguments.out / "training.log") as groups:
+        with (
+            places_of(case, arguments.megabits) as places,
+            groups_of(case, pythons, arguments.out / "training.log", places) as groups,
+        ):
             results[case] = measure(case, groups, arguments.rounds)
     about = {"rounds": arguments.rounds, "cpus": os.cpu_count(), "os": platform.platform()}
     document = {**about, "seconds_per_step": {case.title: found for case, found in results.items()}}

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import argparse
 import multiprocessing
-import queue
 import statistics
+import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -25,7 +25,7 @@ from torch.optim import Adagrad
 from training.arithmetic.reduce import Subtree
 from training.arithmetic.sparse import Rows
 from training.servers.arithmetic import TensorState, decide, part_of, put
-from training.servers.endpoints import Begun, Remote, serve, wake
+from training.servers.endpoints import Begun, Remote, Server
 from training.servers.layout import shards
 from training.servers.mesh import Mesh
 from training.servers.protocol import Assignment, Message, Push, Values
@@ -63,12 +63,11 @@ def serve_table(table: Table, connection: Connection) -> None:
     mesh = Mesh("server", secret=SECRET, address=HOST, max_bytes=MAX_BYTES)
     replica = Replica("server", state, num_virtual_workers=1)
     replica.fill()
+    server = Server(mesh, replica)
     connection.send(mesh.address)
-    changes: queue.SimpleQueue[Begun | None] = queue.SimpleQueue()
     assignment = Assignment(token=TOKEN, primary="server", backups=())
-    changes.put(Begun(assignment=assignment, places={"worker": connection.recv()}))
-    wake(mesh)
-    serve(mesh, replica, changes)
+    server.begin(Begun(assignment=assignment, places={"worker": connection.recv()}))
+    threading.Event().wait()
 
 
 class Contestant:
@@ -101,7 +100,7 @@ class Contestant:
         self._step += 1
         own, shard = self.values, self.table.shard
         started = time.perf_counter()
-        parts = ((Subtree(0, 1), part_of([gradient], shard, [torch.zeros(8)])),)
+        parts = ((Subtree(0, 1), part_of({0: gradient}, shard, [torch.zeros(8)])),)
         _, (answer,) = self._remote.step(self._step, [parts])
         put(answer, shard, [own])
         seconds = time.perf_counter() - started

@@ -17,6 +17,9 @@ from training.control import Order
 from training.loop import Trainer
 from training.memory.handover import Handover
 from training.servers import hosted, mesh
+from training.servers.client import Client
+from training.servers.colocated import Colocated
+from training.servers.protocol import Values
 from training.servers.replica import Replica
 
 FORMING = "as its group begins, before it has a state"
@@ -25,6 +28,8 @@ VALIDATING = "before validation"
 VALIDATED = "after validation, before it is noted"
 UPDATING = "in the update to the step after"
 APPLIED = "once a shard's primary has applied it, and told nobody"
+PUSHING = "in the step after, when all shards have their part but for the first"
+PULLING = "in the step after, when the first shard's parameters come, and all others are on their way"
 
 
 def run(order: dict[str, Any]) -> int:
@@ -58,13 +63,14 @@ def _pause_at(place: str, step: int, test: socket.socket) -> None:
         VALIDATING: (Trainer, "validate"),
         VALIDATED: (Handover, "complete"),
         APPLIED: (Replica, "_tell_backups"),
+        PUSHING: (Colocated, "push"),
+        PULLING: (Client, "handle"),
     }[place]
     go_on: Callable[..., Any] = getattr(owner, name)
 
     def pause(self: Any, *arguments: Any, **values: Any) -> Any:
         nonlocal step
-        reached = self.step if owner is Handover else self.state.step
-        if reached == step:
+        if _maybe_reached(self, arguments) == step:
             step = -1
             test.sendall(b"!")
             test.recv(1)
@@ -78,3 +84,15 @@ def _pause_at(place: str, step: int, test: socket.socket) -> None:
         test.sendall(b"o")
 
     Handover.take_order = take_and_tell  # type: ignore[method-assign]
+
+
+def _maybe_reached(caller: Any, arguments: tuple[Any, ...]) -> int | None:
+    """The last finished step, if this is the place."""
+    if isinstance(caller, Colocated):
+        step, shard, *_ = arguments
+        return step - 1 if shard == 0 else None
+    if isinstance(caller, Client):
+        _, message = arguments
+        return message.step - 1 if caller.phase == "applying" and isinstance(message, Values) else None
+    reached: int = caller.step if isinstance(caller, Handover) else caller.state.step
+    return reached

@@ -20,7 +20,7 @@ from training.arithmetic.reduce import owned_range
 from training.documents import sha256_hex
 from training.servers import mesh as mesh_module
 from training.servers.arithmetic import TensorState, decide
-from training.servers.endpoints import Begun, PrimaryLost, Remote, serve, wake
+from training.servers.endpoints import Begun, PrimaryLost, Remote, Server
 from training.servers.layout import shards
 from training.servers.mesh import Mesh
 from training.servers.protocol import Assignment
@@ -66,19 +66,19 @@ def be_server(mesh: Mesh, shard: int, num_shards: int, *, is_filled: bool) -> No
     replica = Replica(mesh.name, state, num_virtual_workers=V)
     if is_filled:
         replica.fill()
-    changes: queue.SimpleQueue[Begun | None] = queue.SimpleQueue()
-    threading.Thread(target=serve, args=(mesh, replica, changes), daemon=True).start()
+    server = Server(mesh, replica)
+    say(address=mesh.address)  # it hears from now on
     for order in orders(Gate()):
         primary, *backups = order["replicas"][shard]
         assignment = Assignment(token=order["token"], primary=primary, backups=tuple(backups))
-        changes.put(Begun(assignment=assignment, places=order["places"]))
-        wake(mesh)
+        server.begin(Begun(assignment=assignment, places=order["places"]))
 
 
 def be_worker(mesh: Mesh, num_shards: int, num_steps: int) -> None:
     waiting: queue.SimpleQueue[tuple[Remote, range]] = queue.SimpleQueue()
     gate, maybe_remote = Gate(), None
     threading.Thread(target=train, args=(waiting, gate, num_shards, num_steps), daemon=True).start()
+    say(address=mesh.address)
     for order in orders(gate):
         if maybe_remote is not None:
             maybe_remote.give_up()
@@ -120,7 +120,6 @@ def main() -> None:
     config = json.loads(sys.argv[1])
     mesh_module.HANDSHAKE_SECONDS = 100.0  # who is slow is not lost
     mesh = Mesh(config["name"], secret="s", address="127.0.0.1", max_bytes=MAX_BYTES)
-    say(address=mesh.address)
     if config["role"] == "server":
         be_server(mesh, config["shard"], config["num_shards"], is_filled=config["is_filled"])
     else:

@@ -118,12 +118,9 @@ class Group:
             values = torch.cat([value for _, value in self.workers[0][0].values()])
             for number, (client, leaves) in enumerate(self.workers):
                 parts = sums(step, leaves, values)
-                self.send(
-                    f"worker {number}",
-                    client.push(
-                        step, [[(tree, elements(total, shard)) for tree, total in parts] for shard in self.shards]
-                    ),
-                )
+                for at, shard in enumerate(self.shards):
+                    part = [(tree, elements(total, shard)) for tree, total in parts]
+                    self.send(f"worker {number}", client.push(step, at, part))
         found = self.workers[-1][0].values()
         assert [step for step, _ in found] == [STEPS] * len(self.shards)
         return torch.cat([value for _, value in found])

@@ -56,7 +56,7 @@ def hosted(worker: Mesh) -> Iterator[Hosted]:
     replica.fill()
     made = Hosted(mesh, replica, state, lambda token, maybe_error: None)
     places = {one.name: one.address for one in (mesh, worker)}
-    made.tell(Begun(assignment=Assignment(token=1, primary="server", backups=()), places=places))
+    made.begin(Begun(assignment=Assignment(token=1, primary="server", backups=()), places=places))
     worker.begin(1, places)
     yield made
     made.close()

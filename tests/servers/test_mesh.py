@@ -345,7 +345,7 @@ class Slow:
         self.connection, self.theirs = socket.socketpair()
         self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1)
         self._sender = StreamSender(self.connection)
-        self.send, self.as_bytes = self._sender.send, self._sender.as_bytes
+        self.send, self.maybe_buffers = self._sender.send, self._sender.maybe_buffers
 
 
 def test_what_is_short_keeps_its_place_among_the_rest_though_it_would_wait() -> None:

@@ -103,7 +103,7 @@ def test_what_is_cut_for_shards_comes_together_again() -> None:
     rows, dense = some_rows(5, num_rows=num_rows, width=4), torch.randn(9)
     parameters = [torch.zeros(num_rows, 4), torch.zeros(9)]
     for shard in shards([num_rows * 4, 9], 3, {0: 4}):
-        part = part_of([rows, dense], shard)
+        part = part_of({0: rows, 1: dense}, shard)
         assert isinstance(part, Part)
         put(part, shard, parameters)
     assert bits(parameters[0]) == bits(whole(rows, num_rows))

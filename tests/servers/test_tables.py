@@ -82,15 +82,21 @@ def test_all_that_is_told_of_a_step_is_the_same(recipe: Lookup) -> None:
 
 
 def test_only_rows_that_were_looked_up_are_sent_and_come_back(monkeypatch: pytest.MonkeyPatch) -> None:
-    said: list[tuple[list[list[tuple[Subtree, Part]]], list[Part]]] = []
-    step = Remote.step
+    pushed: list[Sequence[tuple[Subtree, Part]]] = []
+    answered: list[Part] = []
+    push, finish = Remote.push, Remote.finish
 
-    def recorded(self: Remote, number: int, parts: Any, maybe_said: Any) -> Any:
-        decision, values = step(self, number, parts, maybe_said)
-        said.append((parts, values))
+    def recorded_push(self: Remote, step: int, shard: int, parts: Any, maybe_said: Any) -> None:
+        pushed.append(parts)
+        push(self, step, shard, parts, maybe_said)
+
+    def recorded_finish(self: Remote) -> Any:
+        decision, values = finish(self)
+        answered.extend(values)
         return decision, values
 
-    monkeypatch.setattr(Remote, "step", recorded)
+    monkeypatch.setattr(Remote, "push", recorded_push)
+    monkeypatch.setattr(Remote, "finish", recorded_finish)
     trainer = alone(RECIPE, num_servers=3)
     looked_up: dict[int, set[int]] = {width: set() for width in WIDTHS}
     for table in (trainer.state.model.wide, trainer.state.model.narrow):
@@ -99,7 +105,7 @@ def test_only_rows_that_were_looked_up_are_sent_and_come_back(monkeypatch: pytes
         )
     with exact_arithmetic():
         trainer.train_step()
-    ((pushed, answered),) = said
+    assert len(pushed) == len(answered) == 3
     expected = {width: len(numbers) for width, numbers in looked_up.items()}
     assert all(0 < number < 200 for number in expected.values())
     assert _num_rows(answered) == expected

@@ -12,7 +12,7 @@ import pytest
 
 from tests.distributed import groups
 from tests.distributed.groups import ENTRY, Group, Node, Pause, make_node, regroup, require_same
-from tests.distributed.pausing import APPLIED, FORMING, MID_STEP
+from tests.distributed.pausing import APPLIED, FORMING, MID_STEP, PULLING, PUSHING
 from tests.servers.modes import has_checkpoint, train_in_both_modes
 from tests.servers.wide import Wide
 from tests.unit.tiny import exact_arithmetic, make_trainer
@@ -140,6 +140,38 @@ def test_a_server_that_dies_costs_the_step_that_it_was_in(
     require_same(node, calm)
 
 
+@pytest.mark.parametrize("victim", [0, 1])
+def test_who_dies_when_some_shards_have_its_part_and_others_lack_it(
+    node: Node, calm: tuple[str, list[groups.Told]], victim: int
+) -> None:
+    """The other one has given all of its own: the last shard holds the step's total, and the first never will."""
+
+    async def act(group: Group) -> None:
+        await kill(group, victim)
+
+    settings: dict[str, Any] = {"may_stay": True, "servers": 2, "server_replicas": 2}
+    node.train(2, act, pauses={victim: Pause(PUSHING, 7)}, **settings)
+    node.train(2, **settings)
+    assert node.attempts()[-1] == (2, 7, "memory")
+    require_same(node, calm)
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_who_dies_when_some_parameters_have_come_and_others_have_not(
+    node: Node, calm: tuple[str, list[groups.Told]], victim: int
+) -> None:
+    """The other one may have all of them, if it is not the victim that it waits for."""
+
+    async def act(group: Group) -> None:
+        await kill(group, victim)
+
+    settings: dict[str, Any] = {"may_stay": True, "servers": 2, "server_replicas": 2}
+    node.train(2, act, pauses={victim: Pause(PULLING, 7)}, **settings)
+    node.train(2, **settings)
+    assert node.attempts()[-1] in [(2, 7, "memory"), (2, 8, "memory")]
+    require_same(node, calm)
+
+
 def test_servers_outlast_a_group_that_ends_while_their_rank_computes(
     node: Node, calm: tuple[str, list[groups.Told]]
 ) -> None:
@@ -210,6 +242,8 @@ def test_a_step_that_one_shard_has_applied_is_not_applied_again(
     async def act(group: Group) -> None:
         await group.paused(0)
         group.kill(num_before - 1)
+        for rank in range(1, num_before - 1):
+            await group.is_out(rank)
         group.go_on(0)
 
     settings: dict[str, Any] = {"may_stay": True, "servers": 2, "server_replicas": 2}

@@ -168,14 +168,21 @@ class Worker:
         found = self._client.values()
         newest = max(step for step, _ in found)
         if any(step != newest for step, _ in found):
-            return self._client.push(newest, [()] * len(found))  # all shards hold its total
+            return self._push(newest, [()] * len(found))  # all shards hold its total
         values = [value for _, value in found]
         self._world.history.acknowledged(self._client.token, newest, values)
         self._client.step = newest
         if newest == self._world.num_steps:
             return []
         parts = [parts_of(newest + 1, self._leaves, shard, values) for shard in range(len(found))]
-        return self._client.push(newest + 1, parts, None if self._leaves else WORD)
+        return self._push(newest + 1, parts, None if self._leaves else WORD)
+
+    def _push(self, step: int, parts: Sequence[Any], maybe_said: str | None = None) -> list[Send]:
+        return [
+            send
+            for shard, one in enumerate(parts)
+            for send in self._client.push(step, shard, one, None if shard else maybe_said)
+        ]
 
 
 @dataclass

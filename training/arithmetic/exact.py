@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from functools import partial
 from typing import Protocol
 
@@ -37,6 +38,17 @@ def plan_buckets(sizes: Sequence[int], max_elements: int) -> list[list[int]]:
     return buckets
 
 
+@dataclass(frozen=True, kw_only=True)
+class Giving:
+    """To somebody else, who adds up what ranks have of all but tables (training.arithmetic.sparse): no rank hears of
+    another."""
+
+    buckets: list[list[int]]
+    """Numbers of parameters, tables not counted."""
+    give: Callable[[int], None]
+    """Called by a thread for each bucket, in their order, once `sums` has what this rank has of it."""
+
+
 class ExactReducer:
     """Mean gradients over all virtual workers, the same bits on any number of ranks.
 
@@ -51,17 +63,16 @@ class ExactReducer:
         ranges: Sequence[range],
         rank: int,
         bucket_bytes: int = BUCKET_BYTES,
-        is_exchanged: bool = True,
+        maybe_giving: Giving | None = None,
     ) -> None:
         """`objective` gives the loss of a batch; `num_extras` more numbers per virtual worker are summed alike.
-        `ranges` are the virtual workers of each rank, from the first to the last. Unless it `is_exchanged`, no rank
-        hears of another, and `sums` says what this one has, of all but tables (training.arithmetic.sparse).
+        `ranges` are the virtual workers of each rank, from the first to the last.
 
         Raises `UserError` if a parameter is not float32.
         """
         trained = [p for p in objective.parameters() if p.requires_grad]
         require_float32(trained)
-        if is_exchanged:
+        if maybe_giving is None:
             have_whole_gradients(objective)
         tables = set(tables_of(objective))
         parameters = [p for p in trained if p not in tables]
@@ -69,15 +80,24 @@ class ExactReducer:
         self._objective = objective
         self._virtual_workers = ranges[-1].stop
         self._places = places(self.owned)
-        group = Group(ranges, rank, trained[0].device) if is_exchanged else _Alone([self.owned], 0, trained[0].device)
-        self._planned = planned = plan_buckets([p.numel() for p in parameters], bucket_bytes // 4)
+        if maybe_giving is None:
+            group = Group(ranges, rank, trained[0].device)
+            planned = plan_buckets([p.numel() for p in parameters], bucket_bytes // 4)
+        else:
+            group = Group([self.owned], 0, trained[0].device)
+            planned = maybe_giving.buckets
+        self._planned = planned
         self._buckets = [
             Bucket(
                 [parameters[n] for n in numbers], num_extras if numbers is planned[-1] else 0, group, self._when_full
             )
             for numbers in planned
         ]
-        self._exchange = Exchange(self._buckets)
+        ends = [bucket.exchange for bucket in self._buckets]
+        if maybe_giving is not None:
+            ends = [partial(maybe_giving.give, number) for number in range(len(planned))]
+        self._exchange = Exchange(self._buckets, ends)
+        self._is_giving = maybe_giving is not None
 
     def forward(self, worker: int, batch: Mapping[str, Tensor]) -> Tensor:
         """The loss of one virtual worker's microbatch."""
@@ -106,10 +126,13 @@ class ExactReducer:
     def sums(self) -> list[tuple[Subtree, list[Tensor], Tensor]]:
         """Of each of this rank's subtrees: the gradients, as the parameters are numbered, and the extras. They are
         overwritten in the next step."""
+        return [(subtree, *self._sums_of(number)) for number, subtree in enumerate(subtrees(self.owned))]
+
+    def wait(self) -> None:
+        """Until all buckets were given. Raises what one of them raised."""
         self._exchange.wait()
         for bucket in self._buckets:
             bucket.is_full = False
-        return [(subtree, *self._sums_of(number)) for number, subtree in enumerate(subtrees(self.owned))]
 
     def _sums_of(self, subtree: int) -> tuple[list[Tensor], Tensor]:
         found: dict[int, Tensor] = {}
@@ -123,7 +146,7 @@ class ExactReducer:
         """Let the parameters go: another reducer may be made for them."""
         for bucket in self._buckets:
             bucket.close()
-        self._exchange.close()
+        self._exchange.close(wait=self._is_giving)
         self._buckets.clear()  # they and this hold one another, and garbage is seldom collected in a forked process
 
 
@@ -164,13 +187,6 @@ class Group:
         own_counts = [len(rows) * slice_size] * self.world_size
         dist.all_to_all_single(received, send, counts, own_counts, group=self._maybe_processes)
         dist.all_gather_single(flat, fold(everybody, torch.split(received, slice_size)), group=self._maybe_processes)
-
-
-class _Alone(Group):
-    """Of one rank, whose sums another process adds up."""
-
-    def exchange(self, rows: Tensor, received: Tensor, flat: Tensor) -> None:
-        """There is nobody here."""
 
 
 class Bucket:
@@ -286,27 +302,27 @@ class Bucket:
         return self._flat_views[-1]
 
 
-class Exchanged(Protocol):
-    """What is exchanged once it is full."""
+class Filled(Protocol):
+    """A bucket, as `Exchange` sees it."""
 
     is_full: bool
 
-    def exchange(self) -> None: ...
-
 
 class Exchange:
-    """A thread that exchanges full buckets in their order, which is the same on all ranks, whichever is full first."""
+    """A thread that does the `ends` of full buckets in their order, which is the same on all ranks, whichever is full
+    first."""
 
-    def __init__(self, buckets: Sequence[Exchanged]) -> None:
+    def __init__(self, buckets: Sequence[Filled], ends: list[Callable[[], None]]) -> None:
         self._buckets = buckets
+        self._ends = ends
         self._started: list[Future[None]] = []
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="exchange")
 
     def start_full_ones(self) -> None:
         while len(self._started) < len(self._buckets) and self._buckets[len(self._started)].is_full:
             maybe_before = self._started[-1] if self._started else None
-            bucket = self._buckets[len(self._started)]
-            self._started.append(self._pool.submit(_exchange_after, maybe_before, bucket))
+            end = self._ends[len(self._started)]
+            self._started.append(self._pool.submit(_end_after, maybe_before, end))
 
     def wait(self) -> None:
         started, self._started = self._started, []
@@ -316,15 +332,17 @@ class Exchange:
         finally:
             started.clear()  # or an error would hold what it is of, by its traceback
 
-    def close(self) -> None:
-        self._pool.shutdown(wait=False)
+    def close(self, *, wait: bool) -> None:
+        """A collective may never end; to give never waits, and nothing may be given afterwards."""
+        self._pool.shutdown(wait=wait)
+        self._ends.clear()
 
 
-def _exchange_after(maybe_before: Future[None] | None, bucket: Exchanged) -> None:
+def _end_after(maybe_before: Future[None] | None, end: Callable[[], None]) -> None:
     """After an error no more collectives: the one before is done, or its error is raised again."""
     if maybe_before is not None:
         maybe_before.result()
-    bucket.exchange()
+    end()
 
 
 def require_float32(parameters: Sequence[Tensor]) -> None:

@@ -7,7 +7,7 @@ it has their bits. (Sparse pushes: Li et al., OSDI'14.)
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 
@@ -136,12 +136,6 @@ class RowSums:
 
 def _no_rows(table: Tensor) -> Rows:
     return Rows(numbers=torch.empty(0, dtype=torch.int64), values=table.new_empty(0, table.shape[1]))
-
-
-def merged(gradients: Sequence[Tensor], rows: Sequence[Rows], are_tables: Sequence[bool]) -> list[Tensor | Rows]:
-    """Of all parameters, in their order: those that are tables get the rows."""
-    dense, sparse = iter(gradients), iter(rows)
-    return [next(sparse) if is_table else next(dense) for is_table in are_tables]
 
 
 def chunks(rows: Rows, size: int, num_rows: int) -> Iterator[tuple[range, Rows]]:

@@ -138,7 +138,7 @@ class ShardedReducer:
         self._num_standing_by = max(len(owned) for owned in ranges) - len(self.owned)
         scatter = Scatter(sharded.layout, ranges, rank, sharded.groups)
         self._gradients = [_Gradients(unit, scatter, self._when_full) for unit in reversed(sharded.units)]
-        self._exchange = Exchange(self._gradients)
+        self._exchange = Exchange(self._gradients, [one.exchange for one in self._gradients])
         group = Group(ranges, rank, sharded.units[0].own.device)
         self._extras = Bucket([], num_extras, group, lambda: None)
 
@@ -184,7 +184,7 @@ class ShardedReducer:
         """Let the parameters go: another reducer may be made for them."""
         for one in self._gradients:
             one.close()
-        self._exchange.close()
+        self._exchange.close(wait=False)
         self._gradients.clear()
 
 

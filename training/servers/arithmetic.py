@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -65,6 +66,8 @@ class TensorState:
         self._num_elements = sum(piece.num_elements for piece in self._dense)
         self._touched = tuple(torch.empty(0, dtype=torch.int64) for _ in self._tables)
         """Of each piece of a table: the rows that the last step changed."""
+        self._maybe_changes: weakref.ref[Tensor | Part] | None = None
+        """Made once for all who ask, as long as one of them has it."""
         self.optimizer = optimizer
         self._pieces = sliced(optimizer, parameters, shard)
 
@@ -98,6 +101,7 @@ class TensorState:
                 one.grad = gradient
             self.optimizer.step()
         self._touched = tuple(each.numbers.clone() for each in gradients if isinstance(each, Rows))
+        self._maybe_changes = None
         self.step += 1
 
     def _gradients(self, total: Tensor | Part) -> list[Tensor | Rows]:
@@ -111,7 +115,14 @@ class TensorState:
         return joined([piece.detach() for piece in self._pieces])
 
     def changes(self) -> Tensor | Part:
-        """What the last step changed of them."""
+        """What the last step changed of them. Nobody may change it."""
+        found = self._maybe_changes() if self._maybe_changes is not None else None
+        if found is None:
+            found = self._new_changes()
+            self._maybe_changes = weakref.ref(found)
+        return found
+
+    def _new_changes(self) -> Tensor | Part:
         if not self._tables:
             return self.values()
         dense, tables, touched = [], [], iter(self._touched)
@@ -139,6 +150,7 @@ class TensorState:
     def load(self, snapshot: Mapping[str, Any], step: int) -> None:
         values = split(snapshot["values"], self._shard)
         self._touched = tuple(snapshot["touched"])
+        self._maybe_changes = None
         for number, (piece, value) in enumerate(zip(self._pieces, values, strict=True)):
             piece.data.copy_(value)
             entries = snapshot["optimizer"][number]
@@ -151,8 +163,9 @@ def pieces_of(tensors: Sequence[Tensor], shard: Shard, *others: Tensor) -> Tenso
     return joined([*(_slice(tensors[piece.parameter], piece) for piece in shard), *others])
 
 
-def part_of(gradients: Sequence[Tensor | Rows], shard: Shard, extras: Sequence[Tensor] = ()) -> Tensor | Part:
-    """What a shard gets of gradients of all parameters, those of tables as rows; the extras are laid after it."""
+def part_of(gradients: Mapping[int, Tensor | Rows], shard: Shard, extras: Sequence[Tensor] = ()) -> Tensor | Part:
+    """What a shard gets of gradients of its parameters, by their numbers, those of tables as rows; the extras are laid
+    after it."""
     dense: list[Tensor] = []
     tables: list[Rows] = []
     for piece in shard:

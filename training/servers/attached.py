@@ -21,9 +21,8 @@ from training.config import Preset
 from training.errors import UserError
 from training.recipe import Recipe
 from training.servers.arithmetic import TensorState, require_elementwise
-from training.servers.endpoints import PrimaryLost, Remote
-from training.servers.hosted import Served
-from training.servers.layout import Shard, shards
+from training.servers.endpoints import PrimaryLost, Remote, Server
+from training.servers.layout import Shard
 from training.servers.mesh import Address, Mesh
 
 MAX_COPIES = 16
@@ -43,8 +42,7 @@ class Attached:
         self._here: dict[str, Mesh] = {}
         self._maybe_remote: Remote | None = None
         self._maybe_parameters: Sequence[Tensor] | None = None
-        self._tables: dict[int, int] = {}
-        """The elements of a row, by the number of the parameter."""
+        self._shards: tuple[Shard, ...] = ()
         self._step = 0
         """In hand."""
         self._over_token = 0
@@ -57,7 +55,7 @@ class Attached:
         with recipe_errors("optimizer()"):
             optimizer = self._recipe.optimizer(state.model)
         optimizer.state.update(state.optimizer.state)
-        return TensorState(optimizer, list(state.trained.values()), self.shards[shard])
+        return TensorState(optimizer, list(state.trained.values()), self._shards[shard])
 
     def _mesh(self, what: str) -> Mesh:
         num_bytes = sum(parameter.nbytes for parameter in self._parameters)
@@ -69,7 +67,7 @@ class Attached:
             max_bytes=(MAX_COPIES + 2 * self._preset.train.virtual_workers.bit_length()) * num_bytes + MAX_OTHER_BYTES,
         )
 
-    def _introduce(self, served: Mapping[int, Served]) -> tuple[list[dict[str, Any]], dict[str, Address]]:
+    def _introduce(self, served: Mapping[int, Server]) -> tuple[list[dict[str, Any]], dict[str, Address]]:
         """Tell all ranks where what is here listens: what each of them tells, and where all of it is. Collective."""
         own = {
             "worker": [self._worker.name, *self._worker.address],
@@ -80,11 +78,6 @@ class Attached:
         for name, host, port in (entry for one in told for entry in (one["worker"], *one["servers"].values())):
             places[name] = (host, port)
         return told, places
-
-    @cached_property
-    def shards(self) -> tuple[Shard, ...]:
-        sizes = [parameter.numel() for parameter in self._parameters]
-        return shards(sizes, self._preset.launch.servers, self._tables)
 
     @cached_property
     def _worker(self) -> Mesh:
@@ -116,7 +109,7 @@ class Attached:
         parts: dict[Tensor, dict[str, list[Any]]] = {}
         with self._own_errors():
             snapshots = self._remote.pull_all()
-        for shard, snapshot in zip(self.shards, snapshots, strict=True):
+        for shard, snapshot in zip(self._shards, snapshots, strict=True):
             for number, piece in enumerate(shard):
                 entries = parts.setdefault(self._parameters[piece.parameter], {})
                 for key, value in snapshot["optimizer"][number].items():

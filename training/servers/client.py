@@ -29,18 +29,22 @@ class Client:
         self._decide = decide
         self._answers: dict[str, Message] = {}
 
+    @property
+    def is_waiting(self) -> bool:
+        return self.phase != "idle"
+
     def pull(self, *, with_optimizer: bool = False) -> list[Send]:
         """Asks for the parameters, or for all that the shards hold."""
         self.phase = "pulling"
         return self._say(lambda shard: Pull(token=self.token, with_optimizer=with_optimizer))
 
-    def push(self, step: int, parts: Sequence[Sequence[tuple[Subtree, Any]]], maybe_said: Any = None) -> list[Send]:
-        """The sums of this worker's subtrees, for each shard; without any, what it says to the first."""
-        self.phase, self.step = "pushing", step
-        said = [maybe_said, *[None] * (len(self._primaries) - 1)]
-        return self._say(
-            lambda shard: Push(token=self.token, step=step, parts=tuple(parts[shard]), maybe_said=said[shard])
-        )
+    def push(self, step: int, shard: int, parts: Sequence[tuple[Subtree, Any]], maybe_said: Any = None) -> list[Send]:
+        """The sums of this worker's subtrees for one shard; or, without any, what it says to the first. Each is
+        answered only after that, so shards may have theirs in any order, and long after one another."""
+        if (self.phase, self.step) != ("pushing", step):
+            self.phase, self.step, self._answers = "pushing", step, {}
+        message = Push(token=self.token, step=step, parts=tuple(parts), maybe_said=maybe_said)
+        return [Send(to=self._primaries[shard], message=message)]
 
     def _say(self, message: Callable[[int], Message]) -> list[Send]:
         self._answers = {}

@@ -4,22 +4,23 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from training.arithmetic.collectives import texts_of_all_ranks
-from training.arithmetic.exact import ExactReducer
 from training.arithmetic.reduce import Subtree
-from training.arithmetic.sparse import Rows, RowSums, merged, tables_of
+from training.arithmetic.sparse import tables_of
 from training.checkpoints.state import TrainState
 from training.config import Preset
 from training.recipe import Recipe, learning_rate_scale
-from training.servers.arithmetic import Decision, Report, decide, part_of, put
+from training.servers.arithmetic import Decision, Report, decide, put
 from training.servers.attached import Attached, require_contiguous, require_divisible
 from training.servers.endpoints import Begun, Remote
 from training.servers.hosted import Hosted, leave, left_copies
+from training.servers.layout import Shard, shards
 from training.servers.placement import may_go_on, num_computing, place
 from training.servers.protocol import Assignment, Copy
 from training.servers.replica import Replica
@@ -58,6 +59,13 @@ class Colocated(Attached):
         """What the process that was in the place of this one had: a group may go on with it."""
         self._left = left_copies(left)
 
+    def shards_of(self, model: nn.Module) -> tuple[Shard, ...]:
+        """Of its parameters that are trained."""
+        parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        tables = set(tables_of(model))
+        widths = {number: one.shape[1] for number, one in enumerate(parameters) if one in tables}
+        return shards([parameter.numel() for parameter in parameters], self._preset.launch.servers, widths)
+
     # ---- a group begins ----------------------------------------------------------------------------------------------
 
     def can_go_on(self, maybe_step: int | None, *, nodes: Sequence[int]) -> bool:
@@ -86,13 +94,12 @@ class Colocated(Attached):
 
         Raises `UserError` if the optimizer or a parameter cannot be cut.
         """
-        self._maybe_parameters = parameters = list(state.trained.values())
-        tables = set(tables_of(state.model))
-        self._tables = {number: one.shape[1] for number, one in enumerate(parameters) if one in tables}
+        self._maybe_parameters = list(state.trained.values())
+        self._shards = self.shards_of(state.model)
         if self._is_new:
             require_contiguous(state.trained)
             require_divisible(state.optimizer)
-            require_still(state.optimizer, tables)
+            require_still(state.optimizer, set(tables_of(state.model)))
         mine = [shard for shard, ranks in enumerate(self._placement) if rank in ranks]
         for shard in self._hosted.keys() - set(mine):
             self._hosted.pop(shard).close()
@@ -121,12 +128,6 @@ class Colocated(Attached):
             [told[rank]["servers"][str(shard)][0] for rank in ranks] for shard, ranks in enumerate(self._placement)
         ]
         speakers = tuple(one["worker"][0] for one in told[self._num_computing :])
-        for shard, hosted in self._hosted.items():
-            primary, *backups = names[shard]
-            assignment = Assignment(
-                token=token, primary=primary, backups=tuple(backups), speakers=() if shard else speakers
-            )
-            hosted.tell(Begun(assignment=assignment, places=places))
         self._maybe_remote = Remote(
             self._worker,
             token=token,
@@ -135,6 +136,12 @@ class Colocated(Attached):
             decide=self._decide,
             patience_seconds=self._preset.launch.collective_timeout_seconds,
         )
+        for shard, hosted in self._hosted.items():
+            primary, *backups = names[shard]
+            assignment = Assignment(
+                token=token, primary=primary, backups=tuple(backups), speakers=() if shard else speakers
+            )
+            hosted.begin(Begun(assignment=assignment, places=places))
 
     def _forget(self) -> None:
         for hosted in self._hosted.values():
@@ -148,23 +155,17 @@ class Colocated(Attached):
         assert self._maybe_answer is not None, "a step was decided"
         return self._maybe_answer
 
-    def merged(self, gradients: Sequence[Tensor], rows: Sequence[Rows]) -> list[Tensor | Rows]:
-        """Of all parameters, from those of all others and those of tables."""
-        return merged(gradients, rows, [number in self._tables for number in range(len(self._parameters))])
+    def push(self, step: int, shard: int, parts: Sequence[tuple[Subtree, Any]], maybe_said: Tensor | None) -> None:
+        """Give a shard this rank's sums of a step, or what it says if it has none. Never waits."""
+        self._step = step  # what is decided may be, before this returns
+        self._remote.push(step, shard, parts, maybe_said)
 
-    def step(
-        self, step: int, sums: Sequence[tuple[Subtree, Sequence[Tensor | Rows], Tensor]], maybe_said: Tensor | None
-    ) -> Tensor:
-        """Give this rank's sums (training.arithmetic.exact) of a step, or what it says if it has none. Returns
-        the sum of all extras. Raises `PrimaryLost`."""
-        self._step, self._maybe_answer = step, None
-        parts = [
-            [(subtree, part_of(gradients, shard, () if number else (extras,))) for subtree, gradients, extras in sums]
-            for number, shard in enumerate(self.shards)
-        ]
+    def finish_step(self) -> Tensor:
+        """Once each shard was given its part. Returns the sum of all extras. Raises `PrimaryLost`."""
+        self._maybe_answer = None
         try:
             with self._own_errors():
-                self._maybe_answer = self._remote.step(step, parts, maybe_said)
+                self._maybe_answer = self._remote.finish()
         except _NotFiniteError as error:  # no shard has applied it, and the trainer says what is wrong
             self._maybe_answer = error.decision, ()
         return self._answer[0].extras
@@ -184,47 +185,8 @@ class Colocated(Attached):
     @torch.no_grad()
     def apply(self) -> None:
         """Take the parameters after the step."""
-        for shard, values in zip(self.shards, self._answer[1], strict=True):
+        for shard, values in zip(self._shards, self._answer[1], strict=True):
             put(values, shard, self._parameters)
-
-
-class ServedReducer:
-    """Gives the servers this rank's sums, where `ExactReducer` gives them to other ranks."""
-
-    def __init__(
-        self,
-        exact: ExactReducer,
-        servers: Colocated,
-        next_step: Callable[[], int],
-        *,
-        objective: nn.Module,
-        say: Callable[[], Tensor],
-    ) -> None:
-        """`exact` exchanges nothing, and leaves the tables of its `objective` alone. A rank without virtual workers has
-        extras to `say` all the same."""
-        self._exact = exact
-        self._rows = RowSums(objective, exact.owned)
-        self._servers = servers
-        self._next_step = next_step
-        self._say = say
-        self.owned = exact.owned
-
-    def forward(self, worker: int, batch: Mapping[str, Tensor]) -> Tensor:
-        return self._exact.forward(worker, batch)
-
-    def backward(self, worker: int, loss: Tensor, extras: Tensor) -> None:
-        self._exact.backward(worker, loss, extras)
-        self._rows.end_worker(worker)
-
-    def finish(self) -> Tensor:
-        """Raises `PrimaryLost`."""
-        found = zip(self._exact.sums(), self._rows.take(), strict=True)
-        sums = [(tree, self._servers.merged(dense, rows), extras) for (tree, dense, extras), rows in found]
-        return self._servers.step(self._next_step(), sums, None if sums else self._say())
-
-    def close(self) -> None:
-        self._exact.close()
-        self._rows.close()
 
 
 class _NotFiniteError(Exception):

@@ -3,12 +3,10 @@ its place."""
 
 from __future__ import annotations
 
-import queue
-import threading
 from collections.abc import Callable, Mapping, Sequence
 
 from training.servers.arithmetic import TensorState
-from training.servers.endpoints import Begun, Server, serve, wake
+from training.servers.endpoints import Server
 from training.servers.mesh import Mesh
 from training.servers.protocol import Copy, Left
 from training.servers.replica import Replica
@@ -18,36 +16,16 @@ FREEZE_SECONDS = 1.0
 """After which a replica that is in the midst of something leaves nothing."""
 
 
-class Served:
-    """A server's state machine, with the thread that serves it."""
-
-    def __init__(self, mesh: Mesh, server: Server, on_trouble: Callable[[int, Exception | None], None]) -> None:
-        """`on_trouble` is that of `serve`."""
-        self.mesh = mesh
-        self._changes: queue.SimpleQueue[Begun | None] = queue.SimpleQueue()
-        self._lock = threading.Lock()
-        arguments = (mesh, server, self._changes, on_trouble, self._lock)
-        threading.Thread(target=serve, args=arguments, name=mesh.name, daemon=True).start()
-
-    def tell(self, maybe_begun: Begun | None) -> None:
-        self._changes.put(maybe_begun)
-        wake(self.mesh)
-
-    def close(self) -> None:
-        self.tell(None)
-        self.mesh.close()
-
-
-class Hosted(Served):
+class Hosted(Server):
     """A replica, which can be left."""
 
     def __init__(
         self, mesh: Mesh, replica: Replica, state: TensorState, on_trouble: Callable[[int, Exception | None], None]
     ) -> None:
         """`state` is the replica's."""
+        super().__init__(mesh, replica, on_trouble)
         self.replica = replica
         self._state = state
-        super().__init__(mesh, replica, on_trouble)
 
     def num_bytes(self) -> int:
         """Of what it would leave, about."""
@@ -56,7 +34,7 @@ class Hosted(Served):
     def maybe_last_copy(self) -> Copy | None:
         """All that it has, if it has anything. It says nothing to anybody any more: no step may count as done by what
         is not in there."""
-        is_frozen = self._lock.acquire(timeout=FREEZE_SECONDS)  # for ever
+        is_frozen = self.freeze(timeout_seconds=FREEZE_SECONDS)
         return self.replica.copy() if is_frozen and self.replica.position >= 0 else None
 
 

@@ -73,3 +73,32 @@ def _joined(found: Sequence[Piece]) -> Shard:
         else:
             joined.append(block)
     return tuple(joined)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Departure:
+    """What of a step can go as soon as the gradients of some more parameters are there."""
+
+    parameters: list[int]
+    """No tables; the last ones first, as they come in a backward pass."""
+    shards: list[int]
+    """Whole with these and those before; the last ones first."""
+
+
+def departures(all_shards: Sequence[Shard], num_parameters: int) -> list[Departure]:
+    """Of all parameters and shards, but for tables and shards that have a part of one. The last one has the first
+    shard, unless that has such a part."""
+    tables = {piece.parameter for shard in all_shards for piece in shard if piece.row_elements}
+    needed_by = dict.fromkeys((number for number in range(num_parameters) if number not in tables), 0)
+    needed_by |= {
+        piece.parameter: at for at, shard in enumerate(all_shards) for piece in shard if not piece.row_elements
+    }
+    whole = [at for at, shard in enumerate(all_shards) if not any(piece.row_elements for piece in shard)]
+    ends = sorted({0, *needed_by.values()})
+    return [
+        Departure(
+            parameters=[number for number in reversed(needed_by) if needed_by[number] == end],
+            shards=[at for at in reversed(whole) if end == min((one for one in ends if one >= at), default=ends[-1])],
+        )
+        for end in reversed(ends)
+    ]

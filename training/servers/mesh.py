@@ -18,7 +18,7 @@ import socket
 import struct
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from hashlib import sha256
@@ -52,8 +52,13 @@ class Lost:
     token: int
 
 
+Word = tuple[str, Message | Lost]
+"""Who sends, and what."""
+
+
 class Mesh:
-    """`inbox` gets (sender, what it said, or `Lost`)."""
+    """`hear` is called with each word, by the thread that it comes by. Until it is set, `inbox` has them: who
+    serves sets it before anybody knows the address."""
 
     def __init__(
         self, name: str, *, secret: str, address: str, max_bytes: int, here: dict[str, Mesh] | None = None
@@ -63,7 +68,8 @@ class Mesh:
         self.name = name
         self._here = {} if here is None else here
         self._here[name] = self
-        self.inbox: queue.SimpleQueue[tuple[str, Message | Lost]] = queue.SimpleQueue()
+        self.inbox: queue.SimpleQueue[Word] = queue.SimpleQueue()
+        self.hear: Callable[[Word], None] = self.inbox.put
         self._secret = secret.encode()
         self._max_bytes = max_bytes
         self._listener = socket.create_server((address, 0))
@@ -93,22 +99,25 @@ class Mesh:
                     connection.shutdown(socket.SHUT_RDWR)
 
     def send(self, sends: list[Send]) -> None:
-        """In order, for each receiver. Whoever is in no group, or gone, gets nothing."""
-        for one in sends:
-            self._post(one)
+        """In order, for each receiver; first to other processes, as those here do at once what follows from it. Whoever
+        is in no group, or gone, gets nothing."""
+        near = [(mesh, one.message) for one in sends if (mesh := self._maybe_near(one)) is not None]
+        for mesh, message in near:
+            mesh.hear((self.name, message))
 
-    def _post(self, one: Send) -> None:
+    def _maybe_near(self, one: Send) -> Mesh | None:
+        """Who is to hear it here; else it is on its way."""
         with self._lock:
             if one.message.token != self._token or one.to not in self._places:
-                return
-            maybe_here = self._here.get(one.to)
-            if maybe_here is not None:
-                maybe_here.inbox.put((self.name, one.message))
-                return
+                return None
+            if one.to in self._here:
+                return self._here[one.to]
             if one.to not in self._outboxes:
                 self._outboxes[one.to] = Outbox()
                 self._start(self._deliver, one.to, self._places[one.to], self._token, self._outboxes[one.to])
-            self._outboxes[one.to].put(one.message)
+            outbox = self._outboxes[one.to]
+        outbox.put(one.message)
+        return None
 
     def close(self) -> None:
         self._is_closed = True
@@ -134,7 +143,7 @@ class Mesh:
         except Exception as error:  # also what cannot be encoded: whoever waits for it hears that it will not come
             if not isinstance(error, OSError | DamagedError):
                 log.exception("%s could not say something to %s", self.name, to)
-            self.inbox.put((to, Lost(token=token)))
+            self.hear((to, Lost(token=token)))
 
     def _connected(self, to: str, address: Address, token: int) -> socket.socket:
         """By the nearest way. Raises `OSError`; `DamagedError` for somebody who does not know the secret."""
@@ -207,10 +216,10 @@ class Mesh:
                     while True:
                         message = receiver.receive(max_bytes=self._max_bytes)
                         if message.token == token:
-                            self.inbox.put((sender, message))
+                            self.hear((sender, message))
                         del message  # or it would keep its memory until the next one comes
             except (OSError, DamagedError, MemoryError):
-                self.inbox.put((sender, Lost(token=token)))
+                self.hear((sender, Lost(token=token)))
 
     def _greet(self, connection: socket.socket) -> tuple[str, int]:
         """Who sends here, and of which token. Raises `DamagedError` for somebody who does not know the secret."""

@@ -1,5 +1,5 @@
-"""What one process has to say to another: a thread says it, but for what is short and can be said at once. To wake a
-thread for each word would be most of what a step of a small model costs."""
+"""What one process has to say to another: whoever has it says it, as far as that can be done at once; a thread says the
+rest."""
 
 from __future__ import annotations
 
@@ -10,12 +10,11 @@ from collections.abc import Sequence
 from contextlib import suppress
 from typing import Protocol
 
-from training.servers.protocol import Apply, Commit, Decided, Fetch, Held, Message, Pull, Reached, Standing
-from training.servers.stale_protocol import Join, Joined, Read
-from training.servers.streams import advance, send_all
+from training.servers.protocol import Message
+from training.servers.streams import MAX_BUFFERS, advance, send_all
 
-SHORT = (Apply, Commit, Decided, Fetch, Held, Pull, Reached, Standing, Join, Joined, Read)
-"""They hold no parameters."""
+MAX_AT_ONCE_BYTES = 1 << 20
+"""To copy these takes no longer than to wake a thread. What is longer is better said to several at a time."""
 
 
 class Sender(Protocol):
@@ -27,8 +26,8 @@ class Sender(Protocol):
         """Raises `OSError`."""
         ...
 
-    def as_bytes(self, message: Message) -> Sequence[bytes | memoryview]:
-        """As it may go by the socket."""
+    def maybe_buffers(self, message: Message, *, max_bytes: int) -> Sequence[bytes | memoryview] | None:
+        """What is to go by the socket; None if there is more to be done for it, or more than `max_bytes` to copy."""
         ...
 
 
@@ -44,8 +43,8 @@ class Outbox:
         """Never waits."""
         with self._lock:
             left: Message | list[memoryview] = message
-            if self._maybe_sender is not None and self._num_waiting == 0 and isinstance(message, SHORT):
-                with suppress(Exception):  # it would wait; or else the thread finds what is wrong, and tells
+            if self._maybe_sender is not None and self._num_waiting == 0:
+                with suppress(Exception):  # the thread finds what is wrong, and tells
                     left = _said_at_once(self._maybe_sender, message)
             if left:
                 self._num_waiting += 1
@@ -66,8 +65,12 @@ class Outbox:
                 self._num_waiting -= 1
 
 
-def _said_at_once(sender: Sender, message: Message) -> list[memoryview]:
-    """What is left of it. Raises `BlockingIOError` if that is all."""
-    views = [memoryview(buffer) for buffer in sender.as_bytes(message) if len(buffer)]
-    advance(views, sender.connection.sendmsg(views, (), socket.MSG_DONTWAIT))
+def _said_at_once(sender: Sender, message: Message) -> Message | list[memoryview]:
+    """What is left of it."""
+    maybe_buffers = sender.maybe_buffers(message, max_bytes=MAX_AT_ONCE_BYTES)
+    if maybe_buffers is None:
+        return message
+    views = [memoryview(buffer) for buffer in maybe_buffers if len(buffer)]
+    with suppress(BlockingIOError):
+        advance(views, sender.connection.sendmsg(views[:MAX_BUFFERS], (), socket.MSG_DONTWAIT))
     return views

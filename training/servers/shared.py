@@ -56,7 +56,7 @@ class Segment:
     def fill(self, buffers: Sequence[memoryview]) -> None:
         self._memory[0] = IN_USE
         start = START_BYTES
-        for buffer in buffers:  # memcpy, during which other threads go on
+        for buffer in filter(len, buffers):  # memcpy, during which other threads go on
             np.copyto(self._bytes[start : start + len(buffer)], np.frombuffer(buffer, np.uint8))
             start += len(buffer)
 
@@ -82,28 +82,35 @@ class SharedSender:
     def send(self, message: Message) -> None:
         """Raises `OSError`."""
         head, buffers = encode(message)
-        buffers = [buffer for buffer in buffers if len(buffer)]
+        maybe_buffers = self._maybe_buffers(message, head, buffers)
+        if maybe_buffers is not None:
+            send_all(self.connection, maybe_buffers)
+            return
+        segment = Segment(len(self._segments) + 1, sum(map(len, buffers)))
+        segment.fill(buffers)
+        self._segments.append(segment)
+        segment.hand_over(self.connection, [_as_bytes(segment.number), head])
+
+    def maybe_buffers(self, message: Message, *, max_bytes: int) -> Sequence[bytes | memoryview] | None:
+        head, buffers = encode(message)
+        return self._maybe_buffers(message, head, buffers) if sum(map(len, buffers)) <= max_bytes else None
+
+    def _maybe_buffers(
+        self, message: Message, head: bytes, buffers: Sequence[memoryview]
+    ) -> Sequence[bytes | memoryview] | None:
+        """What goes by the socket; None if there is no segment yet for the rest."""
         num_bytes = sum(map(len, buffers))
         if num_bytes < MIN_SHARED_BYTES or _is_rare(message):
-            send_all(self.connection, [_as_bytes(BY_SOCKET), head, *buffers])
-            return
+            return [_as_bytes(BY_SOCKET), head, *buffers]
         maybe_free = min(
             (segment for segment in self._segments if segment.is_free_for(num_bytes)),
             key=lambda segment: segment.num_bytes,
             default=None,
         )
-        segment = maybe_free or Segment(len(self._segments) + 1, num_bytes)
-        segment.fill(buffers)
-        announced = [_as_bytes(segment.number), head]
-        if maybe_free:
-            send_all(self.connection, announced)
-        else:
-            self._segments.append(segment)
-            segment.hand_over(self.connection, announced)
-
-    def as_bytes(self, message: Message) -> Sequence[bytes | memoryview]:
-        head, tensors = encode(message)
-        return [_as_bytes(BY_SOCKET), head, *tensors]
+        if maybe_free is None:
+            return None
+        maybe_free.fill(buffers)
+        return [_as_bytes(maybe_free.number), head]
 
 
 class SharedReceiver:

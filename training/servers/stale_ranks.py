@@ -14,8 +14,8 @@ from torch import Tensor
 from training.checkpoints.state import TrainState
 from training.servers.arithmetic import Decision, part_of, put
 from training.servers.attached import Attached, require_contiguous, require_divisible
-from training.servers.endpoints import Begun, Remote
-from training.servers.hosted import Served
+from training.servers.endpoints import Begun, Remote, Server
+from training.servers.layout import shards
 from training.servers.mesh import Address, Mesh
 from training.servers.stale_protocol import Places
 from training.servers.stale_state import Contribution, Reading, StaleState, history_of
@@ -43,19 +43,21 @@ class StaleRemote(Remote):
             patience_seconds=patience_seconds,
         )
         self._worker = StaleWorker(token=token, shards=primaries)
+        self._speakers.append(self._worker)
 
     def join(self) -> int:
         """The step that this worker's place has finished."""
-        self._follow(self._worker, self._worker.join(), "computing")
+        self._mesh.send(self._worker.join())
+        self._wait()
         return self._worker.clock
 
-    def push(
+    def push_all(
         self, updates: Sequence[Contribution], *, is_barrier: bool, wants_barrier: bool
     ) -> tuple[list[Reading], int]:
         """What the next step adds to each shard. Returns what there is for the step after it, once that is fresh
         enough (at a barrier, the same for all), and a step at which all are to meet, or 0."""
-        sends = self._worker.push(updates, is_barrier=is_barrier, wants_barrier=wants_barrier)
-        self._follow(self._worker, sends, "computing")
+        self._mesh.send(self._worker.push(updates, is_barrier=is_barrier, wants_barrier=wants_barrier))
+        self._wait()
         return self._worker.values, self._worker.barrier
 
 
@@ -72,6 +74,7 @@ class StaleServers(Attached):
         Raises `UserError` if the optimizer or a parameter cannot be cut.
         """
         self._maybe_parameters = list(state.trained.values())
+        self._shards = shards([parameter.numel() for parameter in self._parameters], self._preset.launch.servers)
         require_contiguous(state.trained)
         require_divisible(state.optimizer)
         mine = range(rank, self._preset.launch.servers, world_size)
@@ -81,21 +84,19 @@ class StaleServers(Attached):
         step = self._stale_remote.join()
         assert step == state.step, f"the servers are at step {step}"
 
-    def _serve(self, shard: int, state: TrainState, *, token: int, num_places: int) -> Served:
+    def _serve(self, shard: int, state: TrainState, *, token: int, num_places: int) -> Server:
         tensors = StaleState(
             self._tensors(shard, state), num_places=num_places, step=state.step, note=history_of(shard, token)
         )
         bound = self._preset.train.staleness
         server = StaleShard(tensors, num_places=num_places, bound=bound, clock=state.step)
-        return Served(self._mesh(f"server {shard}"), server, self._hear_of_trouble)
+        return Server(self._mesh(f"server {shard}"), server, self._hear_of_trouble)
 
-    def _meet(self, served: Mapping[int, Served], token: int) -> None:
+    def _meet(self, served: Mapping[int, Server], token: int) -> None:
         """Begin with what all ranks tell."""
         told, places = self._introduce(served)
         servers = {int(shard): name for one in told for shard, (name, *_) in one["servers"].items()}
         workers = Places(token=token, workers=tuple(one["worker"][0] for one in told))
-        for one in served.values():
-            one.tell(Begun(assignment=workers, places=places))
         launch, train = self._preset.launch, self._preset.train
         self._maybe_remote = StaleRemote(
             self._worker,
@@ -104,6 +105,8 @@ class StaleServers(Attached):
             places=places,
             patience_seconds=launch.collective_timeout_seconds * (1 + train.staleness),  # so many steps are waited for
         )
+        for one in served.values():
+            one.begin(Begun(assignment=workers, places=places))
 
     @property
     def _stale_remote(self) -> StaleRemote:
@@ -124,13 +127,14 @@ class StaleServers(Attached):
         barrier because a rank wants one, or 0. Raises `PrimaryLost`."""
         self._step = step
         token = self._remote.token
+        numbered = dict(enumerate(gradients))
         updates = [
-            Contribution(step=step, token=token, gradients=_dense(part_of(gradients, shard)), decision=decision)
-            for shard in self.shards
+            Contribution(step=step, token=token, gradients=_dense(part_of(numbered, shard)), decision=decision)
+            for shard in self._shards
         ]
         with self._own_errors():
-            found, barrier = self._stale_remote.push(updates, is_barrier=is_barrier, wants_barrier=wants_barrier)
-        for shard, reading in zip(self.shards, found, strict=True):
+            found, barrier = self._stale_remote.push_all(updates, is_barrier=is_barrier, wants_barrier=wants_barrier)
+        for shard, reading in zip(self._shards, found, strict=True):
             put(reading.values, shard, self._parameters)
         return barrier
 

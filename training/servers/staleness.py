@@ -124,6 +124,10 @@ class StaleWorker:
         self._answers: dict[str, Any] = {}
 
     @property
+    def is_waiting(self) -> bool:
+        return self.phase in ("joining", "reading")
+
+    @property
     def values(self) -> list[Any]:
         """Of all shards, for the step to come."""
         return [self._answers[name].values for name in self._shards]

@@ -26,11 +26,12 @@ class StreamSender:
 
     def send(self, message: Message) -> None:
         """Raises `OSError`."""
-        send_all(self.connection, self.as_bytes(message))
+        head, buffers = encode(message)
+        send_all(self.connection, [head, *buffers])
 
-    def as_bytes(self, message: Message) -> Sequence[bytes | memoryview]:
-        head, tensors = encode(message)
-        return [head, *tensors]
+    def maybe_buffers(self, message: Message, *, max_bytes: int) -> Sequence[bytes | memoryview] | None:
+        head, buffers = encode(message)
+        return [head, *buffers] if sum(map(len, buffers)) <= max_bytes else None
 
 
 class StreamReceiver:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import queue
-import threading
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 
@@ -24,7 +22,7 @@ from benchmarks.servers.pushes import (
 from training.arithmetic.reduce import Subtree
 from training.arithmetic.sparse import Rows
 from training.servers.arithmetic import TensorState, decide, part_of, put
-from training.servers.endpoints import Begun, Remote, serve, wake
+from training.servers.endpoints import Begun, Remote, Server
 from training.servers.layout import Shard, shards
 from training.servers.mesh import Address, Mesh
 from training.servers.protocol import Assignment
@@ -64,7 +62,7 @@ def server_name(number: int, shard: int, holder: int) -> str:
 
 
 def host(seat: Seat, number: int, shard: int) -> tuple[Mesh, Callable[[Places], None]]:
-    """One replica, in a thread of its own, and how it is told where all others are."""
+    """One replica, and how it is told where all others are."""
     case, ranks = seat.deal.cases[number], holders(seat.deal)[shard]
     parameter = case.parameter()
     state = TensorState(optimizer_of(parameter), [parameter], shards_of(case, seat.deal)[shard])
@@ -72,13 +70,11 @@ def host(seat: Seat, number: int, shard: int) -> tuple[Mesh, Callable[[Places], 
     replica = Replica(mesh.name, state, num_virtual_workers=seat.deal.num_workers)
     replica.fill()
     primary, *backups = [server_name(number, shard, holder) for holder in ranks]
-    changes: queue.SimpleQueue[Begun | None] = queue.SimpleQueue()
+    server = Server(mesh, replica)
 
     def begin(places: Places) -> None:
         assignment = Assignment(token=TOKEN, primary=primary, backups=tuple(backups))
-        changes.put(Begun(assignment=assignment, places=places))
-        threading.Thread(target=serve, args=(mesh, replica, changes), daemon=True).start()
-        wake(mesh)
+        server.begin(Begun(assignment=assignment, places=places))
 
     return mesh, begin
 
@@ -104,7 +100,7 @@ class Worker:
         self._step += 1
         gradient = self._gradients[variant]
         parts = [
-            [(self._subtree, part_of([gradient], shard, () if number else (self._extras,)))]
+            [(self._subtree, part_of({0: gradient}, shard, () if number else (self._extras,)))]
             for number, shard in enumerate(self._shards)
         ]
         _, answers = self._remote.step(self._step, parts)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -79,8 +80,11 @@ class MemoryFeed:
                 yield Microbatch(step=number, worker=worker, ids=ids[number % NUM_DATA_STEPS, worker], fields=fields)
 
 
-def preset_of(workload: Workload, mode: Literal["exact", "fast"], *, num_replicas: int = 0) -> Preset:
-    """With `num_replicas`, each rank is a server too, and as many hold each shard."""
+def preset_of(
+    workload: Workload, mode: Literal["exact", "fast"], *, num_replicas: int = 0, num_shards: int = 0
+) -> Preset:
+    """With `num_replicas`, each rank is a server too, and as many hold each shard: as many as ranks, unless
+    `num_shards` says how many."""
     train = TrainConfig(
         steps=NUM_STEPS,
         checkpoint_every_steps=NUM_STEPS,  # none: there is no store
@@ -95,18 +99,20 @@ def preset_of(workload: Workload, mode: Literal["exact", "fast"], *, num_replica
         recipe="bench:Bench",
         data=DataConfig(name="bench", source="nowhere", format="files"),
         train=train,
-        launch=LaunchConfig(nodes=1, servers=workload.world_size, server_replicas=max(1, num_replicas)),
+        launch=LaunchConfig(nodes=1, servers=num_shards or workload.world_size, server_replicas=max(1, num_replicas)),
         seed=SEED,
     )
 
 
-def steps(workload: Workload, mode: Literal["exact", "fast"], *, num_replicas: int = 0) -> Iterator[None]:
+def steps(
+    workload: Workload, mode: Literal["exact", "fast"], *, num_replicas: int = 0, num_shards: int = 0
+) -> Iterator[None]:
     """Each time, a step."""
     torch.use_deterministic_algorithms(True)
     fill_new_memory(False)  # as Trainer.train does after its first step
-    preset = preset_of(workload, mode, num_replicas=num_replicas)
+    preset = preset_of(workload, mode, num_replicas=num_replicas, num_shards=num_shards)
     recipe = Bench(workload=workload)
-    maybe_servers = Colocated(recipe, preset, address="127.0.0.1", secret="bench") if num_replicas else None
+    maybe_servers = Colocated(recipe, preset, address=os.environ["ADDRESS"], secret="bench") if num_replicas else None
     trainer = Trainer(
         preset=preset,
         recipe=recipe,
@@ -127,5 +133,10 @@ def steps(workload: Workload, mode: Literal["exact", "fast"], *, num_replicas: i
 
 
 if __name__ == "__main__":
-    mode, _, replicas = sys.argv[2].partition("-")
-    serve(lambda workload: steps(workload, "fast" if mode == "fast" else "exact", num_replicas=int(replicas or 0)))
+    mode, *numbers = sys.argv[2].split("-")
+    replicas, shards, *_ = [*map(int, numbers), 0, 0]
+    serve(
+        lambda workload: steps(
+            workload, "fast" if mode == "fast" else "exact", num_replicas=replicas, num_shards=shards
+        )
+    )
