@@ -235,6 +235,34 @@ class LaunchConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ParallelConfig:
+    """How a model is spread over ranks. Nothing here changes the result."""
+
+    shard: int = 1
+    """So many ranks together keep weights, gradients and optimizer, a part each; there are replicas of them as far as
+    there are ranks. 1: each has all."""
+
+    def __post_init__(self) -> None:
+        require(self.shard >= 1, "parallel.shard", "must be at least 1")
+
+    def require_fit(self, train: TrainConfig, launch: LaunchConfig) -> None:
+        """Raises `UserError` naming what does not go with it."""
+        if self.shard == 1:
+            return
+        num_ranks = launch.nodes * launch.processes_per_node
+        for is_fit, complaint in (
+            (train.mode == "exact", "needs train.mode = 'exact'"),
+            (train.strategy == "all_reduce", "needs train.strategy = 'all_reduce'"),
+            (not launch.keep_spares, "needs launch.keep_spares = false: a spare takes the memory of a whole state"),
+            (
+                num_ranks % self.shard == 0,
+                f"does not divide launch.nodes × launch.processes_per_node = {num_ranks}: change one of the three",
+            ),
+        ):
+            require(is_fit, "parallel.shard", f"= {self.shard} {complaint}")
+
+
+@dataclass(frozen=True, kw_only=True)
 class Preset:
     """One TOML file: everything that a run is a function of, and on what it runs."""
 
@@ -246,6 +274,7 @@ class Preset:
     train: TrainConfig
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     launch: LaunchConfig = field(default_factory=LaunchConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
     seed: int = 0
     hyperparameters: dict[str, Any] = field(default_factory=dict)
     """The recipe's own fields."""
@@ -275,6 +304,7 @@ class Preset:
             "launch.nodes",
             f"gives {num_computing} ranks, more than train.virtual_workers = {self.train.virtual_workers}",
         )
+        self.parallel.require_fit(self.train, self.launch)
 
     def determining(self) -> dict[str, Any]:
         """The part that decides the trained weights: the run key is made of it, data, code and initial weights."""

@@ -115,6 +115,12 @@ class Coordinates:
     tensor: int = 0
 
 
+def in_shards(num_ranks: int, shard: int) -> Layout:
+    """With so many shards; where a group has lost ranks, and what is left is no multiple, as many as divide both."""
+    num_shards = math.gcd(num_ranks, shard)
+    return Layout(data=num_ranks // num_shards, shard=num_shards)
+
+
 def layouts(num_ranks: int, *, max_pipeline: int = 1, max_tensor: int = 1, max_feeds: int) -> Iterator[Layout]:
     """All of so many ranks, the plainest first."""
     divisors = [n for n in range(1, num_ranks + 1) if num_ranks % n == 0]

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from training.arithmetic.balance import Balance, ranges
-from training.arithmetic.collectives import is_of_lost_peer, of_all_ranks
+from training.arithmetic.collectives import of_all_ranks
 from training.arithmetic.exact import ExactReducer
 from training.arithmetic.extras import NUM_CONTROL_WORDS, Control, Extras
 from training.arithmetic.fast import FastReducer
@@ -25,14 +25,15 @@ from training.checkpoints.checkpoint import load_initial, newest_proven
 from training.checkpoints.saver import CheckpointSaver
 from training.checkpoints.state import TrainState
 from training.checkpoints.trust import signed_result
-from training.config import Preset, TrainConfig
+from training.config import Preset
 from training.control import Note
 from training.data import ledger
 from training.data.stream import Microbatch
 from training.diagnosis.crashes import Crashes
 from training.diagnosis.explain import Explainer, on_device
+from training.diagnosis.poison import Samples
 from training.errors import DeterministicError
-from training.memory.handover import GroupEnded, GroupLost, Handover
+from training.memory.handover import GroupEnded, Handover
 from training.recipe import Recipe, learning_rate_scale
 from training.runs.events import Entry, EventWriter, json_number
 from training.runs.failures import crash_to_explain
@@ -41,22 +42,9 @@ from training.runs.pace import Pace, Straggler, maybe_straggler
 from training.runs.record import CheckpointRef, InitialWeights, Record, Result, RunRecord, with_result, with_resume_step
 from training.servers.attached import Attached
 from training.servers.colocated import Colocated
-from training.servers.endpoints import PrimaryLost
 from training.servers.placement import num_computing
 from training.servers.reducer import ServedReducer
-from training.step import Feed, LocalUpdate, Rank, Reducer, StepOutcome, Update
-
-DIGEST_BYTES_PER_STEP = 4 << 20
-"""So much of the weights is hashed per step on average, unless the preset says how often: less than 0.5 ms."""
-
-
-def digest_period(train: TrainConfig, num_weight_bytes: int) -> int:
-    """After so many steps the weights' digest is noted; 0: never, as where no bits are promised."""
-    if train.maybe_inexact:
-        return 0
-    if train.digest_every_steps is not None:
-        return train.digest_every_steps
-    return max(1, -(-num_weight_bytes // DIGEST_BYTES_PER_STEP))
+from training.step import Feed, LocalUpdate, Rank, Reducer, StepOutcome, Update, digest_period, lost_with_a_peer
 
 
 class Trainer:
@@ -114,6 +102,8 @@ class Trainer:
         """In this mode or another."""
         self._maybe_suspect_step = crash_to_explain(record)
         """After which ranks died twice alike."""
+        self._maybe_failure: DeterministicError | None = None
+        """Of a virtual worker, for which the step goes on to where all ranks find that it failed."""
         self.checkpoints = Checkpointing(
             preset.train,
             saver=saver,
@@ -237,7 +227,7 @@ class Trainer:
     def require_survivable(self) -> None:
         """If ranks died twice alike in the step to come: that none does again."""
         if self._maybe_crashes is not None and self.state.step == self._maybe_suspect_step:
-            with self.handover.waiting():
+            with self.whole_weights(), self.handover.waiting():
                 self._maybe_crashes.require_survivable(self.reducer.owned, self.state.step, self.state.tensors())
 
     def load_checkpoint(self) -> int:
@@ -338,7 +328,10 @@ class Trainer:
         if not (math.isfinite(loss) and math.isfinite(grad_norm)):
             self.figures.losses_not_finite += 1
             error = DeterministicError(f"step {step + 1}: the loss is {loss}, the gradient norm {grad_norm}")
-            raise self.explainer.of_ranks(error, self.reducer.owned, self.state, self.extras)
+            with self.whole_weights():
+                raise self.explainer.of_ranks(
+                    error, self.reducer.owned, self.state, self.extras, maybe_own=self._maybe_failure
+                )
         scale = learning_rate_scale(self.recipe, step, self.preset.train.steps)
         self.state.set_learning_rate_scale(scale)
         with recipe_errors(f"step {step + 1}, optimizer.step()"):
@@ -390,6 +383,12 @@ class Trainer:
         with self.handover.standstill():
             self.state.optimizer.state.clear()
 
+    @contextmanager
+    def whole_weights(self) -> Iterator[None]:
+        """Meanwhile this rank can read all weights, and compute the model. All ranks must ask for it after the same
+        step."""
+        yield
+
     def rebalance(self) -> None:
         """Compute other virtual workers from here on, if the ranks' paces say so. All do so after the same step."""
         maybe_change = self.balance.maybe_change()
@@ -428,7 +427,7 @@ class Trainer:
         """Held-out scores; of all ranks together, unless each does it `alone`."""
         self._maybe_held_out = self._maybe_held_out or self.feed.held_out()
         self.hold_buffers()
-        with lost_with_a_peer():
+        with lost_with_a_peer(), self.whole_weights():
             scores = validate(
                 self.recipe,
                 self.state.model,
@@ -474,8 +473,12 @@ class Trainer:
                 told = self.extras.gather(loss.detach(), words, ledger.entries(worker, ids), tells_counters)
                 self.reducer.backward(worker, loss, told)
         except DeterministicError as error:
-            found = self.explainer.of_worker(error, worker, (ids, batch), self.state, self.extras)
-            raise found or RuntimeError(str(error)) from error
+            self.fail(error, worker, (ids, batch))
+
+    def fail(self, error: DeterministicError, worker: int, samples: Samples) -> None:
+        """For what a virtual worker's microbatch made of its step. Raises what replays find out."""
+        found = self.explainer.of_worker(error, worker, samples, self.state, self.extras)
+        raise found or RuntimeError(str(error)) from error
 
     def microbatch(self, worker: int) -> tuple[Sequence[str], Mapping[str, Tensor]]:
         """Ids and tensors of the next microbatch, which is `worker`'s own of this step."""
@@ -499,7 +502,8 @@ class Trainer:
             "seconds": seconds,
         }
         if self.digest_period and self.state.step % self.digest_period == 0:
-            told["weights"] = self.state.weights_digest()
+            with self.whole_weights():
+                told["weights"] = self.state.weights_digest()
         return told
 
     def report_step(self, outcome: StepOutcome) -> None:
@@ -536,16 +540,3 @@ class Trainer:
         """Of a step, or of the last finished one."""
         if self.maybe_events is not None:
             self.maybe_events.add(kind, step=self.state.step if step is None else step, **values)
-
-
-@contextmanager
-def lost_with_a_peer() -> Iterator[None]:
-    """Only where the state is that of the last finished step, which the next group goes on with."""
-    try:
-        yield
-    except PrimaryLost as error:
-        raise GroupLost(str(error)) from error
-    except RuntimeError as error:
-        if is_of_lost_peer(error):
-            raise GroupLost(str(error)) from error
-        raise

@@ -16,6 +16,7 @@ from training.arithmetic.determinism import settle_arithmetic
 from training.beside import beside
 from training.checkpoints.saver import CheckpointSaver
 from training.checkpoints.state import TrainState
+from training.config import Preset
 from training.connections import Connections
 from training.control import Note, Seat
 from training.data.loader import Feed
@@ -23,12 +24,14 @@ from training.diagnosis.crashes import Crashes
 from training.errors import UserError
 from training.loop import Trainer
 from training.memory.handover import GroupOver, Handover
+from training.parallel.update import require_shardable
 from training.recipe import Recipe, load_recipe
 from training.runs.events import EventWriter
 from training.runs.job import Job
 from training.runs.record import Record, RunRecord, run_key, with_environment
 from training.servers.colocated import Colocated
 from training.servers.stale_ranks import StaleServers
+from training.sharded_loop import ShardedTrainer
 from training.signatures import keyring
 from training.stale_loop import StaleTrainer
 from training.step import Rank
@@ -54,8 +57,10 @@ class Kit:
     @property
     def may_stay(self) -> bool:
         """Whether this process can leave a group and join another: DistributedDataParallel and NCCL are not known to
-        let go of what they hold, and with bounded staleness it holds no state that others have come to."""
-        return self.job.preset.train.maybe_inexact is None and self.device.type == "cpu"
+        let go of what they hold, with bounded staleness it holds no state that others have come to, and with sharded
+        state only a part of one."""
+        preset = self.job.preset
+        return preset.train.maybe_inexact is None and preset.parallel.shard == 1 and self.device.type == "cpu"
 
     def cut(self) -> None:
         """Whatever this process waits for in its group, it hears that it is over. May be called by another thread."""
@@ -65,18 +70,21 @@ class Kit:
 
 
 def prepare(job: Job, *, local_rank: int) -> Kit:
-    """Raises `UserError` if the recipe here is another than the run's or the signing key cannot be used,
-    `DeterministicError` if the recipe gives no model."""
+    """Raises `UserError` if the recipe here is another than the run's, its model cannot be sharded as it is to be, or
+    the signing key cannot be used, `DeterministicError` if the recipe gives no model."""
     keyring()  # not only at the first checkpoint
     device = settle_arithmetic(local_rank)
     recipe = load_recipe(job.preset)
     require_same_source(job, recipe)
+    state = TrainState(recipe, seed=job.preset.seed, device=device)
+    if job.preset.parallel.shard > 1:
+        require_shardable(state, device)
     return Kit(
         job=job,
         device=device,
         recipe=recipe,
         environment=environment.fingerprint(),
-        maybe_state=TrainState(recipe, seed=job.preset.seed, device=device),
+        maybe_state=state,
     )
 
 
@@ -105,8 +113,7 @@ def train(
     events = make_events(run.store, run.prefix(record), seat.token) if seat.rank == 0 else None
     feed = Feed(preset=job.preset, location=job.location, dataset_digest=job.dataset_digest)
     patience = job.preset.launch.collective_timeout_seconds / 2
-    make: Callable[..., Trainer] = StaleTrainer if job.preset.train.staleness else Trainer
-    trainer = make(
+    trainer = _kind_of(job.preset)(
         preset=job.preset,
         recipe=kit.recipe,
         feed=feed,
@@ -132,6 +139,12 @@ def train(
         raise
     with trainer.handover.waiting():
         _leave_together(rendezvous, seat)
+
+
+def _kind_of(preset: Preset) -> Callable[..., Trainer]:
+    if preset.parallel.shard > 1:
+        return ShardedTrainer
+    return StaleTrainer if preset.train.staleness else Trainer
 
 
 def require_same_source(job: Job, recipe: Recipe) -> None:

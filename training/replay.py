@@ -9,7 +9,7 @@ from typing import cast
 from training import environment, rank
 from training.checkpoints.checkpoint import load_checkpoint, load_initial
 from training.checkpoints.saver import CheckpointSaver
-from training.config import Preset
+from training.config import ParallelConfig, Preset
 from training.data.loader import Feed
 from training.errors import DamagedError, UserError
 from training.loop import Trainer
@@ -68,7 +68,7 @@ def _alone(preset: Preset) -> Preset:
         digest_every_steps=1,
     )
     launch = replace(preset.launch, nodes=1, min_nodes=1, processes_per_node=1, data_workers=0, balance_seconds=0.0)
-    return replace(preset, train=train, launch=launch)
+    return replace(preset, train=train, launch=launch, parallel=ParallelConfig())
 
 
 def _load(trainer: Trainer, job: Job, record: Record, first: int) -> int:

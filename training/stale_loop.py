@@ -11,7 +11,7 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import cached_property, partial
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -25,15 +25,15 @@ from training.arithmetic.extras import NUM_CONTROL_WORDS, Control
 from training.arithmetic.norm import block_norms, norm_of
 from training.arithmetic.objective import Objective, fill_new_memory
 from training.arithmetic.sparse import have_whole_gradients
-from training.beside import beside
+from training.checkpoint_loop import CheckpointTrainer
 from training.control import Note
 from training.data import ledger
 from training.errors import DeterministicError
-from training.loop import Trainer, lost_with_a_peer
 from training.recipe import learning_rate_scale
 from training.runs.events import Entry
 from training.servers.arithmetic import Decision
 from training.servers.stale_ranks import StaleServers
+from training.step import lost_with_a_peer
 
 
 class OwnGradients:
@@ -107,8 +107,9 @@ class Round:
         return done, Control.decided(words[-1].tolist())
 
 
-class StaleTrainer(Trainer):
-    """Trains one run to its end, from its newest checkpoint. `train` is collective."""
+class StaleTrainer(CheckpointTrainer):
+    """Trains one run to its end: between two barriers there is no state that all ranks have come to. `train` is
+    collective."""
 
     def __init__(self, *, servers: StaleServers, **arguments: Any) -> None:
         """All else as `Trainer` takes it."""
@@ -148,22 +149,10 @@ class StaleTrainer(Trainer):
                 self.after_step(control)
         self.finish()
 
-    def resume(self) -> None:
-        """Take up the newest proven checkpoint, or begin at step 0: between two of them there is no state that all
-        ranks have come to, so none is left in memory."""
-        since = self.load_checkpoint()
-        self.saver.require_agreement(since)
-        noting = beside(partial(self.note_resumption, since))
-        self.begin_reading(since)
-        noting.result()
-        self.checkpoints.committed_step = since
+    def begin_group(self) -> None:
         rank = self.rank
         with self.handover.waiting(), lost_with_a_peer():
             self._servers.begin(self.state, token=rank.token, rank=rank.rank, world_size=rank.world_size)
-        self.handover.step = since
-        source = "checkpoint" if since else "start"
-        self.emit("attempt", world_size=rank.world_size, resumed_from=since, source=source)
-        self.tell(Note(event="began", step=since))
 
     def go_to_barrier(self) -> None:
         while True:
@@ -242,11 +231,8 @@ class StaleTrainer(Trainer):
         return control
 
     def wishes(self) -> Control:
-        """At a barrier alone. A group ends with a checkpoint, or the round would be for nothing."""
-        if not self.is_barrier(self.state.step + 1):
-            return Control()
-        wishes = super().wishes()
-        return replace(wishes, checkpoint_and_regroup=wishes.regroup or wishes.checkpoint_and_regroup)
+        """At a barrier alone."""
+        return super().wishes() if self.is_barrier(self.state.step + 1) else Control()
 
     @contextmanager
     def whole_state(self) -> Iterator[None]:

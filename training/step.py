@@ -3,17 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from training.arithmetic.collectives import is_of_lost_peer
 from training.arithmetic.extras import Control
 from training.arithmetic.norm import block_norms, clip_factor, norm_of
 from training.arithmetic.validation import HeldOut
 from training.checkpoints.state import TrainState
+from training.config import TrainConfig
 from training.data.stream import Microbatch
+from training.memory.handover import GroupLost
+from training.servers.endpoints import PrimaryLost
+
+DIGEST_BYTES_PER_STEP = 4 << 20
+"""So much of the weights is hashed per step on average, unless the preset says how often: less than 0.5 ms."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,3 +104,25 @@ class LocalUpdate:
 
     def apply(self) -> None:
         self._state.optimizer.step()
+
+
+def digest_period(train: TrainConfig, num_weight_bytes: int) -> int:
+    """After so many steps the weights' digest is noted; 0: never, as where no bits are promised."""
+    if train.maybe_inexact:
+        return 0
+    if train.digest_every_steps is not None:
+        return train.digest_every_steps
+    return max(1, -(-num_weight_bytes // DIGEST_BYTES_PER_STEP))
+
+
+@contextmanager
+def lost_with_a_peer() -> Iterator[None]:
+    """Only where the state is that of the last finished step, which the next group goes on with."""
+    try:
+        yield
+    except PrimaryLost as error:
+        raise GroupLost(str(error)) from error
+    except RuntimeError as error:
+        if is_of_lost_peer(error):
+            raise GroupLost(str(error)) from error
+        raise

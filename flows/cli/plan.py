@@ -15,6 +15,7 @@ from training.errors import UserError
 from training.preset_file import load_preset
 
 if TYPE_CHECKING:
+    from training.layout import Layout
     from training.parallel.plan import Cost
     from training.recipe import Recipe, Sample
     from training.s3.objectstore import StoreLocation
@@ -36,7 +37,8 @@ def plan(
 ) -> None:
     """Show what each layout of PRESET costs a rank (memory, bytes sent, waiting), and which to take. Starts nothing."""
     config = load_preset(preset, overrides_of(set_))
-    num_ranks = _positive("--nodes", nodes, config.launch.nodes) * config.launch.processes_per_node
+    num_nodes = _positive("--nodes", nodes, config.launch.nodes)
+    num_ranks = num_nodes * config.launch.processes_per_node
     maybe_memory = _positive(
         "--memory", memory, config.launch.memory_bytes_per_node // config.launch.processes_per_node
     )
@@ -63,7 +65,7 @@ def plan(
         rows = [{**asdict(one), "memory_bytes": one.memory_bytes, "recommended": one is best} for one in found]
         print_json({"ranks": num_ranks, "weight_bytes": model.weight_bytes, "layouts": rows})
         return
-    _print(found, best, maybe_memory)
+    _print(found, best, maybe_memory, num_nodes=num_nodes)
 
 
 def _positive(name: str, maybe_given: int | None, otherwise: int) -> int:
@@ -104,7 +106,7 @@ def _location(preset: Preset) -> StoreLocation:
     return store_location(settings)
 
 
-def _print(found: list[Cost], best: Cost, memory_bytes: int) -> None:
+def _print(found: list[Cost], best: Cost, memory_bytes: int, *, num_nodes: int) -> None:
     rows = [
         [
             "→" if one is best else "",
@@ -133,7 +135,15 @@ def _print(found: list[Cost], best: Cost, memory_bytes: int) -> None:
         print("Nobody says how much memory a rank has: --memory BYTES, or launch.memory_bytes_per_node.")
     elif best.memory_bytes > memory_bytes:
         print(f"None fits into {_mebibytes(memory_bytes)} MiB: take more nodes, or more virtual workers.")
-    print("`unbroken run` trains in layouts of data alone; for the others see docs/parallelism.md.")
+    print(advice(best.layout, num_nodes))
+
+
+def advice(layout: Layout, num_nodes: int) -> str:
+    """What to write into the preset."""
+    if layout.pipeline * layout.tensor > 1:
+        return "`unbroken run` trains in layouts of data and shard alone so far: docs/parallelism.md."
+    shard = f"\n\n[parallel]\nshard = {layout.shard}" if layout.shard > 1 else ""
+    return f"For the preset:\n\n[launch]\nnodes = {num_nodes}{shard}"
 
 
 def _mebibytes(number: int) -> str:

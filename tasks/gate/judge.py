@@ -16,7 +16,7 @@ from tasks.gate.decide import Decision, Reason, decide
 from tasks.gate.policy import Policy, load_policy
 from tasks.initial import require_fitting
 from training.checkpoints.trust import trusted_result
-from training.config import Preset
+from training.config import ParallelConfig, Preset
 from training.data.audit import verify_run
 from training.documents import canonical_json, sha256_hex
 from training.errors import DamagedError, UserError
@@ -122,7 +122,13 @@ def _find(settings: Settings, store: Store, name: str, number: str) -> _Version:
 
 def _scores(store: Store, version: _Version, on: Job) -> tuple[str, Samples]:
     """Of a version, on the held-out samples that `on` trained without, by its own recipe as it is now."""
-    preset = replace(version.job.preset, data=on.preset.data, evaluate=on.preset.evaluate, launch=on.preset.launch)
+    preset = replace(
+        version.job.preset,
+        data=on.preset.data,
+        evaluate=on.preset.evaluate,
+        launch=on.preset.launch,
+        parallel=ParallelConfig(),  # nothing is trained, and that launch may not fit its own
+    )
 
     def score() -> Samples:
         _require_fitting(store, preset, version)

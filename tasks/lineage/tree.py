@@ -102,7 +102,7 @@ def _training(training: Training) -> Node:
             f"preset {preset['name']}, seed {preset['seed']}",
             [
                 Node(f"{table}: {', '.join(f'{name} = {value!r}' for name, value in preset[table].items())}")
-                for table in ("train", "hyperparameters", "data", "evaluate", "launch")
+                for table in ("train", "hyperparameters", "data", "evaluate", "launch", "parallel")
             ],
         ),
     ]

@@ -6,9 +6,11 @@ import json
 import subprocess
 from pathlib import Path
 
+from flows.cli.plan import advice
 from tests.cli.commands import complaint
 from tests.conftest import UNBROKEN
 from tests.infra.probes import environment_for
+from training.layout import Layout
 
 
 def test_layouts_of_a_preset_are_compared(tmp_path: Path) -> None:
@@ -21,7 +23,16 @@ def test_layouts_of_a_preset_are_compared(tmp_path: Path) -> None:
     (best,) = (one for one in found["layouts"] if one["recommended"])
     assert best["layout"]["data"] == 2
     tight = _plan(tmp_path, "stdlib", "--nodes", "2", "--memory", str(best["memory_bytes"] - 1))
-    assert [line.split("  ")[1] for line in tight.stdout.splitlines() if line.startswith("→")] != ["data 2"]
+    (chosen,) = (line.split("  ")[1] for line in tight.stdout.splitlines() if line.startswith("→"))
+
+    assert chosen != "data 2"
+    by_name = {str(layout): layout for layout in (Layout(**one["layout"]) for one in found["layouts"])}
+    assert tight.stdout.endswith(advice(by_name[chosen], 2) + "\n")
+
+
+def test_what_is_recommended_is_told_as_a_preset_wants_it() -> None:
+    assert advice(Layout(data=2, shard=2), 4).endswith("[launch]\nnodes = 4\n\n[parallel]\nshard = 2")
+    assert "data and shard alone" in advice(Layout(pipeline=2, shard=2), 4)
 
 
 def test_what_makes_no_sense_is_refused(tmp_path: Path) -> None:

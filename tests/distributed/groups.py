@@ -170,9 +170,10 @@ class Node:
         **launch: Any,
     ) -> Group:
         """A group of so many ranks, under the next token, until all are out of it; `act` is what befalls it. Those of
-        its new processes that are told to stop, and could stay, end if they do not leave with so much patience."""
+        its new processes that are told to stop, and could stay, end if they do not leave with so much patience. Of more
+        `nodes` all others are away."""
         record = self.run.update(lambda newest: replace(newest, token=newest.token + 1))
-        config = LaunchConfig(nodes=1, processes_per_node=num_ranks, **launch)
+        config = LaunchConfig(**{"nodes": 1, "processes_per_node": num_ranks, **launch})
         job = replace(self.job, preset=replace(self.job.preset, launch=config))
 
         async def follow() -> Group:

@@ -1,13 +1,12 @@
-"""Trainings with sharded state, as the loop is to do them. Imported by spawned processes: no fixtures."""
+"""Trainings with sharded state. Imported by spawned processes: no fixtures."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import timedelta
-from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import safetensors.torch
@@ -17,34 +16,37 @@ from torch.utils.checkpoint import checkpoint
 
 from tests.distributed.ranks import TIMEOUT_SECONDS
 from tests.distributed.work import digits_reader
-from tests.unit.tiny import MemoryReader, Tiny, make_trainer, tiny_preset, tiny_reader
-from training.arithmetic.balance import even_shares, ranges
-from training.arithmetic.objective import Objective
+from tests.unit.tiny import CPU, MemoryReader, Tiny, make_trainer, tiny_preset, tiny_reader
+from training.checkpoints.state import TrainState
+from training.config import ParallelConfig
+from training.diagnosis.crashes import Crashes
 from training.errors import UserError
 from training.layout import Layout
 from training.loop import Trainer
 from training.parallel.scatter import make_groups
-from training.parallel.sharded import Sharded, ShardedReducer
-from training.parallel.update import ShardedUpdate
+from training.parallel.sharded import Sharded
 from training.recipe import Recipe
 from training.recipes.digits import Digits
 from training.recipes.stdlib import Block, ByteTransformer
+from training.sharded_loop import ShardedTrainer
 
 SEQUENCE = 8
 
 
 class Skipping(nn.Module):
-    """Its first block is left out for some batches; head and embedding are one matrix; activations are recomputed."""
+    """Its first block is left out for some batches; head and embedding are one matrix; activations are recomputed; a
+    parameter is not trained."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
-        self.byte = nn.Embedding(256, width)
+        self.byte = nn.Embedding(256, width, sparse=True)
+        self.scale = nn.Parameter(torch.full((width,), 1.5), requires_grad=False)
         self.blocks = nn.ModuleList(Block(width, 2) for _ in range(2))
         self.head = nn.Linear(width, 256, bias=False)
         self.head.weight = self.byte.weight
 
     def forward(self, tokens: Tensor) -> Tensor:
-        x = self.byte(tokens)
+        x = self.byte(tokens) * self.scale
         for number, block in enumerate(self.blocks):
             if number or tokens[0, 0] % 2:
                 x = checkpoint(block, x, use_reentrant=False)
@@ -91,33 +93,6 @@ RECIPES: dict[str, Recipe] = {
 }
 
 
-class ShardedTrainer(Trainer):
-    """Its steps are in a layout."""
-
-    layout = Layout()
-
-    @cached_property
-    def sharded(self) -> Sharded:
-        rank, model = self.rank, self.state.model
-        self.layout.require(num_ranks=rank.world_size, virtual_workers=self.preset.train.virtual_workers)
-        groups = make_groups(self.layout, rank.rank, timeout=timedelta(seconds=TIMEOUT_SECONDS))
-        return Sharded(model, self.recipe.blocks(model), layout=self.layout, rank=rank.rank, groups=groups)
-
-    @cached_property
-    def reducer(self) -> Any:
-        train = self.preset.train
-        return ShardedReducer(
-            Objective(self.recipe, self.state.model, precision=train.precision),
-            self.sharded,
-            num_extras=self.extras.num_elements,
-            ranges=ranges(even_shares(train.virtual_workers, self.layout.num_feeds)),
-        )
-
-    @cached_property
-    def updater(self) -> Any:
-        return ShardedUpdate(self.state, self.sharded, self.reducer, clip_norm=self.preset.train.clip_norm)
-
-
 def _texts() -> MemoryReader:
     numbers = np.arange(100 * (SEQUENCE + 1), dtype=np.int64)
     return MemoryReader({"bytes": (numbers * numbers * 7919 % 10007 % 251).astype(np.uint8).reshape(100, -1)})
@@ -128,16 +103,27 @@ def trainer_in(recipe: str, rank: int, maybe_layout: Layout | None, train: Mappi
     readers = {"tiny": tiny_reader, "digits": digits_reader}
     preset = tiny_preset(steps=1000)
     settings = {"digest_every_steps": 0, "clip_norm": 0.5, **train}
-    trainer = make_trainer(
-        preset=replace(preset, train=replace(preset.train, **settings)),
+    layout = maybe_layout or Layout()
+    return make_trainer(
+        preset=replace(
+            preset,
+            train=replace(preset.train, **settings),
+            launch=replace(preset.launch, nodes=layout.num_ranks),
+            parallel=ParallelConfig(shard=layout.shard),
+        ),
         recipe=RECIPES[recipe],
         reader=readers.get(recipe, _texts)(),
         rank=rank,
-        world_size=maybe_layout.num_ranks if maybe_layout else 1,
+        world_size=layout.num_ranks,
         kind=ShardedTrainer if maybe_layout else Trainer,
     )
-    if isinstance(trainer, ShardedTrainer) and maybe_layout:
-        trainer.layout = maybe_layout
+
+
+def sharded_trainer_in(recipe: str, rank: int, layout: Layout, train: Mapping[str, Any]) -> ShardedTrainer:
+    """Whose group has begun."""
+    trainer = trainer_in(recipe, rank, layout, train)
+    assert isinstance(trainer, ShardedTrainer)
+    trainer.begin_group()
     return trainer
 
 
@@ -156,6 +142,8 @@ def train_in(
     if maybe_from:
         tensors = safetensors.torch.load_file(maybe_from)
         trainer.state.load(tensors, step=int(tensors.pop("step")))
+    if isinstance(trainer, ShardedTrainer):
+        trainer.begin_group()
     outcomes = [_step(trainer) for _ in range(num_steps)]
     num_weights = sum(p.numel() for p in trainer.state.trained.values())
     told: dict[str, Any] = {"history": outcomes, "num_weights": num_weights}
@@ -164,7 +152,7 @@ def train_in(
     told["num_kept"] = sum(piece.numel() for unit in trainer.sharded.units for piece in unit.own_pieces(unit.own))
     told["num_of_optimizer"] = _num_of_optimizer(trainer)
     told["num_whole_bytes"] = sum(memory.nbytes() for unit in trainer.sharded.units for memory in unit._memory)
-    with trainer.updater.whole_state():
+    with trainer.whole_state():
         told |= _whole(trainer, maybe_to if rank == 0 else None)
     return told
 
@@ -175,7 +163,6 @@ def _num_of_optimizer(trainer: Trainer) -> int:
 
 
 def _step(trainer: Trainer) -> tuple[float, float, str]:
-    assert trainer.updater is not None  # which frees the weights, before the first step
     outcome = trainer.train_step()
     return outcome.loss, outcome.grad_norm, outcome.samples
 
@@ -190,8 +177,7 @@ def _whole(trainer: Trainer, maybe_to: str | None) -> dict[str, Any]:
 
 def peek(rank: int, world_size: int) -> str:
     """What a recipe is told that reads a block's weights outside of the block."""
-    trainer = trainer_in("peeks", rank, Layout(shard=world_size), {"virtual_workers": 2, "batch_size": 4})
-    assert trainer.updater is not None  # which frees the weights
+    trainer = sharded_trainer_in("peeks", rank, Layout(shard=world_size), {"virtual_workers": 2, "batch_size": 4})
     _, batch = trainer.microbatch(rank)
     try:
         trainer.reducer.forward(rank, batch).item()
@@ -202,14 +188,29 @@ def peek(rank: int, world_size: int) -> str:
 
 def twice(rank: int, world_size: int) -> str:
     """What a recipe is told whose blocks are computed twice."""
-    trainer = trainer_in("twice", rank, Layout(shard=world_size), {"virtual_workers": 2, "batch_size": 4})
-    assert trainer.updater is not None
+    trainer = sharded_trainer_in("twice", rank, Layout(shard=world_size), {"virtual_workers": 2, "batch_size": 4})
     _, batch = trainer.microbatch(rank)
     try:
         trainer.reducer.forward(rank, batch)
     except UserError as error:
         return str(error)
     return "nothing"
+
+
+def lent(rank: int, world_size: int) -> str:
+    """The digest of what a rank looks into before a step that killed ranks."""
+    trainer = sharded_trainer_in("skips", rank, Layout(shard=world_size), {"virtual_workers": 2, "batch_size": 4})
+    seen: dict[str, Tensor] = {}
+
+    class Looks:
+        def require_survivable(self, workers: Sequence[int], step: int, tensors: Mapping[str, Tensor]) -> None:
+            seen.update(tensors)
+
+    trainer._maybe_crashes, trainer._maybe_suspect_step = cast(Crashes, Looks()), 0
+    trainer.require_survivable()
+    found = TrainState(trainer.recipe, seed=1, device=CPU)
+    found.load(seen, step=0)
+    return found.weights_digest()
 
 
 def refusal(rank: int, world_size: int, kind: str) -> str:

@@ -8,10 +8,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from tests.distributed.ranks import RankPool
-from tests.distributed.sharding import peek, refusal, train_in, twice
+from tests.distributed.sharding import RECIPES, lent, peek, refusal, train_in, twice
+from tests.unit.odd_recipes import Odd
+from tests.unit.tiny import CPU, Tiny, tiny_preset
+from training.checkpoints.state import TrainState
+from training.errors import UserError
 from training.layout import Layout
+from training.parallel.update import require_shardable
 
 MAX_RANKS = 4
 NUM_STEPS = 50
@@ -105,7 +111,20 @@ def test_weights_that_are_not_there_are_an_error(ranks: RankPool) -> None:
         assert "meta" in told
 
 
+def test_who_looks_for_what_killed_ranks_has_all_weights(ranks: RankPool) -> None:
+    whole = TrainState(RECIPES["skips"], seed=tiny_preset().seed, device=CPU)
+    assert ranks.run(lent, 2) == [whole.weights_digest()] * 2
+
+
 def test_what_cannot_be_sharded_is_refused(ranks: RankPool) -> None:
     assert all("is computed twice" in told for told in ranks.run(twice, 2))
     assert "has weight as torch.float64" in ranks.run(refusal, 1, "double")[0]
     assert "has weight as torch.float32, not contiguous" in ranks.run(refusal, 1, "transposed")[0]
+
+
+def test_what_cannot_be_sharded_is_refused_before_there_is_a_group() -> None:
+    factored = TrainState(Odd(optimizer_kind="adafactor"), seed=1, device=CPU)
+    with pytest.raises(UserError, match=r"Adafactor, .* and parallel\.shard need one that treats each"):
+        require_shardable(factored, CPU)
+    with pytest.raises(UserError, match=r"tried on processors alone so far: use parallel\.shard = 1 on GPUs"):
+        require_shardable(TrainState(Tiny(), seed=1, device=CPU), torch.device("cuda"))

@@ -19,7 +19,7 @@ from tests.faults.hosts import INTERFACE, Cluster, Host
 from tests.unit.data_source import data_config, local_source, write_files
 from tests.unit.tiny import Tiny, tiny_preset
 from tests.waiting import wait_until
-from training.config import LaunchConfig
+from training.config import LaunchConfig, ParallelConfig
 from training.data.writer import write_dataset
 from training.runs.job import Job, agent_command, agent_environment, store_job
 from training.runs.record import Record, Result, RunRecord, run_key
@@ -136,6 +136,7 @@ def prepare(
     num_nodes: int,
     steps: int = STEPS,
     is_slow: bool = False,
+    shard: int = 1,
     **launch: Any,
 ) -> Agents:
     """A run of the tiny recipe, the same each time, in that corner of the store. Logs and source go into `folder`.
@@ -148,7 +149,7 @@ def prepare(
     dataset = write_dataset(store, local_source(folder, data), data, Tiny()).manifest.digest
     preset = tiny_preset(steps=steps, checkpoint_every_steps=EVERY)
     settings = LaunchConfig(nodes=num_nodes, **{"collective_timeout_seconds": 60, **launch})
-    preset = replace(preset, data=data, launch=settings)
+    preset = replace(preset, data=data, launch=settings, parallel=ParallelConfig(shard=shard))
     if is_slow:
         preset = replace(preset, recipe="tests.faults.agents:Slow")
     key = run_key(recipe=recipe, preset=preset, dataset_digest=dataset)

@@ -30,7 +30,9 @@ batch_size = 16
 width = 3
 sizes = [1, 2]
 """
-STALE = 'batch_size = 16\nstrategy = "parameter_server"\nstaleness = 2'
+SERVED = 'strategy = "parameter_server"'
+STALE = f"batch_size = 16\n{SERVED}\nstaleness = 2"
+SHARDED = "[parallel]\nshard = 2\n[launch]\n"
 
 
 @pytest.fixture
@@ -108,6 +110,13 @@ def test_there_are_built_in_presets() -> None:
             f"{STALE}\n[launch]\nserver_replicas = 1\nserver_nodes = 1",
             "launch.server_nodes must be 0 with train.staleness",
         ),
+        ("[data]", "[parallel]\nshard = 0\n[data]", "parallel.shard must be at least 1"),
+        ("[data]", "[parallel]\nshards = 2\n[data]", "unknown key 'parallel.shards' (did you mean 'shard'?)"),
+        ("[data]", "[parallel]\nshard = 3\n[data]", "parallel.shard = 3 does not divide launch.nodes × launch.process"),
+        ("[data]", f"{SHARDED}nodes = 10\n[data]", "launch.nodes gives 10 ranks, more than train.virtual_workers = 8"),
+        ("[data]", f"{SHARDED}keep_spares = true\n[data]", "parallel.shard = 2 needs launch.keep_spares = false"),
+        ("batch_size = 16", f'batch_size = 16\nmode = "fast"\n{SHARDED}', "shard = 2 needs train.mode = 'exact'"),
+        ("batch_size = 16", f"batch_size = 16\n{SERVED}\n{SHARDED}", "shard = 2 needs train.strategy = 'all_reduce'"),
         ("[data]", "[data", "not valid TOML"),
         (
             "[hyperparameters]\nwidth = 3\nsizes = [1, 2]",
@@ -209,6 +218,7 @@ def test_what_determines_the_result(preset_file: Path) -> None:
         "train.keep_checkpoints": 1,
         "launch.nodes": 1,
         "launch.max_restarts": 0,
+        "parallel.shard": 2,
         "evaluate.confidence": 0.9,
         "name": "other",
     }

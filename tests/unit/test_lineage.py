@@ -24,12 +24,12 @@ from tests.unit.tiny import Tiny, exact_arithmetic, make_trainer, stale_preset, 
 from training.config import Preset
 from training.documents import canonical_json, sha256_hex
 from training.errors import DamagedError, UserError
-from training.loop import DIGEST_BYTES_PER_STEP, digest_period
 from training.replay import Replayed, begin_replay
 from training.runs.identity import find_identity, identity_key, keep_identity, source_file
 from training.runs.job import Job
 from training.runs.record import Record, run_key
 from training.s3.objectstore import Store
+from training.step import DIGEST_BYTES_PER_STEP, digest_period
 
 KEPT = KeptVersion(
     model="m",

@@ -9,7 +9,7 @@ import pytest
 
 from training.arithmetic.reduce import owned_range
 from training.errors import UserError
-from training.layout import OUTER_TO_INNER, Coordinates, Layout, layouts
+from training.layout import OUTER_TO_INNER, Coordinates, Layout, in_shards, layouts
 from training.parallel.plan import ModelCost, Part, cost, costs, recommended
 from training.parallel.schedule import Schedule, bubble, num_in_flight
 
@@ -53,6 +53,16 @@ def test_stages_of_a_pipeline_have_the_same_virtual_workers_and_all_are_computed
     assert [feeds[group[0]] for group in layout.groups("pipeline")] == [0, 1, 2, 3]
     assert all(len({feeds[rank] for rank in group}) == 1 for group in layout.groups("pipeline"))
     assert [w for feed in range(4) for w in owned_range(feed, layout.num_feeds, 6)] == list(range(6))
+
+
+def test_what_is_left_goes_on_in_as_many_shards_as_divide_both() -> None:
+    assert [in_shards(num_ranks, 2) for num_ranks in (4, 3, 2, 1)] == [
+        Layout(data=2, shard=2),
+        Layout(data=3),
+        Layout(shard=2),
+        Layout(),
+    ]
+    assert in_shards(6, 4) == Layout(data=3, shard=2)
 
 
 def test_a_replica_more_or_less() -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.unit.tiny import Tiny, stale_preset, tiny_preset
+from training.config import ParallelConfig
 from training.documents import canonical_json, parse
 from training.errors import DamagedError, FencedError, MissingError
 from training.runs.record import (
@@ -259,6 +260,12 @@ def test_a_bound_of_staleness_is_part_of_the_run_key_and_servers_are_not() -> No
     assert keys[0] == keys[1]
     assert len(set(keys)) == 3
     assert "staleness" not in stale_preset(staleness=0).determining()["train"]
+
+
+def test_over_which_ranks_a_model_is_spread_is_no_part_of_the_run_key() -> None:
+    preset = tiny_preset()
+    sharded = replace(preset, launch=replace(preset.launch, nodes=2), parallel=ParallelConfig(shard=2))
+    assert len({run_key(recipe=Tiny(), preset=each, dataset_digest="d") for each in (preset, sharded)}) == 1
 
 
 def test_a_default_and_the_same_value_written_out_are_one_run() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from typing import Protocol
@@ -9,7 +10,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from training.arithmetic.collectives import of_all_ranks
+from training.arithmetic.collectives import texts_of_all_ranks
 from training.arithmetic.extras import Extras
 from training.checkpoints.state import TrainState
 from training.config import Preset
@@ -55,14 +56,26 @@ class Explainer:
             )
 
     def of_ranks(
-        self, error: DeterministicError, workers: Sequence[int], state: TrainState, extras: Extras
+        self,
+        error: DeterministicError,
+        workers: Sequence[int],
+        state: TrainState,
+        extras: Extras,
+        *,
+        maybe_own: DeterministicError | None = None,
     ) -> DeterministicError | RuntimeError:
-        """What all ranks found wrong at once: whether it is one of these virtual workers'. Collective: who finds
-        nothing waits for who does."""
-        first = self.of_workers(error, workers, state, extras)
+        """What all ranks found wrong at once: whether it is one of these virtual workers'; `maybe_own` is what this
+        rank saw of one. Collective: who finds nothing waits for who does, and says the same."""
+        first = self.of_workers(maybe_own or error, workers, state, extras)
+        if first is maybe_own:  # it did not come again
+            first = RuntimeError(str(first))
+        own = None if first is error else [isinstance(first, DeterministicError), str(first)]
         with self._handover.waiting():
-            of_all_ranks(torch.zeros(1))
-        return first
+            told = [json.loads(text) for text in texts_of_all_ranks(json.dumps(own))]
+        if own is not None or not any(told):
+            return first
+        repeats, message = next(filter(None, told))
+        return DeterministicError(message) if repeats else RuntimeError(message)
 
     def of_workers(
         self, error: DeterministicError, workers: Sequence[int], state: TrainState, extras: Extras

@@ -6,7 +6,8 @@ block is gathered once a step. A block's gradients are summed along the tree whi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -31,12 +32,20 @@ class Sharded:
     """
 
     def __init__(
-        self, model: nn.Module, blocks: Sequence[nn.Module], *, layout: Layout, rank: int, groups: ShardGroups
+        self,
+        model: nn.Module,
+        blocks: Sequence[nn.Module],
+        *,
+        layout: Layout,
+        rank: int,
+        groups: ShardGroups,
+        waiting: Callable[[], AbstractContextManager[None]] = nullcontext,
     ) -> None:
-        """Raises `UserError` if a parameter cannot be cut."""
-        _require_fit(model)
+        """Other ranks are waited for inside of `waiting`. Raises `UserError` if a parameter cannot be cut."""
+        require_fit(model)
         have_whole_gradients(model)
         self.layout = layout
+        self.waiting = waiting
         self.rank = rank
         self.groups = groups
         index = layout.coordinates(rank).shard
@@ -48,13 +57,14 @@ class Sharded:
         """Of this pass."""
         self._is_going_back = False
         self._maybe_passed: Unit | None = None
+        self._is_lent = False
         self._hooks = [block.register_forward_pre_hook(partial(self._enter, unit)) for block, unit in of_blocks.items()]
         self._hooks += [block.register_forward_hook(partial(self._leave, unit)) for block, unit in of_blocks.items()]
 
     def begin(self) -> None:
         """A virtual worker's forward pass."""
         for unit in self._outside:
-            unit.gather()
+            self._gather(unit)
         self._ahead = list(self._of_blocks)
 
     def go_back(self, backward: Callable[[], None]) -> None:
@@ -69,6 +79,14 @@ class Sharded:
         self._free_passed()
         self._gather_up_to(None)
 
+    def skip(self) -> None:
+        """The rest of a pass that failed."""
+        self._maybe_passed = None
+        for unit in self._of_blocks:
+            if unit.is_whole:
+                unit.free()
+        self._gather_up_to(None)
+
     def stand_by(self) -> None:
         """While others have a virtual worker, and this rank has none."""
         self.begin()
@@ -79,6 +97,25 @@ class Sharded:
         for unit in self.units:
             unit.free()
 
+    @contextmanager
+    def lent(self) -> Iterator[dict[nn.Parameter, nn.Parameter]]:
+        """Meanwhile, between two steps, the model has whole copies, and each rank may compute it by itself; which is in
+        the place of which. Collective at its beginning."""
+        copies: dict[nn.Parameter, nn.Parameter] = {}
+        with self.waiting():
+            for unit in self.units:
+                copies |= unit.lend()
+        self._is_lent = True
+        try:
+            yield copies
+        finally:
+            self._is_lent = False
+            self.free()
+
+    def _gather(self, unit: Unit) -> None:
+        with self.waiting():
+            unit.gather()
+
     def _gather_up_to(self, maybe_unit: Unit | None) -> None:
         """And have that one alone; None: to the end of the pass."""
         if maybe_unit is not None and maybe_unit not in self._ahead:
@@ -88,18 +125,19 @@ class Sharded:
             )
         while self._ahead:
             unit = self._ahead.pop(0)
-            unit.gather()
+            self._gather(unit)
             if unit is maybe_unit:
                 return
             unit.free()
 
     def _enter(self, unit: Unit, block: nn.Module, inputs: Any) -> None:
         """What is computed anew as it goes back is there already."""
-        if unit.is_whole:
-            return
-        self._gather_up_to(unit)
+        if not (self._is_lent or unit.is_whole):
+            self._gather_up_to(unit)
 
     def _leave(self, unit: Unit, block: nn.Module, inputs: Any, outputs: Any) -> None:
+        if self._is_lent:
+            return
         for output in tree_leaves(outputs):
             if isinstance(output, Tensor) and output.requires_grad:
                 output.register_hook(partial(self._enter_backwards, unit))  # type: ignore[no-untyped-call]  # no annotation
@@ -135,6 +173,8 @@ class ShardedReducer:
         self._objective = objective
         self._virtual_workers = ranges[-1].stop
         self._places = places(self.owned)
+        self._maybe_back: int | None = None
+        """The virtual worker whose backward pass has begun."""
         self._num_standing_by = max(len(owned) for owned in ranges) - len(self.owned)
         scatter = Scatter(sharded.layout, ranges, rank, sharded.groups)
         self._gradients = [_Gradients(unit, scatter, self._when_full) for unit in reversed(sharded.units)]
@@ -144,22 +184,38 @@ class ShardedReducer:
 
     def forward(self, worker: int, batch: Mapping[str, Tensor]) -> Tensor:
         """The loss of one virtual worker's microbatch."""
+        self._maybe_back = None
         self._sharded.begin()
         loss: Tensor = self._objective(batch)
         return loss
 
     def backward(self, worker: int, loss: Tensor, extras: Tensor) -> None:
         """Its gradients. A parameter that the loss does not reach counts as zeros."""
-        place = self._places[worker]
+        self._go_back(worker, extras, (loss / self._virtual_workers).backward)
+
+    def give_up(self, worker: int, extras: Tensor) -> None:
+        """After `forward` or `backward` failed: the step goes on for the others, with zeros for what is missing."""
+        self._sharded.skip()
+        if self._maybe_back == worker:
+            self._extras.add_extras(extras)
+            self._end(worker)
+        else:
+            self._go_back(worker, extras, lambda: None)
+
+    def _go_back(self, worker: int, extras: Tensor, backward: Callable[[], None]) -> None:
+        self._maybe_back = worker
         for one in self._gradients:
-            one.begin(place)
-        self._extras.begin(place)
+            one.begin(self._places[worker])
+        self._extras.begin(self._places[worker])
         self._extras.add_extras(extras)
-        self._sharded.go_back((loss / self._virtual_workers).backward)
+        self._sharded.go_back(backward)
+        self._end(worker)
+
+    def _end(self, worker: int) -> None:
         for one in self._gradients:
             one.fill_up()
         self._extras.fill_up()
-        if place.ends_rank:
+        if self._places[worker].ends_rank:
             for _ in range(self._num_standing_by):
                 self._sharded.stand_by()
 
@@ -258,7 +314,7 @@ class _Gradients:
             parameter.grad = None
 
 
-def _require_fit(model: nn.Module) -> None:
+def require_fit(model: nn.Module) -> None:
     """Raises `UserError` naming the parameter."""
     trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     if not trained:

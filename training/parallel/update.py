@@ -15,10 +15,20 @@ from torch import Tensor, nn
 from training.arithmetic.collectives import texts_of_all_ranks
 from training.arithmetic.norm import BLOCK_ELEMENTS, block_norms, blocks, clip_factor, norm_of
 from training.checkpoints.state import TrainState
-from training.parallel.sharded import Sharded, ShardedReducer
+from training.errors import UserError
+from training.parallel.sharded import Sharded, ShardedReducer, require_fit
 from training.parallel.unit import Unit
 from training.servers.arithmetic import sliced
+from training.servers.attached import require_divisible
 from training.servers.layout import Piece
+
+
+def require_shardable(state: TrainState, device: torch.device) -> None:
+    """Raises `UserError` naming what cannot be cut, before anything is."""
+    if device.type != "cpu":
+        raise UserError("parallel.shard was tried on processors alone so far: use parallel.shard = 1 on GPUs")
+    require_fit(state.model)
+    require_divisible(state.optimizer)
 
 
 class ShardedUpdate:
@@ -72,7 +82,8 @@ class ShardedUpdate:
             norms = block_norms(gradients)
             mine[: len(norms)] = norms
         found = torch.empty(len(self._block_places) * most)
-        dist.all_gather_single(found, mine, group=self._sharded.groups.gathering)
+        with self._sharded.waiting():
+            dist.all_gather_single(found, mine, group=self._sharded.groups.gathering)
         ordered = torch.empty(sum(len(places) for places in self._block_places))
         for places, norms in zip(self._block_places, torch.split(found, most), strict=True):
             ordered[places] = norms[: len(places)]
@@ -91,17 +102,15 @@ class ShardedUpdate:
     @contextmanager
     def whole_state(self) -> Iterator[None]:
         """Meanwhile the state has all weights, and what the optimizer keeps of them: copies. Collective."""
-        copies: dict[nn.Parameter, nn.Parameter] = {}
-        for unit in self._sharded.units:
-            copies |= unit.lend()
-        entries: dict[Tensor, Any] = {copies[parameter]: kept for parameter, kept in self._entries().items()}
-        self._state.optimizer.state.update(entries)
-        try:
-            yield
-        finally:
-            for copy in entries:
-                del self._state.optimizer.state[copy]
-            self._sharded.free()
+        with self._sharded.lent() as copies:
+            with self._sharded.waiting():
+                entries: dict[Tensor, Any] = {copies[p]: kept for p, kept in self._entries().items()}
+            self._state.optimizer.state.update(entries)
+            try:
+                yield
+            finally:
+                for copy in entries:
+                    del self._state.optimizer.state[copy]
 
     def _entries(self) -> dict[nn.Parameter, dict[str, Any]]:
         """What the optimizer keeps of each parameter."""

@@ -268,8 +268,8 @@ def _stepped_in_pieces(make: Callable[[nn.Module], Optimizer], first: Tensor, gr
 
 def _refusal(optimizer: Optimizer, why: str) -> str:
     return (
-        f"the recipe's optimizer, {type(optimizer).__name__}, {why}: parameter servers need one that treats each"
-        " element by itself; or use train.strategy = 'all_reduce'"
+        f"the recipe's optimizer, {type(optimizer).__name__}, {why}: parameter servers and parallel.shard need one that"
+        " treats each element by itself; or use train.strategy = 'all_reduce' and parallel.shard = 1"
     )
 
 

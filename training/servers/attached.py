@@ -165,6 +165,7 @@ def require_divisible(optimizer: Optimizer) -> None:
         raise
     except Exception as error:
         raise UserError(
-            f"parameter servers need an optimizer that treats each element by itself, and the recipe's {kind.__name__}"
-            f" could not be tried for that ({error}): use train.strategy = 'all_reduce'"
+            "parameter servers and parallel.shard need an optimizer that treats each element by itself, and the"
+            f" recipe's {kind.__name__} could not be tried for that ({error}): use train.strategy = 'all_reduce' and"
+            " parallel.shard = 1"
         ) from error
