@@ -2,7 +2,7 @@
 
 A chunk is a consecutive part of the model; chunk c is on stage c mod p. With one chunk to a stage these are GPipe
 (Huang et al., NeurIPS'19) and 1F1B (PipeDream-Flush, Narayanan et al., ICML'21), with more of them interleaved 1F1B
-(Narayanan et al., SC'21). In all of them a chunk's microbatches go forward from the first to the last, and back likewise.
+(Narayanan et al., SC'21). In all of them a chunk's microbatches go forward in their order, and back in the same.
 """
 
 from __future__ import annotations
