@@ -125,14 +125,14 @@ def require_same_loss(
     buffers.put_back(before)
     rest = Rest(recipe, chunks[-1], device)
     seed_streams(0, device)
-    with recipe_errors("loss() of parts()"), torch.no_grad():
+    with recipe_errors("parts(), one after another"), torch.no_grad():
         values: Values = recipe.inputs(batch)
         with torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bfloat16"):
             for chunk in chunks[:-1]:
                 values = chunk(values)
     streams = streams_now(device)
     seed_streams(0, device)
-    with recipe_errors("loss() of parts()"):
+    with recipe_errors("loss() with the last of its parts() in the model's place, as in a pipeline"):
         rest.begin(values, streams, batch)
         cut = Objective(recipe, rest, precision=precision)(batch).detach()
     buffers.put_back(before)
