@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 from tests.distributed.ranks import TIMEOUT_SECONDS
 from tests.unit.tiny import CPU, MemoryReader, Tiny, make_trainer, tiny_preset, tiny_reader
+from tests.waiting import wait_until
 from training.arithmetic.balance import Balance, even_shares, ranges
 from training.arithmetic.extras import Extras
 from training.arithmetic.objective import seed_streams, stream_seed
@@ -242,7 +243,9 @@ def tensors_of_all_kinds(rank: int, world_size: int) -> list[bool]:
         for came, one in zip(passing.receive(7, stage=0), sent, strict=True):
             found.append(torch.equal(came, one) and came.stride() == one.stride() and came.dtype == one.dtype)
             found.append(came.requires_grad == one.requires_grad)
+    wait_until(lambda: all(future.done() for future in passing._sending), what="memory to be free")
     passing.wait()
+    passing.close()
     return found
 
 

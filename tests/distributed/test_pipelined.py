@@ -39,6 +39,11 @@ MORE_CASES: list[Case] = [
 ]
 
 
+def named(case: Case) -> str:
+    recipe, layout, schedule = case
+    return f"{recipe}, {layout}, {schedule}"
+
+
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RankPool]:
     with RankPool(MAX_RANKS, tmp_path_factory.mktemp("ranks")) as pool:
@@ -75,7 +80,7 @@ def require_bits_of_one_process(ranks: RankPool, alone: dict[str, dict[str, Any]
     assert all(answer["num_of_optimizer"] <= answer["num_kept"] < one["num_of_model"] for answer in answers)
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("case", CASES, ids=named)
 def test_a_pipeline_has_the_bits_of_one_process(ranks: RankPool, alone: dict[str, dict[str, Any]], case: Case) -> None:
     """With AdamW and clipping; random numbers of all kinds, buffers and recomputed activations on all stages. The
     stages' weights make up the whole."""
@@ -83,7 +88,7 @@ def test_a_pipeline_has_the_bits_of_one_process(ranks: RankPool, alone: dict[str
 
 
 @pytest.mark.soak
-@pytest.mark.parametrize("case", MORE_CASES, ids=str)
+@pytest.mark.parametrize("case", MORE_CASES, ids=named)
 def test_other_pipelines_have_the_bits_of_one_process(
     ranks: RankPool, alone: dict[str, dict[str, Any]], case: Case
 ) -> None:

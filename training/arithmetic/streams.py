@@ -52,7 +52,7 @@ def set_streams(saved: Tensor, device: torch.device) -> None:
         torch.cuda.set_rng_state(of_device.clone(), device)
 
 
-def _bytes(key: np.ndarray, position: int, has_gauss: bool, gauss: float) -> Tensor:  # type: ignore[type-arg]
+def _bytes(key: np.ndarray, position: int, has_gauss: bool, gauss: float) -> Tensor:
     return torch.from_numpy(np.array([(key, position, has_gauss, gauss)], _TWISTER).view(np.uint8).reshape(-1))
 
 

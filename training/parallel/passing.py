@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 from collections import deque
 from collections.abc import Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -60,8 +61,9 @@ class Passing:
     def __init__(self, group: dist.ProcessGroup) -> None:
         self._group = group
         self._forms: dict[int, list[Form]] = {}
-        self._sending: deque[tuple[dist.Work, Tensor]] = deque()
-        """Their memory is not free yet."""
+        self._sending: deque[Future[None]] = deque()
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="sending")
+        """A thread that waits for what is sent, as gloo tells nobody else, and then lets its memory go."""
 
     def send(self, tag: int, tensors: Sequence[Tensor], *, stage: int) -> None:
         """Does not wait. Raises `UserError` if they are of another form than the first ones of the tag."""
@@ -86,7 +88,11 @@ class Passing:
     def wait(self) -> None:
         """Until all are where they were sent to."""
         while self._sending:
-            self._sending.popleft()[0].wait()
+            self._sending.popleft().result()
+
+    def close(self) -> None:
+        """Nothing is sent any more."""
+        self._pool.shutdown(wait=False)
 
     def _tell(self, text: str, tag: int, stage: int) -> None:
         data = torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8)
@@ -99,14 +105,19 @@ class Passing:
         return data.numpy().tobytes().decode()
 
     def _send(self, tensor: Tensor, tag: int, stage: int) -> None:
-        while self._sending and self._sending[0][0].is_completed():
-            self._sending.popleft()
+        while self._sending and self._sending[0].done():
+            self._sending.popleft().result()
         if tensor.numel():
             work = dist.isend(tensor, group=self._group, group_dst=stage, tag=tag)
             assert work is not None
-            self._sending.append((work, tensor))
+            self._sending.append(self._pool.submit(_until_sent, work, tensor))
 
     def _receive(self, tensor: Tensor, tag: int, stage: int) -> Tensor:
         if tensor.numel():
             dist.recv(tensor, group=self._group, group_src=stage, tag=tag)
         return tensor
+
+
+def _until_sent(work: dist.Work, tensor: Tensor) -> None:
+    """Its memory is needed until then."""
+    work.wait()

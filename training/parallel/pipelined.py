@@ -177,6 +177,9 @@ class PipelinedReducer:
 
     def _forward(self, one: Pass, received: list[Tensor], work: Work) -> list[Tensor]:
         """Outputs, and where the random streams stand after them."""
+        if one.chunk == self._pipeline.num_chunks - 1:
+            self._forward_to_loss(one, received, work)
+            return []
         device, worker = self._pipeline.device, self.owned[one.microbatch]
         chunk = self._chunks[one.chunk]
         if one.chunk == 0:
@@ -185,8 +188,6 @@ class PipelinedReducer:
         else:
             *inputs, streams = received
             set_streams(streams, device)
-        if one.chunk == self._pipeline.num_chunks - 1:
-            return self._forward_to_loss(one, inputs, streams, work)
         outputs = chunk.forward(one.microbatch, inputs, lambda: self._computed(chunk.module, as_values(inputs)))
         if one.chunk == self._last_own:
             self._tell(one, None, work)
@@ -198,7 +199,9 @@ class PipelinedReducer:
             found: Values = module(values)
         return found
 
-    def _forward_to_loss(self, one: Pass, inputs: list[Tensor], streams: Tensor, work: Work) -> list[Tensor]:
+    def _forward_to_loss(self, one: Pass, received: list[Tensor], work: Work) -> None:
+        """The streams begin anew, and go on from where they stood where the loss calls its model."""
+        *inputs, streams = received
         worker = self.owned[one.microbatch]
         batch = work.batch(worker)
         work.seed(worker)
@@ -211,7 +214,6 @@ class PipelinedReducer:
 
         self._chunks[one.chunk].forward(one.microbatch, inputs, compute)
         self._tell(one, losses[0].detach(), work)
-        return []
 
     def _tell(self, one: Pass, maybe_loss: Tensor | None, work: Work) -> None:
         """With all chunks' buffers as this microbatch left them."""
@@ -253,6 +255,7 @@ class PipelinedReducer:
             for bucket in buckets:
                 bucket.close()
         self._extras.close()
+        self._passing.close()
         self._exchange.close()
         self._buckets.clear()
 
