@@ -100,7 +100,9 @@ class Noisy(Tiny):
 RECIPES: dict[str, Recipe] = {
     "noisy": Noisy(),
     "transformer": ByteTransformer(sequence_bytes=SEQUENCE, width=16, num_layers=4, num_heads=2),
+    "wide": ByteTransformer(sequence_bytes=SEQUENCE, width=132, num_layers=2, num_heads=4),
 }
+"""The last one has matrices of more elements than a block of a norm."""
 
 
 class PipelineTrainer(Trainer):
@@ -171,7 +173,7 @@ def trainer_in(
     trainer = make_trainer(
         preset=replace(preset, train=replace(preset.train, **settings)),
         recipe=RECIPES[recipe],
-        reader=_texts() if recipe == "transformer" else tiny_reader(),
+        reader=tiny_reader() if recipe == "noisy" else _texts(),
         rank=rank,
         world_size=maybe_layout.num_ranks if maybe_layout else 1,
         kind=PipelineTrainer if maybe_layout else Trainer,

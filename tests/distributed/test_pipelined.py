@@ -97,7 +97,7 @@ def test_other_pipelines_have_the_bits_of_one_process(
 
 def test_bfloat16_and_an_odd_number_of_workers(ranks: RankPool) -> None:
     train = {"virtual_workers": 5, "batch_size": 10, "precision": "bfloat16"}
-    for recipe in ("transformer", "noisy"):
+    for recipe in ("transformer", "noisy", "wide"):
         (alone,) = in_layout(ranks, recipe, None, "1f1b", train, 5)
         found = in_layout(ranks, recipe, Layout(data=2, pipeline=2), "1f1b", train, 5)[0]
         assert (found["history"], found["state"]) == (alone["history"], alone["state"])

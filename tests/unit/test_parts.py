@@ -17,8 +17,10 @@ from tests.unit.tiny import CPU, Tiny
 from training.arithmetic.objective import seed_streams
 from training.arithmetic.streams import set_streams, streams_now
 from training.errors import DeterministicError, UserError
+from training.layout import Layout
 from training.parallel.chunk import Chunk, as_tuple
 from training.parallel.parts import chunks_of, require_same_loss
+from training.parallel.pipelined import require_pipeline
 from training.recipe import Recipe
 from training.recipes.digits import Digits
 from training.recipes.stdlib import ByteTransformer
@@ -99,6 +101,12 @@ def test_a_loss_that_reads_more_of_its_model_is_refused() -> None:
 
 def test_ties_within_a_chunk_are_none_of_a_pipelines_business() -> None:
     assert len(cut(Stack(tied=True), 1)) == 1
+
+
+@pytest.mark.parametrize("layout", [Layout(data=2), Layout(pipeline=2, shard=2), Layout(pipeline=2, tensor=2)])
+def test_layouts_that_are_no_pipelines_of_whole_stages_are_refused(layout: Layout) -> None:
+    with pytest.raises(UserError, match=r"a pipeline has two stages or more, and goes with data alone"):
+        require_pipeline(layout)
 
 
 def draws() -> list[float]:

@@ -45,6 +45,15 @@ def make_pipeline_groups(layout: Layout, rank: int, *, timeout: timedelta) -> Pi
     return PipelineGroups(stages=stages, replicas=replicas)
 
 
+def require_pipeline(layout: Layout) -> None:
+    """Raises `UserError` for one whose stages are not whole on a rank each."""
+    if layout.pipeline < 2 or layout.shard > 1 or layout.tensor > 1:
+        raise UserError(
+            f"parallel: {layout}: a pipeline has two stages or more, and goes with data alone: set parallel.shard and"
+            " parallel.tensor to 1"
+        )
+
+
 class Work(Protocol):
     """What a step is made of, for each virtual worker."""
 
@@ -78,8 +87,7 @@ class Pipeline:
         batch: Mapping[str, Tensor],
     ) -> None:
         """`batch` is one to try. Raises `UserError` for a model that cannot be cut."""
-        if layout.pipeline < 2 or layout.shard > 1 or layout.tensor > 1:
-            raise UserError(f"parallel: {layout}: a pipeline has two stages or more, and goes with data alone")
+        require_pipeline(layout)
         require_float32([p for p in model.parameters() if p.requires_grad])
         have_whole_gradients(model)
         at = layout.coordinates(rank)
@@ -99,16 +107,14 @@ class Pipeline:
         }
         self.own = {number: chunks[number] for number in range(self.stage, self.num_chunks, layout.pipeline)}
         self._buffers = Buffers(model)
-        self._stage_of_counters = torch.tensor(
-            [
-                self.stage_of[tensor]
-                for module in model.modules()
-                for tensor in module._buffers.values()
-                if tensor is not None and not tensor.is_floating_point()
-                for _ in range(tensor.nbytes)
-            ],
-            dtype=torch.int64,
-        )
+        self._stage_of_counters = self._stages_of_bytes(model)
+
+    def _stages_of_bytes(self, model: nn.Module) -> Tensor:
+        """Of the buffers that are no floats, end to end."""
+        found = [tensor for module in model.modules() for tensor in module._buffers.values() if tensor is not None]
+        counters = [tensor for tensor in found if not tensor.is_floating_point()]
+        stages = torch.tensor([self.stage_of[tensor] for tensor in counters], dtype=torch.int64)
+        return stages.repeat_interleave(torch.tensor([tensor.nbytes for tensor in counters], dtype=torch.int64))
 
     def share_counters(self) -> None:
         """Each stage tells what its chunks made of the buffers that are no floats. Collective over the stages."""
