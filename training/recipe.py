@@ -118,6 +118,11 @@ class Recipe(ABC):
         may be cut, and each may be on a device while others are not. None: it is one piece."""
         return ()
 
+    def parts(self, model: nn.Module) -> Sequence[nn.Module]:
+        """All of the model as modules that are computed one after another, each called with what the one before gave (a
+        tensor, or a tuple of them), the first with `inputs`; its `blocks` among them. None: it has no pipeline."""
+        return ()
+
     @abstractmethod
     def loss(self, model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
         """The mean loss (a scalar) over a batch: the samples' arrays, stacked."""

@@ -137,6 +137,9 @@ def test_a_layout_is_recommended_that_fits() -> None:
     found = costs(MODEL, num_ranks=4, virtual_workers=4)
     names = {(str(one.layout), one.schedule) for one in found}
     assert {("data 4", None), ("shard 4", None), ("data 2 × shard 2", None), ("pipeline 4", "interleaved")} <= names
+    uneven = {(str(one.layout), one.schedule) for one in costs(MODEL, num_ranks=4, virtual_workers=6)}
+    assert ("pipeline 4", "1f1b") in uneven
+    assert ("pipeline 4", "interleaved") not in uneven, "six microbatches are no whole rounds of four"
     assert recommended(found, memory_bytes=None).layout == Layout(data=4)
     needed = next(one.memory_bytes for one in found if one.layout == Layout(data=4))
     assert recommended(found, memory_bytes=needed).layout == Layout(data=4)

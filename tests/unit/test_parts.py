@@ -1,39 +1,163 @@
-"""Work shared among processes: what a person sees who stops it."""
+"""How a recipe's model is cut into chunks, and which ones are refused."""
 
 from __future__ import annotations
 
-import os
-import signal
-import subprocess
-import sys
-from pathlib import Path
+import random
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 
-from tests.waiting import wait_until
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
 
-PART = """
-import pathlib, sys, time
-pathlib.Path(sys.argv[1]).write_text("up")
-time.sleep(600)
-"""
-WHOLE = """
-import pathlib, sys
-from tasks.parts import run_parts
-run_parts("waits", [pathlib.Path(sys.argv[1])], what="wait")
-"""
+from tests.unit.tiny import CPU, Tiny
+from training.arithmetic.objective import seed_streams
+from training.arithmetic.streams import set_streams, streams_now
+from training.errors import DeterministicError, UserError
+from training.layout import Layout
+from training.parallel.chunk import Chunk, as_tuple
+from training.parallel.parts import chunks_of, require_same_loss
+from training.parallel.pipelined import require_pipeline
+from training.recipe import Recipe
+from training.recipes.digits import Digits
+from training.recipes.stdlib import ByteTransformer
+
+BATCH = {"x": torch.linspace(-1, 1, 20).view(4, 5), "label": torch.tensor([0, 1, 2, 0])}
+Select = Callable[[Sequence[nn.Module]], Sequence[nn.Module]]
+Loss = Callable[[nn.Module, Tensor], Tensor]
 
 
-def test_ctrl_c_stops_the_parts_without_a_word_of_theirs(tmp_path: Path) -> None:
-    (tmp_path / "waits.py").write_text(PART)
-    told = tmp_path / "0.json"
-    whole = subprocess.Popen(
-        [sys.executable, "-c", WHOLE, str(told)],
-        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path])},
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
-    wait_until(lambda: told.exists() and told.read_text() == "up", what="the part to be at work")
-    os.killpg(whole.pid, signal.SIGINT)  # as a terminal does
-    said = whole.communicate(timeout=240)[1]  # once no part holds the pipe any more
-    assert "waits.py" not in said
-    assert "KeyboardInterrupt" in said, "of the process that shares the work out"
+@dataclass(frozen=True, kw_only=True)
+class Stack(Tiny):
+    """Two matrices between two others; what it says of them may be wrong."""
+
+    tied: bool = False
+    select_blocks: Select = lambda found: found[1:-1]
+    select_parts: Select = lambda found: found
+    of_model: Loss = lambda model, x: model(x)
+
+    def model(self) -> nn.Module:
+        layers = [nn.Linear(5, 5), nn.Linear(5, 5), nn.Linear(5, 5), nn.Linear(5, 3)]
+        if self.tied:
+            layers[2].weight = layers[0].weight
+        return nn.Sequential(layers[0], nn.Sequential(layers[1], nn.Tanh()), layers[2], layers[3])
+
+    def blocks(self, model: nn.Module) -> Sequence[nn.Module]:
+        assert isinstance(model, nn.Sequential)
+        return self.select_blocks(list(model))
+
+    def parts(self, model: nn.Module) -> Sequence[nn.Module]:
+        assert isinstance(model, nn.Sequential)
+        return self.select_parts(list(model))
+
+    def loss(self, model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
+        return F.cross_entropy(self.of_model(model, self.inputs(batch)), batch["label"])
+
+
+def cut(recipe: Recipe, number: int = 2, batch: Mapping[str, Tensor] = BATCH) -> list[nn.Sequential]:
+    seed_streams(0, CPU)
+    model = recipe.model()
+    chunks = chunks_of(recipe, model, number)
+    require_same_loss(recipe, model, chunks, batch, precision="float32", device=CPU)
+    return chunks
+
+
+def test_parts_are_cut_where_blocks_begin() -> None:
+    assert [len(chunk) for chunk in cut(Stack())] == [2, 2]
+    recipe = ByteTransformer(sequence_bytes=8, width=16, num_layers=5, num_heads=2)
+    texts = {"bytes": torch.arange(18, dtype=torch.uint8).view(2, 9)}
+    assert [len(chunk) for chunk in cut(recipe, 3, texts)] == [2, 2, 4]  # the embedding, blocks, a norm and the head
+    assert [len(chunk) for chunk in cut(recipe, 1, texts)] == [8]
+
+
+@pytest.mark.parametrize(
+    ("recipe", "number", "message"),
+    [
+        (Digits(), 2, r"add parts\(model\) to the recipe"),
+        (Stack(), 3, r"gives 2 blocks, and 3 chunks .* one each: set parallel\.pipeline to fewer"),
+        (Stack(select_blocks=lambda found: [nn.Tanh(), found[2]]), 2, r"must be among .*, in the same order"),
+        (Stack(select_blocks=lambda found: [found[2], found[1]]), 2, r"must be among .*, in the same order"),
+        (Stack(select_parts=lambda found: [*found, found[0]]), 2, r"and each part there once"),
+        (Stack(select_parts=lambda found: found[:-1]), 2, r"leaves 3\.weight out"),
+        (Stack(tied=True), 2, r"0\.weight is in chunks \[0, 1\] .* \(no tied ones\)"),
+        (Stack(select_parts=lambda found: [found[0], nn.Tanh(), *found[1:]]), 2, r"must be all that the model comp"),
+        (Stack(of_model=lambda model, x: model(x) + model(x)), 2, r"loss\(\) calls its model twice"),
+        (Stack(of_model=lambda model, x: model(x + 1)), 2, r"loss\(\) does not give its model inputs\(batch\)"),
+        (Stack(of_model=lambda model, x: torch.rand(()) * model(x)), 2, r"draws random numbers before it calls"),
+    ],
+)  # fmt: skip
+def test_what_a_pipeline_cannot_do_is_refused(recipe: Recipe, number: int, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        cut(recipe, number)
+
+
+def test_a_loss_that_reads_more_of_its_model_is_refused() -> None:
+    with pytest.raises(DeterministicError, match=r"the last of its parts\(\) in the model's place.*AttributeError"):
+        cut(Stack(of_model=lambda model, x: model(x) + model.get_submodule("0").get_parameter("weight").sum()))
+
+
+def test_ties_within_a_chunk_are_none_of_a_pipelines_business() -> None:
+    assert len(cut(Stack(tied=True), 1)) == 1
+
+
+@pytest.mark.parametrize("layout", [Layout(data=2), Layout(pipeline=2, shard=2), Layout(pipeline=2, tensor=2)])
+def test_layouts_that_are_no_pipelines_of_whole_stages_are_refused(layout: Layout) -> None:
+    with pytest.raises(UserError, match=r"a pipeline has two stages or more, and goes with data alone"):
+        require_pipeline(layout)
+
+
+def draws() -> list[float]:
+    return [torch.rand(()).item(), torch.randn(()).item(), np.random.standard_normal(), random.gauss(0, 1)]
+
+
+def test_random_streams_go_on_where_they_stood() -> None:
+    """Also between the two numbers that numpy and Python draw at once."""
+    seed_streams(5, CPU)
+    for _ in range(3):
+        saved = streams_now(CPU)
+        expected = [*draws(), *draws()]
+        seed_streams(6, CPU)
+        assert draws() != expected[:4]
+        set_streams(saved, CPU)
+        assert [*draws(), *draws()] == expected
+        set_streams(saved, CPU)
+        assert torch.equal(streams_now(CPU), saved)
+        draws()
+
+
+def test_microbatches_under_way_see_their_own_buffers() -> None:
+    """Forward twice, then back twice: as each alone."""
+    norm = nn.BatchNorm1d(5)
+    first = norm.running_mean
+    chunk = Chunk(nn.Sequential(norm, nn.Tanh()))
+    found = []
+    inputs = [torch.randn(4, 5, requires_grad=True) for _ in range(2)]
+    for number, x in enumerate(inputs):
+        chunk.forward(number, [x], lambda x=x: chunk.module(x))
+        found.append(norm.running_mean)
+    assert first is not None
+    assert not first.any(), "that of the step is what it was"
+    for number, x in enumerate(inputs):
+        (gradient,) = chunk.backward(number, [torch.ones(4, 5)])
+        assert norm.running_mean is found[number]
+        alone = nn.BatchNorm1d(5)
+        (expected,) = torch.autograd.grad(torch.tanh(alone(x)).sum(), [x])
+        assert torch.equal(gradient, expected)
+        assert norm.running_mean is not None
+        assert alone.running_mean is not None
+        assert torch.equal(norm.running_mean, alone.running_mean)
+
+
+def test_what_is_not_used_or_cannot_be_sent_is_refused() -> None:
+    chunk = Chunk(nn.Identity())
+    pair = [torch.randn(3, requires_grad=True), torch.randn(3, requires_grad=True)]
+    chunk.forward(0, pair, lambda: pair[0] * 2)
+    with pytest.raises(UserError, match="does not use what the part before gave"):
+        chunk.backward(0, [torch.ones(3)])
+    wrong: list[Any] = [[torch.ones(1)], (torch.ones(1),), (torch.ones(1), 2)]
+    for values in wrong:
+        with pytest.raises(UserError, match="it gives a tensor, or a tuple of two or more"):
+            as_tuple(values)

@@ -73,12 +73,14 @@ class Cost:
 
 
 def costs(model: ModelCost, *, num_ranks: int, virtual_workers: int) -> list[Cost]:
-    """Of all layouts of so many ranks; those with a pipeline once for each schedule that has the blocks it needs."""
+    """Of all layouts of so many ranks; those with a pipeline once for each schedule that has the blocks and the
+    virtual workers it needs."""
     found = []
     for layout in layouts(num_ranks, max_pipeline=model.max_stages, max_feeds=virtual_workers):
         for schedule in SCHEDULES if layout.pipeline > 1 else (None,):
             chunks = layout.pipeline * (chunks_per_rank(schedule) if schedule else 1)
-            if chunks <= model.max_stages:
+            is_even = virtual_workers % (layout.num_feeds * layout.pipeline) == 0
+            if chunks <= model.max_stages and (schedule != "interleaved" or is_even):
                 found.append(cost(model, layout, schedule, virtual_workers=virtual_workers))
     return found
 

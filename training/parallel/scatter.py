@@ -32,15 +32,18 @@ class ShardGroups:
 
 def make_groups(layout: Layout, rank: int, *, timeout: timedelta) -> ShardGroups:
     """Collective over all ranks. A rank that is gone is noticed after `timeout` at the latest."""
+    gathering, summing, replicas = (
+        own_group(layout, dimension, rank, timeout=timeout) for dimension in ("shard", "shard", "data")
+    )
+    return ShardGroups(gathering=gathering, summing=summing, replicas=replicas)
 
-    def own(dimension: Dimension) -> dist.ProcessGroup:
-        found = [dist.new_group(list(ranks), timeout=timeout) for ranks in layout.groups(dimension)]
-        number = [rank in ranks for ranks in layout.groups(dimension)].index(True)
-        mine = found[number]
-        assert isinstance(mine, dist.ProcessGroup)
-        return mine
 
-    return ShardGroups(gathering=own("shard"), summing=own("shard"), replicas=own("data"))
+def own_group(layout: Layout, dimension: Dimension, rank: int, *, timeout: timedelta) -> dist.ProcessGroup:
+    """The ranks that differ from this one in that dimension alone. Collective over all ranks."""
+    found = [dist.new_group(list(ranks), timeout=timeout) for ranks in layout.groups(dimension)]
+    mine = found[[rank in ranks for ranks in layout.groups(dimension)].index(True)]
+    assert isinstance(mine, dist.ProcessGroup)
+    return mine
 
 
 class Scatter:

@@ -39,6 +39,19 @@ class Block(nn.Module):
         return x + grown
 
 
+class Embedding(nn.Module):
+    """What a transformer does before its blocks, with weights that are its own."""
+
+    def __init__(self, byte: nn.Embedding, position: nn.Parameter) -> None:
+        super().__init__()
+        self.byte = byte
+        self.position = position
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x: Tensor = self.byte(tokens) + self.position
+        return x
+
+
 class Transformer(nn.Module):
     """Bytes [batch, sequence] int64 to logits [batch, sequence, 256]."""
 
@@ -87,6 +100,10 @@ class ByteTransformer(Recipe):
     def blocks(self, model: nn.Module) -> Sequence[nn.Module]:
         assert isinstance(model, Transformer)
         return tuple(model.blocks)
+
+    def parts(self, model: nn.Module) -> Sequence[nn.Module]:
+        assert isinstance(model, Transformer)
+        return Embedding(model.byte, model.position), *model.blocks, model.norm, model.head
 
     def inputs(self, batch: Mapping[str, Tensor]) -> Tensor:
         return batch["bytes"][:, :-1].to(torch.int64)

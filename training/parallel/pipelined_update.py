@@ -1,0 +1,111 @@
+"""The optimizer's step on a stage's parameters, and the whole state for whoever wants it (a checkpoint, a digest)."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from training.arithmetic.collectives import texts_of_all_ranks
+from training.arithmetic.norm import block_norms, blocks, clip_factor, norm_of
+from training.checkpoints.optimizer_state import load_entries, named_entries
+from training.checkpoints.state import TrainState
+from training.parallel.passing import Form
+from training.parallel.pipelined import Pipeline
+
+
+class PipelinedUpdate:
+    """Of one step: each stage updates its own parameters, whole ones, and keeps what the optimizer wants of these."""
+
+    def __init__(self, state: TrainState, pipeline: Pipeline, *, clip_norm: float | None) -> None:
+        """Takes the optimizer's state over, which is whole, and frees what is other stages'."""
+        self._state = state
+        self._pipeline = pipeline
+        self._clip_norm = clip_norm
+        parameters = dict(state.model.named_parameters())
+        self._own = {name: p for name, p in parameters.items() if self._stage_of(p) == pipeline.stage}
+        self._others = {name: p for name, p in parameters.items() if name not in self._own}
+        self._own_trained = [p for p in self._own.values() if p.requires_grad]
+        self._block_places = self._places_of_blocks()
+        self._forget_others()
+
+    def _stage_of(self, parameter: nn.Parameter) -> int:
+        return self._pipeline.stage_of[parameter]
+
+    def _places_of_blocks(self) -> list[Tensor]:
+        """Where the norms of each stage's blocks stand among those of all parameters."""
+        found: list[list[int]] = [[] for _ in range(self._pipeline.num_stages)]
+        first = 0
+        for parameter in self._state.trained.values():
+            number = len(blocks(parameter.numel()))
+            found[self._stage_of(parameter)] += range(first, first + number)
+            first += number
+        return [torch.tensor(places, dtype=torch.int64) for places in found]
+
+    def _forget_others(self) -> None:
+        """Nothing here can reach them: they become empty."""
+        optimizer = self._state.optimizer
+        for parameter in self._others.values():
+            parameter.data = parameter.data.new_empty(0)
+            optimizer.state.pop(parameter, None)
+        own = set(self._own.values())
+        for group in optimizer.param_groups:
+            group["params"] = [p for p in group["params"] if p in own]
+
+    def clip(self) -> float:
+        """Scale the gradients; returns the norm before, of all stages. It is taken block by block, in the order of all
+        parameters. Collective."""
+        gradients = [p.grad for p in self._own_trained if p.grad is not None]
+        most = max(len(places) for places in self._block_places)
+        mine = torch.zeros(most)
+        if gradients:
+            norms = block_norms(gradients)
+            mine[: len(norms)] = norms
+        found = torch.empty(len(self._block_places) * most)
+        dist.all_gather_single(found, mine, group=self._pipeline.groups.stages)
+        ordered = torch.empty(sum(len(places) for places in self._block_places))
+        for places, norms in zip(self._block_places, torch.split(found, most), strict=True):
+            ordered[places] = norms[: len(places)]
+        norm = norm_of(ordered)
+        factor = clip_factor(norm, self._clip_norm)
+        if factor is not None and gradients:
+            torch._foreach_mul_(gradients, factor)
+        return norm
+
+    def apply(self) -> None:
+        """The optimizer's step, at the learning rate that is set."""
+        self._state.optimizer.step()
+
+    @contextmanager
+    def whole_state(self) -> Iterator[None]:
+        """Meanwhile the state has all weights, and what the optimizer keeps of them. Collective."""
+        own = {f"weight.{name}": p.detach() for name, p in self._own.items()}
+        own |= named_entries(self._state.optimizer, self._own)
+        others = self._of_other_stages(own)
+        for name, parameter in self._others.items():
+            parameter.data = others.pop(f"weight.{name}")
+        load_entries(self._state.optimizer, self._others, others, may_keep=True)
+        try:
+            yield
+        finally:
+            self._forget_others()
+
+    def _of_other_stages(self, own: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Each stage tells first which ones it has."""
+        forms = json.dumps({name: asdict(Form.of(tensor)) for name, tensor in own.items()})
+        stages = self._pipeline.groups.stages
+        texts = texts_of_all_ranks(forms)
+        found = {}
+        for stage, rank in enumerate(dist.get_process_group_ranks(stages)):
+            for name, about in json.loads(texts[rank]).items():
+                is_own = stage == self._pipeline.stage
+                tensor = own[name].contiguous() if is_own else Form.told(about).room()
+                dist.broadcast(tensor, group=stages, group_src=stage)
+                if not is_own:
+                    found[name] = tensor
+        return found
