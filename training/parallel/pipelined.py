@@ -152,7 +152,8 @@ class PipelinedReducer:
         group = Group(ranges, pipeline.replica, pipeline.device, pipeline.groups.replicas)
         self._buckets = {number: self._buckets_of(chunk, group, bucket_bytes) for number, chunk in pipeline.own.items()}
         self._extras = Bucket([], num_extras, group, lambda: None)
-        self._exchange = Exchange([bucket for number in reversed(self._buckets) for bucket in self._buckets[number]])
+        buckets = [bucket for number in reversed(self._buckets) for bucket in self._buckets[number]]
+        self._exchange = Exchange(buckets, [bucket.exchange for bucket in buckets])
 
     def _buckets_of(self, chunk: nn.Module, group: Group, bucket_bytes: int) -> list[Bucket]:
         parameters = [p for p in chunk.parameters() if p.requires_grad]
@@ -262,7 +263,7 @@ class PipelinedReducer:
                 bucket.close()
         self._extras.close()
         self._passing.close()
-        self._exchange.close()
+        self._exchange.close(wait=False)
         self._buckets.clear()
 
 
