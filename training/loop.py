@@ -102,8 +102,8 @@ class Trainer:
         """In this mode or another."""
         self._maybe_suspect_step = crash_to_explain(record)
         """After which ranks died twice alike."""
-        self._maybe_failure: DeterministicError | None = None
-        """Of a virtual worker, for which the step goes on to where all ranks find that it failed."""
+        self._maybe_failure: tuple[int, DeterministicError] | None = None
+        """A virtual worker's, for which the step goes on to where all ranks find that it failed."""
         self.checkpoints = Checkpointing(
             preset.train,
             saver=saver,
@@ -328,10 +328,10 @@ class Trainer:
         if not (math.isfinite(loss) and math.isfinite(grad_norm)):
             self.figures.losses_not_finite += 1
             error = DeterministicError(f"step {step + 1}: the loss is {loss}, the gradient norm {grad_norm}")
+            worker, maybe_own = self._maybe_failure or (None, None)
+            suspects = self.reducer.owned if worker is None else [worker]
             with self.whole_weights():
-                raise self.explainer.of_ranks(
-                    error, self.reducer.owned, self.state, self.extras, maybe_own=self._maybe_failure
-                )
+                raise self.explainer.of_ranks(error, suspects, self.state, self.extras, maybe_own=maybe_own)
         scale = learning_rate_scale(self.recipe, step, self.preset.train.steps)
         self.state.set_learning_rate_scale(scale)
         with recipe_errors(f"step {step + 1}, optimizer.step()"):

@@ -21,6 +21,7 @@ from training.config import Preset
 from training.control import Seat
 from training.documents import canonical_json, read_document
 from training.errors import UnbrokenError, UserError
+from training.layout import in_shards
 from training.preset_file import load_preset, parse_override
 from training.processes import die_with
 from training.runs.events import EventWriter
@@ -53,7 +54,11 @@ def train(
     config = load_preset(preset, dict(parse_override(text) for text in set_ or ()))
     if config.train.warm_start is not None:
         raise UserError("train.warm_start needs the registry: use `unbroken train`")
-    config = replace(config, launch=replace(config.launch, nodes=launched.world_size, processes_per_node=1))
+    config = replace(
+        config,
+        launch=replace(config.launch, nodes=launched.world_size, processes_per_node=1),
+        parallel=replace(config.parallel, shard=in_shards(launched.world_size, config.parallel.shard).shard),
+    )
     on = Store(location_of(store))
     rendezvous = launched.rendezvous()
     if launched.rank == 0:

@@ -89,7 +89,7 @@ class ShardedTrainer(CheckpointTrainer):
         with. They hear of it by a loss that is none."""
         if isinstance(error.__cause__, GroupLost):
             raise error.__cause__
-        self._maybe_failure = self._maybe_failure or error
+        self._maybe_failure = self._maybe_failure or (worker, error)
         told = self.extras.said(())
         told[self.extras.num_changes] = math.nan
         self.reducer.give_up(worker, told)

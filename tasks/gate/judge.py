@@ -126,8 +126,8 @@ def _scores(store: Store, version: _Version, on: Job) -> tuple[str, Samples]:
         version.job.preset,
         data=on.preset.data,
         evaluate=on.preset.evaluate,
-        launch=on.preset.launch,
-        parallel=ParallelConfig(),  # nothing is trained, and that launch may not fit its own
+        launch=replace(on.preset.launch, nodes=1, min_nodes=1, processes_per_node=1, server_nodes=0, server_replicas=1),
+        parallel=ParallelConfig(),  # nothing is trained, and what trained the other one may not fit it
     )
 
     def score() -> Samples:

@@ -81,6 +81,36 @@ class Twice(ByteTransformer):
         return super().loss(model, batch) + super().loss(model, batch)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Held:
+    """What no hook sees through."""
+
+    x: Tensor
+
+
+class Hiding(Skipping):
+    """A block gives its output in an object."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__(width)
+        self.blocks = nn.ModuleList([HidingBlock(width, 2)])
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        logits: Tensor = self.head(self.blocks[0](self.byte(tokens)).x)
+        return logits
+
+
+class HidingBlock(Block):
+    def forward(self, x: Tensor) -> Any:
+        return Held(x=super().forward(x))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Hides(Skips):
+    def model(self) -> nn.Module:
+        return Hiding(self.width)
+
+
 WIDE = {"sequence_bytes": SEQUENCE, "width": 132, "num_layers": 2, "num_heads": 4}
 """Some of its matrices are cut: they have more elements than a block of a norm."""
 RECIPES: dict[str, Recipe] = {
@@ -90,6 +120,7 @@ RECIPES: dict[str, Recipe] = {
     "skips": Skips(sequence_bytes=SEQUENCE, width=16),
     "peeks": Peeks(sequence_bytes=SEQUENCE, width=16),
     "twice": Twice(sequence_bytes=SEQUENCE, width=16),
+    "hides": Hides(sequence_bytes=SEQUENCE, width=16),
 }
 
 
@@ -186,9 +217,9 @@ def peek(rank: int, world_size: int) -> str:
     return "nothing"
 
 
-def twice(rank: int, world_size: int) -> str:
-    """What a recipe is told whose blocks are computed twice."""
-    trainer = sharded_trainer_in("twice", rank, Layout(shard=world_size), {"virtual_workers": 2, "batch_size": 4})
+def told_of_blocks(rank: int, world_size: int, recipe: str) -> str:
+    """What a recipe is told whose blocks do not do as they must."""
+    trainer = sharded_trainer_in(recipe, rank, Layout(shard=world_size), {"virtual_workers": 2, "batch_size": 4})
     _, batch = trainer.microbatch(rank)
     try:
         trainer.reducer.forward(rank, batch)

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from tests.distributed.ranks import RankPool
-from tests.distributed.sharding import RECIPES, lent, peek, refusal, train_in, twice
+from tests.distributed.sharding import RECIPES, lent, peek, refusal, told_of_blocks, train_in
 from tests.unit.odd_recipes import Odd
 from tests.unit.tiny import CPU, Tiny, tiny_preset
 from training.checkpoints.state import TrainState
@@ -117,7 +117,8 @@ def test_who_looks_for_what_killed_ranks_has_all_weights(ranks: RankPool) -> Non
 
 
 def test_what_cannot_be_sharded_is_refused(ranks: RankPool) -> None:
-    assert all("is computed twice" in told for told in ranks.run(twice, 2))
+    assert all("is computed twice" in told for told in ranks.run(told_of_blocks, 2, "twice"))
+    assert all("block of the recipe's model returns Held: " in told for told in ranks.run(told_of_blocks, 2, "hides"))
     assert "has weight as torch.float64" in ranks.run(refusal, 1, "double")[0]
     assert "has weight as torch.float32, not contiguous" in ranks.run(refusal, 1, "transposed")[0]
 

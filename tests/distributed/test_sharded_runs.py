@@ -25,7 +25,7 @@ from training.s3.objectstore import Store
 PRESET = replace(
     groups.PRESET,
     recipe="tests.distributed.in_blocks:InBlocks",
-    launch=replace(groups.PRESET.launch, processes_per_node=2),
+    launch=replace(groups.PRESET.launch, processes_per_node=2, grace_seconds=100.0),
     parallel=ParallelConfig(shard=2),
 )
 Calm = tuple[str, list[groups.Told]]

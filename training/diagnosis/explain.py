@@ -69,13 +69,13 @@ class Explainer:
         first = self.of_workers(maybe_own or error, workers, state, extras)
         if first is maybe_own:  # it did not come again
             first = RuntimeError(str(first))
-        own = None if first is error else [isinstance(first, DeterministicError), str(first)]
+        own = None if first is error else _told(first)
         with self._handover.waiting():
             told = [json.loads(text) for text in texts_of_all_ranks(json.dumps(own))]
         if own is not None or not any(told):
             return first
-        repeats, message = next(filter(None, told))
-        return DeterministicError(message) if repeats else RuntimeError(message)
+        message, maybe_records = next(filter(None, told))
+        return RuntimeError(message) if maybe_records is None else DeterministicError(message, records=maybe_records)
 
     def of_workers(
         self, error: DeterministicError, workers: Sequence[int], state: TrainState, extras: Extras
@@ -90,6 +90,11 @@ class Explainer:
         """Read anew."""
         batch = next(self._feed.microbatches(workers=[worker], step=step))
         return batch.ids, on_device(batch, self._device)
+
+
+def _told(error: DeterministicError | RuntimeError) -> tuple[str, Sequence[str] | None]:
+    """With its records, as whichever rank ends first is believed; None: it comes now and then."""
+    return str(error), error.records if isinstance(error, DeterministicError) else None
 
 
 def on_device(batch: Microbatch, device: torch.device) -> Mapping[str, Tensor]:

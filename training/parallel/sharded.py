@@ -121,7 +121,7 @@ class Sharded:
         if maybe_unit is not None and maybe_unit not in self._ahead:
             raise UserError(
                 "a block of the recipe's model is computed twice, or before another that blocks() names first: name"
-                " each once, in the order in which they are computed"
+                " each once, in the order in which they are computed; and recompute activations of one block at a time"
             )
         while self._ahead:
             unit = self._ahead.pop(0)
@@ -138,8 +138,14 @@ class Sharded:
     def _leave(self, unit: Unit, block: nn.Module, inputs: Any, outputs: Any) -> None:
         if self._is_lent:
             return
-        for output in tree_leaves(outputs):
-            if isinstance(output, Tensor) and output.requires_grad:
+        tensors = [output for output in tree_leaves(outputs) if isinstance(output, Tensor)]
+        if not tensors:
+            raise UserError(
+                f"a block of the recipe's model returns {type(outputs).__name__}: parallel.shard needs blocks that"
+                " return tensors, or tuples, lists or dicts of them"
+            )
+        for output in tensors:
+            if output.requires_grad:
                 output.register_hook(partial(self._enter_backwards, unit))  # type: ignore[no-untyped-call]  # no annotation
         if not self._is_going_back:
             unit.free()

@@ -121,15 +121,21 @@ class Attached:
 
     def give_up(self) -> None:
         """May be called by another thread: whoever waits for an answer of this group gets none."""
-        if self._maybe_remote is not None:
-            self._over_token = self._maybe_remote.token
-            self._maybe_remote.give_up()
+        maybe_remote = self._maybe_remote
+        if maybe_remote is not None:
+            self._give_up(maybe_remote)
+
+    def _give_up(self, remote: Remote) -> None:
+        """That one: there may be another by now, of a group that is well."""
+        self._over_token = remote.token
+        remote.give_up()
 
     def _hear_of_trouble(self, token: int, maybe_error: Exception | None) -> None:
         """From a replica here, of the group of that token."""
         self._maybe_error = self._maybe_error or maybe_error
-        if self._maybe_remote is not None and self._maybe_remote.token == token:
-            self.give_up()
+        maybe_remote = self._maybe_remote
+        if maybe_remote is not None and maybe_remote.token == token:
+            self._give_up(maybe_remote)
 
     def require_group(self) -> None:
         """Raises `PrimaryLost` if it is known that this group is over: who computes hears of it so."""

@@ -187,6 +187,7 @@ class Colocated(Attached):
         """Take the parameters after the step."""
         for shard, values in zip(self._shards, self._answer[1], strict=True):
             put(values, shard, self._parameters)
+        self._maybe_answer = None  # its memory is wanted for the next one
 
 
 class _NotFiniteError(Exception):

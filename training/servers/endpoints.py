@@ -166,7 +166,7 @@ class Remote:
 
     def give_up(self) -> None:
         """May be called by another thread: what waits for an answer raises `PrimaryLost`."""
-        self._mailbox.put((self._primaries[0], Lost(token=self.token)))
+        self._ended.put(PrimaryLost("the group is over"))
 
     def _hear(self, word: Word) -> None:
         sender, message = word

@@ -110,8 +110,9 @@ class Mesh:
         with self._lock:
             if one.message.token != self._token or one.to not in self._places:
                 return None
-            if one.to in self._here:
-                return self._here[one.to]
+            maybe_here = self._here.get(one.to)
+            if maybe_here is not None:
+                return maybe_here
             if one.to not in self._outboxes:
                 self._outboxes[one.to] = Outbox()
                 self._start(self._deliver, one.to, self._places[one.to], self._token, self._outboxes[one.to])
