@@ -13,11 +13,13 @@ import torch
 from training.servers import mesh as mesh_module
 from training.servers import streams
 from training.servers.mesh import Mesh
+from training.servers.outbox import MAX_AT_ONCE_BYTES
 from training.servers.protocol import Hold, Send
 from training.servers.shared import Segment
 
 NUM_WHOLE = 5
-NUM_ELEMENTS = 1 << 18
+NUM_ELEMENTS = MAX_AT_ONCE_BYTES // 4 + 1
+"""More than is said by whoever has it: one thread says all, and is interrupted."""
 TOKEN = 3
 
 
