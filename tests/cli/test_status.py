@@ -113,6 +113,7 @@ def _narrow(stack: Stack, *which: str, until: str) -> str:
     return wait_until(look, what=f"{until} to be shown")
 
 
+@pytest.mark.slow
 def test_a_terminal_is_shown_it_anew_though_the_monitor_dies(stack: Stack, disturbed: RunRecord) -> None:
     ours, theirs = pty.openpty()
     command = [UNBROKEN, "status", disturbed.run_key[:12]]

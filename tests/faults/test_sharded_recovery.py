@@ -57,6 +57,7 @@ def attempts(agents: Agents) -> list[tuple[int, str]]:
     return [(event.values["world_size"], event.values["source"]) for event in found]
 
 
+@pytest.mark.slow
 def test_a_rank_that_is_killed_is_started_again_and_all_go_on_from_the_checkpoint(
     store: Store, stack: Stack, cluster: Cluster, hosts: Sequence[Host], tmp_path: Path
 ) -> None:

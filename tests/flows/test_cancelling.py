@@ -92,6 +92,7 @@ def test_training_ends_with_the_last_of_its_flow_runs_and_the_next_one_goes_on(s
     wait_until_told_killed(stack, run)
 
 
+@pytest.mark.slow
 def test_runs_cancel_cancels_whoever_follows(stack: Stack, slow: Path) -> None:
     """And nobody submits it again."""
     before = run_keys(stack)

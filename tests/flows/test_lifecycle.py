@@ -428,6 +428,7 @@ def test_promotion_waits_for_approval_and_loses_if_the_champion_changed(
     assert (known.history, known.alias) == ([("first", "1"), ("promote", "2")], "2")
 
 
+@pytest.mark.slow
 def test_rollback_and_history_are_deployments_too(known: Model, client: SyncPrefectClient) -> None:
     known.promote("2")
     runs = [start(client, "rollback", model=known.name, reason="worse"), start(client, "history", model=known.name)]

@@ -226,6 +226,7 @@ def test_what_is_no_version_is_named(model: Model, text: str) -> None:
         find_kept(model.stack.settings, model.store, text)
 
 
+@pytest.mark.slow
 def test_without_mlflow_all_but_its_own_page_is_told_and_proven(model: Model) -> None:
     away = replace(model.stack.settings, maybe_mlflow_uri="http://127.0.0.1:9")
     kept = find_kept(away, model.store, f"{NAME}@champion")

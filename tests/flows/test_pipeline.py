@@ -172,6 +172,7 @@ def test_second_run_reuses_every_stage(stack: Stack, digits: dict[str, Any]) -> 
     assert len(mlflow_runs(stack, digits["model"]["run_key"])) == 1
 
 
+@pytest.mark.slow
 def test_training_begins_with_a_registered_models_weights(stack: Stack, digits: dict[str, Any]) -> None:
     warm = ("--set", "train.validate_every_steps=1", "--set", "train.warm_start=digits@champion")
     done = stack.command("train", "digits", "--json", "--steps", "1", "--ranks", "1", *warm)
@@ -196,6 +197,7 @@ def test_warm_start_from_no_model_is_named(stack: Stack, digits: dict[str, Any],
         find_version(stack.settings.mlflow_uri, model)
 
 
+@pytest.mark.slow
 def test_warm_start_from_weights_that_do_not_fit_or_are_gone_is_refused(stack: Stack, digits: dict[str, Any]) -> None:
     """Before anything is launched."""
     keys = run_keys(stack)

@@ -264,6 +264,7 @@ def test_deployment_whose_process_is_killed_goes_on_by_itself(
     assert {key: after[key] for key in before} == before
 
 
+@pytest.mark.slow
 def test_what_cannot_be_predicted_is_named(known: Known) -> None:
     kept, model = known.kept["4"], f"{known.name}/4"
     key = model_file.file_key(known.name, kept.model_sha256)

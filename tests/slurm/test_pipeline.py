@@ -16,6 +16,7 @@ from tests.slurm.cluster import SlurmCluster
 from tests.waiting import wait_until
 from training.runs.record import RunRecord
 
+pytestmark = pytest.mark.slow
 NUM_FILES = 6
 SHORT = ("--set", "train.steps=40", "--set", "seed=71")
 
@@ -48,7 +49,6 @@ def test_four_nodes_give_the_model_of_one_machine(
     assert last_json(done.stdout)["state_sha256"] == there["state_sha256"]
 
 
-@pytest.mark.slow
 def test_nodes_shard_and_the_stage_finds_it_done(
     stack: Stack, on_slurm: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
