@@ -24,7 +24,7 @@ from training.errors import DamagedError
 ANSWER_SECONDS = 3.0
 STATES = ("SCHEDULED", "PENDING", "RUNNING", "PAUSED", "CANCELLING", "COMPLETED", "FAILED", "CANCELLED", "CRASHED")
 COUNT_SECONDS = 15.0
-"""Prefect counts one state after another: asked at each look, that would be most of what watching costs."""
+"""Prefect counts one state after another, nine in all: too much for each look."""
 MAX_WAITING = 200
 """Scheduled flow runs that are looked at, those that wait longest first."""
 
