@@ -43,10 +43,10 @@ check: install ## Lint, types, dependency direction, bandit
 
 PYTEST := $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
-test: check ## All checks, and the tests that this machine can run: each component, and each fault once
+test: check ## All checks, and the quicker tests that this machine can run
 	$(PYTEST)
 
-slow: install ## The tests that take a minute or more each
+slow: install ## The tests that take long: nodes of Slurm that die, dvc, killed flows, the stack killed, quarantine, ...
 	$(PYTEST) -m slow
 
 soak: install ## The full counts; writes evidence under docs/evidence

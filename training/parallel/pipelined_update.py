@@ -12,9 +12,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from training.arithmetic.collectives import texts_of_all_ranks
-from training.arithmetic.norm import block_norms, blocks, clip_factor, norm_of
+from training.arithmetic.norm import blocks
 from training.checkpoints.optimizer_state import load_entries, named_entries
 from training.checkpoints.state import TrainState
+from training.parallel.norms import clip_together
 from training.parallel.passing import Form
 from training.parallel.pipelined import Pipeline
 
@@ -61,21 +62,9 @@ class PipelinedUpdate:
         """Scale the gradients; returns the norm before, of all stages. It is taken block by block, in the order of all
         parameters. Collective."""
         gradients = [p.grad for p in self._own_trained if p.grad is not None]
-        most = max(len(places) for places in self._block_places)
-        mine = torch.zeros(most)
-        if gradients:
-            norms = block_norms(gradients)
-            mine[: len(norms)] = norms
-        found = torch.empty(len(self._block_places) * most)
-        dist.all_gather_single(found, mine, group=self._pipeline.groups.stages)
-        ordered = torch.empty(sum(len(places) for places in self._block_places))
-        for places, norms in zip(self._block_places, torch.split(found, most), strict=True):
-            ordered[places] = norms[: len(places)]
-        norm = norm_of(ordered)
-        factor = clip_factor(norm, self._clip_norm)
-        if factor is not None and gradients:
-            torch._foreach_mul_(gradients, factor)
-        return norm
+        return clip_together(
+            gradients, self._block_places, group=self._pipeline.groups.stages, clip_norm=self._clip_norm
+        )
 
     def apply(self) -> None:
         """The optimizer's step, at the learning rate that is set."""

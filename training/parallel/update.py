@@ -9,13 +9,13 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from training.arithmetic.collectives import texts_of_all_ranks
-from training.arithmetic.norm import BLOCK_ELEMENTS, block_norms, blocks, clip_factor, norm_of
+from training.arithmetic.norm import BLOCK_ELEMENTS, blocks
 from training.checkpoints.state import TrainState
 from training.errors import UserError
+from training.parallel.norms import clip_together
 from training.parallel.sharded import Sharded, ShardedReducer, require_fit
 from training.parallel.unit import Unit
 from training.servers.arithmetic import sliced
@@ -75,23 +75,13 @@ class ShardedUpdate:
 
     def clip(self) -> float:
         """Scale the gradients; returns the norm before. It is taken block by block, whoever has which. Collective."""
-        gradients = self._gradients()
-        most = max(len(places) for places in self._block_places)
-        mine = torch.zeros(most)
-        if gradients:
-            norms = block_norms(gradients)
-            mine[: len(norms)] = norms
-        found = torch.empty(len(self._block_places) * most)
-        with self._sharded.waiting():
-            dist.all_gather_single(found, mine, group=self._sharded.groups.gathering)
-        ordered = torch.empty(sum(len(places) for places in self._block_places))
-        for places, norms in zip(self._block_places, torch.split(found, most), strict=True):
-            ordered[places] = norms[: len(places)]
-        norm = norm_of(ordered)
-        factor = clip_factor(norm, self._clip_norm)
-        if factor is not None and gradients:
-            torch._foreach_mul_(gradients, factor)
-        return norm
+        return clip_together(
+            self._gradients(),
+            self._block_places,
+            group=self._sharded.groups.gathering,
+            clip_norm=self._clip_norm,
+            waiting=self._sharded.waiting,
+        )
 
     def apply(self) -> None:
         """The optimizer's step, at the learning rate that is set."""
