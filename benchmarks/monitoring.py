@@ -14,8 +14,11 @@ import sys
 import time
 import timeit
 import uuid
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 
 import psutil
 from prefect.client.orchestration import SyncPrefectClient
@@ -54,31 +57,34 @@ class Found:
     steps_per_second: float
     watchers_cpu: Mapping[str, float]
     """Shares of one processor, while they work."""
+    others_cpu: Mapping[str, float]
+    """Likewise, what each other program takes more of while it is watched than while it is not."""
     counting_seconds: float
     """Of a step: what a rank adds to its figures, watched or not."""
 
 
-def measure(client: SyncPrefectClient, store: Store, *, pairs: int, phase_seconds: float) -> Found:
+def measure(client: SyncPrefectClient, store: Store, *, preset: str, pairs: int, phase_seconds: float) -> Found:
     settings, _ = open_stack()
     server = supervisor.remote(settings.home)
     watchers = {name: psutil.Process(server.getProcessInfo(name)["pid"]) for name in WATCHERS}
-    deployment = client.read_deployment_by_name("pipeline/digits")
+    deployment = client.read_deployment_by_name(f"pipeline/{preset}")
     mark = uuid.uuid4().int % 1_000_000
     overrides = {"train.steps": STEPS, "seed": mark}
-    asked = client.create_flow_run_from_deployment(
-        deployment.id, parameters={"preset": "digits", "overrides": overrides}
-    )
+    asked = client.create_flow_run_from_deployment(deployment.id, parameters={"preset": preset, "overrides": overrides})
     run = _wait_for_steps(client, store, asked.id)
     time.sleep(SETTLING_SECONDS)
     before = {name: _cpu_seconds(process) for name, process in watchers.items()}
     phases: list[Phase] = []
+    others = Meter(settings.home)
     try:
         for _ in range(pairs):
             for is_watched in random.sample((True, False), 2):
                 _let(watchers.values(), work=is_watched)
                 begun = time.time()
+                others.read()
                 time.sleep(phase_seconds)
                 phases.append(Phase(begun=begun, ended=time.time(), is_watched=is_watched))
+                others.note(is_watched=is_watched)
     finally:
         _let(watchers.values(), work=True)
     watched_seconds = sum(phase.ended - phase.begun for phase in phases if phase.is_watched)
@@ -95,6 +101,7 @@ def measure(client: SyncPrefectClient, store: Store, *, pairs: int, phase_second
         ratios=[pair[True] / pair[False] for pair in by_pair],
         steps_per_second=statistics.median(rates),
         watchers_cpu=cpu,
+        others_cpu=others.differences(watched_seconds),
         counting_seconds=_counting_seconds(),
     )
 
@@ -113,6 +120,46 @@ def _wait_for_steps(client: SyncPrefectClient, store: Store, flow_run: uuid.UUID
         record = run.find()
         if record is not None and any(event.kind == "step" for event in events_of(run, record)):
             return run
+
+
+class Meter:
+    """Adds up the processor time of the stack's programs, the watchers left out."""
+
+    def __init__(self, home: Path) -> None:
+        self._home = home
+        self._before: dict[psutil.Process, float] = {}
+        self._seconds: dict[bool, Counter[str]] = {True: Counter(), False: Counter()}
+
+    def read(self) -> None:
+        self._before = self._now()
+
+    def note(self, *, is_watched: bool) -> None:
+        """What was taken since `read`. A process that has ended since is not in it."""
+        for process, seconds in self._now().items():
+            with suppress(psutil.Error):
+                self._seconds[is_watched][_program(process)] += seconds - self._before.get(process, 0.0)
+
+    def _now(self) -> dict[psutil.Process, float]:
+        found = {}
+        for process in supervisor.stack_processes(self._home):
+            with suppress(psutil.Error):
+                found[process] = _cpu_seconds(process)
+        return found
+
+    def differences(self, seconds: float) -> dict[str, float]:
+        """As shares of one processor; `seconds` are those of all watched phases, and of all others."""
+        watched, unwatched = self._seconds[True], self._seconds[False]
+        found = {name: (watched[name] - unwatched[name]) / seconds for name in watched | unwatched}
+        return {name: share for name, share in found.items() if name not in WATCHERS}
+
+
+def _program(process: psutil.Process) -> str:
+    """The service that it belongs to, or its module where it is one of a flow's."""
+    service = process.environ().get("SUPERVISOR_PROCESS_NAME", "")
+    command = process.cmdline()
+    if service.startswith("worker") and "-m" in command[:-1]:
+        return command[command.index("-m") + 1]
+    return service
 
 
 def _let(watchers: Iterable[psutil.Process], *, work: bool) -> None:
@@ -158,6 +205,10 @@ def as_markdown(found: Found) -> str:
         f"| {statistics.median(found.ratios):.4f} ({low:.4f}–{high:.4f}) |",
         f"| steps per second | {found.steps_per_second:.0f} |",
         *(f"| {name}, of one processor | {share:.2%} |" for name, share in found.watchers_cpu.items()),
+        *(
+            f"| {name}, more while watched | {share:+.2%} |"
+            for name, share in sorted(found.others_cpu.items(), key=lambda other: -other[1])
+        ),
         f"| what a rank counts in a step, watched or not "
         f"| {1e6 * found.counting_seconds:.2f} µs, {found.counting_seconds / step:.3%} of a step |",
     ]
@@ -166,12 +217,13 @@ def as_markdown(found: Found) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.monitoring", description=__doc__)
+    parser.add_argument("--preset", default="digits", help="whose deployment trains")
     parser.add_argument("--pairs", type=int, default=30)
     parser.add_argument("--phase-seconds", type=float, default=10.0, help="at least two looks of windows.toml")
     options = parser.parse_args(arguments)
     settings, store = open_stack()
     with SyncPrefectClient(settings.prefect_api_url) as client:
-        found = measure(client, store, pairs=options.pairs, phase_seconds=options.phase_seconds)
+        found = measure(client, store, preset=options.preset, pairs=options.pairs, phase_seconds=options.phase_seconds)
     print(f"ratios {[round(ratio, 4) for ratio in found.ratios]}", file=sys.stderr)
     print(as_markdown(found))
 

@@ -23,8 +23,13 @@ from training.errors import DamagedError
 
 ANSWER_SECONDS = 3.0
 STATES = ("SCHEDULED", "PENDING", "RUNNING", "PAUSED", "CANCELLING", "COMPLETED", "FAILED", "CANCELLED", "CRASHED")
+ALL_TIME = {
+    "history_start": "2000-01-01T00:00:00Z",
+    "history_end": "2100-01-01T00:00:00Z",
+    "history_interval_seconds": 100 * 366 * 86400,
+}
 COUNT_SECONDS = 15.0
-"""Prefect counts one state after another, nine in all: too much for each look."""
+"""Prefect takes tens of milliseconds for an answer: too much for each look."""
 MAX_WAITING = 200
 """Scheduled flow runs that are looked at, those that wait longest first."""
 
@@ -43,11 +48,13 @@ class PrefectServer:
         return read_json(data, what="Prefect's answer") if data else None
 
     def counts(self) -> Mapping[str, int]:
-        """Flow runs by their state's type."""
-        return {
-            state.lower(): int(self.post("flow_runs/count", {"flow_runs": {"state": {"type": {"any_": [state]}}}}))
-            for state in STATES
-        }
+        """Flow runs by their state's type: a history of a single interval, as one request for each takes Prefect six
+        times as long."""
+        found = dict.fromkeys(map(str.lower, STATES), 0)
+        for interval in self.post("flow_runs/history", ALL_TIME):
+            for state in interval["states"]:
+                found[str(state["state_type"]).lower()] += int(state["count_runs"])
+        return found
 
     def waiting(self, now: datetime) -> tuple[Waiting, ...]:
         """Those that should have been running already, the longest first."""

@@ -116,7 +116,7 @@ ALERTS = json.dumps(
 ).encode()
 FLOW_RUNS = json.dumps(
     {
-        "count": 3,
+        "history": [{"interval_start": "2000-01-01T00:00:00Z", "states": [{"state_type": "RUNNING", "count_runs": 3}]}],
         "waiting": [
             {
                 "next_scheduled_start_time": due,
@@ -339,7 +339,7 @@ def flow_runs(data: bytes) -> Any:
 
     def post(path: str, body: Any) -> Any:
         found = read_json(data, what="Prefect's answer")
-        return found["count" if path.endswith("count") else "waiting"]
+        return found["history" if path.endswith("history") else "waiting"]
 
     with patch.object(prefect, "post", post):
         counts, waiting = ask_prefect(prefect)

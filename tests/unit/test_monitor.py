@@ -177,8 +177,13 @@ class Prefect(BaseHTTPRequestHandler):
             "name": "brave-otter",
             "state_name": "Late",
         }
-        answer: Any = 2 if self.path.endswith("/count") else [waiting]
-        assert body["flow_runs"]["state"]["type"]["any_"]
+        running = [
+            {"state_type": "RUNNING", "state_name": name, "count_runs": number}
+            for name, number in (("Running", 2), ("Retrying", 1))
+        ]
+        is_history = self.path.endswith("/history")
+        assert is_history or body["flow_runs"]["state"]["type"]["any_"]
+        answer: Any = [{"states": running}] if is_history else [waiting]
         data = json.dumps(answer).encode()
         self.send_response(200)
         self.send_header("Content-Length", str(len(data)))
@@ -200,7 +205,8 @@ class Prefect(BaseHTTPRequestHandler):
 def test_queues_and_health_are_looked_at() -> None:
     with serving(Prefect) as url:
         prefect = PrefectServer(f"{url}/api")
-        assert prefect.counts()["running"] == 2
+        counts = prefect.counts()
+        assert (counts["running"], counts["failed"], len(counts)) == (3, 0, 9)
         waiting = prefect.waiting(datetime(2026, 1, 1, tzinfo=UTC))
         assert [(run.queue, run.seconds, run.link) for run in waiting] == [("urgent", 30.0, f"{url}/runs/flow-run/i")]
         assert Servers(at=0.0, waiting=waiting).longest_waits == {"urgent": 30.0}
