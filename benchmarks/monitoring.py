@@ -14,7 +14,7 @@ import sys
 import time
 import timeit
 import uuid
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -128,7 +128,7 @@ class Meter:
     def __init__(self, home: Path) -> None:
         self._home = home
         self._before: dict[psutil.Process, float] = {}
-        self._seconds: dict[bool, Counter[str]] = {True: Counter(), False: Counter()}
+        self._seconds: dict[bool, dict[str, float]] = {True: defaultdict(float), False: defaultdict(float)}
 
     def read(self) -> None:
         self._before = self._now()
@@ -149,7 +149,7 @@ class Meter:
     def differences(self, seconds: float) -> dict[str, float]:
         """As shares of one processor; `seconds` are those of all watched phases, and of all others."""
         watched, unwatched = self._seconds[True], self._seconds[False]
-        found = {name: (watched[name] - unwatched[name]) / seconds for name in watched | unwatched}
+        found = {name: (watched[name] - unwatched[name]) / seconds for name in [*watched, *unwatched]}
         return {name: share for name, share in found.items() if name not in WATCHERS}
 
 

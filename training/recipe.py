@@ -12,7 +12,8 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, is_dataclass
-from functools import cache
+from functools import cache, partial
+from importlib.machinery import ModuleSpec, PathFinder
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -215,6 +216,7 @@ def _look_beside(folder: str) -> None:
     importlib.invalidate_caches()
 
 
+Find = Callable[[str], ModuleSpec | None]
 SETTLED_SECONDS = 2.0
 _PARSING = threading.Lock()
 """Python's parser counts its depth for all threads together, and two at once can make it fail (CPython #106905)."""
@@ -239,23 +241,58 @@ def source_closure(recipe: Recipe) -> dict[str, Path]:
     return {name: path for name, (path, _) in _module_closure(type(recipe).__module__).items()}
 
 
+def closure_without_import(recipe: str, folder: str) -> dict[str, Path]:
+    """The files that `source_closure` would give once a preset of `folder` has imported its recipe, but nothing of them
+    is run. Empty if there is no such module."""
+    name = recipe.partition(":")[0]
+    spec = find_module(name, folder)
+    if spec is None or spec.origin is None:
+        return {}
+    found = _closure_of(name, Path(spec.origin), partial(find_module, folder=folder))
+    return {name: path for name, (path, _) in found.items()}
+
+
+def find_module(name: str, folder: str) -> ModuleSpec | None:
+    """Where a preset of `folder` would find a module. `importlib.util.find_spec` runs its package for that."""
+    top, *rest = name.split(".")
+    try:
+        spec = importlib.util.find_spec(top)
+    except ValueError:  # a module that was made, not found
+        spec = None
+    if spec is None or _is_of_another_preset(spec, folder):
+        spec = PathFinder.find_spec(top, [folder]) if folder else None
+    for part in rest:
+        if spec is None or spec.submodule_search_locations is None:
+            return None
+        spec = PathFinder.find_spec(f"{spec.name}.{part}", spec.submodule_search_locations)
+    return spec
+
+
+def _is_of_another_preset(spec: ModuleSpec, folder: str) -> bool:
+    parents = [str(parent) for parent in Path(spec.origin or "/").parents[:2]]
+    return any(other in parents for other in _folders if other != folder)
+
+
 def _module_closure(module_name: str) -> dict[str, tuple[Path, str]]:
     """Each module's file and its sha256."""
     module = sys.modules[module_name]
     assert module.__file__ is not None
-    name, path = module.__name__, Path(module.__file__)
+    return _closure_of(module.__name__, Path(module.__file__), importlib.util.find_spec)
+
+
+def _closure_of(name: str, path: Path, find: Find) -> dict[str, tuple[Path, str]]:
     depth = name.count(".") - (path.name != "__init__.py")
     root = path.parent if name.startswith("training.") else path.parents[max(0, depth)]
     found: dict[str, tuple[Path, str]] = {}
-    _collect(name, root, found)
+    _collect(name, root, found, find)
     return found
 
 
-def _collect(name: str, root: Path, found: dict[str, tuple[Path, str]]) -> None:
+def _collect(name: str, root: Path, found: dict[str, tuple[Path, str]], find: Find) -> None:
     package = name.rpartition(".")[0]
     if package:  # importing a.b runs a/__init__.py too
-        _collect(package, root, found)
-    spec = importlib.util.find_spec(name)
+        _collect(package, root, found, find)
+    spec = find(name)
     if spec is None or spec.origin is None or name in found:
         return
     path = Path(spec.origin)
@@ -265,7 +302,7 @@ def _collect(name: str, root: Path, found: dict[str, tuple[Path, str]]) -> None:
     found[name] = path, sha256
     for imported in imports:
         try:
-            _collect(imported, root, found)
+            _collect(imported, root, found, find)
         except (ImportError, ValueError):  # an attribute of a module, not a module
             continue
 

@@ -11,7 +11,7 @@ from training.checkpoints.checkpoint import load_checkpoint, load_initial
 from training.checkpoints.saver import CheckpointSaver
 from training.config import ParallelConfig, Preset
 from training.data.loader import Feed
-from training.errors import DamagedError, UserError
+from training.errors import DamagedError, UntrustedError, UserError
 from training.loop import Trainer
 from training.runs.job import Job
 from training.runs.record import CheckpointRef, Record, RunRecord
@@ -85,6 +85,8 @@ def _take_up(trainer: Trainer, record: Record, reference: CheckpointRef) -> bool
     run: RunRecord = trainer.run
     try:
         tensors = load_checkpoint(run.store, run.prefix(record), reference)
+    except UntrustedError:
+        raise
     except DamagedError:  # `verify` names it; an older one gives the same bits
         return False
     trainer.state.load(tensors, step=reference.step)

@@ -169,7 +169,12 @@ def prefect_service(settings: Settings, port: int) -> Service:
     return Service(
         name="prefect",
         command=(_script("prefect"), "server", "start", "--host", LOOPBACK, "--port", str(port)),
-        environment={**environment(settings), **PREFECT_PACES, "PREFECT_UI_API_URL": f"{url}/api"},
+        environment={
+            **environment(settings),
+            **PREFECT_PACES,
+            "PREFECT_UI_API_URL": f"{url}/api",
+            "PREFECT_SERVER_CORS_ALLOWED_ORIGINS": url,  # else any page in a browser here may start flows
+        },
         is_healthy=lambda: answers(f"{url}/api/health"),
         url=url,
         port=port,

@@ -13,8 +13,7 @@ from tasks.drill.subject import subject_of
 from training.config import Preset
 from training.errors import UserError
 from training.recipe import load_recipe
-from training.runs.job import read_jobs
-from training.runs.record import run_key
+from training.runs.proof import find_job, own_recipe
 from training.s3.objectstore import Store
 
 
@@ -33,17 +32,15 @@ def require_subject(settings: Settings, store: Store, preset: Preset, text: str)
     """
     name, number = registry.find_version(settings.mlflow_uri, text, what="--attach")
     key, _ = registry.origin_of(settings.mlflow_uri, name, number)
-    jobs = read_jobs(store, key)
-    if not jobs:
+    job = find_job(store, key)
+    if job is None:
         raise UserError(f"--attach {text}: run {key[:12]} is not on this store: nothing says what it was trained with")
-    job, recipe = jobs[0], load_recipe(preset)
-    theirs = run_key(
-        recipe=load_recipe(job.preset),
-        preset=job.preset,
-        dataset_digest=job.dataset_digest,
-        initial_weights=job.initial.weights_sha256 if job.initial else None,
-    )
-    if theirs != key or subject_of(job.preset, load_recipe(job.preset)) != subject_of(preset, recipe):
+    subject = subject_of(preset, load_recipe(preset))
+    try:
+        theirs = subject_of(job.preset, own_recipe(store, job))
+    except UserError:  # its source is another one now
+        theirs = ""
+    if theirs != subject:
         raise UserError(
             f"--attach {text}: that version came from another recipe, source or configuration than {preset.name!r} has"
             " now: a drill of the one says nothing of the other"

@@ -21,7 +21,8 @@ from training.data.audit import verify_run
 from training.documents import canonical_json, sha256_hex
 from training.errors import DamagedError, UserError
 from training.recipe import load_recipe
-from training.runs.job import Job, read_jobs
+from training.runs.job import Job
+from training.runs.proof import find_job, own_recipe
 from training.runs.record import InitialWeights, RunRecord
 from training.s3.objectstore import Store
 
@@ -111,13 +112,14 @@ def judge(settings: Settings, store: Store, name: str, version: str, *, champion
 def _find(settings: Settings, store: Store, name: str, number: str) -> _Version:
     """Raises `UserError` if its run is gone, or was trained anew and holds other weights now."""
     run_key, weights_sha256 = registry.origin_of(settings.mlflow_uri, name, number)
-    record, jobs = RunRecord(store, run_key).find(), read_jobs(store, run_key)
-    if record is None or record.result is None or record.result.weights_sha256 != weights_sha256 or not jobs:
+    record, job = RunRecord(store, run_key).find(), find_job(store, run_key)
+    if record is None or record.result is None or record.result.weights_sha256 != weights_sha256 or job is None:
         raise UserError(
             f"model {name!r} version {number}: its weights {weights_sha256[:12]} are no more the result of run"
             f" {run_key[:12]} on this store: it cannot be judged"
         )
-    return _Version(name=name, number=number, run_key=run_key, weights_sha256=weights_sha256, job=jobs[0])
+    own_recipe(store, job, may_have_changed=True)
+    return _Version(name=name, number=number, run_key=run_key, weights_sha256=weights_sha256, job=job)
 
 
 def _scores(store: Store, version: _Version, on: Job) -> tuple[str, Samples]:

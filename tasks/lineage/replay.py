@@ -12,6 +12,7 @@ from tasks.lifecycle.model_file import KeptVersion
 from tasks.lineage.verify import LineageError, require_run, verify_identity
 from training.errors import UserError
 from training.runs.history import committed_steps
+from training.runs.proof import own_recipe
 from training.runs.record import Record, RunRecord
 from training.s3.objectstore import Store
 
@@ -78,6 +79,7 @@ def replay(store: Store, kept: KeptVersion, steps: str | None) -> tuple[Window, 
     job = dataclasses.replace(
         job, location=store.location
     )  # where it was trained, the store may have had another address
+    own_recipe(store, job)
     start, done = begin_replay(job, record, first=window.first)
     return window, start, _compared(done, told, window)
 

@@ -17,9 +17,11 @@ from tasks.mlflow_client import RUN_KEY_TAG, WEIGHTS_TAG
 from training.checkpoints.trust import trusted_result
 from training.data.manifest import Manifest, load_manifest, shard_key
 from training.documents import sha256_hex
-from training.errors import DamagedError, InfrastructureError, MissingError, UnbrokenError, UserError
-from training.runs.identity import Identity, SourceFile, find_identity
-from training.runs.job import Job, read_jobs
+from training.errors import DamagedError, InfrastructureError, MissingError, UserError
+from training.recipe import find_module
+from training.runs.identity import SourceFile, find_identity
+from training.runs.job import Job
+from training.runs.proof import find_job, mismatch
 from training.runs.record import CheckpointRef, Record, RunRecord
 from training.s3.objectstore import Store
 
@@ -95,21 +97,21 @@ def require_run(store: Store, kept: KeptVersion) -> tuple[Record, Job]:
     result is not signed as it should be."""
     run = RunRecord(store, kept.run_key)
     where = store.location.uri(run.object_key)
-    record, jobs = run.find(), read_jobs(store, kept.run_key)
+    record, job = run.find(), find_job(store, kept.run_key)
     if record is None:
         raise LineageError(f"{where} is missing: the run was removed, and nothing more can be proven of it")
-    if not jobs:
+    if job is None:
         folder = store.location.uri(f"runs/{kept.run_key}/jobs/")
         raise LineageError(f"{folder} is empty: what was trained is not known")
     if record.result is None or record.result.weights_sha256 != kept.weights_sha256:
         now = record.result.weights_sha256 if record.result is not None else "none yet"
-        setting = jobs[0].preset.train.maybe_inexact
+        setting = job.preset.train.maybe_inexact
         why = f" ({setting} gives others each time)" if setting else ""
         raise LineageError(
             f"{where}: the run was begun anew, and its weights are {now}, not {kept.weights_sha256}{why}"
         )
     trusted_result(run, record)
-    return record, jobs[0]
+    return record, job
 
 
 def _checkpoints(store: Store, record: Record) -> Iterator[Checked]:
@@ -153,50 +155,26 @@ def verify_identity(store: Store, kept: KeptVersion, job: Job) -> Iterator[Check
         note = "the run was begun by an earlier release, which kept no source"
         yield Checked(what="source", is_whole=False, note=note)
         return
-    wanted = {
-        "recipe": job.preset.recipe,
-        "dataset": job.dataset_digest,
-        "initial_weights": job.initial.weights_sha256 if job.initial is not None else None,
-    }
-    train = identity.determining["preset"]["train"]
-    for name, value in wanted.items():
-        if identity.determining.get(name) != value:
-            raise LineageError(f"the job of run {kept.run_key[:12]} has {name} = {value!r}, which its key is not of")
-    for name, value in job.preset.determining()["train"].items():
-        if name in train and train[name] != value:
-            raise LineageError(f"the job's train.{name} = {value!r}, and the run key is of {train[name]!r}")
+    if wrong := mismatch(identity, job):
+        raise LineageError(f"the job of run {kept.run_key[:12]} has {wrong}")
     if kept.dataset_digest != job.dataset_digest:
         raise LineageError(f"version {kept.version} names dataset {kept.dataset_digest}, its run {job.dataset_digest}")
     yield Checked(what="run key", is_whole=True)
     for name, source in identity.sources.items():
-        yield _source(name, source, identity, job)
+        yield _source(name, source, job)
 
 
-def _source(name: str, source: SourceFile, identity: Identity, job: Job) -> Checked:
+def _source(name: str, source: SourceFile, job: Job) -> Checked:
     """A source file as it was, against the one that is imported here."""
-    path = where_now(name, source, job)
-    if path is None:
+    spec = find_module(name, job.preset.folder)
+    path = Path(spec.origin) if spec is not None and spec.origin is not None else None
+    if path is None or not path.is_file():
         note = "no such file on this machine; what was kept of it is whole"
         return Checked(what=f"source {name}", is_whole=False, note=note)
     data = path.read_bytes()
     if sha256_hex(data) != source.sha256:
         raise LineageError(f"{path}{first_difference(source.data, data)}")
     return Checked(what=f"source {name}", is_whole=True)
-
-
-def where_now(name: str, source: SourceFile, job: Job) -> Path | None:
-    """The file of a module of the recipe: where the preset's folder or this installation has it, or where it lay."""
-    import importlib.util
-
-    from training.recipe import import_recipe
-
-    try:
-        import_recipe(job.preset.recipe, job.preset.folder)
-        spec = importlib.util.find_spec(name)
-    except (UnbrokenError, ImportError, ValueError):
-        spec = None
-    candidates = [Path(spec.origin)] if spec is not None and spec.origin is not None else []
-    return next((path for path in (*candidates, Path(source.path)) if path.is_file()), None)
 
 
 def first_difference(before: bytes, now: bytes) -> str:

@@ -9,6 +9,8 @@ import shutil
 import socket
 import stat
 import subprocess
+import urllib.error
+import urllib.request
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -97,6 +99,20 @@ def test_everything_listens_on_loopback_alone_and_where_it_was_told_to(stack: St
     services = set().union(*(family(service_pid(stack.home, name)) for name in ("s3", "mlflow", "prefect")))
     unknown = {port for pid, _, port in found if pid in services} - set(ports.values())
     assert not unknown, "ports that nobody chose can be another stack's"
+
+
+def test_no_web_page_may_start_flows(stack: Stack) -> None:
+    """By a script of somebody's page in a browser on this machine: the server must allow it to, and does not."""
+    url = stack.settings.prefect_api_url
+    for origin, expected in (("https://example.org", None), (url.removesuffix("/api"), url.removesuffix("/api"))):
+        wants = {"Origin": origin, "Access-Control-Request-Method": "POST"}
+        request = urllib.request.Request(f"{url}/flows/", headers=wants, method="OPTIONS")
+        try:
+            with urllib.request.urlopen(request, timeout=60) as reply:
+                allowed = reply.headers["Access-Control-Allow-Origin"]
+        except urllib.error.HTTPError as error:
+            allowed = error.headers["Access-Control-Allow-Origin"]
+        assert allowed == expected
 
 
 def test_secret_is_in_two_private_files_and_nowhere_else(stack: Stack) -> None:

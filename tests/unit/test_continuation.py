@@ -14,6 +14,7 @@ from training.checkpoints.saver import CheckpointSaver
 from training.environment import fingerprint
 from training.runs.events import EventWriter
 from training.runs.history import committed_steps
+from training.runs.identity import identity_key, keep_identity
 from training.runs.record import Continued, Record, RunRecord, run_key, trajectory_key, with_environment
 from training.s3.objectstore import Store
 
@@ -29,6 +30,7 @@ class Runs:
     def begin(self, num_steps: int, recipe: Tiny = LEVEL) -> RunRecord:
         preset = tiny_preset(steps=num_steps)
         run = RunRecord(self.store, run_key(recipe=recipe, preset=preset, dataset_digest="d"))
+        keep_identity(self.store, run.run_key, recipe=recipe, preset=preset, dataset_digest="d")
         run.create_if_missing()
         note_sibling(self.store, self.trajectory(recipe), run_key=run.run_key, num_steps=num_steps)
         return run
@@ -100,6 +102,21 @@ def losses_of_one_go(runs: Runs) -> list[float]:
     alone = Runs(Store(replace(runs.store.location, prefix=runs.store.location.prefix + "alone/")))
     run = alone.begin_and_train(8)
     return [float(event.values["loss"]) for event in committed_steps(run, run.read())]
+
+
+def test_a_run_of_another_trajectory_is_none_whatever_lies_in_the_folder(runs: Runs, store: Store) -> None:
+    """Its checkpoints are genuine: taken over, they would be signed as ours."""
+    other = runs.begin_and_train(4, replace(LEVEL, learning_rate=0.5))
+    run = runs.begin(6)
+    note_sibling(store, runs.trajectory(), run_key=other.run_key, num_steps=4)
+    assert runs.siblings(run, 6) == []
+    own = runs.begin_and_train(4)
+    note_sibling(store, runs.trajectory(), run_key=own.run_key, num_steps=5)
+    assert [(one.run.run_key, one.num_common_steps) for one in runs.siblings(run, 6)] == [(own.run_key, 4)]
+    store.put(identity_key(own.run_key), b"{}")
+    assert runs.siblings(run, 6) == [], "nothing says of what it is"
+    store.delete(identity_key(own.run_key))
+    assert runs.siblings(run, 6) == []
 
 
 def test_the_other_run_may_be_removed(runs: Runs, store: Store) -> None:

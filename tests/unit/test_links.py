@@ -127,6 +127,21 @@ def test_who_does_not_know_the_secret_is_not_linked() -> None:
     run(test)
 
 
+def test_who_repeats_what_it_is_told_is_not_linked() -> None:
+    """As one between two ends of the same agent would."""
+
+    async def test() -> None:
+        a, friend = await Agent("a").listen(), await Agent("c").listen()
+        a.links.dial({0: Place(node=0, incarnation="b", address=ADDRESS, port=a.port)})
+        friend.links.dial({0: a.place()})
+        await a.expect(Linked(incarnation="c"))
+        assert a.events == [Linked(incarnation="c")]
+        for agent in (a, friend):
+            await agent.links.close()
+
+    run(test)
+
+
 @pytest.mark.parametrize(
     "said",
     [

@@ -7,7 +7,9 @@ import json
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import safetensors.torch
 import torch
@@ -18,11 +20,14 @@ from tests.unit.champions import change, keep, program
 from tests.unit.fakes import CountingStore
 from tests.unit.test_checkpoint import Group, tensors_of
 from tests.unit.test_continuation import Runs
-from training import signatures
+from training import replay, signatures
 from training.checkpoints import trust
 from training.checkpoints.checkpoint import folder, load_checkpoint, load_manifest, newest_proven
 from training.checkpoints.continuation import take_over
-from training.documents import canonical_json, sha256_hex
+from training.data.cache import ShardCache
+from training.data.manifest import ShardInfo
+from training.data.shard import encode_shard
+from training.documents import canonical_json, fast_digest, sha256_hex
 from training.errors import DamagedError, UntrustedError, UserError
 from training.runs.record import CheckpointRef, Result, RunRecord, with_checkpoint, with_result
 from training.s3.objectstore import Store
@@ -281,3 +286,24 @@ def test_short_empty_and_missing_keys_are_refused(use: Callable[..., Path], monk
     monkeypatch.setenv(signatures.VARIABLE, str(path.parent / "none"))
     with pytest.raises(UserError, match="none, which cannot be read: No such file"):
         signatures.keyring()
+
+
+def test_a_shard_made_to_have_the_same_xxh3_is_believed_without_a_key_and_refused_with_one(
+    use: Callable[..., Path],
+) -> None:
+    """It takes arithmetic and no luck to make one."""
+    forged = encode_shard(["a"], {"x": np.zeros((1, 3), dtype=np.uint8)})
+    info = ShardInfo(sha256="0" * 64, xxh3=fast_digest(forged), num_samples=1, num_bytes=len(forged))
+    assert len(ShardCache(lambda _: forged, [info]).get(0)) == 1
+    use(ONE)
+    with pytest.raises(DamagedError, match=f"shard {info.sha256} is damaged on the store"):
+        ShardCache(lambda _: forged, [info]).get(0)
+
+
+def test_a_replay_does_not_pass_over_a_forged_checkpoint(store: Store, use: Callable[..., Path]) -> None:
+    run = begun(store, "k")
+    reference = Group(run=run).save(2)
+    use(ONE)
+    trainer = SimpleNamespace(run=run)
+    with pytest.raises(UntrustedError, match="carries no signature"):
+        replay._take_up(trainer, run.read(), reference)  # type: ignore[arg-type]  # it is not reached

@@ -16,7 +16,8 @@ from training.errors import DamagedError, FencedError, MissingError
 from training.recipe import Recipe, learning_rate_scale
 from training.runs.events import chunk_key
 from training.runs.history import committed_steps
-from training.runs.record import CheckpointRef, Continued, Record, RunRecord, with_continued
+from training.runs.identity import find_identity
+from training.runs.record import CheckpointRef, Continued, Record, RunRecord, trajectory_of, with_continued
 from training.s3.objectstore import Store
 
 _SIBLING = re.compile(r"(\d{1,18})-(\w+)", re.ASCII)
@@ -58,12 +59,26 @@ def find_siblings(store: Store, trajectory: str, *, run_key: str, recipe: Recipe
             continue
         other, other_key = match.groups()
         run = RunRecord(store, other_key)
-        record = run.find() if other_key != run_key else None
+        if other_key == run_key or not _is_of(store, other_key, trajectory, int(other)):
+            continue
+        record = run.find()
         if record is not None and record.checkpoints:
             num_common = _num_common_steps(recipe, num_steps, int(other))
             has_other_rates = num_common < min(num_steps, int(other))
             found.append(Sibling(run=run, record=record, num_common_steps=num_common, has_other_rates=has_other_rates))
     return sorted(found, key=lambda sibling: sibling.step, reverse=True)
+
+
+def _is_of(store: Store, run_key: str, trajectory: str, num_steps: int) -> bool:
+    """By what its key is of: the name in the trajectory's folder is anybody's who may write there."""
+    try:
+        identity = find_identity(store, run_key)
+    except DamagedError:
+        return False
+    if identity is None:  # an earlier release's run, which kept no word of that
+        return False
+    document = identity.determining
+    return document["preset"]["train"].get("steps") == num_steps and trajectory_of(document) == trajectory
 
 
 def _num_common_steps(recipe: Recipe, num_steps: int, other: int) -> int:

@@ -166,6 +166,8 @@ class _Connection:
         self._writer.write(json.dumps({"incarnation": incarnation, "nonce": own}).encode() + b"\n")
         hello = read_document(await self._reader.readuntil(b"\n"), what="a greeting")
         peer, theirs = str(hello["incarnation"]), str(hello["nonce"])
+        if peer == incarnation:
+            raise ValueError("it says what it is told")
         ends = [[incarnation, own], [peer, theirs]]
         self._key = hmac.digest(self._secret, json.dumps(ends if self._is_caller else ends[::-1]).encode(), sha256)
         self.send(b"{}")

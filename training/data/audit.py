@@ -17,7 +17,7 @@ from training.data.order import Order
 from training.data.reader import LazyIds
 from training.errors import DamagedError, UserError
 from training.runs.history import committed_steps
-from training.runs.job import read_jobs
+from training.runs.proof import find_job
 from training.runs.record import RunRecord
 from training.s3.objectstore import Store
 
@@ -46,10 +46,10 @@ def verify_run(store: Store, run_key: str) -> LedgerProof:
     """
     run = RunRecord(store, run_key)
     record = run.read()
-    jobs = read_jobs(store, run_key)
-    if not jobs:
+    job = find_job(store, run_key)
+    if job is None:
         raise UserError(f"run {run_key[:12]} has no job document: it never trained")
-    preset, digest = jobs[0].preset, jobs[0].dataset_digest  # what decides the result is the same in all of them
+    preset, digest = job.preset, job.dataset_digest
     lines = {event.step: str(event.values.get("samples")) for event in committed_steps(run, record)}
     num_steps = record.result.step if record.result is not None else max(lines, default=0)
     if num_steps == 0:

@@ -87,6 +87,9 @@ def mismatch(identity: Identity, run_key: str) -> str | None:
     modules = {name: source.sha256 for name, source in identity.sources.items()}
     if digest_of(modules) != identity.determining.get("recipe_source"):
         return "the source files are not those that the run key is of"
+    preset = identity.determining.get("preset")
+    if not isinstance(preset, dict) or not isinstance(preset.get("train"), dict):
+        return "it says no preset"
     return None
 
 

@@ -158,9 +158,14 @@ def run_key(*, recipe: Recipe, preset: Preset, dataset_digest: str, initial_weig
 
 def trajectory_key(*, recipe: Recipe, preset: Preset, dataset_digest: str, initial_weights: str | None = None) -> str:
     """What all runs share that differ in their number of steps alone (training.checkpoints.continuation)."""
-    document = determining(recipe, preset, dataset_digest, initial_weights)
-    del document["preset"]["train"]["steps"]
-    return digest_of(document)
+    return trajectory_of(determining(recipe, preset, dataset_digest, initial_weights))
+
+
+def trajectory_of(document: dict[str, Any]) -> str:
+    """The same of what determines a run's result."""
+    preset = document["preset"]
+    train = {name: value for name, value in preset["train"].items() if name != "steps"}
+    return digest_of({**document, "preset": {**preset, "train": train}})
 
 
 def determining(recipe: Recipe, preset: Preset, dataset_digest: str, initial_weights: str | None) -> dict[str, Any]:
