@@ -87,7 +87,7 @@ def test_a_champion_is_scored_on_the_challengers_samples(
 ) -> None:
     """With other batches it has no scores yet. And one that does not fit its recipe any more is named."""
     good, poor = versions
-    jobs, asked = module.read_jobs, []
+    find, asked = module.find_job, []
 
     def score(*arguments: Any) -> Any:
         asked.append(arguments[3])
@@ -95,13 +95,16 @@ def test_a_champion_is_scored_on_the_challengers_samples(
 
     module_score = module.score_samples
     monkeypatch.setattr(module, "score_samples", score)
-    monkeypatch.setattr(module, "read_jobs", lambda store, key: [_with_batch_size(job, 41) for job in jobs(store, key)])
+    monkeypatch.setattr(module, "find_job", lambda store, key: _with_batch_size(find(store, key), 41))
     judgement = judge(stack.settings, stack.store, "judged", poor, champion=good)
     assert len(set(asked)) == 2, "both were scored"
     assert not judgement.passed
     judge(stack.settings, stack.store, "judged", poor, champion=good)
     assert len(asked) == 2, "once"
-    monkeypatch.setattr(module, "read_jobs", lambda store, key: [_with_channels(job, 16) for job in jobs(store, key)])
+    monkeypatch.setattr(module, "find_job", lambda store, key: _with_channels(find(store, key), 16))
+    with pytest.raises(UserError, match="has other hyperparameters than its run key is of"):
+        judge(stack.settings, stack.store, "judged", poor, champion=good)
+    monkeypatch.setattr(module, "own_recipe", lambda *_, **__: None)  # as of a recipe whose model has changed
     with pytest.raises(UserError, match=r"version . cannot be scored: the weights do not fit the recipe: 0.bias"):
         judge(stack.settings, stack.store, "judged", poor, champion=good)
 
