@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 from training.documents import canonical_json, read_json
 from training.errors import DamagedError, UserError
+from training.layout import Schedule, in_shards, in_stages
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -241,25 +242,59 @@ class ParallelConfig:
     shard: int = 1
     """So many ranks together keep weights, gradients and optimizer, a part each; there are replicas of them as far as
     there are ranks. 1: each has all."""
+    pipeline: int = 1
+    """So many ranks together have consecutive parts of the model, one each, likewise. Not together with `shard`."""
+    schedule: Schedule = "1f1b"
+    """Of a pipeline: in which order its ranks go forward and back."""
 
     def __post_init__(self) -> None:
         require(self.shard >= 1, "parallel.shard", "must be at least 1")
+        require(self.pipeline >= 1, "parallel.pipeline", "must be at least 1")
+        require(
+            1 in (self.shard, self.pipeline),
+            "parallel.pipeline",
+            f"= {self.pipeline} does not go with parallel.shard = {self.shard} yet: set one of them to 1",
+        )
+
+    @property
+    def is_spread(self) -> bool:
+        """Whether a rank has a part of the state alone."""
+        return self.shard > 1 or self.pipeline > 1
+
+    def on(self, num_ranks: int, train: TrainConfig) -> ParallelConfig:
+        """As a group does it that has fewer ranks than was thought, or more."""
+        pipeline = in_stages(num_ranks, self.pipeline).pipeline
+        has_whole_rounds = pipeline > 1 and train.virtual_workers % pipeline == 0
+        return ParallelConfig(
+            shard=in_shards(num_ranks, self.shard).shard,
+            pipeline=pipeline,
+            schedule=self.schedule if has_whole_rounds or self.schedule != "interleaved" else "1f1b",
+        )
 
     def require_fit(self, train: TrainConfig, launch: LaunchConfig) -> None:
         """Raises `UserError` naming what does not go with it."""
-        if self.shard == 1:
-            return
+        for name in ("shard", "pipeline"):
+            if getattr(self, name) > 1:
+                self._require_fit(f"parallel.{name}", getattr(self, name), train, launch)
+        require(
+            self.pipeline == 1 or self.schedule != "interleaved" or train.virtual_workers % self.pipeline == 0,
+            "parallel.schedule",
+            f"= 'interleaved' needs train.virtual_workers as a multiple of parallel.pipeline = {self.pipeline}, and"
+            f" it is {train.virtual_workers}: change one of the three",
+        )
+
+    def _require_fit(self, field: str, number: int, train: TrainConfig, launch: LaunchConfig) -> None:
         num_ranks = launch.nodes * launch.processes_per_node
         for is_fit, complaint in (
             (train.mode == "exact", "needs train.mode = 'exact'"),
             (train.strategy == "all_reduce", "needs train.strategy = 'all_reduce'"),
             (not launch.keep_spares, "needs launch.keep_spares = false: a spare takes the memory of a whole state"),
             (
-                num_ranks % self.shard == 0,
+                num_ranks % number == 0,
                 f"does not divide launch.nodes × launch.processes_per_node = {num_ranks}: change one of the three",
             ),
         ):
-            require(is_fit, "parallel.shard", f"= {self.shard} {complaint}")
+            require(is_fit, field, f"= {number} {complaint}")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,6 +13,8 @@ from training.errors import UserError
 Dimension = Literal["data", "pipeline", "shard", "tensor"]
 OUTER_TO_INNER: tuple[Dimension, ...] = ("data", "pipeline", "shard", "tensor")
 """The innermost says the most, and to ranks that stand nearest; the outermost may lose a node, and the others go on."""
+Schedule = Literal["gpipe", "1f1b", "interleaved"]
+"""Of a pipeline: in which order its ranks compute (training.parallel.schedule)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,6 +121,13 @@ def in_shards(num_ranks: int, shard: int) -> Layout:
     """With so many shards; where a group has lost ranks, and what is left is no multiple, as many as divide both."""
     num_shards = math.gcd(num_ranks, shard)
     return Layout(data=num_ranks // num_shards, shard=num_shards)
+
+
+def in_stages(num_ranks: int, pipeline: int) -> Layout:
+    """With so many stages; where a group has lost ranks, and what is left is no multiple, the most below that divide
+    it."""
+    num_stages = max(number for number in range(1, pipeline + 1) if num_ranks % number == 0)
+    return Layout(data=num_ranks // num_stages, pipeline=num_stages)
 
 
 def layouts(num_ranks: int, *, max_pipeline: int = 1, max_tensor: int = 1, max_feeds: int) -> Iterator[Layout]:

@@ -75,7 +75,6 @@ class Trainer:
         self.recipe = recipe
         self.feed = feed
         self._maybe_microbatches: Iterator[Microbatch] | None = None
-        self._maybe_held_out: HeldOut | None = None
         self.initial = initial
         self.run = run
         self.saver = saver
@@ -89,13 +88,7 @@ class Trainer:
         self.figures = self.handover.figures = Figures()
         self._nodes = [member.node for member in record.members]
         """Ranks follow their order."""
-        self.balance = Balance(
-            preset.train.virtual_workers,
-            rank=rank.rank,
-            world_size=rank.world_size,
-            over_seconds=preset.launch.balance_seconds if self._knows_its_pace else 0.0,
-            num_computing=num_computing(self._nodes_of_ranks, preset.launch.server_nodes),
-        )
+        self.balance = self.new_balance()
         self._maybe_crashes = crashes
         self._maybe_servers = servers
         self._maybe_attached: Attached | None = servers
@@ -115,6 +108,16 @@ class Trainer:
     def new_state(self) -> TrainState:
         return TrainState(self.recipe, seed=self.preset.seed, device=self.rank.device)
 
+    def new_balance(self) -> Balance:
+        launch, rank = self.preset.launch, self.rank
+        return Balance(
+            self.preset.train.virtual_workers,
+            rank=rank.rank,
+            world_size=rank.world_size,
+            over_seconds=launch.balance_seconds if self._knows_its_pace else 0.0,
+            num_computing=num_computing(self._nodes_of_ranks, launch.server_nodes),
+        )
+
     @property
     def _knows_its_pace(self) -> bool:
         """Whether a rank waits for others only after its virtual workers: DistributedDataParallel waits as it goes
@@ -126,7 +129,7 @@ class Trainer:
         return Extras(
             self.state.model,
             num_words=NUM_CONTROL_WORDS + self.balance.num_words,
-            with_counters=self.balance.num_computing < self.rank.world_size,
+            with_counters=0 in self.balance.shares,
         )
 
     @cached_property
@@ -152,6 +155,20 @@ class Trainer:
             next_step=lambda: self.state.step + 1,
             say=lambda: self.extras.said(self.wishes().words()),
         )
+
+    @property
+    def share(self) -> float:
+        """Of a step's samples, for whoever watches: what this rank computes."""
+        return len(self.reducer.owned) / self.preset.train.virtual_workers
+
+    @property
+    def tried_workers(self) -> Sequence[int]:
+        """The virtual workers that this rank tries again by itself, if a step failed."""
+        return self.reducer.owned
+
+    @cached_property
+    def held_out(self) -> HeldOut:
+        return self.feed.held_out()
 
     @property
     def updater(self) -> Update:
@@ -228,7 +245,7 @@ class Trainer:
         """If ranks died twice alike in the step to come: that none does again."""
         if self._maybe_crashes is not None and self.state.step == self._maybe_suspect_step:
             with self.whole_weights(), self.handover.waiting():
-                self._maybe_crashes.require_survivable(self.reducer.owned, self.state.step, self.state.tensors())
+                self._maybe_crashes.require_survivable(self.tried_workers, self.state.step, self.state.tensors())
 
     def load_checkpoint(self) -> int:
         """The newest proven checkpoint, or the initial weights. Returns the step."""
@@ -263,8 +280,7 @@ class Trainer:
         started, waited = time.monotonic(), self.handover.waited_seconds
         self.state.require_same_parameters()
         self.hold_buffers()
-        for worker in self.reducer.owned:
-            self.virtual_worker_step(worker)
+        self.compute()
         workers_seconds = time.monotonic() - started - (self.handover.waited_seconds - waited)
         with self.handover.waiting():
             total = self.reduce()
@@ -282,11 +298,16 @@ class Trainer:
         self.balance.note(fixed_seconds, workers_seconds)
         return outcome
 
+    def compute(self) -> None:
+        """Gradients of this rank's virtual workers, to be summed."""
+        for worker in self.reducer.owned:
+            self.virtual_worker_step(worker)
+
     def count_step(self, loss: float, fixed_seconds: float, workers_seconds: float, waited_seconds: float) -> None:
         """For whoever watches."""
-        figures, share = self.figures, len(self.reducer.owned) / self.preset.train.virtual_workers
+        figures = self.figures
         figures.steps += 1
-        figures.samples += share * self.preset.train.batch_size
+        figures.samples += self.share * self.preset.train.batch_size
         figures.loss = loss
         figures.outside_seconds += fixed_seconds + workers_seconds
         figures.pace_seconds += self.pace.seconds[-1]
@@ -329,7 +350,7 @@ class Trainer:
             self.figures.losses_not_finite += 1
             error = DeterministicError(f"step {step + 1}: the loss is {loss}, the gradient norm {grad_norm}")
             worker, maybe_own = self._maybe_failure or (None, None)
-            suspects = self.reducer.owned if worker is None else [worker]
+            suspects = self.tried_workers if worker is None else [worker]
             with self.whole_weights():
                 raise self.explainer.of_ranks(error, suspects, self.state, self.extras, maybe_own=maybe_own)
         scale = learning_rate_scale(self.recipe, step, self.preset.train.steps)
@@ -406,9 +427,12 @@ class Trainer:
         with self.handover.waiting(), lost_with_a_peer():
             mine = torch.tensor([self.pace.take_median()], dtype=torch.float64)
             outside: list[float] = of_all_ranks(mine).flatten().tolist()
-        computing = outside[: self.balance.num_computing]
-        slow = maybe_straggler(computing) if self.preset.train.mode == "exact" else None  # DDP waits as it goes back
+        slow = self.straggler(outside) if self.preset.train.mode == "exact" else None  # DDP waits as it goes back
         self.emit("pace", outside_seconds=outside, straggler=slow and self.named(slow))
+
+    def straggler(self, outside_seconds: Sequence[float]) -> Straggler | None:
+        """Of all ranks that compute."""
+        return maybe_straggler(outside_seconds[: self.balance.num_computing])
 
     def named(self, slow: Straggler) -> dict[str, object]:
         """With its node: ranks follow the order of nodes."""
@@ -425,13 +449,12 @@ class Trainer:
 
     def validate(self, *, max_samples: int | None, alone: bool = False) -> Mapping[str, float]:
         """Held-out scores; of all ranks together, unless each does it `alone`."""
-        self._maybe_held_out = self._maybe_held_out or self.feed.held_out()
         self.hold_buffers()
         with lost_with_a_peer(), self.whole_weights():
             scores = validate(
                 self.recipe,
                 self.state.model,
-                self._maybe_held_out,
+                self.held_out,
                 batch_size=self.preset.evaluate.batch_size,
                 max_samples=max_samples,
                 rank=0 if alone else self.rank.rank,
@@ -461,12 +484,7 @@ class Trainer:
         try:
             with recipe_errors(f"step {self.state.step + 1}, virtual worker {worker}", ids):
                 loss = self.reducer.forward(worker, batch)
-                if not math.isfinite(value := loss.item()):
-                    self.figures.losses_not_finite += 1
-                    raise DeterministicError(
-                        f"step {self.state.step + 1}, virtual worker {worker}: the loss is {value};"
-                        f" samples {', '.join(ids[:8])}{', …' if len(ids) > 8 else ''}"
-                    )
+                self.require_finite(loss, worker, ids)
                 is_last = worker == self.reducer.owned[-1]
                 words = [*self.wishes().words(), *self.balance.words()] if is_last else ()
                 tells_counters = is_last and self.rank.rank == 0
@@ -474,6 +492,15 @@ class Trainer:
                 self.reducer.backward(worker, loss, told)
         except DeterministicError as error:
             self.fail(error, worker, (ids, batch))
+
+    def require_finite(self, loss: Tensor, worker: int, ids: Sequence[str]) -> None:
+        """Raises `DeterministicError`."""
+        if not math.isfinite(value := loss.item()):
+            self.figures.losses_not_finite += 1
+            raise DeterministicError(
+                f"step {self.state.step + 1}, virtual worker {worker}: the loss is {value};"
+                f" samples {', '.join(ids[:8])}{', …' if len(ids) > 8 else ''}"
+            )
 
     def fail(self, error: DeterministicError, worker: int, samples: Samples) -> None:
         """For what a virtual worker's microbatch made of its step. Raises what replays find out."""

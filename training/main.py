@@ -21,7 +21,6 @@ from training.config import Preset
 from training.control import Seat
 from training.documents import canonical_json, read_document
 from training.errors import UnbrokenError, UserError
-from training.layout import in_shards
 from training.preset_file import load_preset, parse_override
 from training.processes import die_with
 from training.runs.events import EventWriter
@@ -57,7 +56,7 @@ def train(
     config = replace(
         config,
         launch=replace(config.launch, nodes=launched.world_size, processes_per_node=1),
-        parallel=replace(config.parallel, shard=in_shards(launched.world_size, config.parallel.shard).shard),
+        parallel=config.parallel.on(launched.world_size, config.train),
     )
     on = Store(location_of(store))
     rendezvous = launched.rendezvous()

@@ -24,7 +24,10 @@ from training.diagnosis.crashes import Crashes
 from training.errors import UserError
 from training.loop import Trainer
 from training.memory.handover import GroupOver, Handover
+from training.parallel.pipeline import require_cut
+from training.parallel.pipelined_update import require_separable
 from training.parallel.update import require_shardable
+from training.pipelined_loop import PipelinedTrainer
 from training.recipe import Recipe, load_recipe
 from training.runs.events import EventWriter
 from training.runs.job import Job
@@ -57,10 +60,10 @@ class Kit:
     @property
     def may_stay(self) -> bool:
         """Whether this process can leave a group and join another: DistributedDataParallel and NCCL are not known to
-        let go of what they hold, with bounded staleness it holds no state that others have come to, and with sharded
-        state only a part of one."""
+        let go of what they hold, with bounded staleness it holds no state that others have come to, and with a model
+        that is spread over ranks only a part of one."""
         preset = self.job.preset
-        return preset.train.maybe_inexact is None and preset.parallel.shard == 1 and self.device.type == "cpu"
+        return preset.train.maybe_inexact is None and not preset.parallel.is_spread and self.device.type == "cpu"
 
     def cut(self) -> None:
         """Whatever this process waits for in its group, it hears that it is over. May be called by another thread."""
@@ -70,7 +73,7 @@ class Kit:
 
 
 def prepare(job: Job, *, local_rank: int) -> Kit:
-    """Raises `UserError` if the recipe here is another than the run's, its model cannot be sharded as it is to be, or
+    """Raises `UserError` if the recipe here is another than the run's, its model cannot be spread as it is to be, or
     the signing key cannot be used, `DeterministicError` if the recipe gives no model."""
     keyring()  # not only at the first checkpoint
     device = settle_arithmetic(local_rank)
@@ -79,6 +82,9 @@ def prepare(job: Job, *, local_rank: int) -> Kit:
     state = TrainState(recipe, seed=job.preset.seed, device=device)
     if job.preset.parallel.shard > 1:
         require_shardable(state, device)
+    if job.preset.parallel.pipeline > 1:
+        require_cut(recipe, state.model, job.preset.parallel, device)
+        require_separable(state.optimizer)
     return Kit(
         job=job,
         device=device,
@@ -144,6 +150,8 @@ def train(
 def _kind_of(preset: Preset) -> Callable[..., Trainer]:
     if preset.parallel.shard > 1:
         return ShardedTrainer
+    if preset.parallel.pipeline > 1:
+        return PipelinedTrainer
     return StaleTrainer if preset.train.staleness else Trainer
 
 

@@ -135,15 +135,19 @@ def _print(found: list[Cost], best: Cost, memory_bytes: int, *, num_nodes: int) 
         print("Nobody says how much memory a rank has: --memory BYTES, or launch.memory_bytes_per_node.")
     elif best.memory_bytes > memory_bytes:
         print(f"None fits into {_mebibytes(memory_bytes)} MiB: take more nodes, or more virtual workers.")
-    print(advice(best.layout, num_nodes))
+    print(advice(best.layout, best.schedule, num_nodes))
 
 
-def advice(layout: Layout, num_nodes: int) -> str:
+def advice(layout: Layout, maybe_schedule: str | None, num_nodes: int) -> str:
     """What to write into the preset."""
-    if layout.pipeline * layout.tensor > 1:
-        return "`unbroken run` trains in layouts of data and shard alone so far: docs/parallelism.md."
-    shard = f"\n\n[parallel]\nshard = {layout.shard}" if layout.shard > 1 else ""
-    return f"For the preset:\n\n[launch]\nnodes = {num_nodes}{shard}"
+    if layout.tensor > 1 or (layout.pipeline > 1 and layout.shard > 1):
+        return "`unbroken run` trains in replicas of shards, or of pipelines, alone so far: docs/parallelism.md."
+    parallel = ""
+    if layout.shard > 1:
+        parallel = f"\n\n[parallel]\nshard = {layout.shard}"
+    if layout.pipeline > 1:
+        parallel = f'\n\n[parallel]\npipeline = {layout.pipeline}\nschedule = "{maybe_schedule}"'
+    return f"For the preset:\n\n[launch]\nnodes = {num_nodes}{parallel}"
 
 
 def _mebibytes(number: int) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 from pathlib import Path
 
@@ -23,16 +24,20 @@ def test_layouts_of_a_preset_are_compared(tmp_path: Path) -> None:
     (best,) = (one for one in found["layouts"] if one["recommended"])
     assert best["layout"]["data"] == 2
     tight = _plan(tmp_path, "stdlib", "--nodes", "2", "--memory", str(best["memory_bytes"] - 1))
-    (chosen,) = (line.split("  ")[1] for line in tight.stdout.splitlines() if line.startswith("→"))
+    (row,) = (re.split(" {2,}", line) for line in tight.stdout.splitlines() if line.startswith("→"))
+    chosen, schedule = row[1:3]
 
     assert chosen != "data 2"
     by_name = {str(layout): layout for layout in (Layout(**one["layout"]) for one in found["layouts"])}
-    assert tight.stdout.endswith(advice(by_name[chosen], 2) + "\n")
+    assert tight.stdout.endswith(advice(by_name[chosen], schedule, 2) + "\n")
 
 
 def test_what_is_recommended_is_told_as_a_preset_wants_it() -> None:
-    assert advice(Layout(data=2, shard=2), 4).endswith("[launch]\nnodes = 4\n\n[parallel]\nshard = 2")
-    assert "data and shard alone" in advice(Layout(pipeline=2, shard=2), 4)
+    assert advice(Layout(data=2), None, 4).endswith("[launch]\nnodes = 4")
+    assert advice(Layout(data=2, shard=2), None, 4).endswith("[launch]\nnodes = 4\n\n[parallel]\nshard = 2")
+    pipelined = advice(Layout(data=2, pipeline=2), "gpipe", 4)
+    assert pipelined.endswith('[launch]\nnodes = 4\n\n[parallel]\npipeline = 2\nschedule = "gpipe"')
+    assert "replicas of shards, or of pipelines, alone" in advice(Layout(pipeline=2, shard=2), "1f1b", 4)
 
 
 def test_what_makes_no_sense_is_refused(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Trainings in a pipeline, as the loop is to do them. Imported by spawned processes: no fixtures."""
+"""Trainings in a pipeline, step by step. Imported by spawned processes: no fixtures."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import timedelta
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -19,17 +18,13 @@ from torch.utils.checkpoint import checkpoint
 from tests.distributed.ranks import TIMEOUT_SECONDS
 from tests.unit.tiny import CPU, MemoryReader, Tiny, make_trainer, tiny_preset, tiny_reader
 from tests.waiting import wait_until
-from training.arithmetic.balance import Balance, even_shares, ranges
-from training.arithmetic.extras import Extras
-from training.arithmetic.objective import seed_streams, stream_seed
-from training.data import ledger
-from training.errors import UserError
-from training.layout import Layout
+from training.arithmetic.objective import seed_streams
+from training.config import ParallelConfig
+from training.layout import Layout, Schedule
 from training.loop import Trainer
 from training.parallel.passing import Passing
-from training.parallel.pipelined import Pipeline, PipelinedReducer, make_pipeline_groups
-from training.parallel.pipelined_update import PipelinedUpdate
-from training.parallel.schedule import Schedule
+from training.parallel.pipeline import make_pipeline_groups
+from training.pipelined_loop import PipelinedTrainer
 from training.recipe import Recipe
 from training.recipes.stdlib import ByteTransformer
 
@@ -105,60 +100,6 @@ RECIPES: dict[str, Recipe] = {
 """The last one has matrices of more elements than a block of a norm."""
 
 
-class PipelineTrainer(Trainer):
-    """Its steps are in a pipeline."""
-
-    layout = Layout()
-    schedule: Schedule = "1f1b"
-
-    @cached_property
-    def pipeline(self) -> Pipeline:
-        train, rank = self.preset.train, self.rank
-        self.layout.require(num_ranks=rank.world_size, virtual_workers=train.virtual_workers)
-        fields = self.feed.held_out().read(range(train.batch_size // train.virtual_workers)).fields
-        return Pipeline(
-            self.recipe,
-            self.state.model,
-            layout=self.layout,
-            schedule=self.schedule,
-            rank=rank.rank,
-            groups=make_pipeline_groups(self.layout, rank.rank, timeout=timedelta(seconds=TIMEOUT_SECONDS)),
-            precision=train.precision,
-            batch={name: torch.from_numpy(array) for name, array in fields.items()},
-        )
-
-    @cached_property
-    def extras(self) -> Extras:
-        return Extras(self.state.model)
-
-    @cached_property
-    def reducer(self) -> Any:
-        shares = even_shares(self.preset.train.virtual_workers, self.layout.data)
-        return PipelinedReducer(self.pipeline, num_extras=self.extras.num_elements, ranges=ranges(shares))
-
-    @cached_property
-    def updater(self) -> Any:
-        return PipelinedUpdate(self.state, self.pipeline, clip_norm=self.preset.train.clip_norm)
-
-    def virtual_worker_step(self, worker: int) -> None:
-        """All of them at once."""
-        if worker == self.reducer.owned[0]:
-            self.reducer.compute(self)
-
-    def seed(self, worker: int) -> None:
-        seed_streams(stream_seed(self.preset.seed, self.state.step, worker), self.rank.device)
-
-    def batch(self, worker: int) -> Mapping[str, Tensor]:
-        self._ids, batch = self.microbatch(worker)
-        return batch
-
-    def told(self, worker: int, maybe_loss: Tensor | None) -> Tensor:
-        words = self.wishes().words() if worker == self.reducer.owned[-1] else ()
-        if maybe_loss is None:
-            return self.extras.gather(torch.zeros(()), words, np.zeros(ledger.NUM_ENTRIES, np.float32))
-        return self.extras.gather(maybe_loss, words, ledger.entries(worker, self._ids))
-
-
 def _texts() -> MemoryReader:
     numbers = np.arange(100 * (SEQUENCE + 1), dtype=np.int64)
     return MemoryReader({"bytes": (numbers * numbers * 7919 % 10007 % 251).astype(np.uint8).reshape(100, -1)})
@@ -168,22 +109,24 @@ def trainer_in(
     recipe: str, rank: int, maybe_layout: Layout | None, schedule: Schedule, train: Mapping[str, Any]
 ) -> Trainer:
     """In a layout; or on one rank, as always."""
+    layout = maybe_layout or Layout()
     preset = tiny_preset(steps=1000)
     settings = {"digest_every_steps": 0, "clip_norm": 0.5, **train}
     trainer = make_trainer(
-        preset=replace(preset, train=replace(preset.train, **settings)),
+        preset=replace(
+            preset,
+            train=replace(preset.train, **settings),
+            launch=replace(preset.launch, nodes=layout.num_ranks),
+            parallel=ParallelConfig(pipeline=layout.pipeline, schedule=schedule),
+        ),
         recipe=RECIPES[recipe],
         reader=tiny_reader() if recipe == "noisy" else _texts(),
         rank=rank,
-        world_size=maybe_layout.num_ranks if maybe_layout else 1,
-        kind=PipelineTrainer if maybe_layout else Trainer,
+        world_size=layout.num_ranks,
+        kind=PipelinedTrainer if maybe_layout else Trainer,
     )
-    if isinstance(trainer, PipelineTrainer) and maybe_layout:
-        trainer.layout, trainer.schedule = maybe_layout, schedule
-        at = maybe_layout.coordinates(rank)
-        trainer.balance = Balance(
-            trainer.preset.train.virtual_workers, rank=at.data, world_size=maybe_layout.data, over_seconds=0.0
-        )
+    if isinstance(trainer, PipelinedTrainer):
+        assert trainer.layout == layout
     return trainer
 
 
@@ -204,14 +147,15 @@ def pipelined(
         tensors = safetensors.torch.load_file(maybe_from)
         trainer.state.load(tensors, step=int(tensors.pop("step")))
     num_of_model = sum(p.numel() for p in trainer.state.model.parameters())
-    assert trainer.updater is not None  # which frees the weights, before the first step
+    if isinstance(trainer, PipelinedTrainer):
+        trainer.begin_group()  # which frees the weights of other stages
     outcomes = [trainer.train_step() for _ in range(num_steps)]
     told: dict[str, Any] = {
         "history": [(outcome.loss, outcome.grad_norm, outcome.samples) for outcome in outcomes],
         "num_of_model": num_of_model,
         "num_kept": sum(p.numel() for p in trainer.state.model.parameters()),
     }
-    if not isinstance(trainer, PipelineTrainer):
+    if not isinstance(trainer, PipelinedTrainer):
         return {**told, **_whole(trainer, maybe_to)}
     kept = [entries["exp_avg"] for entries in trainer.state.optimizer.state.values()]
     told["num_of_optimizer"] = sum(tensor.numel() for tensor in kept)
@@ -242,7 +186,7 @@ def tensors_of_all_kinds(rank: int, world_size: int) -> list[bool]:
         if rank == 0:
             passing.send(7, sent, stage=1)
             continue
-        for came, one in zip(passing.receive(7, stage=0), sent, strict=True):
+        for came, one in zip(passing.receive(7, stage=0) or [], sent, strict=True):
             found.append(torch.equal(came, one) and came.stride() == one.stride() and came.dtype == one.dtype)
             found.append(came.requires_grad == one.requires_grad)
     wait_until(lambda: all(future.done() for future in passing._sending), what="memory to be free")
@@ -251,18 +195,18 @@ def tensors_of_all_kinds(rank: int, world_size: int) -> list[bool]:
     return found
 
 
-def refused_form(rank: int, world_size: int) -> str:
-    """What is said of tensors of another shape than those before."""
+def other_forms(rank: int, world_size: int) -> list[list[int] | None]:
+    """Shapes of what arrives, one message after another; one is nothing."""
     groups = make_pipeline_groups(Layout(pipeline=world_size), rank, timeout=timedelta(seconds=TIMEOUT_SECONDS))
     passing = Passing(groups.stages)
-    if rank == 1:
-        passing.receive(7, stage=0)
-        return "nothing"
-    passing.send(7, [torch.zeros(2, 3)], stage=1)
-    try:
-        passing.send(7, [torch.zeros(3, 3)], stage=1)
-    except UserError as error:
-        return str(error)
-    finally:
-        passing.wait()
-    return "nothing"
+    sent = [torch.zeros(2, 3), None, torch.zeros(2, 3), torch.zeros(3, 3)]
+    found: list[list[int] | None] = []
+    for maybe_tensor in sent:
+        if rank == 0:
+            passing.send(7, None if maybe_tensor is None else [maybe_tensor], stage=1)
+        else:
+            maybe_received = passing.receive(7, stage=0)
+            found.append(None if maybe_received is None else list(maybe_received[0].shape))
+    passing.wait()
+    passing.close()
+    return found

@@ -6,7 +6,7 @@ import contextlib
 import os
 import subprocess
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from tests.faults.hosts import INTERFACE, Cluster, Host
 from tests.unit.data_source import data_config, local_source, write_files
-from tests.unit.tiny import Tiny, tiny_preset
+from tests.unit.tiny import Tiny, TinyModel, tiny_preset
 from tests.waiting import wait_until
 from training.config import LaunchConfig, ParallelConfig
 from training.data.writer import write_dataset
@@ -34,9 +34,27 @@ NOT_FINITE_WHILE = "TEST_LOSS_IS_NOT_FINITE_WHILE"
 PAUSE_SECONDS = 0.15
 
 
+class Products(nn.Module):
+    """What `TinyModel` does last."""
+
+    def __init__(self, weight: nn.Parameter) -> None:
+        super().__init__()
+        self.weight = weight
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return (hidden.unsqueeze(1) * self.weight).sum(dim=2)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Slow(Tiny):
-    """Takes its time for as long as a file is there, so that no fault comes too late."""
+    """Takes its time for as long as a file is there, so that no fault comes too late. It may be cut in two."""
+
+    def blocks(self, model: nn.Module) -> Sequence[nn.Module]:
+        return self.parts(model)[:2]
+
+    def parts(self, model: nn.Module) -> Sequence[nn.Module]:
+        assert isinstance(model, TinyModel)
+        return model.norm, model.dropout, Products(model.weight)
 
     def loss(self, model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
         for variable in (SLOW_WHILE, SLOWER_WHILE):
@@ -136,7 +154,7 @@ def prepare(
     num_nodes: int,
     steps: int = STEPS,
     is_slow: bool = False,
-    shard: int = 1,
+    parallel: ParallelConfig | None = None,
     **launch: Any,
 ) -> Agents:
     """A run of the tiny recipe, the same each time, in that corner of the store. Logs and source go into `folder`.
@@ -149,7 +167,7 @@ def prepare(
     dataset = write_dataset(store, local_source(folder, data), data, Tiny()).manifest.digest
     preset = tiny_preset(steps=steps, checkpoint_every_steps=EVERY)
     settings = LaunchConfig(nodes=num_nodes, **{"collective_timeout_seconds": 60, **launch})
-    preset = replace(preset, data=data, launch=settings, parallel=ParallelConfig(shard=shard))
+    preset = replace(preset, data=data, launch=settings, parallel=parallel or ParallelConfig())
     if is_slow:
         preset = replace(preset, recipe="tests.faults.agents:Slow")
     key = run_key(recipe=recipe, preset=preset, dataset_digest=dataset)

@@ -80,9 +80,19 @@ class Group:
     """The ranks of a group, as each of them keeps its balance; what it takes each of them is given."""
 
     def __init__(
-        self, virtual_workers: int, world_size: int, *, over_seconds: float = 1.0, num_computing: int | None = None
+        self,
+        virtual_workers: int,
+        world_size: int,
+        *,
+        over_seconds: float = 1.0,
+        num_computing: int | None = None,
+        multiples_of: int = 1,
     ) -> None:
-        options: dict[str, Any] = {"over_seconds": over_seconds, "num_computing": num_computing}
+        options: dict[str, Any] = {
+            "over_seconds": over_seconds,
+            "num_computing": num_computing,
+            "multiples_of": multiples_of,
+        }
         self.ranks = [
             Balance(virtual_workers, rank=rank, world_size=world_size, **options) for rank in range(world_size)
         ]
@@ -162,6 +172,12 @@ def test_what_a_rank_would_do_with_an_even_share() -> None:
     assert [rank.seconds_at_even_shares(1.0, 10.0) for rank in group.ranks] == [11.0] * 4
     group.steps(100, lambda: [0.01, 0.03, 0.01, 0.01])
     assert [rank.seconds_at_even_shares(1.0, 10.0) for rank in group.ranks] == [9.0, 41.0, 9.0, 9.0]
+
+
+def test_shares_of_whole_rounds() -> None:
+    assert even_shares(12, 5, multiples_of=2) == (2, 2, 2, 2, 4)
+    assert even_shares(12, 2, multiples_of=4) == (4, 8)
+    assert Group(6, 2, over_seconds=0.0, multiples_of=2).shares == (2, 4)
 
 
 def test_ranks_that_compute_nothing_have_no_share_and_none_of_the_blame() -> None:

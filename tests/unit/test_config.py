@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from training.config import Preset
+from training.config import ParallelConfig, Preset
 from training.documents import canonical_json, parse
 from training.errors import UserError
 from training.preset_file import PRESETS, has_built_in_recipe, load_preset, parse_override, preset_from_json
@@ -33,6 +33,7 @@ sizes = [1, 2]
 SERVED = 'strategy = "parameter_server"'
 STALE = f"batch_size = 16\n{SERVED}\nstaleness = 2"
 SHARDED = "[parallel]\nshard = 2\n[launch]\n"
+PIPELINED = SHARDED.replace("shard", "pipeline")
 
 
 @pytest.fixture
@@ -117,6 +118,23 @@ def test_there_are_built_in_presets() -> None:
         ("[data]", f"{SHARDED}keep_spares = true\n[data]", "parallel.shard = 2 needs launch.keep_spares = false"),
         ("batch_size = 16", f'batch_size = 16\nmode = "fast"\n{SHARDED}', "shard = 2 needs train.mode = 'exact'"),
         ("batch_size = 16", f"batch_size = 16\n{SERVED}\n{SHARDED}", "shard = 2 needs train.strategy = 'all_reduce'"),
+        ("[data]", "[parallel]\npipeline = 0\n[data]", "parallel.pipeline must be at least 1"),
+        ("[data]", "[parallel]\npipeline = 3\n[data]", "parallel.pipeline = 3 does not divide launch.nodes × launch.p"),
+        ("[data]", "[parallel]\npipeline = 2\nshard = 2\n[data]", "pipeline = 2 does not go with parallel.shard = 2"),
+        (
+            "[data]",
+            f"{PIPELINED}nodes = 10\n[data]",
+            "launch.nodes gives 10 ranks, more than train.virtual_workers = 8",
+        ),
+        ("[data]", f"{PIPELINED}keep_spares = true\n[data]", "parallel.pipeline = 2 needs launch.keep_spares = false"),
+        ("batch_size = 16", f'batch_size = 16\nmode = "fast"\n{PIPELINED}', "pipeline = 2 needs train.mode = 'exact'"),
+        ("batch_size = 16", f"batch_size = 16\n{SERVED}\n{PIPELINED}", "line = 2 needs train.strategy = 'all_reduce'"),
+        (
+            "batch_size = 16",
+            "batch_size = 16\n[launch]\nnodes = 3\n[parallel]\npipeline = 3\nschedule = 'interleaved'",
+            "'interleaved' needs train.virtual_workers as a multiple of parallel.pipeline = 3, and it is 8",
+        ),
+        ("[data]", "[parallel]\nschedule = '2f2b'\n[data]", "parallel.schedule"),
         ("[data]", "[data", "not valid TOML"),
         (
             "[hyperparameters]\nwidth = 3\nsizes = [1, 2]",
@@ -219,6 +237,8 @@ def test_what_determines_the_result(preset_file: Path) -> None:
         "launch.nodes": 1,
         "launch.max_restarts": 0,
         "parallel.shard": 2,
+        "parallel.pipeline": 2,
+        "parallel.schedule": "gpipe",
         "evaluate.confidence": 0.9,
         "name": "other",
     }
@@ -232,6 +252,20 @@ def test_what_determines_the_result(preset_file: Path) -> None:
     }
     assert {key: changed(key, value) for key, value in same.items()} == dict.fromkeys(same, False)
     assert {key: changed(key, value) for key, value in other.items()} == dict.fromkeys(other, True)
+
+
+def test_a_group_that_lost_ranks_goes_on_in_what_divides_them(preset_file: Path) -> None:
+    train = load_preset(str(preset_file)).train  # of eight virtual workers
+    interleaved = ParallelConfig(pipeline=4, schedule="interleaved")
+    assert [interleaved.on(num_ranks, train) for num_ranks in (8, 7, 3, 2)] == [
+        interleaved,
+        ParallelConfig(),
+        ParallelConfig(pipeline=3),
+        ParallelConfig(pipeline=2, schedule="interleaved"),
+    ]
+    assert ParallelConfig(shard=2).on(3, train) == ParallelConfig()
+    assert ParallelConfig(shard=2).is_spread
+    assert not ParallelConfig().is_spread
 
 
 def test_a_whole_number_for_a_fraction_is_the_same_preset(preset_file: Path) -> None:

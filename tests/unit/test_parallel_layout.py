@@ -9,9 +9,9 @@ import pytest
 
 from training.arithmetic.reduce import owned_range
 from training.errors import UserError
-from training.layout import OUTER_TO_INNER, Coordinates, Layout, in_shards, layouts
+from training.layout import OUTER_TO_INNER, Coordinates, Layout, Schedule, in_shards, in_stages, layouts
 from training.parallel.plan import ModelCost, Part, cost, costs, recommended
-from training.parallel.schedule import Schedule, bubble, num_in_flight
+from training.parallel.schedule import bubble, num_in_flight
 
 BLOCK = Part(weight_bytes=1000, optimizer_bytes=2000, saved_bytes=500, output_bytes=10)
 MODEL = ModelCost(
@@ -63,6 +63,16 @@ def test_what_is_left_goes_on_in_as_many_shards_as_divide_both() -> None:
         Layout(),
     ]
     assert in_shards(6, 4) == Layout(data=3, shard=2)
+
+
+def test_what_is_left_goes_on_in_the_most_stages_that_divide_it() -> None:
+    assert [in_stages(num_ranks, 4) for num_ranks in (8, 7, 6, 3, 1)] == [
+        Layout(data=2, pipeline=4),
+        Layout(data=7),
+        Layout(data=2, pipeline=3),
+        Layout(pipeline=3),
+        Layout(),
+    ]
 
 
 def test_a_replica_more_or_less() -> None:
@@ -146,4 +156,5 @@ def test_a_layout_is_recommended_that_fits() -> None:
     tight = recommended(found, memory_bytes=needed - 1)
     assert tight.layout.data < 4
     assert tight.memory_bytes < needed
+    assert costs(MODEL, num_ranks=4, virtual_workers=3) == [], "a stage has a microbatch at least"
     assert recommended(found, memory_bytes=1) == min(found, key=lambda one: one.memory_bytes)

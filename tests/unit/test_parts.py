@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -16,11 +16,13 @@ from torch.nn import functional as F
 from tests.unit.tiny import CPU, Tiny
 from training.arithmetic.objective import seed_streams
 from training.arithmetic.streams import set_streams, streams_now
+from training.config import ParallelConfig
 from training.errors import DeterministicError, UserError
 from training.layout import Layout
 from training.parallel.chunk import Chunk, as_tuple
 from training.parallel.parts import chunks_of, require_same_loss
-from training.parallel.pipelined import require_pipeline
+from training.parallel.pipeline import require_cut, require_pipeline
+from training.parallel.pipelined_update import require_separable
 from training.recipe import Recipe
 from training.recipes.digits import Digits
 from training.recipes.stdlib import ByteTransformer
@@ -103,10 +105,41 @@ def test_ties_within_a_chunk_are_none_of_a_pipelines_business() -> None:
     assert len(cut(Stack(tied=True), 1)) == 1
 
 
-@pytest.mark.parametrize("layout", [Layout(data=2), Layout(pipeline=2, shard=2), Layout(pipeline=2, tensor=2)])
+@pytest.mark.parametrize("layout", [Layout(pipeline=2, shard=2), Layout(pipeline=2, tensor=2)])
 def test_layouts_that_are_no_pipelines_of_whole_stages_are_refused(layout: Layout) -> None:
-    with pytest.raises(UserError, match=r"a pipeline has two stages or more, and goes with data alone"):
+    with pytest.raises(UserError, match=r"a pipeline goes with data alone"):
         require_pipeline(layout)
+
+
+def test_what_does_not_fit_is_refused_before_anybody_waits() -> None:
+    parallel = ParallelConfig(pipeline=2, schedule="interleaved")
+    with pytest.raises(UserError, match=r"add parts\(model\) to the recipe"):
+        require_cut(Digits(), Digits().model(), parallel, CPU)
+    with pytest.raises(UserError, match=r"gives 2 blocks, and 4 chunks"):
+        require_cut(Stack(), Stack().model(), parallel, CPU)
+    with pytest.raises(UserError, match=r"parallel\.pipeline was tried on processors alone so far"):
+        require_cut(Stack(), Stack().model(), parallel, torch.device("cuda"))
+    require_cut(Stack(), Stack().model(), replace(parallel, schedule="1f1b"), CPU)
+
+
+class Together(torch.optim.SGD):
+    """Scales all gradients by the first one of any parameter."""
+
+    def step(self, closure: Any = None) -> None:
+        parameters = [p for group in self.param_groups for p in group["params"]]
+        scale = parameters[0].grad.view(-1)[0].clone()
+        for parameter in parameters:
+            parameter.grad.mul_(scale)
+        super().step()
+
+
+def test_an_optimizer_that_looks_at_several_parameters_is_refused() -> None:
+    for good in (torch.optim.AdamW, torch.optim.SGD, torch.optim.Adafactor):
+        require_separable(good(nn.Linear(2, 2).parameters(), lr=0.1))
+    with pytest.raises(UserError, match=r"treats each parameter by itself, and Together does not: use parallel\.pipe"):
+        require_separable(Together(nn.Linear(2, 2).parameters(), lr=0.1))
+    with pytest.raises(UserError, match=r"and LBFGS could not be tried for that"):
+        require_separable(torch.optim.LBFGS(nn.Linear(2, 2).parameters()))
 
 
 def draws() -> list[float]:

@@ -265,7 +265,8 @@ def test_a_bound_of_staleness_is_part_of_the_run_key_and_servers_are_not() -> No
 def test_over_which_ranks_a_model_is_spread_is_no_part_of_the_run_key() -> None:
     preset = tiny_preset()
     sharded = replace(preset, launch=replace(preset.launch, nodes=2), parallel=ParallelConfig(shard=2))
-    assert len({run_key(recipe=Tiny(), preset=each, dataset_digest="d") for each in (preset, sharded)}) == 1
+    pipelined = replace(sharded, parallel=ParallelConfig(pipeline=2, schedule="gpipe"))
+    assert len({run_key(recipe=Tiny(), preset=each, dataset_digest="d") for each in (preset, sharded, pipelined)}) == 1
 
 
 def test_a_default_and_the_same_value_written_out_are_one_run() -> None:

@@ -30,8 +30,9 @@ Seconds = NDArray[np.float64]
 """What a step takes each rank, shape [ranks, 2]: beside its virtual workers, and for each of these."""
 
 
-def even_shares(virtual_workers: int, world_size: int) -> Shares:
-    return tuple(len(owned_range(rank, world_size, virtual_workers)) for rank in range(world_size))
+def even_shares(virtual_workers: int, world_size: int, *, multiples_of: int = 1) -> Shares:
+    num_rounds = virtual_workers // multiples_of
+    return tuple(multiples_of * len(owned_range(rank, world_size, num_rounds)) for rank in range(world_size))
 
 
 def ranges(shares: Shares) -> tuple[range, ...]:
@@ -77,13 +78,21 @@ class Balance:
     """Of one group, as one of its ranks keeps it."""
 
     def __init__(
-        self, virtual_workers: int, *, rank: int, world_size: int, over_seconds: float, num_computing: int | None = None
+        self,
+        virtual_workers: int,
+        *,
+        rank: int,
+        world_size: int,
+        over_seconds: float,
+        num_computing: int | None = None,
+        multiples_of: int = 1,
     ) -> None:
         """The first `num_computing` ranks (None: all) have virtual workers. Shares are even at first, and stay so if
-        `over_seconds` is 0; else these are how long it looks before it changes them."""
+        `over_seconds` is 0; else these are how long it looks before it changes them. At first they are `multiples_of`
+        that. What is called a rank here is a replica, where several ranks compute the same virtual workers."""
         self.num_computing = world_size if num_computing is None else num_computing
         self._others = (0,) * (world_size - self.num_computing)
-        self._shares = even_shares(virtual_workers, self.num_computing)
+        self._shares = even_shares(virtual_workers, self.num_computing, multiples_of=multiples_of)
         self._rank = rank
         self._part_seconds = over_seconds / NUM_PARTS
         self.num_words = WORDS_PER_RANK * self.num_computing if over_seconds > 0 and self.num_computing > 1 else 0

@@ -65,16 +65,17 @@ class Explainer:
         maybe_own: DeterministicError | None = None,
     ) -> DeterministicError | RuntimeError:
         """What all ranks found wrong at once: whether it is one of these virtual workers'; `maybe_own` is what this
-        rank saw of one. Collective: who finds nothing waits for who does, and says the same."""
+        rank saw of one. Collective: who finds nothing waits for who does, and says the same; of those who find it,
+        whoever saw it is believed."""
         first = self.of_workers(maybe_own or error, workers, state, extras)
         if first is maybe_own:  # it did not come again
             first = RuntimeError(str(first))
-        own = None if first is error else _told(first)
+        own = None if first is error else _told(first, has_seen=maybe_own is not None)
         with self._handover.waiting():
             told = [json.loads(text) for text in texts_of_all_ranks(json.dumps(own))]
-        if own is not None or not any(told):
+        if maybe_own is not None or not any(told):
             return first
-        message, maybe_records = next(filter(None, told))
+        message, maybe_records, _ = min(filter(None, told), key=lambda one: not one[-1])
         return RuntimeError(message) if maybe_records is None else DeterministicError(message, records=maybe_records)
 
     def of_workers(
@@ -92,9 +93,9 @@ class Explainer:
         return batch.ids, on_device(batch, self._device)
 
 
-def _told(error: DeterministicError | RuntimeError) -> tuple[str, Sequence[str] | None]:
+def _told(error: DeterministicError | RuntimeError, *, has_seen: bool) -> tuple[str, Sequence[str] | None, bool]:
     """With its records, as whichever rank ends first is believed; None: it comes now and then."""
-    return str(error), error.records if isinstance(error, DeterministicError) else None
+    return str(error), error.records if isinstance(error, DeterministicError) else None, has_seen
 
 
 def on_device(batch: Microbatch, device: torch.device) -> Mapping[str, Tensor]:

@@ -1,1 +1,1 @@
-"""A model over several ranks: sharded state, and what layouts cost (docs/parallelism.md)."""
+"""A model over several ranks: sharded state, pipelines, and what layouts cost (docs/parallelism.md)."""

@@ -70,6 +70,10 @@ class Chunk:
             )
         return [one.gradients[number] for number in range(one.num_gradients)]
 
+    def forget(self, microbatch: int) -> None:
+        """It has failed, and does not go back."""
+        self._under_way.pop(microbatch, None)
+
     def _hanging(self) -> list[Tensor]:
         found = [owner._buffers[key] for owner, key, _ in self._slots]
         return [tensor for tensor in found if tensor is not None]

@@ -1,4 +1,4 @@
-"""What stages send one another: tensors of a form that is told once, and then taken for granted. No pickle.
+"""What stages send one another: tensors, with their form when it is another one than before. No pickle.
 
 A received tensor has the strides that it had where it was made, as kernels may give other bits for others.
 """
@@ -16,7 +16,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from training.errors import UserError
+NOTHING = -1
+"""In the place of the length of what is told of forms."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,24 +66,28 @@ class Passing:
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="sending")
         """A thread that waits for what is sent, as gloo tells nobody else, and then lets its memory go."""
 
-    def send(self, tag: int, tensors: Sequence[Tensor], *, stage: int) -> None:
-        """Does not wait. Raises `UserError` if they are of another form than the first ones of the tag."""
-        forms = [Form.of(tensor) for tensor in tensors]
-        if tag not in self._forms:
-            self._forms[tag] = forms
-            self._tell(json.dumps([asdict(form) for form in forms]), tag, stage)
-        if self._forms[tag] != forms:
-            raise UserError(
-                f"a part of the recipe's model gives {forms}, and gave {self._forms[tag]} of the microbatch before: a"
-                " pipeline needs the same of each"
-            )
-        for tensor in tensors:
+    def send(self, tag: int, maybe_tensors: Sequence[Tensor] | None, *, stage: int) -> None:
+        """Does not wait. None: there is nothing to send, of what failed."""
+        if maybe_tensors is None:
+            self._send(torch.tensor([NOTHING]), tag, stage)
+            return
+        forms = [Form.of(tensor) for tensor in maybe_tensors]
+        about = b"" if forms == self._forms.get(tag) else json.dumps([asdict(form) for form in forms]).encode()
+        self._forms[tag] = forms
+        self._send(torch.tensor([len(about)]), tag, stage)
+        if about:
+            self._send(torch.frombuffer(bytearray(about), dtype=torch.uint8), tag, stage)
+        for tensor in maybe_tensors:
             self._send(tensor.detach().contiguous(), tag, stage)
 
-    def receive(self, tag: int, *, stage: int) -> list[Tensor]:
-        """Waits for them."""
-        if tag not in self._forms:
-            self._forms[tag] = [Form.told(about) for about in json.loads(self._hear(tag, stage))]
+    def receive(self, tag: int, *, stage: int) -> list[Tensor] | None:
+        """Waits for them. None: there is nothing."""
+        size = int(self._receive(torch.empty(1, dtype=torch.int64), tag, stage))
+        if size == NOTHING:
+            return None
+        if size:
+            about = self._receive(torch.empty(size, dtype=torch.uint8), tag, stage).numpy().tobytes()
+            self._forms[tag] = [Form.told(one) for one in json.loads(about)]
         return [form.placed(self._receive(form.room(), tag, stage)) for form in self._forms[tag]]
 
     def wait(self) -> None:
@@ -93,16 +98,6 @@ class Passing:
     def close(self) -> None:
         """Nothing is sent any more."""
         self._pool.shutdown(wait=False)
-
-    def _tell(self, text: str, tag: int, stage: int) -> None:
-        data = torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8)
-        self._send(torch.tensor([data.numel()]), tag, stage)
-        self._send(data, tag, stage)
-
-    def _hear(self, tag: int, stage: int) -> str:
-        size = self._receive(torch.empty(1, dtype=torch.int64), tag, stage)
-        data = self._receive(torch.empty(int(size), dtype=torch.uint8), tag, stage)
-        return data.numpy().tobytes().decode()
 
     def _send(self, tensor: Tensor, tag: int, stage: int) -> None:
         while self._sending and self._sending[0].done():

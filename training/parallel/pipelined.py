@@ -6,52 +6,23 @@ gradients are added up along the tree as everywhere, and then over the replicas 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from datetime import timedelta
+from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from training.arithmetic.buffers import Buffers
-from training.arithmetic.exact import BUCKET_BYTES, Bucket, Exchange, Group, plan_buckets, require_float32
+from training.arithmetic.exact import BUCKET_BYTES, Bucket, Exchange, Group, plan_buckets
 from training.arithmetic.objective import Objective, recipe_errors
 from training.arithmetic.reduce import places
-from training.arithmetic.sparse import have_whole_gradients
 from training.arithmetic.streams import set_streams, streams_now
-from training.errors import UserError
-from training.layout import Layout
+from training.errors import DeterministicError
 from training.parallel.chunk import Chunk, as_values
-from training.parallel.parts import Rest, Values, chunks_of, require_same_loss
+from training.parallel.parts import Rest, Values
 from training.parallel.passing import Passing
-from training.parallel.scatter import own_group
-from training.parallel.schedule import Pass, Schedule, actions, chunks_per_rank
-from training.recipe import Recipe
-
-
-@dataclass(frozen=True, kw_only=True)
-class PipelineGroups:
-    """This rank's: the stages of its replica, and the replicas of its stage."""
-
-    stages: dist.ProcessGroup
-    replicas: dist.ProcessGroup
-
-
-def make_pipeline_groups(layout: Layout, rank: int, *, timeout: timedelta) -> PipelineGroups:
-    """Collective over all ranks. A rank that is gone is noticed after `timeout` at the latest."""
-    stages, replicas = (own_group(layout, dimension, rank, timeout=timeout) for dimension in ("pipeline", "data"))
-    return PipelineGroups(stages=stages, replicas=replicas)
-
-
-def require_pipeline(layout: Layout) -> None:
-    """Raises `UserError` for one whose stages are not whole on a rank each."""
-    if layout.pipeline < 2 or layout.shard > 1 or layout.tensor > 1:
-        raise UserError(
-            f"parallel: {layout}: a pipeline has two stages or more, and goes with data alone: set parallel.shard and"
-            " parallel.tensor to 1"
-        )
+from training.parallel.pipeline import Pipeline
+from training.parallel.schedule import Pass, actions
 
 
 class Work(Protocol):
@@ -65,65 +36,22 @@ class Work(Protocol):
         """Of the first and the last stage, once of each worker, in their order."""
         ...
 
+    def where(self, worker: int) -> str:
+        """As errors are to say it."""
+        ...
+
     def told(self, worker: int, maybe_loss: Tensor | None) -> Tensor:
         """What is summed over all virtual workers beside gradients: this stage's part of it, zeros for what others
         know. The last stage knows the loss."""
         ...
 
+    def give_up(self, worker: int, error: DeterministicError) -> None:
+        """It failed on this stage, and the step goes on without it, so that no other rank waits for ever."""
+        ...
 
-class Pipeline:
-    """A model of which this rank computes every so-many-th chunk. It is whole until it is freed."""
-
-    def __init__(
-        self,
-        recipe: Recipe,
-        model: nn.Module,
-        *,
-        layout: Layout,
-        schedule: Schedule,
-        rank: int,
-        groups: PipelineGroups,
-        precision: str,
-        batch: Mapping[str, Tensor],
-    ) -> None:
-        """`batch` is one to try. Raises `UserError` for a model that cannot be cut."""
-        require_pipeline(layout)
-        require_float32([p for p in model.parameters() if p.requires_grad])
-        have_whole_gradients(model)
-        at = layout.coordinates(rank)
-        self.stage, self.replica, self.num_stages = at.pipeline, at.data, layout.pipeline
-        self.num_chunks = layout.pipeline * chunks_per_rank(schedule)
-        self.schedule: Schedule = schedule
-        self.groups = groups
-        self.recipe = recipe
-        self.precision = precision
-        self.device = next(model.parameters()).device
-        chunks = chunks_of(recipe, model, self.num_chunks)
-        require_same_loss(recipe, model, chunks, batch, precision=precision, device=self.device)
-        self.stage_of = {
-            tensor: number % layout.pipeline
-            for number, chunk in enumerate(chunks)
-            for tensor in [*chunk.parameters(), *chunk.buffers()]
-        }
-        self.own = {number: chunks[number] for number in range(self.stage, self.num_chunks, layout.pipeline)}
-        self._buffers = Buffers(model)
-        self._stage_of_counters = self._stages_of_bytes(model)
-
-    def _stages_of_bytes(self, model: nn.Module) -> Tensor:
-        """Of the buffers that are no floats, end to end."""
-        found = [tensor for module in model.modules() for tensor in module._buffers.values() if tensor is not None]
-        counters = [tensor for tensor in found if not tensor.is_floating_point()]
-        stages = torch.tensor([self.stage_of[tensor] for tensor in counters], dtype=torch.int64)
-        return stages.repeat_interleave(torch.tensor([tensor.nbytes for tensor in counters], dtype=torch.int64))
-
-    def share_counters(self) -> None:
-        """Each stage tells what its chunks made of the buffers that are no floats. Collective over the stages."""
-        num_bytes = len(self._stage_of_counters)
-        if num_bytes:
-            found = torch.empty(self.num_stages * num_bytes, dtype=torch.uint8)
-            dist.all_gather_single(found, torch.from_numpy(self._buffers.counters()), group=self.groups.stages)
-            picked = found.view(self.num_stages, num_bytes)[self._stage_of_counters, torch.arange(num_bytes)]
-            self._buffers.set_counters(picked.numpy())
+    def told_of_failed(self) -> Tensor:
+        """Likewise, of one that failed, here or elsewhere: by this all ranks hear of it."""
+        ...
 
 
 class PipelinedReducer:
@@ -145,7 +73,11 @@ class PipelinedReducer:
         )
         self._passing = Passing(pipeline.groups.stages)
         self._chunks = {number: Chunk(module) for number, module in pipeline.own.items()}
-        self._last_own = max(self._chunks)
+        self._first_own, self._last_own = min(self._chunks), max(self._chunks)
+        self._failed: set[int] = set()
+        """Microbatches of this step that go no further."""
+        self._told: dict[int, Tensor] = {}
+        """Of each microbatch under way: what is summed of it beside gradients."""
         if self._last_own == pipeline.num_chunks - 1:
             self._rest = Rest(pipeline.recipe, pipeline.own[self._last_own], pipeline.device)
             self._objective = Objective(pipeline.recipe, self._rest, precision=pipeline.precision)
@@ -165,36 +97,82 @@ class PipelinedReducer:
 
     def compute(self, work: Work) -> None:
         """Forward and backward of all of this replica's virtual workers, as the schedule says."""
-        received: list[Tensor] = []
-        given: list[Tensor] = []
+        maybe_received: list[Tensor] | None = []
+        maybe_given: list[Tensor] | None = []
         for action in self._actions:
             one = action.of
             if action.verb == "receive":
-                received = self._passing.receive(_tag(one), stage=one.chunk % self._pipeline.num_stages)
+                with self._pipeline.waiting():
+                    maybe_received = self._passing.receive(_tag(one), stage=one.chunk % self._pipeline.num_stages)
             elif action.verb == "send":
-                self._passing.send(_tag(one), given, stage=self._stage_after(one))
+                with self._pipeline.waiting():
+                    self._passing.send(_tag(one), maybe_given, stage=self._stage_after(one))
             else:
-                with recipe_errors(f"virtual worker {self.owned[one.microbatch]}, chunk {one.chunk} of a pipeline"):
-                    given = self._forward(one, received, work) if one.is_forward else self._backward(one, received)
-                received = []
-        self._passing.wait()
+                go = self._go_forward if one.is_forward else self._go_back
+                maybe_given = go(one, maybe_received, work)
+                maybe_received = []
+        with self._pipeline.waiting():
+            self._passing.wait()
+        self._failed.clear()
 
     def _stage_after(self, one: Pass) -> int:
         return (one.chunk + 1 if one.is_forward else one.chunk - 1) % self._pipeline.num_stages
 
-    def _forward(self, one: Pass, received: list[Tensor], work: Work) -> list[Tensor]:
+    def _go_forward(self, one: Pass, maybe_received: list[Tensor] | None, work: Work) -> list[Tensor] | None:
+        """What goes to the next chunk; None of a microbatch that failed."""
+        is_read = one.chunk in (0, self._pipeline.num_chunks - 1)
+        batch = work.batch(self.owned[one.microbatch]) if is_read else {}
+        return self._unless_failed(one, maybe_received, work, lambda found: self._forward(one, found, batch, work))
+
+    def _go_back(self, one: Pass, maybe_received: list[Tensor] | None, work: Work) -> list[Tensor] | None:
+        """Gradients of the inputs, likewise; those of parameters are summed."""
+        place = self._places[self.owned[one.microbatch]]
+        buckets = self._buckets[one.chunk]
+        for bucket in buckets:
+            bucket.begin(place)
+        maybe_given = self._unless_failed(one, maybe_received, work, lambda found: self._backward(one, found))
+        for bucket in buckets:
+            bucket.fill_up()
+        if one.chunk == self._first_own:
+            told = self._told.pop(one.microbatch, None)
+            if told is None or one.microbatch in self._failed:
+                told = work.told_of_failed()
+            self._extras.begin(place)
+            self._extras.add_extras(told)
+            self._extras.fill_up()
+        return maybe_given
+
+    def _unless_failed(
+        self,
+        one: Pass,
+        maybe_received: list[Tensor] | None,
+        work: Work,
+        compute: Callable[[list[Tensor]], list[Tensor]],
+    ) -> list[Tensor] | None:
+        """A pass of a microbatch; None if it fails, or did so before, here or elsewhere."""
+        worker = self.owned[one.microbatch]
+        if maybe_received is not None and one.microbatch not in self._failed:
+            try:
+                with recipe_errors(f"{work.where(worker)}, chunk {one.chunk} of the pipeline"):
+                    return compute(maybe_received)
+            except DeterministicError as error:
+                work.give_up(worker, error)
+        self._failed.add(one.microbatch)
+        self._chunks[one.chunk].forget(one.microbatch)
+        return None
+
+    def _forward(self, one: Pass, received: list[Tensor], batch: Mapping[str, Tensor], work: Work) -> list[Tensor]:
         """Outputs, and where the random streams stand after them."""
-        if one.chunk == self._pipeline.num_chunks - 1:
-            self._forward_to_loss(one, received, work)
-            return []
         device, worker = self._pipeline.device, self.owned[one.microbatch]
-        chunk = self._chunks[one.chunk]
         if one.chunk == 0:
             work.seed(worker)
-            inputs = [self._pipeline.recipe.inputs(work.batch(worker))]
-        else:
-            *inputs, streams = received
-            set_streams(streams, device)
+            received = [self._pipeline.recipe.inputs(batch), streams_now(device)]
+        *inputs, streams = received
+        if one.chunk == self._pipeline.num_chunks - 1:
+            self._forward_to_loss(one, inputs, streams, batch, work)
+            return []
+        chunk = self._chunks[one.chunk]
+        set_streams(streams, device)
         outputs = chunk.forward(one.microbatch, inputs, lambda: self._computed(chunk.module, as_values(inputs)))
         if one.chunk == self._last_own:
             self._tell(one, None, work)
@@ -206,12 +184,11 @@ class PipelinedReducer:
             found: Values = module(values)
         return found
 
-    def _forward_to_loss(self, one: Pass, received: list[Tensor], work: Work) -> None:
+    def _forward_to_loss(
+        self, one: Pass, inputs: list[Tensor], streams: Tensor, batch: Mapping[str, Tensor], work: Work
+    ) -> None:
         """The streams begin anew, and go on from where they stood where the loss calls its model."""
-        *inputs, streams = received
-        worker = self.owned[one.microbatch]
-        batch = work.batch(worker)
-        work.seed(worker)
+        work.seed(self.owned[one.microbatch])
         self._rest.begin(as_values(inputs), streams, batch)
         losses: list[Tensor] = []
 
@@ -226,21 +203,11 @@ class PipelinedReducer:
         """With all chunks' buffers as this microbatch left them."""
         for chunk in self._chunks.values():
             chunk.hang_buffers_of(one.microbatch)
-        worker = self.owned[one.microbatch]
-        self._extras.begin(self._places[worker])
-        self._extras.add_extras(work.told(worker, maybe_loss))
-        self._extras.fill_up()
+        self._told[one.microbatch] = work.told(self.owned[one.microbatch], maybe_loss)
 
     def _backward(self, one: Pass, received: list[Tensor]) -> list[Tensor]:
-        """Gradients of the inputs; those of parameters are summed."""
-        buckets = self._buckets[one.chunk]
-        for bucket in buckets:
-            bucket.begin(self._places[self.owned[one.microbatch]])
         is_of_loss = one.chunk == self._pipeline.num_chunks - 1
-        gradients = self._chunks[one.chunk].backward(one.microbatch, [None] if is_of_loss else received)
-        for bucket in buckets:
-            bucket.fill_up()
-        return gradients
+        return self._chunks[one.chunk].backward(one.microbatch, [None] if is_of_loss else received)
 
     def finish(self) -> Tensor:
         """Put the mean gradients of this stage's parameters in their places; returns the sum of all extras.

@@ -3,21 +3,56 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict
+from inspect import signature
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from training.arithmetic.collectives import texts_of_all_ranks
 from training.arithmetic.norm import blocks
 from training.checkpoints.optimizer_state import load_entries, named_entries
 from training.checkpoints.state import TrainState
+from training.errors import UserError
 from training.parallel.norms import clip_together
 from training.parallel.passing import Form
-from training.parallel.pipelined import Pipeline
+from training.parallel.pipeline import Pipeline
+
+PROBE_SHAPES = ((8, 8), (8, 3))
+"""Of two matrices."""
+NUM_PROBE_STEPS = 3
+
+
+def require_separable(optimizer: Optimizer) -> None:
+    """Raises `UserError` if one of that kind does not treat each parameter by itself. Found out by trying."""
+    complaint = (
+        f"parallel.pipeline needs an optimizer that treats each parameter by itself, and {type(optimizer).__name__}"
+    )
+    try:
+        together = _stepped(optimizer, [0, 1])
+        apart = [*_stepped(optimizer, [0]), *_stepped(optimizer, [1])]
+    except Exception as error:
+        raise UserError(f"{complaint} could not be tried for that ({error}): use parallel.pipeline = 1") from error
+    if not all(torch.equal(one, other) for one, other in zip(together, apart, strict=True)):
+        raise UserError(f"{complaint} does not: use parallel.pipeline = 1")
+
+
+def _stepped(like: Optimizer, numbers: Sequence[int]) -> list[Tensor]:
+    """What some steps of one of the kind make of these parameters, which always get the same gradients."""
+    taken = signature(type(like)).parameters  # AdamW has more defaults than it takes
+    settings = {name: value for name, value in like.defaults.items() if name in taken}
+    chance = {number: torch.Generator().manual_seed(number) for number in numbers}
+    parameters = {n: nn.Parameter(torch.randn(PROBE_SHAPES[n], generator=chance[n])) for n in numbers}
+    optimizer = type(like)(list(parameters.values()), **settings)
+    for _ in range(NUM_PROBE_STEPS):
+        for number, parameter in parameters.items():
+            parameter.grad = torch.randn(parameter.shape, generator=chance[number])
+        optimizer.step()
+    return [parameter.detach() for parameter in parameters.values()]
 
 
 class PipelinedUpdate:
@@ -63,19 +98,31 @@ class PipelinedUpdate:
         parameters. Collective."""
         gradients = [p.grad for p in self._own_trained if p.grad is not None]
         return clip_together(
-            gradients, self._block_places, group=self._pipeline.groups.stages, clip_norm=self._clip_norm
+            gradients,
+            self._block_places,
+            group=self._pipeline.groups.stages,
+            clip_norm=self._clip_norm,
+            waiting=self._pipeline.waiting,
         )
 
     def apply(self) -> None:
         """The optimizer's step, at the learning rate that is set."""
         self._state.optimizer.step()
 
-    @contextmanager
-    def whole_state(self) -> Iterator[None]:
+    def whole_state(self) -> AbstractContextManager[None]:
         """Meanwhile the state has all weights, and what the optimizer keeps of them. Collective."""
+        return self._having(named_entries(self._state.optimizer, self._own))
+
+    def lent(self) -> AbstractContextManager[None]:
+        """Meanwhile the model has all weights, and each rank may compute it by itself. Collective at its beginning."""
+        return self._having({})
+
+    @contextmanager
+    def _having(self, entries: Mapping[str, Tensor]) -> Iterator[None]:
+        """All stages' weights, and theirs of what this stage has as `entries`."""
         own = {f"weight.{name}": p.detach() for name, p in self._own.items()}
-        own |= named_entries(self._state.optimizer, self._own)
-        others = self._of_other_stages(own)
+        with self._pipeline.waiting():
+            others = self._of_other_stages({**own, **entries})
         for name, parameter in self._others.items():
             parameter.data = others.pop(f"weight.{name}")
         load_entries(self._state.optimizer, self._others, others, may_keep=True)

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from fractions import Fraction
 
 from training.arithmetic.reduce import num_rows, owned_range, subtrees
-from training.layout import Layout, layouts
-from training.parallel.schedule import Schedule, bubble, chunks_per_rank, num_in_flight
+from training.layout import Layout, Schedule, layouts
+from training.parallel.schedule import bubble, chunks_per_rank, num_in_flight
 
 SCHEDULES: tuple[Schedule, ...] = ("gpipe", "1f1b", "interleaved")
 
@@ -74,8 +74,10 @@ class Cost:
 
 def costs(model: ModelCost, *, num_ranks: int, virtual_workers: int) -> list[Cost]:
     """Of all layouts of so many ranks; those with a pipeline once for each schedule that has the blocks and the
-    virtual workers it needs."""
-    found = []
+    virtual workers it needs. There are none if there are more ranks than virtual workers."""
+    found: list[Cost] = []
+    if num_ranks > virtual_workers:
+        return found
     for layout in layouts(num_ranks, max_pipeline=model.max_stages, max_feeds=virtual_workers):
         for schedule in SCHEDULES if layout.pipeline > 1 else (None,):
             chunks = layout.pipeline * (chunks_per_rank(schedule) if schedule else 1)

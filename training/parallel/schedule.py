@@ -12,8 +12,8 @@ from fractions import Fraction
 from typing import Literal
 
 from training.errors import UserError
+from training.layout import Schedule
 
-Schedule = Literal["gpipe", "1f1b", "interleaved"]
 Verb = Literal["receive", "compute", "send"]
 NUM_CHUNKS = 2
 """Of the interleaved schedule: so many parts of the model a rank has, each a turn apart."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -88,6 +88,10 @@ class ShardedUpdate:
         for piece, gradient in zip(self._pieces, self._gradients(), strict=True):
             piece.grad = gradient
         self._state.optimizer.step()
+
+    def lent(self) -> AbstractContextManager[Any]:
+        """Meanwhile the model has whole copies of all weights. Collective at its beginning."""
+        return self._sharded.lent()
 
     @contextmanager
     def whole_state(self) -> Iterator[None]:

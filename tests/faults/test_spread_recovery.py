@@ -1,5 +1,5 @@
-"""Two hosts with agents and sharded state: what is killed is started again by itself, and the bits are those of one
-process that had all of the state."""
+"""Two hosts with agents, and a part of the state on each: what is killed is started again by itself, and the bits are
+those of one process that had all of the state."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from tests.faults.hosts import Cluster, Host
 from tests.faults.injectors import KillProcess
 from tests.unit.tiny import exact_arithmetic
 from tests.waiting import wait_until
+from training.config import ParallelConfig
 from training.replay import begin_replay
 from training.runs.history import committed_steps, events_of
 from training.runs.job import read_job
@@ -58,12 +59,13 @@ def attempts(agents: Agents) -> list[tuple[int, str]]:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("parallel", [ParallelConfig(shard=2), ParallelConfig(pipeline=2)], ids=["shards", "stages"])
 def test_a_rank_that_is_killed_is_started_again_and_all_go_on_from_the_checkpoint(
-    store: Store, stack: Stack, cluster: Cluster, hosts: Sequence[Host], tmp_path: Path
+    store: Store, stack: Stack, cluster: Cluster, hosts: Sequence[Host], tmp_path: Path, parallel: ParallelConfig
 ) -> None:
     # whoever stalls is no fault here: groups are counted
     patience = {"min_nodes": 2, "silence_seconds": 60.0, "hang_seconds": 120.0, "join_seconds": 60.0}
-    agents = submit(store, cluster, tmp_path / "sharded", num_nodes=2, shard=2, is_slow=True, **patience)
+    agents = submit(store, cluster, tmp_path / "spread", num_nodes=2, parallel=parallel, is_slow=True, **patience)
     (agents.folder / "slow").write_text(str(PAUSE_SECONDS))
     for host in hosts:
         agents.start(host)
