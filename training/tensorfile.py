@@ -80,7 +80,7 @@ def _place(entry: Any, num_head_bytes: int) -> Place:
 
     dtype: torch.dtype = getattr(torch, _NAMES[entry["dtype"]])
     shape, (start, stop) = tuple(entry["shape"]), entry["data_offsets"]
-    if not all(isinstance(number, int) and number >= 0 for number in (*shape, start, stop)):
+    if not all(type(number) is int and number >= 0 for number in (*shape, start, stop)):
         raise ValueError(f"{entry}")
     if math.prod(max(length, 1) for length in shape) > MAX_ELEMENTS:  # torch counts so, be there a 0 among them
         raise ValueError(f"{shape}")

@@ -38,7 +38,7 @@ from training.servers.stale_protocol import Fresh
 from training.servers.stale_state import Reading
 from training.servers.wire import decode, encode
 
-LISTING_ERRORS = (TruncatedError, SyntaxError, ValueError, KeyError)
+LISTING_ERRORS = (TruncatedError, SyntaxError, ValueError, LookupError)
 """Those of a page that is left to the S3 client (a `ParseError` is a `SyntaxError`)."""
 STATUS = Status(
     member=MEMBER,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import socket
 from datetime import UTC, datetime
 from time import struct_time
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -73,6 +74,19 @@ def test_a_listing_that_goes_on_is_left_to_the_client(store: Store, monkeypatch:
     for told in ("<IsTruncated>true</IsTruncated><EncodingType>url</EncodingType>", "<IsTruncated>false</IsTruncated>"):
         with pytest.raises(TruncatedError):
             list(_entries(f"<ListBucketResult>{told}</ListBucketResult>".encode()))
+
+
+def test_a_listing_in_no_known_encoding_is_left_to_the_client(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    store.put("list/a", b"abc")
+    asked = []
+
+    def request(_: object, method: str, *__: object) -> SimpleNamespace:
+        asked.append(method)
+        return SimpleNamespace(status=200, data=b"<?xml version='1.0' encoding='utf-99'?><ListBucketResult/>")
+
+    monkeypatch.setattr("training.s3.quickrequests.QuickRequests._request", request)
+    assert [entry.key for entry in store.list_entries("list/")] == ["list/a"]
+    assert asked == ["GET"]
 
 
 def test_what_is_missing_needs_no_client(store: Store) -> None:

@@ -229,7 +229,9 @@ def test_the_digest_covers_names_dtypes_shapes_and_bytes() -> None:
     )
 
 
-@pytest.mark.parametrize("shape", [[0, 2**63 - 1, 4], [2**62, 2**62, 0], [0, 10**19], [-1], [True], ["2"], [1.0]])
+@pytest.mark.parametrize(
+    "shape", [[0, 2**63 - 1, 4], [2**62, 2**62, 0], [0, 10**19], [-1], [True], [True, 0], ["2"], [1.0]]
+)
 def test_a_shape_that_torch_cannot_count_is_damage(shape: list[object]) -> None:
     head = canonical_json({"w": {"dtype": "F32", "shape": shape, "data_offsets": [0, 0]}})
     file = bytearray(len(head).to_bytes(8, "little") + head)

@@ -474,6 +474,6 @@ def _parse(uri: str, data: bytes) -> dict[str, Any]:
     rest = {name: value for name, value in document.items() if name != "nonce"}
     if not (digest == digest_of(rest) if dot else _OLD_NONCE.fullmatch(nonce)):
         raise DamagedError(f"{uri} is damaged: it is not what was written there")
-    if not isinstance(document.get("version"), int):
+    if type(document.get("version")) is not int:
         raise DamagedError(f"{uri} is damaged: version: it is no number")
     return document

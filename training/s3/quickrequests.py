@@ -106,7 +106,7 @@ class QuickRequests:
         try:
             reply = self._request("GET", url, b"", NOTHING, None, False)
             return list(_entries(reply.data)) if reply.status == 200 else None
-        except (HTTPError, ElementTree.ParseError, TruncatedError, ValueError, KeyError):
+        except (HTTPError, ElementTree.ParseError, TruncatedError, ValueError, LookupError):  # of encodings, too
             return None
 
     def _url(self, key: str) -> str:
