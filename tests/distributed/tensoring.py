@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, replace
 from datetime import timedelta
@@ -18,7 +18,9 @@ import safetensors.torch
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
 from torch.nn import functional as F
+from torch.optim import LBFGS, Optimizer
 from torch.utils.checkpoint import checkpoint
 
 from tests.distributed.ranks import TIMEOUT_SECONDS
@@ -26,6 +28,7 @@ from tests.unit.tiny import MemoryReader, make_trainer, tiny_preset
 from training.arithmetic.balance import Balance, even_shares, ranges
 from training.arithmetic.norm import block_norms, norm_of
 from training.arithmetic.objective import Objective
+from training.errors import UserError
 from training.layout import Layout
 from training.loop import Trainer
 from training.parallel import tensor, tensor_update
@@ -33,7 +36,8 @@ from training.parallel.tensor import ByRows, CutModel, TensorGroups, as_autocast
 from training.parallel.tensor_peers import Peers, Tell, same, tell
 from training.parallel.tensor_trial import Trial
 from training.parallel.tensor_update import TensorReducer, TensorUpdate
-from training.recipes.stdlib import Block, ByteTransformer
+from training.recipe import Cut, Recipe
+from training.recipes.stdlib import Block, ByteTransformer, Transformer
 
 SEQUENCE = 8
 NUM_STEPS = 50
@@ -57,8 +61,80 @@ class Recomputes(ByteTransformer):
         return model
 
 
+class Dropped(Transformer):
+    def forward(self, tokens: Tensor) -> Tensor:
+        return F.dropout(super().forward(tokens), 0.1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Dropping(ByteTransformer):
+    def model(self) -> nn.Module:
+        return Dropped(sequence_bytes=SEQUENCE, width=self.width, num_layers=1, num_heads=self.num_heads)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Counting(ByteTransformer):
+    def model(self) -> nn.Module:
+        model = super().model()
+        model.register_buffer("calls", torch.zeros(()))
+        return model
+
+    def loss(self, model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
+        model.calls += 1  # type: ignore[operator, assignment]  # a buffer
+        return super().loss(model, batch)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mistaken(ByteTransformer):
+    """Takes queries, keys and values for one."""
+
+    def cuts(self, model: nn.Module) -> Sequence[Cut]:
+        return [replace(cut, num_repeats=1) for cut in super().cuts(model)]
+
+
+class ScalingBlock(Block):
+    """Has a weight between two matrices."""
+
+    def __init__(self, width: int, num_heads: int) -> None:
+        super().__init__(width, num_heads)
+        self.scale = nn.Parameter(torch.ones(self.head_size))
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(x).unflatten(2, (3, -1, self.head_size)).permute(2, 0, 3, 1, 4)
+        attended = F.scaled_dot_product_attention(q * self.scale, k, v, is_causal=True)
+        found: Tensor = x + self.out(attended.transpose(1, 2).flatten(2))
+        return found
+
+
+@dataclass(frozen=True, kw_only=True)
+class Between(ByteTransformer):
+    def model(self) -> nn.Module:
+        model = super().model()
+        assert isinstance(model, Transformer)
+        model.blocks = nn.Sequential(*(ScalingBlock(self.width, self.num_heads) for _ in range(self.num_layers)))
+        return model
+
+    def cuts(self, model: nn.Module) -> Sequence[Cut]:
+        return super().cuts(model)[::2]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Searching(ByteTransformer):
+    def optimizer(self, model: nn.Module) -> Optimizer:
+        return LBFGS(model.parameters())
+
+
 SMALL: dict[str, Any] = {"sequence_bytes": SEQUENCE, "width": 32, "num_layers": 2, "num_heads": 4}
-RECIPES = {"transformer": ByteTransformer(**SMALL), "recomputes": Recomputes(**SMALL)}
+RECIPES = {
+    "transformer": ByteTransformer(**SMALL),
+    "recomputes": Recomputes(**SMALL),
+    "dropout": Dropping(**SMALL),
+    "buffers": Counting(**SMALL),
+    "repeats": Mistaken(**SMALL),
+    "between": Between(**SMALL),
+    "pieces": ByteTransformer(**{**SMALL, "width": 48, "num_heads": 6}),
+    "optimizer": Searching(**SMALL),
+}
 
 
 class TensorTrainer(Trainer):
@@ -77,9 +153,7 @@ class TensorTrainer(Trainer):
         train, rank, layout = self.preset.train, self.rank, self.layout
         layout.require(num_ranks=rank.world_size, virtual_workers=train.virtual_workers)
         require_tensor(layout, rank.device)
-        fields = self.feed.held_out().read(range(train.batch_size // train.virtual_workers)).fields
-        batch = {name: torch.from_numpy(array) for name, array in fields.items()}
-        trial = Trial(self.recipe, self.state.model, batch)
+        trial = Trial(self.recipe, self.state.model, held_out(self))
         index = layout.coordinates(rank.rank).tensor
         peers = Peers(self.groups.parts, number=layout.tensor, index=index)
         cut = CutModel(self.recipe, self.state.model, peers, in_sequences=self.in_sequences)
@@ -154,15 +228,50 @@ def in_tensors(
         outcomes = [trainer.train_step() for _ in range(num_steps)]
     told["history"] = [(outcome.loss, outcome.grad_norm, outcome.samples) for outcome in outcomes]
     told["num_sent"] = tells.num_bytes
+    batch = held_out(trainer)
+    told["num_saved_bytes"] = _num_saved_bytes(trainer.recipe, trainer.state.model, batch)
     told["num_of_optimizer"] = sum(kept["exp_avg"].numel() for kept in trainer.state.optimizer.state.values())
     if not isinstance(trainer, TensorTrainer):
+        told["loss_alone"] = trainer.recipe.loss(trainer.state.model, batch).item()
         return {**told, **whole(trainer, maybe_to)}
     with trainer.updater.whole_state():
         told |= whole(trainer, maybe_to if rank == 0 else None)
-        batch = trainer.microbatch(trainer.reducer.owned[0])[1]
         told["loss_alone"] = trainer.recipe.loss(trainer.state.model, batch).item()
     assert _num_elements(trainer) == told["num_kept"]
     return told
+
+
+def held_out(trainer: Trainer) -> Mapping[str, Tensor]:
+    """As many samples as a virtual worker has."""
+    train = trainer.preset.train
+    fields = trainer.feed.held_out().read(range(train.batch_size // train.virtual_workers)).fields
+    return {name: torch.from_numpy(array) for name, array in fields.items()}
+
+
+def _num_saved_bytes(recipe: Recipe, model: nn.Module, batch: Mapping[str, Tensor]) -> int:
+    """What autograd keeps of its loss, beside what the model has. Collective."""
+    known = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    found: dict[int, Tensor] = {}
+
+    def save(tensor: Tensor) -> Tensor:
+        found[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    with saved_tensors_hooks(save, lambda tensor: tensor):
+        loss = recipe.loss(model, batch)
+    del loss
+    return sum(tensor.untyped_storage().nbytes() for at, tensor in found.items() if at not in known)
+
+
+def refusal(rank: int, world_size: int, kind: str) -> str:
+    """What is said of a recipe whose model cannot be cut; where its weights are between matrices, with whole sequences,
+    as else they are summed."""
+    trainer = trainer_in(kind, rank, Layout(tensor=world_size), kind != "between", TRAIN)
+    try:
+        assert trainer.updater is not None
+    except UserError as error:
+        return str(error)
+    return "nothing"
 
 
 def _num_elements(trainer: Trainer) -> int:

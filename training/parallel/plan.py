@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from fractions import Fraction
 
 from training.arithmetic.reduce import num_rows, owned_range, subtrees
@@ -23,6 +23,8 @@ class Part:
     """What the backward pass of one virtual worker needs of it, beside weights."""
     output_bytes: int
     """What one virtual worker gives to the next part."""
+    exchanged_bytes: int = 0
+    """What a rank with a part of each matrix says of one virtual worker to those with the others, forward and back."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,6 +32,12 @@ class ModelCost:
     """Parts in the order in which they are computed: before the blocks, each block, after them; or the whole alone."""
 
     parts: tuple[Part, ...]
+    cut: Mapping[int, tuple[Part, ...]] = field(default_factory=dict)
+    """The same where so many ranks have a part of each matrix, of one of them."""
+
+    def at(self, tensor: int) -> ModelCost:
+        """Of a rank with one of so many parts."""
+        return self if tensor == 1 else replace(self, parts=self.cut[tensor])
 
     @property
     def max_stages(self) -> int:
@@ -76,7 +84,12 @@ def costs(model: ModelCost, *, num_ranks: int, virtual_workers: int) -> list[Cos
     """Of all layouts of so many ranks; those with a pipeline once for each schedule that has the blocks and the
     virtual workers it needs."""
     found = []
-    for layout in layouts(num_ranks, max_pipeline=model.max_stages, max_feeds=virtual_workers):
+    all_layouts = layouts(
+        num_ranks, max_pipeline=model.max_stages, max_tensor=max(model.cut, default=1), max_feeds=virtual_workers
+    )
+    for layout in all_layouts:
+        if layout.tensor > 1 and layout.tensor not in model.cut:
+            continue
         for schedule in SCHEDULES if layout.pipeline > 1 else (None,):
             chunks = layout.pipeline * (chunks_per_rank(schedule) if schedule else 1)
             is_even = virtual_workers % (layout.num_feeds * layout.pipeline) == 0
@@ -88,7 +101,7 @@ def costs(model: ModelCost, *, num_ranks: int, virtual_workers: int) -> list[Cos
 def cost(model: ModelCost, layout: Layout, schedule: Schedule | None, *, virtual_workers: int) -> Cost:
     """Of the stage that needs most memory."""
     num_chunks = layout.pipeline * (chunks_per_rank(schedule) if schedule else 1)
-    chunks = model.stages(num_chunks)
+    chunks = model.at(layout.tensor).stages(num_chunks)
     stages = [_of_stage(chunks, stage, layout, schedule, virtual_workers) for stage in range(layout.pipeline)]
     return max(stages, key=lambda one: one.memory_bytes)
 
@@ -117,6 +130,7 @@ def _of_stage(
         outputs = [chunks[number][-1].output_bytes for number in own if number < len(chunks) - 1]
         inputs = [chunks[number - 1][-1].output_bytes for number in own if number]
         passed = num_workers * (sum(outputs) + sum(inputs))
+    exchanged = num_workers * sum(part.exchanged_bytes for part in parts)
     largest = max(part.weight_bytes for part in parts)
     return Cost(
         layout=layout,
@@ -125,7 +139,7 @@ def _of_stage(
         gradient_bytes=_gradients(weights, largest, owned, layout, virtual_workers),
         optimizer_bytes=sum(part.optimizer_bytes for part in parts) // layout.shard,
         activation_bytes=int(in_flight * sum(part.saved_bytes for part in parts)),
-        sent_bytes=passed + _sent(weights, owned, num_workers, layout),
+        sent_bytes=passed + exchanged + _sent(weights, owned, num_workers, layout),
         bubble=float(waiting),
     )
 
