@@ -100,8 +100,8 @@ class ScalingBlock(Block):
         self.scale = nn.Parameter(torch.ones(self.head_size))
 
     def forward(self, x: Tensor) -> Tensor:
-        q, k, v = self.qkv(x).unflatten(2, (3, -1, self.head_size)).permute(2, 0, 3, 1, 4)
-        attended = F.scaled_dot_product_attention(q * self.scale, k, v, is_causal=True)
+        q, k, v = self.qkv(self.norm_attention(x)).unflatten(2, (3, -1, self.head_size)).permute(2, 0, 3, 1, 4)
+        attended = F.scaled_dot_product_attention(q, k, v * self.scale, is_causal=True)
         found: Tensor = x + self.out(attended.transpose(1, 2).flatten(2))
         return found
 

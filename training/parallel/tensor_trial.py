@@ -19,7 +19,7 @@ from training.recipe import Recipe
 
 SAME = 1e-3
 """Of its own norm a gradient may differ; float32 rounds to 6e-8, and what is computed otherwise differs by its size."""
-NOTHING = 1e-5
+NOTHING = 1e-6
 """Of the norm of all: what is nothing else than rounding (a key's bias in an attention) may be anything so small."""
 
 
