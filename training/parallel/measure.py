@@ -80,7 +80,7 @@ def _measured_parts(
     with counter.counting(), _as_it_is():
         loss = Objective(recipe, model, precision=precision)(batch)
     if maybe_peers is not None:
-        loss.backward()  # type: ignore[no-untyped-call]  # torch has no annotation here
+        loss.backward()
     del loss
     parts = _parts_of_parameters(model, blocks)
     trained = [(p, part) for p, part in parts.items() if p.requires_grad]
@@ -161,7 +161,7 @@ class _Counter:
             self.output_bytes[part] = _num_bytes(outputs)
             for leaf in tree_leaves(outputs):
                 if isinstance(leaf, Tensor) and leaf.requires_grad:
-                    leaf.register_hook(lambda gradient: self._enter(part))
+                    leaf.register_hook(lambda gradient: self._enter(part))  # type: ignore[no-untyped-call]  # no annotation
             if part == len(self._blocks):
                 self._part = part + 1
 

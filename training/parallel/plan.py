@@ -151,16 +151,15 @@ def _kept(weights: int, largest: int, num_shards: int) -> int:
 
 def _gradients(weights: int, largest: int, owned: range, layout: Layout, virtual_workers: int) -> int:
     """Those of the backward pass, the sums of subtrees, and what comes from other ranks (training.arithmetic.exact,
-    training.parallel.sharded)."""
+    training.parallel.sharded). With shards a block's last ones are sent, and forgotten, as soon as they are there."""
     plans = [subtrees(owned_range(feed, layout.num_feeds, virtual_workers)) for feed in range(layout.num_feeds)]
-    rows = num_rows(subtrees(owned))
     if layout.shard == 1:
+        rows = num_rows(subtrees(owned))
         is_in_place = layout.data == 1 or [len(plan) for plan in plans] == [1, 1]
         received = 0 if is_in_place else weights + weights * sum(map(len, plans)) // layout.num_feeds
         return weights + rows * weights + received
-    if len(owned) == 1:  # a block's are sent, and forgotten, as soon as they are there
-        return weights // layout.shard + min(weights, 2 * largest)
-    return weights // layout.shard + weights + rows * weights
+    sums = max(number + subtree.level for number, subtree in enumerate(subtrees(owned)))
+    return weights // layout.shard + sums * weights + min(weights, 2 * largest)
 
 
 def _sent(weights: int, owned: range, num_workers: int, layout: Layout) -> int:

@@ -102,9 +102,9 @@ class CutModel:
                 parameter.data = part
             self._hang_parts()
 
-    def joined(self, parameter: nn.Parameter, part: Tensor) -> Tensor:
+    def joined(self, parameter: Tensor, part: Tensor) -> Tensor:
         """From each rank's part, of the weights or of something like them. Collective."""
-        return self.slices[parameter].joined(self.peers.of_all(part))
+        return self.slices[parameter].joined(self.peers.of_all(part).unbind())
 
     def sum_partly_summed(self) -> None:
         """Gradients of what is not cut, where sequences are. Collective."""
@@ -162,9 +162,9 @@ class ByColumns(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if not self._in_sequences:
             return F.linear(tell(as_autocast(x), same, self._peers.summed), self.weight, self.bias)
-        own, weight, bias = as_autocast(x), as_autocast(self.weight), self.bias
-        bias = None if bias is None else as_autocast(bias)
-        found: Tensor = OfWholeSequence.apply(own, weight, bias, self._peers)  # type: ignore[no-untyped-call]  # no annotation
+        own, weight = as_autocast(x), as_autocast(self.weight)
+        maybe_bias = None if self.bias is None else as_autocast(self.bias)
+        found: Tensor = OfWholeSequence.apply(own, weight, maybe_bias, self._peers)  # type: ignore[no-untyped-call]  # no annotation
         return found
 
 

@@ -41,9 +41,9 @@ class Slices:
         return tuple(shape)
 
 
-def slices_of(cut: Cut) -> dict[nn.Parameter, Slices]:
+def slices_of(cut: Cut) -> dict[Tensor, Slices]:
     """Of the parameters that are cut: a bias of the second matrix is not."""
-    found = {
+    found: dict[Tensor, Slices] = {
         p: Slices(shape=tuple(p.shape), dimension=0, num_before=cut.num_repeats, num_units=cut.num_units)
         for p in (cut.columns.weight, cut.columns.bias)
         if p is not None
@@ -101,7 +101,8 @@ def _require_once(model: nn.Module, cuts: Sequence[Cut], name: str) -> None:
         places.setdefault(module, []).append(path)
     for path, parameter in model.named_parameters(remove_duplicate=False):
         places.setdefault(parameter, []).append(path)
-    cut = [one for each in cuts for one in (each.columns, each.rows)]
-    for one in [*cut, *(matrix.weight for matrix in cut)]:
-        if len(places[one]) > 1 or cut.count(one) > 1:
-            raise UserError(f"{name}.cuts() cuts {places[one][0]}, which is used twice ({places[one]}): no tied ones")
+    matrices = [matrix for cut in cuts for matrix in (cut.columns, cut.rows)]
+    for matrix in matrices:
+        for paths in (places[matrix], places[matrix.weight]):
+            if len(paths) > 1 or matrices.count(matrix) > 1:
+                raise UserError(f"{name}.cuts() cuts {paths[0]}, which is used twice ({paths}): no tied ones")

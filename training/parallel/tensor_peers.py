@@ -66,7 +66,8 @@ class Peers:
                 f"a block of the recipe's model gets a tensor of shape {list(whole.shape)}: along the sequence, its"
                 f" second dimension, it cannot be cut into parallel.tensor = {self.number} parts"
             )
-        return whole.unflatten(SEQUENCE, (self.number, -1))
+        batch, places, *others = whole.shape
+        return whole.reshape(batch, self.number, places // self.number, *others)
 
 
 def _bytes_of(tensor: Tensor) -> Tensor:
@@ -99,7 +100,7 @@ class _Told(torch.autograd.Function):
         return there(tensor)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]  # any arguments there
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
         return ctx.back(gradient), None, None
 
 
@@ -114,7 +115,7 @@ class OfWholeSequence(torch.autograd.Function):
         return F.linear(peers.gathered(own), weight, bias)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]  # any arguments there
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         own, weight = ctx.saved_tensors
         wants_own, wants_weight, wants_bias, _ = ctx.needs_input_grad
         rows = gradient.flatten(0, -2)

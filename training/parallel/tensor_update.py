@@ -96,7 +96,9 @@ class TensorUpdate:
     def whole_state(self) -> Iterator[None]:
         """Meanwhile the state has all of the weights, and of what the optimizer keeps of them: copies. Collective."""
         entries = self._state.optimizer.state
-        own = {parameter: entries[parameter] for parameter in self._cut.slices if parameter in entries}
+        own: dict[Tensor, Any] = {
+            parameter: entries[parameter] for parameter in self._cut.slices if parameter in entries
+        }
         with self._cut.lent():
             entries.update({parameter: self._joined(parameter, kept) for parameter, kept in own.items()})
             try:
@@ -104,7 +106,7 @@ class TensorUpdate:
             finally:
                 entries.update(own)
 
-    def _joined(self, parameter: nn.Parameter, kept: dict[str, Any]) -> dict[str, Any]:
+    def _joined(self, parameter: Tensor, kept: dict[str, Any]) -> dict[str, Any]:
         """`kept` are the same on each rank but for what is like its part."""
         slices, peers = self._cut.slices[parameter], self._cut.peers
         shape = slices.part_shape(peers.number)
