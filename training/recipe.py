@@ -83,6 +83,20 @@ class Record:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Cut:
+    """Two matrices, with units between them that are computed each by itself: an attention's heads, or the numbers
+    within a feed-forward layer. Ranks may have some of the units each."""
+
+    columns: nn.Linear
+    """Gives the units: so many numbers of the first one, as many of the next, …"""
+    rows: nn.Linear
+    """Takes what was made of them, in the same order."""
+    num_units: int
+    num_repeats: int = 1
+    """`columns` gives all units so many times, one time after another (3: queries, keys and values)."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Recipe(ABC):
     """Subclass as a frozen keyword-only dataclass: its fields are filled from `[hyperparameters]`."""
 
@@ -122,6 +136,11 @@ class Recipe(ABC):
     def parts(self, model: nn.Module) -> Sequence[nn.Module]:
         """All of the model as modules that are computed one after another, each called with what the one before gave (a
         tensor, or a tuple of them), the first with `inputs`; its `blocks` among them. None: it has no pipeline."""
+        return ()
+
+    def cuts(self, model: nn.Module) -> Sequence[Cut]:
+        """Matrices of the model of which ranks may have a part each. What is computed between two of them must work
+        with fewer units. None: it is not cut so."""
         return ()
 
     @abstractmethod

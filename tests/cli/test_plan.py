@@ -20,7 +20,13 @@ def test_layouts_of_a_preset_are_compared(tmp_path: Path) -> None:
     found = json.loads(done.stdout)
     assert found["ranks"] == 2
     layouts = [({k: n for k, n in one["layout"].items() if n > 1}, one["schedule"]) for one in found["layouts"]]
-    assert layouts == [({"data": 2}, None), ({"shard": 2}, None), ({"pipeline": 2}, "gpipe"), ({"pipeline": 2}, "1f1b")]
+    assert layouts == [
+        ({"data": 2}, None),
+        ({"shard": 2}, None),
+        ({"pipeline": 2}, "gpipe"),
+        ({"pipeline": 2}, "1f1b"),
+        ({"tensor": 2}, None),
+    ]
     (best,) = (one for one in found["layouts"] if one["recommended"])
     assert best["layout"]["data"] == 2
     tight = _plan(tmp_path, "stdlib", "--nodes", "2", "--memory", str(best["memory_bytes"] - 1))

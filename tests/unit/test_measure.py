@@ -38,6 +38,25 @@ def test_a_transformer_is_measured_without_computing(precision: str) -> None:
     assert found.weight_bytes == sum(p.nbytes for p in recipe.model().parameters())
 
 
+def test_matrices_are_cut_as_the_recipe_says() -> None:
+    num_bytes = 4 * 2 * 16 * 8
+    found = measure(ByteTransformer(sequence_bytes=16, width=8, num_heads=2), TEXT, batch_size=2, precision="float32")
+    assert set(found.cut) == {2}
+    first, block, _, last = found.cut[2]
+    assert (first.weight_bytes, last.weight_bytes) == (found.parts[0].weight_bytes, found.parts[-1].weight_bytes)
+    assert block.saved_bytes == found.parts[1].saved_bytes // 2
+    assert block.exchanged_bytes == (2 * 5 + 1) * num_bytes // 2, "two pairs of matrices, and the first block's input"
+
+
+def test_sequences_that_cannot_be_cut_stay_whole() -> None:
+    num_bytes = 4 * 2 * 15 * 8
+    recipe = ByteTransformer(sequence_bytes=15, width=8, num_heads=2)
+    found = measure(recipe, {"bytes": np.zeros(16, np.uint8)}, batch_size=2, precision="float32")
+    block = found.cut[2][1]
+    assert found.parts[1].saved_bytes // 2 < block.saved_bytes < found.parts[1].saved_bytes
+    assert block.exchanged_bytes == 2 * 4 * num_bytes // 2
+
+
 def test_a_model_without_blocks_is_one_part() -> None:
     found = measure(
         Digits(), {"pixels": np.zeros((8, 8), np.uint8), "label": np.array(1)}, batch_size=2, precision="float32"

@@ -137,10 +137,25 @@ def test_what_layouts_cost() -> None:
     assert (sharded.weight_bytes, sharded.optimizer_bytes) == (8500 // 4 + 2000, 17000 // 4)
     assert sharded.gradient_bytes == 8500 // 4 + 2000
     assert sharded.sent_bytes == 3 * 8500 * 3 // 4  # gathered twice, scattered once
+    several = cost(MODEL, Layout(shard=2), None, virtual_workers=4)
+    assert several.gradient_bytes == 8500 // 2 + 8500 + 2000, "of two siblings, and of a block on its way"
     piped = cost(MODEL, Layout(pipeline=4), "1f1b", virtual_workers=8)
     assert piped.bubble == pytest.approx(3 / 11)
     assert piped.weight_bytes == 2300  # of the first stage, which keeps most
     assert piped.activation_bytes == 4 * (20 + 2 * 500)
+
+
+def test_matrices_are_cut_where_the_recipe_lets_them() -> None:
+    half = replace(BLOCK, weight_bytes=550, optimizer_bytes=1100, saved_bytes=250, exchanged_bytes=40)
+    model = replace(MODEL, cut={2: (MODEL.parts[0], *(half,) * 8, MODEL.parts[-1])})
+    found = {str(one.layout): one for one in costs(model, num_ranks=4, virtual_workers=4) if one.schedule is None}
+    assert {"data 4", "data 2 × tensor 2", "shard 2 × tensor 2"} <= found.keys()
+    assert "tensor 4" not in found
+    both = found["data 2 × tensor 2"]
+    weights = 500 + 8 * 550
+    assert (both.weight_bytes, both.optimizer_bytes, both.activation_bytes) == (weights, 2 * weights, 90 + 8 * 250)
+    assert both.sent_bytes == 2 * 8 * 40 + weights, "of two virtual workers, and as any all-reduce of two"
+    assert all(one.layout.tensor == 1 for one in costs(MODEL, num_ranks=4, virtual_workers=4))
 
 
 def test_a_layout_is_recommended_that_fits() -> None:

@@ -64,9 +64,11 @@ class ExactReducer:
         rank: int,
         bucket_bytes: int = BUCKET_BYTES,
         maybe_giving: Giving | None = None,
+        maybe_processes: dist.ProcessGroup | None = None,
     ) -> None:
         """`objective` gives the loss of a batch; `num_extras` more numbers per virtual worker are summed alike.
-        `ranges` are the virtual workers of each rank, from the first to the last.
+        `ranges` are the virtual workers of each rank, from the first to the last; `rank` is this one's among
+        `maybe_processes`, which are all unless it says which.
 
         Raises `UserError` if a parameter is not float32.
         """
@@ -81,7 +83,7 @@ class ExactReducer:
         self._virtual_workers = ranges[-1].stop
         self._places = places(self.owned)
         if maybe_giving is None:
-            group = Group(ranges, rank, trained[0].device)
+            group = Group(ranges, rank, trained[0].device, maybe_processes)
             planned = plan_buckets([p.numel() for p in parameters], bucket_bytes // 4)
         else:
             group = Group([self.owned], 0, trained[0].device)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -19,8 +20,14 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._pytree import tree_leaves
 
 from training.arithmetic.objective import Objective, recipe_errors
+from training.errors import UserError
 from training.parallel.plan import ModelCost, Part
+from training.parallel.tensor import CutModel
+from training.parallel.tensor_peers import Peers
 from training.recipe import Recipe, Sample
+
+MAX_TENSOR = 8
+"""Into more parts matrices are cut on no machine that there is."""
 
 
 def measure(recipe: Recipe, sample: Sample, *, batch_size: int, precision: str) -> ModelCost:
@@ -36,28 +43,74 @@ def measure(recipe: Recipe, sample: Sample, *, batch_size: int, precision: str) 
 
 
 def _measured(recipe: Recipe, batch: Mapping[str, Tensor], precision: str) -> ModelCost:
+    """Whole, and cut into each number of parts that its matrices may be cut into."""
+    parts = _measured_parts(recipe, batch, precision)
+    with recipe_errors("cuts()"):
+        num_units = math.gcd(*(cut.num_units for cut in recipe.cuts(recipe.model())))
+    numbers = [number for number in range(2, MAX_TENSOR + 1) if num_units and num_units % number == 0]
+    return ModelCost(parts=parts, cut={number: _measured_cut(recipe, batch, precision, number) for number in numbers})
+
+
+def _measured_cut(recipe: Recipe, batch: Mapping[str, Tensor], precision: str, number: int) -> tuple[Part, ...]:
+    """With sequences in parts, if they can be."""
+    try:
+        return _measured_parts(recipe, batch, precision, Pretended(number), in_sequences=True)
+    except UserError:
+        return _measured_parts(recipe, batch, precision, Pretended(number))
+
+
+def _measured_parts(
+    recipe: Recipe,
+    batch: Mapping[str, Tensor],
+    precision: str,
+    maybe_peers: Pretended | None = None,
+    *,
+    in_sequences: bool = False,
+) -> tuple[Part, ...]:
     with recipe_errors("model()"):
         model = recipe.model()
         blocks = recipe.blocks(model)
+    if maybe_peers is not None:
+        CutModel(recipe, model, maybe_peers, in_sequences=in_sequences)
     with recipe_errors("optimizer()"):
         optimizer_bytes = _optimizer_bytes(recipe, model)
     counter = _Counter(model, blocks)
+    if maybe_peers is not None:
+        maybe_peers.count = counter.count_exchanged
     with counter.counting(), _as_it_is():
         loss = Objective(recipe, model, precision=precision)(batch)
+    if maybe_peers is not None:
+        loss.backward()
     del loss
     parts = _parts_of_parameters(model, blocks)
     trained = [(p, part) for p, part in parts.items() if p.requires_grad]
-    return ModelCost(
-        parts=tuple(
-            Part(
-                weight_bytes=sum(p.nbytes for p, at in parts.items() if at == part),
-                optimizer_bytes=sum(optimizer_bytes.get(p, 0) for p, at in trained if at == part),
-                saved_bytes=counter.saved_bytes[part],
-                output_bytes=counter.output_bytes[part],
-            )
-            for part in range(counter.num_parts)
+    return tuple(
+        Part(
+            weight_bytes=sum(p.nbytes for p, at in parts.items() if at == part),
+            optimizer_bytes=sum(optimizer_bytes.get(p, 0) for p, at in trained if at == part),
+            saved_bytes=counter.saved_bytes[part],
+            output_bytes=counter.output_bytes[part],
+            exchanged_bytes=counter.exchanged_bytes[part],
         )
+        for part in range(counter.num_parts)
     )
+
+
+class Pretended(Peers):
+    """Ranks that are not there: what they would be told is counted, and they say the same."""
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+        self.index = 0
+        self.count: Callable[[int], None] = lambda num_bytes: None
+
+    def of_all(self, own: Tensor) -> Tensor:
+        self.count(own.nbytes * (self.number - 1))
+        return torch.stack([own] * self.number)
+
+    def dealt(self, pieces: Tensor) -> Tensor:
+        self.count(pieces.nbytes // self.number * (self.number - 1))
+        return pieces.clone(memory_format=torch.contiguous_format)
 
 
 @contextmanager
@@ -79,6 +132,7 @@ class _Counter:
         self.num_parts = len(blocks) + 2 if blocks else 1
         self.saved_bytes = [0] * self.num_parts
         self.output_bytes = [0] * self.num_parts
+        self.exchanged_bytes = [0] * self.num_parts
         self._blocks = blocks
         self._part = 0
         own = [*model.parameters(), *model.buffers()]
@@ -105,10 +159,20 @@ class _Counter:
     def _end(self, part: int) -> Any:
         def end(block: nn.Module, inputs: Any, outputs: Any) -> None:
             self.output_bytes[part] = _num_bytes(outputs)
+            for leaf in tree_leaves(outputs):
+                if isinstance(leaf, Tensor) and leaf.requires_grad:
+                    leaf.register_hook(lambda gradient: self._enter(part))  # type: ignore[no-untyped-call]  # no annotation
             if part == len(self._blocks):
                 self._part = part + 1
 
         return end
+
+    def _enter(self, part: int) -> None:
+        """Also as it goes back."""
+        self._part = part
+
+    def count_exchanged(self, num_bytes: int) -> None:
+        self.exchanged_bytes[self._part] += num_bytes
 
     def _save(self, tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()

@@ -21,7 +21,8 @@ def clip_together(
     waiting: Callable[[], AbstractContextManager[None]] = nullcontext,
 ) -> float:
     """Scale this rank's gradients; returns the norm before, of all ranks'. It is taken block by block, in the order of
-    all parameters: `block_places` says where each rank's blocks stand there. Collective, and `waiting` while it is."""
+    all parameters: `block_places` says where each rank's blocks stand there; those that several have are the same.
+    Collective, and `waiting` while it is."""
     most = max(len(places) for places in block_places)
     mine = torch.zeros(most)
     if gradients:
@@ -30,7 +31,7 @@ def clip_together(
     found = torch.empty(len(block_places) * most)
     with waiting():
         dist.all_gather_single(found, mine, group=group)
-    ordered = torch.empty(sum(len(places) for places in block_places))
+    ordered = torch.empty(int(torch.cat(list(block_places)).max()) + 1)
     for places, norms in zip(block_places, torch.split(found, most), strict=True):
         ordered[places] = norms[: len(places)]
     norm = norm_of(ordered)

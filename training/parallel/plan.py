@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from fractions import Fraction
 
 from training.arithmetic.reduce import num_rows, owned_range, subtrees
@@ -23,6 +23,8 @@ class Part:
     """What the backward pass of one virtual worker needs of it, beside weights."""
     output_bytes: int
     """What one virtual worker gives to the next part."""
+    exchanged_bytes: int = 0
+    """What a rank with a part of each matrix says of one virtual worker to those with the others, forward and back."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,6 +32,12 @@ class ModelCost:
     """Parts in the order in which they are computed: before the blocks, each block, after them; or the whole alone."""
 
     parts: tuple[Part, ...]
+    cut: Mapping[int, tuple[Part, ...]] = field(default_factory=dict)
+    """The same where so many ranks have a part of each matrix, of one of them."""
+
+    def at(self, tensor: int) -> ModelCost:
+        """Of a rank with one of so many parts."""
+        return self if tensor == 1 else replace(self, parts=self.cut[tensor])
 
     @property
     def max_stages(self) -> int:
@@ -74,11 +82,14 @@ class Cost:
 
 def costs(model: ModelCost, *, num_ranks: int, virtual_workers: int) -> list[Cost]:
     """Of all layouts of so many ranks; those with a pipeline once for each schedule that has the blocks and the
-    virtual workers it needs. There are none if there are more ranks than virtual workers."""
+    virtual workers it needs: each rank has one, and those with parts of the same matrices have the same ones."""
     found: list[Cost] = []
-    if num_ranks > virtual_workers:
-        return found
-    for layout in layouts(num_ranks, max_pipeline=model.max_stages, max_feeds=virtual_workers):
+    all_layouts = layouts(
+        num_ranks, max_pipeline=model.max_stages, max_tensor=max(model.cut, default=1), max_feeds=virtual_workers
+    )
+    for layout in all_layouts:
+        if (layout.tensor > 1 and layout.tensor not in model.cut) or num_ranks > virtual_workers * layout.tensor:
+            continue
         for schedule in SCHEDULES if layout.pipeline > 1 else (None,):
             chunks = layout.pipeline * (chunks_per_rank(schedule) if schedule else 1)
             is_even = virtual_workers % (layout.num_feeds * layout.pipeline) == 0
@@ -90,7 +101,7 @@ def costs(model: ModelCost, *, num_ranks: int, virtual_workers: int) -> list[Cos
 def cost(model: ModelCost, layout: Layout, schedule: Schedule | None, *, virtual_workers: int) -> Cost:
     """Of the stage that needs most memory."""
     num_chunks = layout.pipeline * (chunks_per_rank(schedule) if schedule else 1)
-    chunks = model.stages(num_chunks)
+    chunks = model.at(layout.tensor).stages(num_chunks)
     stages = [_of_stage(chunks, stage, layout, schedule, virtual_workers) for stage in range(layout.pipeline)]
     return max(stages, key=lambda one: one.memory_bytes)
 
@@ -119,6 +130,7 @@ def _of_stage(
         outputs = [chunks[number][-1].output_bytes for number in own if number < len(chunks) - 1]
         inputs = [chunks[number - 1][-1].output_bytes for number in own if number]
         passed = num_workers * (sum(outputs) + sum(inputs))
+    exchanged = num_workers * sum(part.exchanged_bytes for part in parts)
     largest = max(part.weight_bytes for part in parts)
     return Cost(
         layout=layout,
@@ -127,7 +139,7 @@ def _of_stage(
         gradient_bytes=_gradients(weights, largest, owned, layout, virtual_workers),
         optimizer_bytes=sum(part.optimizer_bytes for part in parts) // layout.shard,
         activation_bytes=int(in_flight * sum(part.saved_bytes for part in parts)),
-        sent_bytes=passed + _sent(weights, owned, num_workers, layout),
+        sent_bytes=passed + exchanged + _sent(weights, owned, num_workers, layout),
         bubble=float(waiting),
     )
 
@@ -139,16 +151,15 @@ def _kept(weights: int, largest: int, num_shards: int) -> int:
 
 def _gradients(weights: int, largest: int, owned: range, layout: Layout, virtual_workers: int) -> int:
     """Those of the backward pass, the sums of subtrees, and what comes from other ranks (training.arithmetic.exact,
-    training.parallel.sharded)."""
+    training.parallel.sharded). With shards a block's last ones are sent, and forgotten, as soon as they are there."""
     plans = [subtrees(owned_range(feed, layout.num_feeds, virtual_workers)) for feed in range(layout.num_feeds)]
-    rows = num_rows(subtrees(owned))
     if layout.shard == 1:
+        rows = num_rows(subtrees(owned))
         is_in_place = layout.data == 1 or [len(plan) for plan in plans] == [1, 1]
         received = 0 if is_in_place else weights + weights * sum(map(len, plans)) // layout.num_feeds
         return weights + rows * weights + received
-    if len(owned) == 1:  # a block's are sent, and forgotten, as soon as they are there
-        return weights // layout.shard + min(weights, 2 * largest)
-    return weights // layout.shard + weights + rows * weights
+    sums = max(number + subtree.level for number, subtree in enumerate(subtrees(owned)))
+    return weights // layout.shard + sums * weights + min(weights, 2 * largest)
 
 
 def _sent(weights: int, owned: range, num_workers: int, layout: Layout) -> int:

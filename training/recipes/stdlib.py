@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim import AdamW, Optimizer
 
-from training.recipe import Recipe, Record, Sample
+from training.recipe import Cut, Recipe, Record, Sample
 from training.recipes.schedules import Schedule, warmup_then
 
 
@@ -22,7 +22,10 @@ class Block(nn.Module):
 
     def __init__(self, width: int, num_heads: int) -> None:
         super().__init__()
+        if width % num_heads:
+            raise ValueError(f"width = {width} is no multiple of num_heads = {num_heads}")
         self.num_heads = num_heads
+        self.head_size = width // num_heads
         self.norm_attention = nn.LayerNorm(width)
         self.qkv = nn.Linear(width, 3 * width)
         self.out = nn.Linear(width, width)
@@ -31,8 +34,8 @@ class Block(nn.Module):
         self.down = nn.Linear(4 * width, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        """[batch, sequence, width] to the same shape."""
-        qkv = self.qkv(self.norm_attention(x)).unflatten(2, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        """[batch, sequence, width] to the same shape, with as many heads as there are."""
+        qkv = self.qkv(self.norm_attention(x)).unflatten(2, (3, -1, self.head_size)).permute(2, 0, 3, 1, 4)
         attended = F.scaled_dot_product_attention(qkv[0], qkv[1], qkv[2], is_causal=True)
         x = x + self.out(attended.transpose(1, 2).flatten(2))
         grown: Tensor = self.down(F.gelu(self.up(self.norm_feed_forward(x))))
@@ -104,6 +107,18 @@ class ByteTransformer(Recipe):
     def parts(self, model: nn.Module) -> Sequence[nn.Module]:
         assert isinstance(model, Transformer)
         return Embedding(model.byte, model.position), *model.blocks, model.norm, model.head
+
+    def cuts(self, model: nn.Module) -> Sequence[Cut]:
+        assert isinstance(model, Transformer)
+        return [
+            cut
+            for block in model.blocks
+            if isinstance(block, Block)
+            for cut in (
+                Cut(columns=block.qkv, rows=block.out, num_units=block.num_heads, num_repeats=3),
+                Cut(columns=block.up, rows=block.down, num_units=block.up.out_features),
+            )
+        ]
 
     def inputs(self, batch: Mapping[str, Tensor]) -> Tensor:
         return batch["bytes"][:, :-1].to(torch.int64)

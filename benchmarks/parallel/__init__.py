@@ -1,0 +1,1 @@
+"""What layouts of a model over ranks take, measured."""

@@ -1,0 +1,72 @@
+"""The most memory that a rank takes in a step, in each layout, beside what `unbroken plan` says.
+
+Each rank is a fresh process; what it has before there is a model is not counted. The peak is the kernel's own mark.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from benchmarks.environments import ROOT
+from benchmarks.parallel.work import BATCH, CASES, VIRTUAL_WORKERS, Case, recipe_of
+from training.parallel.measure import measure
+from training.parallel.plan import Cost, ModelCost, cost
+
+MIB = 2**20
+
+
+def main(arguments: Sequence[str]) -> None:
+    parser = argparse.ArgumentParser(prog="benchmarks.parallel memory", description=__doc__)
+    parser.add_argument("--width", type=int, default=512)
+    parser.add_argument("--layers", type=int, default=4)
+    asked = parser.parse_args(arguments)
+    recipe = recipe_of(asked.width, asked.layers)
+    sample = {"bytes": np.zeros(recipe.sequence_bytes + 1, np.uint8)}
+    model = measure(recipe, sample, batch_size=BATCH // VIRTUAL_WORKERS, precision="float32")
+    print(f"{model.weight_bytes / MIB:.1f} MiB of weights, {VIRTUAL_WORKERS} virtual workers, in MiB\n")
+    print("| layout | measured | plan | plan / measured | weights | gradients | optimizer | activations |")
+    print("| --- " * 8 + "|")
+    for case in CASES:
+        print(_row(case, _measured(case, asked.width, asked.layers), _planned(model, case)), flush=True)
+
+
+def _planned(model: ModelCost, case: Case) -> Cost:
+    return cost(model, case.layout, case.maybe_schedule, virtual_workers=VIRTUAL_WORKERS)
+
+
+def _row(case: Case, measured: int, planned: Cost) -> str:
+    parts = (planned.weight_bytes, planned.gradient_bytes, planned.optimizer_bytes, planned.activation_bytes)
+    numbers = " | ".join(f"{part / MIB:.1f}" for part in parts)
+    total = planned.memory_bytes
+    return f"| {case.name} | {measured / MIB:.1f} | {total / MIB:.1f} | {total / measured:.2f} | {numbers} |"
+
+
+def _measured(case: Case, width: int, num_layers: int) -> int:
+    """Of the rank that takes most."""
+    with tempfile.TemporaryDirectory(prefix="unbroken-bench-") as folder:
+        environment = {
+            **os.environ,
+            "RENDEZVOUS": str(Path(folder) / "rendezvous"),
+            "OMP_NUM_THREADS": "1",
+            "GLOO_SOCKET_IFNAME": "lo",
+            "PYTHONPATH": str(ROOT),
+            "MALLOC_MMAP_THRESHOLD_": str(1 << 16),  # what is freed goes back to the kernel
+        }
+        command = [sys.executable, "-m", "benchmarks.parallel.rank", case.name, str(width), str(num_layers)]
+        ranks = [
+            subprocess.Popen(command, env={**environment, "RANK": str(rank)}, stdout=subprocess.PIPE, text=True)
+            for rank in range(case.layout.num_ranks)
+        ]
+        answers = [rank.communicate()[0] for rank in ranks]
+    if any(rank.returncode for rank in ranks):
+        raise SystemExit(f"{case.name}: a rank failed")
+    return max(int(json.loads(answer)) for answer in answers)

@@ -1,0 +1,118 @@
+"""Mean gradients of the parts of matrices that a rank has, the optimizer's step on them, and the whole state for
+whoever wants it (a checkpoint, a digest)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from training.arithmetic.exact import BUCKET_BYTES, ExactReducer
+from training.arithmetic.norm import blocks
+from training.checkpoints.state import TrainState
+from training.errors import UserError
+from training.parallel.norms import clip_together
+from training.parallel.tensor import CutModel, TensorGroups
+from training.servers.attached import require_divisible
+
+
+class TensorReducer(ExactReducer):
+    """Over all virtual workers, in their tree; then what ranks have of one gradient, in their order. Used like
+    `ExactReducer`: what replicas there are changes no bit."""
+
+    def __init__(
+        self,
+        objective: nn.Module,
+        cut: CutModel,
+        *,
+        groups: TensorGroups,
+        num_extras: int,
+        ranges: Sequence[range],
+        bucket_bytes: int = BUCKET_BYTES,
+    ) -> None:
+        """`ranges` are the virtual workers of each replica, from the first to the last."""
+        super().__init__(
+            objective,
+            num_extras=num_extras,
+            ranges=ranges,
+            rank=groups.replicas.rank(),
+            bucket_bytes=bucket_bytes,
+            maybe_processes=groups.replicas,
+        )
+        self._cut = cut
+
+    def finish(self) -> Tensor:
+        """Put the mean gradients of this rank's parts in their places; returns the sum of all extras.
+
+        Of these all ranks of a replica have the same, but for words that one says, where others have zeros."""
+        extras = super().finish()
+        self._cut.sum_partly_summed()
+        return self._cut.peers.of_all(extras).amax(0)
+
+
+class TensorUpdate:
+    """Of one step: each rank updates its parts of the matrices that are cut, and all of everything else."""
+
+    def __init__(self, state: TrainState, cut: CutModel, *, clip_norm: float | None) -> None:
+        """Takes the optimizer's state over, which is whole. Raises `UserError` if that cannot be cut."""
+        try:
+            require_divisible(state.optimizer)
+        except UserError as error:
+            raise UserError(f"parallel.tensor cuts parameters as parallel.shard does: {error}") from error
+        self._state = state
+        self._cut = cut
+        self._clip_norm = clip_norm
+        self._block_places = [self._places_of_blocks(index) for index in range(cut.peers.number)]
+        for parameter, slices in cut.slices.items():
+            for key, value in state.optimizer.state.get(parameter, {}).items():
+                if isinstance(value, Tensor) and tuple(value.shape) == slices.shape:
+                    state.optimizer.state[parameter][key] = slices.part(value, cut.peers.index, cut.peers.number)
+
+    def _places_of_blocks(self, index: int) -> Tensor:
+        """Where the norms of a rank's blocks stand among those of all: what is not cut has the same on each."""
+        found: list[int] = []
+        first = 0
+        for parameter in self._state.trained.values():
+            is_cut = parameter in self._cut.slices
+            number = len(blocks(parameter.numel()))
+            start = first + index * number * is_cut
+            found += range(start, start + number)
+            first += number * (self._cut.peers.number if is_cut else 1)
+        return torch.tensor(found, dtype=torch.int64)
+
+    def clip(self) -> float:
+        """Scale the gradients; returns the norm before, of all parts. Collective."""
+        gradients = [p.grad for p in self._state.trained.values() if p.grad is not None]
+        return clip_together(gradients, self._block_places, group=self._cut.peers.group, clip_norm=self._clip_norm)
+
+    def apply(self) -> None:
+        """The optimizer's step, at the learning rate that is set."""
+        self._state.optimizer.step()
+
+    @contextmanager
+    def whole_state(self) -> Iterator[None]:
+        """Meanwhile the state has all of the weights, and of what the optimizer keeps of them: copies. Collective."""
+        entries = self._state.optimizer.state
+        own: dict[Tensor, Any] = {
+            parameter: entries[parameter] for parameter in self._cut.slices if parameter in entries
+        }
+        with self._cut.lent():
+            entries.update({parameter: self._joined(parameter, kept) for parameter, kept in own.items()})
+            try:
+                yield
+            finally:
+                entries.update(own)
+
+    def _joined(self, parameter: Tensor, kept: dict[str, Any]) -> dict[str, Any]:
+        """`kept` are the same on each rank but for what is like its part."""
+        slices, peers = self._cut.slices[parameter], self._cut.peers
+        shape = slices.part_shape(peers.number)
+        return {
+            key: self._cut.joined(parameter, value)
+            if isinstance(value, Tensor) and tuple(value.shape) == shape
+            else value
+            for key, value in kept.items()
+        }
