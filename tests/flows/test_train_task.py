@@ -23,7 +23,9 @@ from tests.conftest import Stack
 from training.environment import fingerprint
 from training.errors import CancelledError, InfrastructureError, UserError
 from training.preset_file import load_preset
+from training.recipe import load_recipe
 from training.runs.events import Event
+from training.runs.identity import keep_identity
 from training.runs.record import CheckpointRef, Failure, Record, Result, RunRecord, start_fresh
 from training.s3.objectstore import Store
 
@@ -109,6 +111,8 @@ def test_resuming_says_why_there_is_nothing_to_go_on_with(stack: Stack, argument
     with pytest.raises(UserError, match=r"was never begun; leave the option out to begin it$"):
         require_begun(stack.store, shorter)
     run, _ = open_run(stack.store, shorter, None)
+    recipe = load_recipe(shorter.preset)
+    keep_identity(stack.store, run.run_key, recipe=recipe, preset=shorter.preset, dataset_digest=shorter.dataset_digest)
     proven = CheckpointRef(step=100, token=1, sha256="")
     run.update(lambda record: replace(record, checkpoints=(proven,), environment=fingerprint()))
     with pytest.raises(UserError, match=f"run {run.run_key[:12]} .* its learning rates are others from step 2 on"):

@@ -5,13 +5,14 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from tests.unit.tiny import CPU, Tiny
 from training.arithmetic.objective import seed_streams
@@ -20,9 +21,10 @@ from training.config import ParallelConfig
 from training.errors import DeterministicError, UserError
 from training.layout import Layout
 from training.parallel.chunk import Chunk, as_tuple
-from training.parallel.parts import chunks_of, require_same_loss
+from training.parallel.parts import chunks_of
 from training.parallel.pipeline import require_cut, require_pipeline
 from training.parallel.pipelined_update import require_separable
+from training.parallel.trial import Trial
 from training.recipe import Recipe
 from training.recipes.digits import Digits
 from training.recipes.stdlib import ByteTransformer
@@ -63,7 +65,10 @@ def cut(recipe: Recipe, number: int = 2, batch: Mapping[str, Tensor] = BATCH) ->
     seed_streams(0, CPU)
     model = recipe.model()
     chunks = chunks_of(recipe, model, number)
-    require_same_loss(recipe, model, chunks, batch, precision="float32", device=CPU)
+    before = [tensor.clone() for tensor in model.state_dict().values()]
+    Trial(recipe, model, chunks, batch, precision="float32", device=CPU).require_same()
+    assert all(map(torch.equal, before, model.state_dict().values()))
+    assert all(p.grad is None for p in model.parameters())
     return chunks
 
 
@@ -94,6 +99,144 @@ def test_parts_are_cut_where_blocks_begin() -> None:
 def test_what_a_pipeline_cannot_do_is_refused(recipe: Recipe, number: int, message: str) -> None:
     with pytest.raises(UserError, match=message):
         cut(recipe, number)
+
+
+class Own(nn.Module):
+    """A model of what a test gives: its parts, and how it computes them by itself."""
+
+    def __init__(self, parts: Sequence[nn.Module], compute: Callable[[Any, Tensor], Any]) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(parts)
+        self.compute = compute
+
+    def forward(self, x: Tensor) -> Any:
+        return self.compute(self, x)
+
+
+class Calling(nn.Module):
+    """A part that computes what a test says."""
+
+    def __init__(self, compute: Callable[[Any], Any], *modules: nn.Module) -> None:
+        super().__init__()
+        self.inner = nn.ModuleList(modules)
+        self.compute = compute
+
+    def forward(self, values: Any) -> Any:
+        return self.compute(values)
+
+
+class Seeing(nn.Module):
+    def __init__(self, seen: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("seen", seen)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.seen
+
+
+def in_turn(model: Any, x: Any) -> Any:
+    for layer in model.layers:
+        x = layer(x)
+    return x
+
+
+def noise(x: Tensor) -> Tensor:
+    return x * float(np.random.standard_normal())
+
+
+def narrow() -> nn.Linear:
+    return nn.Linear(5, 3)
+
+
+def frozen(layer: nn.Module) -> nn.Module:
+    return layer.requires_grad_(False)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Odd(Tiny):
+    """Its parts are its model's layers, and its blocks all but the first; so it is cut before the second."""
+
+    make: Callable[[], Own]
+    more_parts: Callable[[Any], Sequence[nn.Module]] = lambda model: []
+
+    def model(self) -> nn.Module:
+        return self.make()
+
+    def parts(self, model: Any) -> Sequence[nn.Module]:
+        return [*model.layers, *self.more_parts(model)]
+
+    def blocks(self, model: Any) -> Sequence[nn.Module]:
+        return list(model.layers)
+
+
+def grown(model: Any, x: Tensor) -> Tensor:
+    x = model.layers[0](x)
+    return cast(Tensor, model.layers[1](x * 0.5 + x.detach() * 0.5))
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "message"),
+    [
+        (lambda: Own([nn.Linear(5, 5), narrow()], grown), UserError, r"give layers\.0\.weight another gradient than"),
+        (
+            lambda: Own([nn.Linear(5, 5), nn.Sequential(nn.ReLU(inplace=True), narrow())], in_turn),
+            DeterministicError,
+            r"of what those before gave, unchanged.*in-place operation",
+        ),
+        (lambda: Own([nn.Linear(5, 5), frozen(narrow())], in_turn), None, ""),
+    ],
+)  # fmt: skip
+def test_what_is_computed_backward_counts_too(make: Callable[[], Own], error: Any, message: str) -> None:
+    """All of these give the loss of the model. What is frozen at the end is nothing else."""
+    recipe = Odd(make=make)
+    if error is None:
+        cut(recipe)
+        return
+    with pytest.raises(error, match=message):
+        cut(recipe)
+
+
+def test_a_tensor_that_is_given_twice_is_refused() -> None:
+    x = torch.ones(2, requires_grad=True)
+    assert len(as_tuple((x, x.view(2)))) == 2
+    with pytest.raises(UserError, match="gives the same tensor twice"):
+        as_tuple((x, x))
+
+
+def test_random_numbers_of_the_backward_pass_are_refused() -> None:
+    def make() -> Own:
+        inner = nn.Linear(5, 5)
+        drawing = Calling(lambda x: checkpoint(lambda y: inner(noise(y)), x, use_reentrant=False), inner)
+        return Own([drawing, narrow()], in_turn)
+
+    with pytest.raises(UserError, match="draws random numbers in its backward pass"):
+        cut(Odd(make=make))
+
+
+def test_a_buffer_that_a_part_holds_for_the_model_is_refused() -> None:
+    def make() -> Own:
+        model = Own([nn.Linear(5, 5), narrow()], lambda model, x: in_turn(model, x) * model.seen)
+        model.register_buffer("seen", torch.ones(3))
+        return model
+
+    recipe = Odd(make=make, more_parts=lambda model: [Seeing(model.seen)])
+    with pytest.raises(UserError, match=r"hold buffer seen elsewhere than the model does"):
+        cut(recipe)
+
+
+def test_what_is_left_after_a_loss_must_fit_too() -> None:
+    """Six blocks, of which the third and the fourth share weights: in three chunks together, in two not."""
+
+    def make() -> Own:
+        layers = [nn.Linear(5, 5) for _ in range(5)]
+        layers[3].weight = layers[2].weight
+        return Own([*layers, narrow()], in_turn)
+
+    recipe = Odd(make=make)
+    model = recipe.model()
+    chunks_of(recipe, model, 3)
+    with pytest.raises(UserError, match=r"is in chunks \[0, 1\] of the pipeline"):
+        require_cut(recipe, model, ParallelConfig(pipeline=3, schedule="1f1b"), CPU)
 
 
 def test_a_loss_that_reads_more_of_its_model_is_refused() -> None:

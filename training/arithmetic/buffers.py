@@ -75,6 +75,10 @@ class Buffers:
             )
         return [slot.tensor.clone() for slot in self._slots]
 
+    def current(self) -> list[Tensor]:
+        """Of whatever tensors hang there now. Raises `DeterministicError` as `copy`, and if one is of another form."""
+        return [slot.current.clone() for slot in self._slots]
+
     def by_name(self, values: Sequence[Tensor]) -> dict[str, Tensor]:
         return {slot.name: value for slot, value in zip(self._slots, values, strict=True)}
 

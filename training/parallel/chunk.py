@@ -91,6 +91,11 @@ def as_tuple(values: Values) -> tuple[Tensor, ...]:
             f"a part of the recipe's model gives {type(values).__name__} of {[type(one).__name__ for one in found]}: in"
             " a pipeline it gives a tensor, or a tuple of two or more"
         )
+    if len({one for one in found if one.requires_grad}) < sum(one.requires_grad for one in found):
+        raise UserError(
+            "a part of the recipe's model gives the same tensor twice, whose gradient a pipeline would add up in"
+            " another order: give it once"
+        )
     return found
 
 

@@ -9,8 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from training.arithmetic.buffers import Buffers
-from training.arithmetic.objective import Objective, recipe_errors, seed_streams
+from training.arithmetic.objective import recipe_errors
 from training.arithmetic.reduce import owned_range
 from training.arithmetic.streams import set_streams, streams_now
 from training.errors import UserError
@@ -64,6 +63,23 @@ def _require_all_once(model: nn.Module, chunks: Sequence[nn.Module], name: str) 
                 f"{what} is in chunks {of} of the pipeline, and would be trained on stages of its own by each: let the"
                 f" parts of {name} have weights and buffers of their own (no tied ones)"
             )
+    slots = {slot for chunk in chunks for slot in _slots(chunk)}
+    for (module, key), what in _slots(model).items():
+        if (module, key) not in slots:
+            raise UserError(
+                f"{name}.parts() hold buffer {what} elsewhere than the model does, which would not see what they make"
+                " of it: let a part hold the module that has it"
+            )
+
+
+def _slots(module: nn.Module) -> dict[tuple[nn.Module, str], str]:
+    """Where buffers hang, and what they are called."""
+    return {
+        (owner, key): f"{prefix}{'.' * bool(prefix)}{key}"
+        for prefix, owner in module.named_modules()
+        for key, tensor in owner._buffers.items()
+        if tensor is not None
+    }
 
 
 class Rest(nn.Module):
@@ -105,39 +121,3 @@ class Rest(nn.Module):
     @property
     def _name(self) -> str:
         return type(self._recipe).__name__
-
-
-def require_same_loss(
-    recipe: Recipe,
-    model: nn.Module,
-    chunks: Sequence[nn.Module],
-    batch: Mapping[str, Tensor],
-    *,
-    precision: str,
-    device: torch.device,
-) -> None:
-    """Raises `UserError` unless the parts give the loss that the model gives, of one batch, to the last bit."""
-    buffers = Buffers(model)
-    before = buffers.copy()
-    seed_streams(0, device)
-    with recipe_errors("loss()"):
-        whole = Objective(recipe, model, precision=precision)(batch).detach()
-    buffers.put_back(before)
-    rest = Rest(recipe, chunks[-1], device)
-    seed_streams(0, device)
-    with recipe_errors("parts(), one after another"), torch.no_grad():
-        values: Values = recipe.inputs(batch)
-        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bfloat16"):
-            for chunk in chunks[:-1]:
-                values = chunk(values)
-    streams = streams_now(device)
-    seed_streams(0, device)
-    with recipe_errors("loss() with the last of its parts() in the model's place, as in a pipeline"):
-        rest.begin(values, streams, batch)
-        cut = Objective(recipe, rest, precision=precision)(batch).detach()
-    buffers.put_back(before)
-    if not torch.equal(whole.nan_to_num(), cut.nan_to_num()):
-        raise UserError(
-            f"{type(recipe).__name__}.parts() one after another give a loss of {cut.item()}, and the model gives"
-            f" {whole.item()}: they must be all that the model computes"
-        )

@@ -17,9 +17,10 @@ from training.arithmetic.sparse import have_whole_gradients
 from training.config import ParallelConfig
 from training.errors import UserError
 from training.layout import Layout, Schedule
-from training.parallel.parts import chunks_of, require_same_loss
+from training.parallel.parts import chunks_of
 from training.parallel.scatter import own_group
 from training.parallel.schedule import chunks_per_rank
+from training.parallel.trial import Trial
 from training.recipe import Recipe
 
 
@@ -51,6 +52,8 @@ def require_cut(recipe: Recipe, model: nn.Module, parallel: ParallelConfig, devi
         raise UserError("parallel.pipeline was tried on processors alone so far: use parallel.pipeline = 1 on GPUs")
     require_float32([p for p in model.parameters() if p.requires_grad])
     chunks_of(recipe, model, parallel.pipeline * chunks_per_rank(parallel.schedule))
+    for stages in range(2, parallel.pipeline):  # what is left of it after a loss
+        chunks_of(recipe, model, stages)
 
 
 class Pipeline:
@@ -84,7 +87,7 @@ class Pipeline:
         self.precision = precision
         self.device = next(model.parameters()).device
         chunks = chunks_of(recipe, model, self.num_chunks)
-        require_same_loss(recipe, model, chunks, batch, precision=precision, device=self.device)
+        Trial(recipe, model, chunks, batch, precision=precision, device=self.device).require_same()
         self.stage_of = {
             tensor: number % layout.pipeline
             for number, chunk in enumerate(chunks)

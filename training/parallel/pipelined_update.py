@@ -140,8 +140,9 @@ class PipelinedUpdate:
         for stage, rank in enumerate(dist.get_process_group_ranks(stages)):
             for name, about in json.loads(texts[rank]).items():
                 is_own = stage == self._pipeline.stage
-                tensor = own[name].contiguous() if is_own else Form.told(about).room()
+                form = Form.told(about)
+                tensor = own[name].contiguous() if is_own else form.room()
                 dist.broadcast(tensor, group=stages, group_src=stage)
                 if not is_own:
-                    found[name] = tensor
+                    found[name] = form.placed(tensor)
         return found
