@@ -36,8 +36,8 @@ CASES: list[Case] = [
     ("transformer", Layout(tensor=2), False),
     ("transformer", Layout(tensor=4), True),
     ("transformer", Layout(data=2, tensor=2), True),
-    ("recomputes", Layout(tensor=2), True),
 ]
+NUM_STEPS_WITH_BUG = 20
 BFLOAT16 = {**TRAIN, "precision": "bfloat16"}
 Run = Callable[[Case], dict[str, Any]]
 
@@ -99,7 +99,7 @@ def num_beyond(history: list[Any], one: dict[str, Any]) -> int:
     """Losses and norms that are further from one process's than their bounds."""
     return sum(
         abs(told[value] - of_one[value]) > one["bounds"][value][step]
-        for step, (told, of_one) in enumerate(zip(history, one["history"], strict=True))
+        for step, (told, of_one) in enumerate(zip(history, one["history"], strict=False))
         for value in range(2)
     )
 
@@ -119,10 +119,12 @@ def test_a_whole_training_is_within_rounding_of_one_process(run: Run, alone: dic
     assert found["loss_alone"] == pytest.approx(alone["loss_alone"], abs=1e-3), "whole weights compute by themselves"
 
 
-def test_replicas_and_recomputing_change_no_bit(run: Run) -> None:
-    first = run(CASES[0])
-    for case in (CASES[3], CASES[4]):
-        assert (run(case)["state"], run(case)["history"]) == (first["state"], first["history"])
+def test_replicas_and_recomputing_change_no_bit(ranks: RankPool, run: Run) -> None:
+    first, replicas = run(CASES[0]), run(CASES[3])
+    assert (replicas["state"], replicas["history"]) == (first["state"], first["history"])
+    recomputing = in_layout(ranks, ("recomputes", Layout(tensor=2), True), TRAIN, 8)[0]
+    assert recomputing["history"] == first["history"][:8]
+    assert recomputing["num_saved_bytes"] < first["num_saved_bytes"]
 
 
 @pytest.mark.parametrize("bug", [bug for bug in BUGS if bug != "none"])
@@ -130,18 +132,19 @@ def test_a_collective_that_is_left_out_is_far_beyond_the_bound(
     ranks: RankPool, alone: dict[str, Any], bug: str
 ) -> None:
     in_sequences = "norm" in bug
-    answers = ranks.run(in_tensors, 2, "transformer", Layout(tensor=2), in_sequences, TRAIN, NUM_STEPS, None, None, bug)
+    answers = ranks.run(
+        in_tensors, 2, "transformer", Layout(tensor=2), in_sequences, TRAIN, NUM_STEPS_WITH_BUG, None, None, bug
+    )
     for answer in answers:
-        losses = [loss for loss, _, _ in answer["history"]]
-        off = max(abs(loss - of_one) for loss, (of_one, _, _) in zip(losses, alone["history"], strict=True))
-        assert off > 10 * alone["bounds"][0][-1]
-        assert num_beyond(answer["history"], alone) > NUM_STEPS
+        off = max(abs(one[0] - other[0]) for one, other in zip(answer["history"], alone["history"], strict=False))
+        assert off > 10 * alone["bounds"][0][NUM_STEPS_WITH_BUG - 1]
+        assert num_beyond(answer["history"], alone) > NUM_STEPS_WITH_BUG
 
 
 def test_bfloat16(ranks: RankPool) -> None:
-    one = with_bounds(ranks, BFLOAT16, 12)
+    one = with_bounds(ranks, BFLOAT16, 8)
     for case in (CASES[0], CASES[1]):
-        assert num_beyond(in_layout(ranks, case, BFLOAT16, 12)[0]["history"], one) == 0
+        assert num_beyond(in_layout(ranks, case, BFLOAT16, 8)[0]["history"], one) == 0
     assert in_layout(ranks, CASES[3], BFLOAT16, 3)[0]["state"] == in_layout(ranks, CASES[0], BFLOAT16, 3)[0]["state"]
 
 
