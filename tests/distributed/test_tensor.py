@@ -127,6 +127,7 @@ def test_replicas_and_recomputing_change_no_bit(ranks: RankPool, run: Run) -> No
     assert recomputing["num_saved_bytes"] < first["num_saved_bytes"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bug", [bug for bug in BUGS if bug != "none"])
 def test_a_collective_that_is_left_out_is_far_beyond_the_bound(
     ranks: RankPool, alone: dict[str, Any], bug: str
@@ -141,6 +142,7 @@ def test_a_collective_that_is_left_out_is_far_beyond_the_bound(
         assert num_beyond(answer["history"], alone) > NUM_STEPS_WITH_BUG
 
 
+@pytest.mark.slow
 def test_bfloat16(ranks: RankPool) -> None:
     one = with_bounds(ranks, BFLOAT16, 8)
     for case in (CASES[0], CASES[1]):
