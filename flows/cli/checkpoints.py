@@ -83,13 +83,20 @@ def ckpt_verify(key: Key, *, json: Json = False) -> None:
 @ckpt.command(name="sign")
 def ckpt_sign(key: Key) -> None:
     """Sign a run's checkpoints and result with this machine's key, once all bytes are proven: you vouch for them."""
+    from tasks.lineage.verify import require_result
     from training.checkpoints import trust
     from training.checkpoints.checkpoint import load_checkpoint
 
     run = find_run(open_store_to_sign(), key)
     before = run.read()
-    for reference in trust.resigned(run, before).checkpoints:
-        load_checkpoint(run.store, run.prefix(before), reference)
+    vouched = trust.resigned(run, before)
+    if vouched.result is not None and vouched.result.checkpoint not in vouched.checkpoints:
+        raise DamagedError(f"run {run.run_key[:12]}: the record has no more the checkpoint of its result")
+    for reference in vouched.checkpoints:
+        tensors = load_checkpoint(run.store, run.prefix(before), reference)
+        if vouched.result is not None and vouched.result.checkpoint == reference:
+            require_result(vouched, reference, tensors)
+    for reference in vouched.checkpoints:
         print(f"checkpoint of step {reference.step}: manifest sha256 {reference.sha256}")
     if before.result is not None:
         print(f"result: weights sha256 {before.result.weights_sha256}")

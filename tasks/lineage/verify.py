@@ -125,11 +125,12 @@ def _checkpoints(store: Store, record: Record) -> Iterator[Checked]:
     for reference in reversed(record.checkpoints):
         tensors = load_checkpoint(store, prefix, reference)
         if reference == record.result.checkpoint:
-            _require_result(record, reference, tensors)
+            require_result(record, reference, tensors)
         yield Checked(what=f"checkpoint of step {reference.step}", is_whole=True)
 
 
-def _require_result(record: Record, reference: CheckpointRef, tensors: dict[str, Tensor]) -> None:
+def require_result(record: Record, reference: CheckpointRef, tensors: dict[str, Tensor]) -> None:
+    """Raises `LineageError` unless these, its checkpoint's, are what a run's result has the digests of."""
     from training.checkpoints.state import tensors_sha256
 
     assert record.result is not None

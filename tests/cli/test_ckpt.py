@@ -18,7 +18,7 @@ from tests.unit.champions import keep
 from tests.unit.fakes import DictRendezvous
 from training.checkpoints.checkpoint import folder
 from training.checkpoints.saver import CheckpointSaver
-from training.runs.record import RunRecord
+from training.runs.record import Result, RunRecord
 from training.s3.objectstore import Store, StoreLocation
 
 KEY = "aa11"
@@ -99,6 +99,13 @@ def test_unsigned_run_is_refused_where_a_key_is_set_until_it_is_signed(saved: Sa
         unbroken(saved.stack, "ckpt", "sign", "aa", variables=signing), code=6
     )
     saved.run.store.put(part, data)
+    refused = "ckpt", "sign", "aa"
+    for step, why in ((4, "checkpoint 4: its weights have sha256"), (3, "has no more the checkpoint of its result")):
+        checkpoint = replace(saved.run.read().checkpoints[-1], step=step)
+        result = Result(step=step, weights_sha256="w", state_sha256="s", checkpoint=checkpoint)
+        saved.run.update(lambda record, result=result: replace(record, result=result))  # type: ignore[misc]
+        assert why in complaint(unbroken(saved.stack, *refused, variables=signing), code=6)
+    saved.run.update(lambda record: replace(record, result=None))
     keep(saved.run.store, "m", "1")
     for command in (("ckpt", "sign", "aa"), ("models", "sign", "m")):
         done = unbroken(saved.stack, *command, variables=signing)
