@@ -29,7 +29,8 @@ from training.data.source import READING, Partition, open_source, partitions
 from training.data.withdrawn import withdrawn_records
 from training.data.writer import NUM_AT_ONCE, PartResult, Writer, WriteResult
 from training.documents import digest_of
-from training.recipe import load_recipe, source_closure_digest
+from training.recipe import load_recipe
+from training.sources import source_closure_digest
 
 log = logging.getLogger(__name__)
 

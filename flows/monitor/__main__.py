@@ -1,4 +1,4 @@
-"""`python -m flows.monitor PORT`: look at runs and servers for ever, and serve what was seen.
+"""`python -m flows.monitor PORT LOOK_SECONDS`: look at runs and servers for ever, and serve what was seen.
 
 GET / for people, /metrics for Prometheus; POST /alerts for Alertmanager. It keeps nothing, so it may be killed at any
 time.
@@ -29,24 +29,26 @@ from training.errors import UnbrokenError
 
 log = logging.getLogger("flows.monitor")
 
-LOOK_SECONDS = 5.0
-"""As often as Prometheus asks. A look at a run reads its record and what it told since."""
+MAX_LOOK_SECONDS = 10.0
+"""What is older counts as late on the pages."""
 TARGETS = Path("monitoring") / "nodes.json"
 """In the stack's folder: the agents, for Prometheus's file discovery."""
 
 
-def keep_looking(part: str, look: Callable[[], None]) -> None:
+def keep_looking(part: str, look: Callable[[], None], *, every_seconds: float) -> None:
+    """As often as Prometheus asks. A look at a run reads its record and what it told since."""
     while True:
         try:
             look()
         except UnbrokenError as error:
             log.warning("%s could not be looked at: %s", part, error)
-        time.sleep(LOOK_SECONDS)
+        time.sleep(every_seconds)
 
 
 def main() -> None:
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(name)s %(levelname)s %(message)s")
     log.setLevel(logging.INFO)
+    port, look_seconds = int(sys.argv[1]), min(float(sys.argv[2]), MAX_LOOK_SECONDS)
     settings, store = open_stack()
     runs = Runs(settings, store, make_launcher(settings))
     board = Board(settings, store.location, runs)
@@ -66,7 +68,7 @@ def main() -> None:
         uvicorn.Config(
             make_app(board, take),
             host=LOOPBACK,
-            port=int(sys.argv[1]),
+            port=port,
             lifespan="off",
             log_config=None,
             access_log=False,
@@ -75,15 +77,15 @@ def main() -> None:
         )
     )
     parts = {
-        "runs": lambda: keep_looking("runs", look_at_runs),
-        "servers": lambda: keep_looking("servers", look_at_all_servers),
+        "runs": lambda: keep_looking("runs", look_at_runs, every_seconds=look_seconds),
+        "servers": lambda: keep_looking("servers", look_at_all_servers, every_seconds=look_seconds),
         "http": server.run,
     }
     threads = [threading.Thread(name=name, target=part, daemon=True) for name, part in parts.items()]
     for thread in threads:
         thread.start()
     while all(thread.is_alive() for thread in threads):
-        time.sleep(LOOK_SECONDS)
+        time.sleep(look_seconds)
     sys.exit("a thread has died: see above")  # a bug, or the port is taken; a new process begins anew
 
 

@@ -28,7 +28,7 @@ ALL_TIME = {
     "history_end": "2100-01-01T00:00:00Z",
     "history_interval_seconds": 100 * 366 * 86400,
 }
-COUNT_SECONDS = 15.0
+COUNT_SECONDS = 30.0
 """Prefect takes tens of milliseconds for an answer: too much for each look."""
 MAX_WAITING = 200
 """Scheduled flow runs that are looked at, those that wait longest first."""

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from infra.fetching import fetch
 from infra.local.ports import LOOPBACK
-from infra.monitoring.render import write_configs
+from infra.monitoring.render import seconds_of, windows_of, write_configs
 from infra.passwords import prefect_headers
 from infra.settings import (
     PROJECT_ROOT,
@@ -226,11 +226,12 @@ def keeper_service(settings: Settings) -> Service:
 
 
 def monitor_service(settings: Settings, port: int) -> Service:
-    """What Prometheus reads of runs and servers (flows/monitor)."""
+    """What Prometheus reads of runs and servers (flows/monitor), as often as it does."""
     url = f"http://{LOOPBACK}:{port}"
+    look_seconds = seconds_of(windows_of(monitoring_settings())["look"])
     return Service(
         name="monitor",
-        command=(sys.executable, "-P", "-m", "flows.monitor", str(port)),
+        command=(sys.executable, "-P", "-m", "flows.monitor", str(port), str(look_seconds)),
         environment=environment(settings),
         is_healthy=lambda: answers(f"{url}/metrics"),
         url=url,

@@ -15,6 +15,7 @@ from training.errors import UserError
 
 FOLDER = Path(__file__).parent
 WINDOWS = FOLDER / "windows.toml"
+UNIT_SECONDS = {"ms": 0.001, "s": 1, "m": 60, "h": 3600, "d": 86400}
 RUN_ALERTS = ("NodesMissing", "Straggler", "ThroughputFell", "CheckpointTooOld", "DeadlineWillBeMissed")
 """That may follow from a worse one of the same run."""
 CONSEQUENCES: Mapping[str, Sequence[str]] = {
@@ -89,9 +90,22 @@ def read_windows(path: Path = WINDOWS) -> dict[str, Any]:
     return found
 
 
+def seconds_of(duration: str) -> float:
+    """Of Prometheus's way to write them: 10s, 1m30s. Raises `UserError`."""
+    parts = re.findall(r"(\d+)(ms|s|m|h|d)", duration)
+    if not parts or "".join(number + unit for number, unit in parts) != duration:
+        raise UserError(f"{duration!r} is no duration: write 10s or 1m30s, say")
+    return float(sum(int(number) * UNIT_SECONDS[unit] for number, unit in parts))
+
+
+def windows_of(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Those that `[monitoring]` names, or else the shipped ones. Raises `UserError`."""
+    return read_windows(Path(settings["windows"]) if "windows" in settings else WINDOWS)
+
+
 def write_configs(folder: Path, ports: Mapping[str, int], settings: Mapping[str, Any]) -> dict[str, str]:
     """The files of both programs, whose digests are returned by name. Raises `UserError` for a wrong setting."""
-    windows = read_windows(Path(settings["windows"]) if "windows" in settings else WINDOWS)
+    windows = windows_of(settings)
     names = {each.name for each in fields(Receivers)}
     receivers = Receivers(**{name: value for name, value in settings.items() if name in names})
     at = {name: f"127.0.0.1:{ports[name]}" for name in ("monitor", "alertmanager")}

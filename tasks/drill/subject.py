@@ -9,7 +9,8 @@ import training
 from training.config import Preset
 from training.documents import digest_of, sha256_hex
 from training.environment import NUMERICS_VERSION
-from training.recipe import Recipe, source_closure_digest
+from training.recipe import Recipe
+from training.sources import source_closure_digest
 
 
 def subject_of(preset: Preset, recipe: Recipe) -> str:

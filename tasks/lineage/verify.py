@@ -18,12 +18,12 @@ from training.checkpoints.trust import trusted_result
 from training.data.manifest import Manifest, load_manifest, shard_key
 from training.documents import sha256_hex
 from training.errors import DamagedError, InfrastructureError, MissingError, UserError
-from training.recipe import find_module
 from training.runs.identity import SourceFile, find_identity
 from training.runs.job import Job
 from training.runs.proof import find_job, mismatch
 from training.runs.record import CheckpointRef, Record, RunRecord
 from training.s3.objectstore import Store
+from training.sources import find_module
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -19,7 +19,16 @@ import yaml
 
 from flows.monitor.servers import answers
 from infra.local.ports import free_port
-from infra.monitoring.render import CONSEQUENCES, FOLDER, OF_ALL_RUNS, WINDOWS, read_windows, rules, write_configs
+from infra.monitoring.render import (
+    CONSEQUENCES,
+    FOLDER,
+    OF_ALL_RUNS,
+    WINDOWS,
+    read_windows,
+    rules,
+    seconds_of,
+    write_configs,
+)
 from tests.faults.alerting import ALERTMANAGER, SHORT
 from tests.waiting import wait_until
 from training.errors import UserError
@@ -210,7 +219,9 @@ def test_a_receiver_that_is_half_named_is_refused(tmp_path: Path, settings: dict
 def test_what_is_worse_is_noticed_sooner_than_what_follows_from_it(changes: Mapping[str, Any]) -> None:
     """Else one cause would be two messages."""
     windows = {**read_windows(), **changes}
-    seconds = {name: _seconds(windows[name]) for name in windows}
+    seconds = {
+        name: seconds_of(windows[name]) if isinstance(windows[name], str) else float(windows[name]) for name in windows
+    }
     rate_falls = (1 - windows["throughput_share"]) * seconds["rate"]  # so long after nothing is done any more
     assert seconds["stalled"] + seconds["look"] < rate_falls + seconds["throughput"]
     assert seconds["straggler"] < seconds["throughput"]
@@ -218,11 +229,6 @@ def test_what_is_worse_is_noticed_sooner_than_what_follows_from_it(changes: Mapp
     assert seconds["linger"] > seconds["rate"] + seconds["look"]
     assert seconds["linger_worst"] > 2 * seconds["linger"]
     assert seconds["group_wait"] > seconds["look"], "two that see the same disk look at it one after the other"
-
-
-def _seconds(window: Any) -> float:
-    units = {"s": 1, "m": 60, "h": 3600}
-    return float(window[:-1]) * units[window[-1]] if isinstance(window, str) else float(window)
 
 
 def test_windows_must_be_complete(tmp_path: Path) -> None:
@@ -235,3 +241,14 @@ def test_windows_must_be_complete(tmp_path: Path) -> None:
         read_windows(path)
     with pytest.raises(UserError, match=r"none\.toml"):
         read_windows(tmp_path / "none.toml")
+
+
+@pytest.mark.parametrize(("duration", "seconds"), [("10s", 10.0), ("1m30s", 90.0), ("250ms", 0.25), ("1h", 3600.0)])
+def test_a_duration_is_prometheus_own(duration: str, seconds: float) -> None:
+    assert seconds_of(duration) == seconds
+
+
+@pytest.mark.parametrize("duration", ["", "10", "ten seconds", "10s ", "-5s", "1.5s"])
+def test_no_duration_is_refused_by_what_it_is(duration: str) -> None:
+    with pytest.raises(UserError, match=re.escape(repr(duration))):
+        seconds_of(duration)

@@ -237,7 +237,7 @@ class Server:
 
 def _imported_digest(recipe: str, folder: str) -> str:
     """Import the recipe, if it is not yet, and digest its source as it is now: where it is named, and where it is."""
-    from training.recipe import import_recipe, module_closure_digest
+    from training.sources import import_recipe, module_closure_digest
 
     importlib.invalidate_caches()
     modules = (recipe.split(":")[0], import_recipe(recipe, folder).__module__)

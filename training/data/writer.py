@@ -43,8 +43,9 @@ from training.data.withdrawn import (
 )
 from training.documents import digest_of, sha256_hex
 from training.errors import UserError
-from training.recipe import Recipe, Record, source_closure_digest
+from training.recipe import Recipe, Record
 from training.s3.objectstore import Store
+from training.sources import source_closure_digest
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,9 +10,10 @@ from typing import Any, Literal
 from training.config import Preset
 from training.documents import canonical_json, digest_of, parse, read_document, sha256_hex
 from training.errors import DamagedError, MissingError, UserError
-from training.recipe import Recipe, source_closure
+from training.recipe import Recipe
 from training.runs.record import determining
 from training.s3.objectstore import Store
+from training.sources import source_closure
 
 FORMAT = 1
 
@@ -66,7 +67,7 @@ def keep_identity(
     """Keep it, once. Raises `UserError` if the recipe's source has changed since `run_key` was made."""
     sources = {name: source_file(str(path), path.read_bytes()) for name, path in sorted(source_closure(recipe).items())}
     made = Identity(determining=determining(recipe, preset, dataset_digest, initial_weights), sources=sources)
-    if wrong := mismatch(made, run_key):
+    if wrong := _damage(made, run_key):
         raise UserError(f"the recipe's source changed while the run was started ({wrong}): start it again")
     if _find_whole(store, run_key) is None:  # where the files lie is not part of it: the first starter's stay
         store.put(identity_key(run_key), canonical_json(asdict(made)))
@@ -80,7 +81,7 @@ def source_file(path: str, data: bytes) -> SourceFile:
         return SourceFile(path=path, text=data.decode("latin-1"), encoding="latin-1")
 
 
-def mismatch(identity: Identity, run_key: str) -> str | None:
+def _damage(identity: Identity, run_key: str) -> str | None:
     """What of it is not what the run key is of; None if all is."""
     if digest_of(identity.determining) != run_key:
         return f"what is said to determine the result does not give the run key {run_key[:12]}"
@@ -106,7 +107,7 @@ def find_identity(store: Store, run_key: str) -> Identity | None:
         raise DamagedError(f"{where} is damaged: {error}") from error
     if found.format != FORMAT:
         raise DamagedError(f"{where} has format {found.format}, which this release cannot read")
-    if wrong := mismatch(found, run_key):
+    if wrong := _damage(found, run_key):
         raise DamagedError(f"{where} is damaged: {wrong}")
     return found
 

@@ -9,11 +9,12 @@ from typing import Any
 
 from training.documents import digest_of, sha256_hex
 from training.errors import DamagedError, UserError
-from training.recipe import Recipe, closure_without_import, load_recipe
+from training.recipe import Recipe, load_recipe
 from training.runs.identity import Identity, find_identity
 from training.runs.job import Job, read_jobs
 from training.runs.record import run_key
 from training.s3.objectstore import Store
+from training.sources import closure_without_import
 
 OUR_RECIPES = "training.recipes."
 

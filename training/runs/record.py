@@ -16,8 +16,9 @@ from training.config import Preset
 from training.documents import digest_of, parse
 from training.environment import NUMERICS_VERSION
 from training.errors import DamagedError, FencedError, InfrastructureError, MissingError
-from training.recipe import Recipe, source_closure_digest
+from training.recipe import Recipe
 from training.s3.objectstore import Store
+from training.sources import source_closure_digest
 
 FORMAT = 1
 
