@@ -12,7 +12,8 @@ import pytest
 from tests.unit.tiny import Tiny, tiny_preset
 from training.config import Preset
 from training.errors import UserError
-from training.recipe import Recipe, load_recipe, source_closure_digest
+from training.recipe import Recipe, load_recipe
+from training.sources import source_closure_digest
 
 GOOD = """
 from dataclasses import dataclass
