@@ -15,12 +15,12 @@ from training.documents import canonical_json, sha256_hex
 from training.errors import DamagedError, UserError
 from training.preset_file import load_preset
 from training.recipe import load_recipe
-from training.sources import closure_without_import, find_module, source_closure
 from training.runs.identity import identity_key, keep_identity
 from training.runs.job import Job, read_jobs, store_job
 from training.runs.proof import find_job, own_recipe
 from training.runs.record import run_key
 from training.s3.objectstore import Store
+from training.sources import closure_without_import, find_module, source_closure
 
 RECIPE = """
 from dataclasses import dataclass
