@@ -123,7 +123,7 @@ async def kill(group: Group, victim: int) -> None:
     group.kill(victim)
 
 
-@pytest.mark.parametrize("victim", [0, 1])
+@pytest.mark.parametrize("victim", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_a_server_that_dies_costs_the_step_that_it_was_in(
     node: Node, calm: tuple[str, list[groups.Told]], victim: int
 ) -> None:
@@ -140,7 +140,7 @@ def test_a_server_that_dies_costs_the_step_that_it_was_in(
     require_same(node, calm)
 
 
-@pytest.mark.parametrize("victim", [0, 1])
+@pytest.mark.parametrize("victim", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_who_dies_when_some_shards_have_its_part_and_others_lack_it(
     node: Node, calm: tuple[str, list[groups.Told]], victim: int
 ) -> None:
@@ -156,7 +156,7 @@ def test_who_dies_when_some_shards_have_its_part_and_others_lack_it(
     require_same(node, calm)
 
 
-@pytest.mark.parametrize("victim", [0, 1])
+@pytest.mark.parametrize("victim", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_who_dies_when_some_parameters_have_come_and_others_have_not(
     node: Node, calm: tuple[str, list[groups.Told]], victim: int
 ) -> None:
@@ -188,7 +188,7 @@ def test_servers_outlast_a_group_that_ends_while_their_rank_computes(
     require_same(node, calm)
 
 
-@pytest.mark.parametrize("num_replicas", [1, 2])
+@pytest.mark.parametrize("num_replicas", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_servers_of_a_rank_that_cannot_leave_in_time_are_there_for_the_process_in_its_place(
     node: Node, calm: tuple[str, list[groups.Told]], num_replicas: int
 ) -> None:
@@ -210,7 +210,7 @@ def test_servers_of_a_rank_that_cannot_leave_in_time_are_there_for_the_process_i
     require_same(node, calm)
 
 
-@pytest.mark.parametrize("victim", [0, 2])
+@pytest.mark.parametrize("victim", [0, pytest.param(2, marks=pytest.mark.slow)])
 def test_servers_outlast_a_second_death_while_a_group_forms(
     node: Node, calm: tuple[str, list[groups.Told]], victim: int
 ) -> None:
@@ -233,7 +233,7 @@ def test_servers_outlast_a_second_death_while_a_group_forms(
     require_same(node, calm)
 
 
-@pytest.mark.parametrize(("num_before", "num_after"), [(2, 2), (3, 2)])
+@pytest.mark.parametrize(("num_before", "num_after"), [(2, 2), pytest.param(3, 2, marks=pytest.mark.slow)])
 def test_a_step_that_one_shard_has_applied_is_not_applied_again(
     node: Node, calm: tuple[str, list[groups.Told]], num_before: int, num_after: int
 ) -> None:

@@ -234,8 +234,11 @@ def test_recipe_is_imported_before_the_fork(tmp_path: Path) -> None:
     "line",
     [
         "import os, sys; os.chdir('/'); sys.exit()",
-        "import os; os._exit(0)",
-        "import torch; torch.set_num_threads(2); (torch.ones(999, 999) @ torch.ones(999, 999)).sum()",
+        pytest.param("import os; os._exit(0)", marks=pytest.mark.slow),
+        pytest.param(
+            "import torch; torch.set_num_threads(2); (torch.ones(999, 999) @ torch.ones(999, 999)).sum()",
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_recipe_that_spoils_the_zygote_is_left_to_the_workers(tmp_path: Path, line: str) -> None:
