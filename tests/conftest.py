@@ -24,7 +24,7 @@ from tests.faults.proxy import LosingProxy
 from tests.leftovers import end_all_runs
 from tests.secrets import places_of_secrets
 from tests.waiting import wait_until
-from training.s3 import objectstore
+from training.s3 import bucket
 from training.s3.objectstore import Store, StoreLocation
 
 UNBROKEN = str(Path(sysconfig.get_path("scripts")) / "unbroken")
@@ -185,7 +185,7 @@ def python() -> str:
 @pytest.fixture
 def quick_retries(monkeypatch: pytest.MonkeyPatch) -> None:
     """Ours, and those of the client."""
-    monkeypatch.setattr(objectstore, "FIRST_PAUSE_SECONDS", 0.001)
+    monkeypatch.setattr(bucket, "FIRST_PAUSE_SECONDS", 0.001)
     monkeypatch.setattr(botocore.endpoint, "time", SimpleNamespace(sleep=lambda seconds: None))
 
 

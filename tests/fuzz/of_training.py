@@ -28,8 +28,8 @@ from training.runs.identity import Identity, SourceFile, find_identity
 from training.runs.job import Job, read_jobs
 from training.runs.record import CheckpointRef, Departure, Failure, Member, Record, Result, RunRecord
 from training.runs.system import Sample, SampleReader
-from training.s3.objectstore import StoreLocation, _with_nonce
-from training.s3.objectstore import _parse as parse_versioned
+from training.s3.conditional import parse_versioned, with_nonce
+from training.s3.objectstore import StoreLocation
 
 FILE = MemoryFile()
 REFERENCE = CheckpointRef(step=20, token=3, sha256=DIGEST)
@@ -126,7 +126,7 @@ def document(kind: type, data: bytes) -> Any:
 
 
 def versioned(value: dict[str, Any]) -> bytes:
-    return _with_nonce(value)[1]
+    return with_nonce(value)[1]
 
 
 def a_versioned(data: bytes) -> Any:

@@ -34,7 +34,8 @@ from training.data.source.records import READERS
 from training.documents import read_json
 from training.errors import DamagedError, UserError
 from training.runs.record import RunRecord
-from training.s3.objectstore import Store, StoreLocation, _parse, _with_nonce
+from training.s3.conditional import parse_versioned, with_nonce
+from training.s3.objectstore import Store, StoreLocation
 
 AWAY = Store(StoreLocation(endpoint="http://127.0.0.1:9", bucket="b", prefix="p/"))
 
@@ -68,15 +69,15 @@ def test_a_record_of_another_run_in_its_place_is_refused(store: Store) -> None:
 
 
 def test_what_changes_by_compare_and_set_proves_itself() -> None:
-    data = _with_nonce({"version": 3, "token": 7, "nonce": "of the one before"})[1]
-    assert _parse("it", data)["token"] == 7
+    data = with_nonce({"version": 3, "token": 7, "nonce": "of the one before"})[1]
+    assert parse_versioned("it", data)["token"] == 7
     old = b'{"nonce":"0123456789abcdef0123456789abcdef","token":7,"version":3}'
-    assert _parse("it", old)["token"] == 7  # of an earlier release
+    assert parse_versioned("it", old)["token"] == 7  # of an earlier release
     for damaged in (data.replace(b'"token":7', b'"token":8'), data.replace(b'"nonce"', b'"nance"'), b"{}"):
         with pytest.raises(DamagedError, match="it is not what was written there"):
-            _parse("it", damaged)
+            parse_versioned("it", damaged)
     with pytest.raises(DamagedError, match="version: it is no number"):
-        _parse("it", _with_nonce({"version": "3"})[1])
+        parse_versioned("it", with_nonce({"version": "3"})[1])
 
 
 @pytest.mark.parametrize("text", ["[" * 100_000, "NaN", '"\\ud800"', "9" * 5000, "", "{'a': 1}"])

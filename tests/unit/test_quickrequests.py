@@ -101,7 +101,7 @@ def test_what_is_missing_needs_no_client(store: Store) -> None:
 
 
 def test_a_silent_store_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("training.s3.objectstore.ANSWER_SECONDS", 0.05)
+    monkeypatch.setattr("training.s3.bucket.ANSWER_SECONDS", 0.05)
     with socket.create_server(("127.0.0.1", 0)) as frozen:
         endpoint = f"http://127.0.0.1:{frozen.getsockname()[1]}"
         with pytest.raises(InfrastructureError, match=f"the store at {endpoint} does not answer"):

@@ -1,79 +1,35 @@
-"""The store as all others see it: typed errors, digests checked, conditional writes that know their own.
-
-Conditional writes carry a nonce in their body, and the client's own retries are off for them: a lost reply would
-otherwise come back as a false refusal of one's own write (docs/protocols.md, "Conditional writes").
-"""
+"""The store as all others see it: typed errors, digests checked, conditional writes that know their own."""
 
 from __future__ import annotations
 
-import re
-import time
-import uuid
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, suppress
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime
-from functools import cache, cached_property
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
-from training.documents import canonical_json, digest_of, read_document, sha256_hex
-from training.errors import DamagedError, InfrastructureError, MissingError, UnbrokenError, UserError
-from training.s3.clients import Clients
-from training.s3.errors import cut_short, has_expired, ignores, translated, typed_errors
-from training.s3.quickrequests import (
-    CHECKED,
-    CONNECT_SECONDS,
-    READ_SECONDS,
-    Buffer,
-    QuickRequests,
-    checksum_of,
-    is_whole,
-    make_connections,
-)
+from training.documents import sha256_hex
+from training.errors import DamagedError, MissingError, UserError
+from training.s3.bucket import NUM_TRIES, StoreLocation, pause
+from training.s3.conditional import ConditionalWrites, Versioned
+from training.s3.errors import cut_short
+from training.s3.quickrequests import CHECKED, CONNECT_SECONDS, READ_SECONDS, Buffer, checksum_of, is_whole
 
 if TYPE_CHECKING:
-    from mypy_boto3_s3 import S3Client
-    from urllib3 import BaseHTTPResponse, PoolManager
+    from urllib3 import BaseHTTPResponse
 
-NUM_TRIES = 6
-FIRST_PAUSE_SECONDS = 0.2
+__all__ = ["REQUEST_SECONDS", "Buffer", "Entry", "Store", "StoreLocation", "Versioned", "shared_store"]
+
 PIECE_BYTES = 1 << 18
-ANSWER_SECONDS = 20.0
 REQUEST_SECONDS = CONNECT_SECONDS + READ_SECONDS
 """After which a request that is not tried again has ended, one way or another."""
-
-CONDITIONS = {"IfMatch": "if-match", "IfNoneMatch": "if-none-match"}
-_OLD_NONCE = re.compile(r"[0-9a-f]{32}")
-_STEPS = frozenset({".", ".."})
-OUTCOMES = {200: "written", 412: "refused", 409: "again", **dict.fromkeys((500, 502, 503, 504), "unknown")}
-"""Of a conditional write, by the reply's status."""
 
 
 @cache
 def shared_store(location: StoreLocation) -> Store:
     """This process's own, for all who need one: to make a client takes a twentieth of a second."""
     return Store(location)
-
-
-@dataclass(frozen=True, kw_only=True)
-class StoreLocation:
-    """Where objects live. Credentials come from the standard chain, never from here."""
-
-    endpoint: str | None
-    bucket: str
-    prefix: str = ""
-    region: str = "us-east-1"
-
-    def uri(self, key: str = "") -> str:
-        return f"s3://{self.bucket}/{self.prefix}{key}"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Versioned:
-    """A JSON document and the ETag it was read with."""
-
-    document: dict[str, Any]
-    etag: str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,56 +42,12 @@ class Entry:
     modified: datetime
 
 
-class Store:
+class Store(ConditionalWrites):
     """Objects under one bucket and prefix.
 
     Raises `MissingError` (no such key), `UserError` (no such bucket, no permission) and `InfrastructureError`
     (the server is away), each naming the object.
     """
-
-    def __init__(self, location: StoreLocation) -> None:
-        self.location = location
-
-    def prepare(self) -> None:
-        """Make what the first request would make, without one. Nothing of it hinders a fork."""
-        _ = self._clients.patient, self._clients.credentials
-
-    @cached_property
-    def _clients(self) -> Clients:
-        return Clients(endpoint=self.location.endpoint, region=self.location.region)
-
-    @property
-    def _client(self) -> S3Client:
-        return self._clients.patient
-
-    @cached_property
-    def _maybe_quick(self) -> QuickRequests | None:
-        where = self.location
-        if where.endpoint is None:
-            return None
-        return QuickRequests(where.endpoint, where.bucket, where.region, lambda: self._clients.credentials)
-
-    @cached_property
-    def _connections(self) -> PoolManager:
-        """For signed URLs."""
-        return self._maybe_quick.connections if self._maybe_quick is not None else make_connections()
-
-    def _signed_url(self, key: str) -> str:
-        from botocore.exceptions import BotoCoreError
-
-        request = {"Bucket": self.location.bucket, "Key": self._key(key)}
-        try:
-            return self._client.generate_presigned_url("get_object", Params=request, ExpiresIn=3600)
-        except BotoCoreError as error:  # no credentials
-            raise self._translated(error, key) from error
-
-    def _key(self, key: str) -> str:
-        """Raises `UserError` for a key that a client on the way might take for another one."""
-        if not _STEPS.isdisjoint(key.split("/")):
-            raise UserError(f"{self.location.uri(key)} is no name of an object: it has a step . or .. in it")
-        return self.location.prefix + key
-
-    # ---- plain objects -------------------------------------------------------------------------------------------
 
     def get(self, key: str) -> bytes:
         """The whole object."""
@@ -144,11 +56,6 @@ class Store:
             return reply.data
         self._require_key(key, reply)
         return self._read(key)
-
-    def _require_key(self, key: str, reply: BaseHTTPResponse | None) -> None:
-        """Raises `MissingError` if that is what the reply says."""
-        if reply is not None and reply.status == 404 and b"<Code>NoSuchKey</Code>" in reply.data:
-            raise MissingError(f"{self.location.uri(key)} does not exist")
 
     def get_range(self, key: str, start: int, stop: int, *, etag: str) -> bytes:
         """Bytes [start, stop) of an object that must still be the one with this ETag. Raises `UserError` if not."""
@@ -169,7 +76,7 @@ class Store:
                 except cut_short():
                     if attempt == NUM_TRIES - 1:
                         raise
-            time.sleep(FIRST_PAUSE_SECONDS * 2**attempt)
+            pause(attempt)
         raise AssertionError("unreachable")
 
     def fetch(self, key: str) -> bytes:
@@ -235,9 +142,6 @@ class Store:
         if reply is None or reply.status != 200:
             self.put(key, b"".join(pieces))
 
-    def _quick_reply(self, method: str, key: str, **request: Any) -> BaseHTTPResponse | None:
-        return self._maybe_quick.ask(method, self._key(key), **request) if self._maybe_quick is not None else None
-
     def put_immutable(self, key: str, *pieces: Buffer, sha256: str | None = None) -> bool:
         """Create an object whose name decides its bytes (and whose digest may be known); False if it is there already.
 
@@ -260,7 +164,7 @@ class Store:
                 return True
             if outcome == "refused":
                 return self.put_immutable(key, data)
-            time.sleep(FIRST_PAUSE_SECONDS * 2**attempt)
+            pause(attempt)
         return self.put_immutable(key, data)
 
     def exists(self, key: str) -> bool:
@@ -309,145 +213,14 @@ class Store:
             start = len(self._key(prefix))
             return [item["Prefix"][start:-1] for page in pages for item in page.get("CommonPrefixes", [])]
 
-    def delete(self, key: str) -> None:
-        with self._typed_errors(key):
-            self._client.delete_object(Bucket=self.location.bucket, Key=self._key(key))
+    def _signed_url(self, key: str) -> str:
+        from botocore.exceptions import BotoCoreError
 
-    def delete_soon(self, key: str) -> None:
-        """One request, within `REQUEST_SECONDS` or not at all: a later try might come when it is no longer allowed."""
-        with self._typed_errors(key):
-            self._clients.impatient.delete_object(Bucket=self.location.bucket, Key=self._key(key))
-
-    # ---- conditional writes --------------------------------------------------------------------------------------
-
-    def read_versioned(self, key: str) -> Versioned:
-        """A JSON document with the ETag that its replacement must name."""
-        quick = self._quick_reply("GET", key, headers=CHECKED)
-        if quick is not None and quick.status == 200 and is_whole(quick) and "ETag" in quick.headers:
-            return Versioned(document=_parse(self.location.uri(key), quick.data), etag=quick.headers["ETag"])
-        self._require_key(key, quick)
-        with self._typed_errors(key):
-            reply = self._client.get_object(Bucket=self.location.bucket, Key=self._key(key))
-            return Versioned(document=_parse(self.location.uri(key), reply["Body"].read()), etag=reply["ETag"])
-
-    def read_if_changed(self, key: str, *, etag: str) -> Versioned | None:
-        """The document, or None if it still has this ETag; a store that honours If-None-Match then sends nothing."""
-        quick = self._quick_reply("GET", key, headers={**CHECKED, "if-none-match": etag})
-        if quick is not None and quick.status == 304:
-            return None
-        found = self.read_versioned(key)
-        return found if found.etag != etag else None
-
-    def create_versioned(self, key: str, document: dict[str, Any]) -> bool:
-        """Create a JSON document; False if another writer's is there."""
-        return self._write_once(key, {**document, "version": 1}, IfNoneMatch="*")
-
-    def replace_versioned(self, key: str, document: dict[str, Any], *, read: Versioned) -> bool:
-        """Replace the document that was `read`; False if another writer was first.
-
-        The growing version and the nonce make every body different, so that an ETag never comes back (A-B-A).
-        """
-        version = int(read.document.get("version", 0)) + 1
-        return self._write_once(key, {**document, "version": version}, IfMatch=read.etag)
-
-    def _write_once(self, key: str, document: dict[str, Any], **condition: str) -> bool:
-        nonce, body = _with_nonce(document)
-        for attempt in range(NUM_TRIES):
-            outcome = self._try_write(key, body, condition)
-            if outcome == "written" or (outcome != "again" and self._holds_nonce(key, nonce)):
-                return True
-            if outcome == "refused":
-                return False
-            time.sleep(FIRST_PAUSE_SECONDS * 2**attempt)
-        raise InfrastructureError(f"{self.location.uri(key)} could not be written: the store does not answer")
-
-    def _try_write(self, key: str, body: bytes, condition: dict[str, str]) -> str:
-        """ "written", "refused" (the condition failed), "unknown" (no clear reply) or "again" (409)."""
-        from botocore.exceptions import BotoCoreError, ClientError, NoCredentialsError
-
-        if self._maybe_quick is not None:
-            headers = {CONDITIONS[name]: value for name, value in condition.items()}
-            status = self._maybe_quick.put_if(self._key(key), body, headers)
-            if status in OUTCOMES:
-                return OUTCOMES[status]
-        client: Any = self._clients.impatient  # which names what is wrong
+        request = {"Bucket": self.location.bucket, "Key": self._key(key)}
         try:
-            client.put_object(Bucket=self.location.bucket, Key=self._key(key), Body=body, **condition)
-        except ClientError as error:
-            status = error.response["ResponseMetadata"]["HTTPStatusCode"]
-            if status == 412:
-                return "refused"
-            if status == 409:
-                return "again"
-            if status == 501:
-                raise ignores(self.location, "conditional writes (it answers 501)") from error
-            if status >= 500:
-                return "unknown"
+            return self._client.generate_presigned_url("get_object", Params=request, ExpiresIn=3600)
+        except BotoCoreError as error:  # no credentials
             raise self._translated(error, key) from error
-        except NoCredentialsError as error:
-            raise self._translated(error, key) from error
-        except BotoCoreError:
-            return "unknown"
-        return "written"
-
-    def _holds_nonce(self, key: str, nonce: str) -> bool:
-        try:
-            return self.read_versioned(key).document.get("nonce") == nonce
-        except MissingError:
-            return False
-
-    # ---- the store itself ----------------------------------------------------------------------------------------
-
-    def create_bucket_if_missing(self) -> None:
-        from botocore.exceptions import ClientError
-
-        try:
-            self._client.head_bucket(Bucket=self.location.bucket)
-        except ClientError:
-            with self._typed_errors(""):
-                self._client.create_bucket(Bucket=self.location.bucket)
-
-    def require_answer(self) -> None:
-        """For those at a terminal. Raises `InfrastructureError` if the store says nothing at all for `ANSWER_SECONDS`.
-
-        Everybody else asks again for minutes.
-        """
-        if self._maybe_quick is not None and self._maybe_quick.is_silent(ANSWER_SECONDS):
-            raise InfrastructureError(
-                f"the store at {self.location.endpoint} does not answer: it said nothing for {ANSWER_SECONDS:g} s"
-            )
-
-    def require_bucket(self) -> None:
-        """Raises `UserError` if the bucket is missing or closed to us: a HEAD of an object cannot tell."""
-        with self._typed_errors(""):
-            self._client.list_objects_v2(Bucket=self.location.bucket, Prefix=self._key(""), MaxKeys=1)
-
-    def probe(self) -> None:
-        """Prove that this store honours create-only and If-Match. Raises `UserError` naming the store if not.
-
-        Some stores ignore conditions (every racer wins), and no protocol can be built on those.
-        """
-        key = f"probe/{uuid.uuid4().hex}.json"
-        try:
-            self.create_versioned(key, {"probe": 1})
-            first = self.read_versioned(key)
-            self._expect(not self.create_versioned(key, {"probe": 2}), "create-only writes (If-None-Match)")
-            self._expect(self.replace_versioned(key, {"probe": 3}, read=first), "conditional writes (If-Match)")
-            self._expect(not self.replace_versioned(key, {"probe": 4}, read=first), "conditional writes (If-Match)")
-        finally:
-            self.delete(key)
-
-    def _expect(self, honoured: bool, feature: str) -> None:
-        if not honoured:
-            raise ignores(self.location, feature)
-
-    def _typed_errors(self, key: str) -> AbstractContextManager[None]:
-        return typed_errors(lambda error: self._translated(error, key))
-
-    def _translated(self, error: Exception, key: str) -> UnbrokenError:
-        if has_expired(error):
-            self.__dict__.pop("_clients", None)  # who asks next finds credentials that were renewed meanwhile
-        return translated(error, self.location, key)
 
 
 def _are_pieces_of(data: bytes | bytearray, pieces: Iterable[bytes]) -> bool:
@@ -457,23 +230,3 @@ def _are_pieces_of(data: bytes | bytearray, pieces: Iterable[bytes]) -> bool:
             return False
         start += len(piece)
     return start == len(data)
-
-
-def _with_nonce(document: Mapping[str, Any]) -> tuple[str, bytes]:
-    """A nonce, and the document with it. Behind its dot is the digest of all else: what was stored proves itself."""
-    rest = {name: value for name, value in document.items() if name != "nonce"}
-    nonce = f"{uuid.uuid4().hex}.{digest_of(rest)}"
-    return nonce, canonical_json({**rest, "nonce": nonce})
-
-
-def _parse(uri: str, data: bytes) -> dict[str, Any]:
-    """Raises `DamagedError` unless it is what was written. Earlier releases wrote no digest."""
-    document = read_document(data, what=uri)
-    nonce = str(document.get("nonce", ""))
-    _, dot, digest = nonce.partition(".")
-    rest = {name: value for name, value in document.items() if name != "nonce"}
-    if not (digest == digest_of(rest) if dot else _OLD_NONCE.fullmatch(nonce)):
-        raise DamagedError(f"{uri} is damaged: it is not what was written there")
-    if type(document.get("version")) is not int:
-        raise DamagedError(f"{uri} is damaged: version: it is no number")
-    return document
