@@ -30,6 +30,8 @@ class Parser:
     proves: bool = False
     refuses: bool = True
     """Whether there is anything that it would not take."""
+    most_kilobytes: int = 400 << 10
+    """That it may add to this process at its highest."""
     errors: tuple[type[Exception], ...] = field(default=(UnbrokenError,))
 
 
