@@ -129,7 +129,7 @@ def _attempts(view: RunView, width: int) -> Iterator[Line]:
     if view.attempts:
         yield Line("")
     for attempt in view.attempts:
-        text = f"{words.attempt_beginning(attempt)}: {words.shortened(attempt.why_it_ended) or 'goes on'}"
+        text = f"{words.attempt_beginning(attempt)}: {words.attempt_end(attempt, view)}"
         yield from _named(f"attempt {attempt.number}", text, width)
 
 

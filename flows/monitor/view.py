@@ -220,7 +220,7 @@ def view_of(
         goal_steps=goal,
         step_at=seen.step_at,
         steps_per_second=seen.steps_per_second,
-        samples_per_second=progress.samples_per_second,
+        samples_per_second=seen.steps_per_second * preset.train.batch_size if seen.steps_per_second else None,
         loss=None if progress.loss is None else float(progress.loss),
         expected_end_at=now + (goal - step) / seen.steps_per_second if is_going and seen.steps_per_second else None,
         deadline_at=seen.began_at + deadline if deadline and seen.began_at else None,

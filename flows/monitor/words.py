@@ -138,7 +138,11 @@ def node_facts(node: NodeView) -> str:
 
 def attempt_beginning(attempt: AttemptView) -> str:
     ranks = f", {counted(attempt.num_ranks, 'rank')}" if attempt.num_ranks else ""
-    return f"step {attempt.from_step:,} from {attempt.source or 'start'}{ranks}"
+    return f"step {attempt.from_step:,} from {attempt.source}{ranks}" if attempt.source else "nothing was told of it"
+
+
+def attempt_end(attempt: AttemptView, view: RunView) -> str:
+    return shortened(attempt.why_it_ended) or (view.state if view.is_over else "goes on")
 
 
 def counted(number: int, what: str) -> str:

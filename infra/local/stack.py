@@ -51,10 +51,8 @@ MIN_FREE_BYTES = 2**30
 MAX_LOST_PORTS = len(USUAL)
 WANTED = "is_wanted"
 """Noted from `up` to `down`."""
-LATER = ("worker", "reaper", "monitor")
-"""They would only fail until the servers are there."""
-WATCHING = ("prometheus", "alertmanager")
-"""Begun with the first, as they need nobody; looked at last."""
+LATER = ("worker", "reaper", "monitor", "prometheus", "alertmanager")
+"""They would only fail until the servers are there, or tell of those that are not there yet."""
 
 
 def up(report: Report) -> Settings:
@@ -155,8 +153,9 @@ def _bring_up(settings: Settings, services: Mapping[str, Service], report: Repor
         _wait(settings, services, "mlflow", report)
         provisioned.result()
     for name in LATER:
-        _start(folder, name)
-    for name in (*LATER, *WATCHING):  # of whose ports another stack that starts just now may have taken one, too
+        if name in services:
+            _start(folder, name)
+    for name in LATER:  # of whose ports another stack that starts just now may have taken one, too
         _wait(settings, services, name, report)
 
 

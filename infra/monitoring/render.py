@@ -67,6 +67,8 @@ class Receivers:
         _require(bool(self.email_to) == bool(self.smtp and self.email_from), "email_to, email_from and smtp")
         _require(bool(self.slack_url_file) == bool(self.slack_channel), "slack_url_file and slack_channel")
         _require(bool(self.smtp_user) == bool(self.smtp_password_file), "smtp_user and smtp_password_file")
+        if self.smtp and not re.fullmatch(r"\S+:\d+", self.smtp):
+            raise UserError(f"[monitoring] smtp = {self.smtp!r} must be host:port")
         if self.webhook and not self.webhook.startswith(("http://", "https://")):
             raise UserError(f"[monitoring] webhook = {self.webhook!r} must begin with http:// or https://")
 
@@ -82,17 +84,30 @@ class Places:
 
 
 def read_windows(path: Path = WINDOWS) -> dict[str, Any]:
-    """Raises `UserError` naming the file and what is missing or unknown in it."""
+    """Raises `UserError` naming the file and what is missing, unknown or of no use in it."""
     found, known = read_toml(path), read_toml(WINDOWS)
     for words, names in (("unknown", found.keys() - known.keys()), ("missing", known.keys() - found.keys())):
         if names:
             raise UserError(f"{path}: {words}: {', '.join(sorted(names))} (see {WINDOWS})")
+    for name, value in found.items():
+        _require_like(value, known[name], where=f"{path}: {name}")
     return found
 
 
-def seconds_of(duration: str) -> float:
+def _require_like(value: Any, shipped: Any, *, where: str) -> None:
+    """A duration, or a number."""
+    if isinstance(shipped, str):
+        try:
+            seconds_of(value)
+        except UserError as error:
+            raise UserError(f"{where}: {error}") from error
+    elif isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
+        raise UserError(f"{where} = {value!r} must be a number above 0, as the {shipped!r} that is shipped")
+
+
+def seconds_of(duration: Any) -> float:
     """Of Prometheus's way to write them: 10s, 1m30s. Raises `UserError`."""
-    parts = re.findall(r"(\d+)(ms|s|m|h|d)", duration)
+    parts = re.findall(r"(\d+)(ms|s|m|h|d)", duration) if isinstance(duration, str) else []
     if not parts or "".join(number + unit for number, unit in parts) != duration:
         raise UserError(f"{duration!r} is no duration: write 10s or 1m30s, say")
     return float(sum(int(number) * UNIT_SECONDS[unit] for number, unit in parts))

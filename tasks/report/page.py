@@ -154,7 +154,7 @@ def _tiles(facts: RunFacts) -> Iterable[tuple[str, str]]:
     yield f"{facts.steps[-1].step if facts.steps else 0:,}{goal}", "steps"
     yield duration(facts.wall_seconds), "from the first event to the last"
     yield share(facts.goodput.share), "goodput: time in steps that count"
-    yield f"{len(facts.groups)}", "groups that trained"
+    yield f"{sum(group.began_at is not None for group in facts.groups)}", "groups that trained"
     yield f"{len(facts.departures)}", "times a node failed or was lost"
     if facts.evaluation is not None and facts.evaluation.metrics:
         name, estimate = next(iter(facts.evaluation.metrics.items()))

@@ -86,6 +86,8 @@ def test_json_says_what_broke_and_who_trains(stack: Stack, disturbed: RunRecord)
     assert "signal 9" in found["attempts"][0]["why_it_ended"]
     began = [event for event in events_of(disturbed, disturbed.read()) if event.kind == "attempt"]
     assert found["attempts"][1]["source"] == began[1].values["source"] != "start"
+    with urllib.request.urlopen(f"{monitor_url()}/runs/{disturbed.run_key[:12]}.json", timeout=120) as reply:
+        assert json.loads(reply.read())["key"] == disturbed.run_key, "the beginning of a key is enough"
     assert [node["is_answering"] for node in found["nodes"]] == [True, True]
     assert [rank["rank"] for node in found["nodes"] for rank in node["ranks"]] == [0, 1]
     assert found["seconds"]["productive"] > 0
@@ -179,6 +181,9 @@ def test_the_page_of_a_run_that_is_unknown(stack: Stack) -> None:
         urllib.request.urlopen(f"{monitor_url()}/runs/{'e' * 64}", timeout=120)
     assert refused.value.code == 404
     assert "There is nothing to show" in refused.value.read().decode()
+    with pytest.raises(urllib.error.HTTPError) as refused:
+        urllib.request.urlopen(f"{monitor_url()}/runs/eeee", timeout=120)
+    assert "no run has a key that begins with" in refused.value.read().decode()
 
 
 @pytest.mark.slow

@@ -252,3 +252,19 @@ def test_a_duration_is_prometheus_own(duration: str, seconds: float) -> None:
 def test_no_duration_is_refused_by_what_it_is(duration: str) -> None:
     with pytest.raises(UserError, match=re.escape(repr(duration))):
         seconds_of(duration)
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("look = 10", "look: 10 is no duration"),
+        ('straggler = "soon"', "straggler: 'soon' is no duration"),
+        ('disk_free = "5%"', "disk_free = '5%' must be a number above 0"),
+        ("repeated = -1", "repeated = -1 must be a number above 0"),
+    ],
+)
+def test_a_window_of_no_use_is_named(tmp_path: Path, line: str, said: str) -> None:
+    path = tmp_path / "windows.toml"
+    path.write_text(re.sub(rf"^{line.split()[0]} = .*$", line, WINDOWS.read_text(), flags=re.MULTILINE))
+    with pytest.raises(UserError, match=re.escape(f"{path}: {said}")):
+        read_windows(path)
