@@ -16,7 +16,7 @@ from typing import Any, get_args
 from benchmarks.parallel.clock import all_actions, play
 from benchmarks.parallel.ranks import answers_of
 from training.layout import Schedule
-from training.parallel.schedule import Pass, bubble
+from training.parallel.schedule import bubble
 
 SIZES = ((2, 4), (2, 8), (4, 8))
 """Stages, and microbatches."""
@@ -70,25 +70,24 @@ def _measured(told: Sequence[Told]) -> list[float]:
 
 
 def _simulated(case: Case, told: Sequence[Told]) -> float:
-    """Likewise, where each pass takes its median, and each stage has a core of its own."""
-    taken: dict[Pass, list[float]] = {}
+    """Likewise, if each stage has a core of its own, and each pass through a chunk takes the median of all."""
+    taken: dict[tuple[bool, int], list[float]] = {}
     for stage in told:
         for step in stage["steps"]:
-            for *about, seconds in step["passes"]:
-                taken.setdefault(Pass(*about), []).append(seconds)
-    passes = {one: statistics.median(seconds) for one, seconds in taken.items()}
+            for is_forward, chunk, _, seconds in step["passes"]:
+                taken.setdefault((is_forward, chunk), []).append(seconds)
+    seconds_of = {way: statistics.median(seconds) for way, seconds in taken.items()}
     message_seconds: float = told[1]["message_seconds"]
-    _tell(passes, message_seconds)
+    _tell(seconds_of, message_seconds)
     stages = all_actions(case.schedule, case.num_stages, case.num_microbatches)
-    end = play(stages, lambda one: passes[one], message_seconds)
-    return 1 - sum(passes.values()) / case.num_stages / end
+    end = play(stages, lambda one: seconds_of[one.is_forward, one.chunk], message_seconds)
+    return 1 - sum(seconds_of.values()) * case.num_microbatches / case.num_stages / end
 
 
-def _tell(passes: Mapping[Pass, float], message_seconds: float) -> None:
+def _tell(seconds_of: Mapping[tuple[bool, int], float], message_seconds: float) -> None:
     """What it is calibrated with, in milliseconds."""
-    chunks = sorted({one.chunk for one in passes})
     for is_forward in (True, False):
-        found = [[s for one, s in passes.items() if (one.is_forward, one.chunk) == (is_forward, c)] for c in chunks]
-        told = " ".join(f"{statistics.median(seconds) * 1000:.1f}" for seconds in found)
+        found = [seconds for (way, _), seconds in sorted(seconds_of.items()) if way == is_forward]
+        told = " ".join(f"{seconds * 1000:.1f}" for seconds in found)
         print(f"{'forward' if is_forward else 'back'}, by chunk: {told} ms", file=sys.stderr)
     print(f"a message: {message_seconds * 1000:.1f} ms", file=sys.stderr)

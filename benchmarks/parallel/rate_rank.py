@@ -23,6 +23,8 @@ from tests.unit.tiny import MemoryFeed, MemoryReader, make_trainer, tiny_preset
 from training.arithmetic.objective import fill_new_memory
 from training.checkpoints.state import TrainState
 from training.config import ParallelConfig, Preset
+from training.memory.handover import Handover
+from training.memory.slots import Slots, create_slots
 from training.recipe import Recipe, learning_rate_scale
 from training.sharded_loop import ShardedTrainer
 
@@ -77,14 +79,16 @@ def _reader(recipe: Recipe) -> MemoryReader:
     return MemoryReader({"bytes": texts})
 
 
-def ours(recipe: Recipe, preset: Preset, rank: int) -> Steps:
-    """Whole steps of the Trainer: random streams, ledger and checks of the loss included."""
+def ours(recipe: Recipe, preset: Preset, rank: int, *, copies: bool = False) -> Steps:
+    """Whole steps of the Trainer: random streams, ledger and checks of the loss included; perhaps a copy of the state's
+    parts on the other rank, too."""
     trainer = make_trainer(
         preset=preset,
         recipe=recipe,
         reader=_reader(recipe),
         rank=rank,
         world_size=dist.get_world_size(),
+        handover=Handover(Slots(create_slots())),
         kind=ShardedTrainer,
     )
     assert isinstance(trainer, ShardedTrainer)
@@ -93,6 +97,9 @@ def ours(recipe: Recipe, preset: Preset, rank: int) -> Steps:
         torch.use_deterministic_algorithms(True)
         fill_new_memory(False)  # as Trainer.train does after its first step
         loss = trainer.train_step().loss
+        trainer.handover.forget(trainer.state.step)  # as after a checkpoint: the journal stays short
+        if copies:
+            trainer.copy()
         torch.use_deterministic_algorithms(False)
         yield loss
 
@@ -139,6 +146,7 @@ CONTESTANTS: dict[str, Callable[[Recipe, Preset, int], Steps]] = {
     "FSDP2, `foreach=False` as ours": partial(fsdp, is_foreach=False),
     EACH: partial(fsdp, reduces_each=True),
     OURS: ours,
+    f"{OURS}, a copy after each step": partial(ours, copies=True),
 }
 
 
