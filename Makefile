@@ -68,6 +68,8 @@ bench: install ## Data, training, checkpoints, recovery, serving and the chain b
 	$(BIN)/python -m benchmarks.servers deaths
 	$(BIN)/python -m benchmarks.scale
 	$(BIN)/python -m benchmarks.parallel memory
+	$(BIN)/python -m benchmarks.parallel rate
+	$(BIN)/python -m benchmarks.parallel bubble
 	$(BIN)/python -m benchmarks.serving
 	$(BIN)/unbroken up && $(BIN)/python -m benchmarks.orchestration && $(BIN)/python -m benchmarks.monitoring
 

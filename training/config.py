@@ -246,8 +246,13 @@ class ParallelConfig:
     """So many ranks together have consecutive parts of the model, one each, likewise. Not together with `shard`."""
     schedule: Schedule = "1f1b"
     """Of a pipeline: in which order its ranks go forward and back."""
+    copy_every_steps: int = 0
+    """With `shard`: after so many steps each rank keeps a copy of its part in its node's memory, and one of a part of
+    another node, so that no node that is lost takes the steps since with it. 0: the next group begins at the newest
+    checkpoint."""
 
     def __post_init__(self) -> None:
+        require(self.copy_every_steps >= 0, "parallel.copy_every_steps", "must be at least 0")
         require(self.shard >= 1, "parallel.shard", "must be at least 1")
         require(self.pipeline >= 1, "parallel.pipeline", "must be at least 1")
         require(
@@ -273,6 +278,12 @@ class ParallelConfig:
 
     def require_fit(self, train: TrainConfig, launch: LaunchConfig) -> None:
         """Raises `UserError` naming what does not go with it."""
+        require(
+            not self.copy_every_steps or self.shard > 1,
+            "parallel.copy_every_steps",
+            f"= {self.copy_every_steps} is for a state in shards: set parallel.shard, or this to 0 (replicas need no"
+            " copies, and of stages of a pipeline there are none yet)",
+        )
         for name in ("shard", "pipeline"):
             if getattr(self, name) > 1:
                 self._require_fit(f"parallel.{name}", getattr(self, name), train, launch)

@@ -3,18 +3,24 @@ are the same (docs/parallelism.md)."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from datetime import timedelta
 from functools import cached_property
 
+from torch import Tensor
+
 from training.arithmetic.balance import ranges
+from training.arithmetic.extras import Control
 from training.arithmetic.objective import Objective, recipe_errors
 from training.diagnosis.poison import Samples
 from training.errors import DeterministicError
 from training.layout import in_shards
+from training.memory.copies import Part, agreed, distance, gathered, named, swapped
 from training.memory.handover import GroupLost
 from training.parallel.scatter import make_groups
 from training.parallel.sharded import Sharded, ShardedReducer
-from training.parallel.update import ShardedUpdate
+from training.parallel.update import ShardedUpdate, joined
+from training.runs.events import Entry
 from training.spread_loop import SpreadTrainer
 
 
@@ -41,8 +47,43 @@ class ShardedTrainer(SpreadTrainer):
             ranges=ranges(self.balance.shares),
         )
 
+    @property
+    def updater(self) -> ShardedUpdate:
+        found = super().updater
+        assert isinstance(found, ShardedUpdate)
+        return found
+
     def new_update(self) -> ShardedUpdate:
         return ShardedUpdate(self.state, self.sharded, self.reducer, clip_norm=self.preset.train.clip_norm)
+
+    def maybe_take_copies(self, since: int) -> Sequence[Entry] | None:
+        if not self.preset.parallel.copy_every_steps:
+            return None
+        own = self.handover.copies(since=since)
+        with self.together():
+            maybe_complete = agreed(own)
+            if maybe_complete is None:
+                return None
+            parts, entries = gathered(maybe_complete, own, rank=self.rank.rank)
+        self.state.load(joined(parts, self.state.trained), step=maybe_complete.step, may_keep=True)
+        return [entry for entry in entries if entry.step > since]
+
+    def after_step(self, control: Control) -> None:
+        super().after_step(control)
+        every = self.preset.parallel.copy_every_steps
+        if every and self.state.step % every == 0:
+            self.copy()
+
+    def copy(self) -> None:
+        """Keep this rank's part in memory, and that of another node."""
+        layout, rank = self.sharded.layout, self.rank.rank
+        own = named(Part(layout.shard, layout.coordinates(rank).shard), self.updater.part())
+        far = distance(layout, self.preset.launch.processes_per_node)
+        theirs: dict[str, Tensor] = {}
+        if far:
+            with self.together():
+                theirs = swapped(own, self.state.step, rank=rank, num_ranks=layout.num_ranks, distance=far)
+        self.handover.put_copy({**own, **theirs})
 
     def fail(self, error: DeterministicError, worker: int, samples: Samples) -> None:
         """Not yet, for the others are to hear of it first."""

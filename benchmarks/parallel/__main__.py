@@ -1,12 +1,12 @@
-"""`python -m benchmarks.parallel memory`."""
+"""`python -m benchmarks.parallel memory`, `rate` or `bubble`."""
 
 from __future__ import annotations
 
 import sys
 
-from benchmarks.parallel import memory
+from benchmarks.parallel import bubble, memory, rate
 
-BENCHES = {"memory": memory.main}
+BENCHES = {"memory": memory.main, "rate": rate.main, "bubble": bubble.main}
 
 
 def main() -> None:

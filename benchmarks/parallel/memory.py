@@ -6,17 +6,11 @@ Each rank is a fresh process; what it has before there is a model is not counted
 from __future__ import annotations
 
 import argparse
-import json
-import os
-import subprocess
-import sys
-import tempfile
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 
-from benchmarks.environments import ROOT
+from benchmarks.parallel.ranks import answers_of
 from benchmarks.parallel.work import BATCH, CASES, VIRTUAL_WORKERS, Case, recipe_of
 from training.parallel.measure import measure
 from training.parallel.plan import Cost, ModelCost, cost
@@ -52,21 +46,6 @@ def _row(case: Case, measured: int, planned: Cost) -> str:
 
 def _measured(case: Case, width: int, num_layers: int) -> int:
     """Of the rank that takes most."""
-    with tempfile.TemporaryDirectory(prefix="unbroken-bench-") as folder:
-        environment = {
-            **os.environ,
-            "RENDEZVOUS": str(Path(folder) / "rendezvous"),
-            "OMP_NUM_THREADS": "1",
-            "GLOO_SOCKET_IFNAME": "lo",
-            "PYTHONPATH": str(ROOT),
-            "MALLOC_MMAP_THRESHOLD_": str(1 << 16),  # what is freed goes back to the kernel
-        }
-        command = [sys.executable, "-m", "benchmarks.parallel.rank", case.name, str(width), str(num_layers)]
-        ranks = [
-            subprocess.Popen(command, env={**environment, "RANK": str(rank)}, stdout=subprocess.PIPE, text=True)
-            for rank in range(case.layout.num_ranks)
-        ]
-        answers = [rank.communicate()[0] for rank in ranks]
-    if any(rank.returncode for rank in ranks):
-        raise SystemExit(f"{case.name}: a rank failed")
-    return max(int(json.loads(answer)) for answer in answers)
+    frees = {"MALLOC_MMAP_THRESHOLD_": str(1 << 16)}  # what is freed goes back to the kernel
+    answers = answers_of("memory_rank", case.name, width, num_layers, num_ranks=case.layout.num_ranks, **frees)
+    return max(map(int, answers))

@@ -50,6 +50,7 @@ class Group:
         self._zygote = node.zygote
         self._patience_seconds = patience_seconds
         self._pauses = node.pauses
+        self._is_far = node.is_far
         self._sockets = node.sockets
         self.processes: list[Worker] = []
         self.ended: asyncio.Future[Outcome] = asyncio.get_running_loop().create_future()
@@ -72,7 +73,7 @@ class Group:
             self.workers.begin(listener)
 
     def _start(self, order: dict[str, Any], descriptors: Mapping[str, int]) -> Worker:
-        order = {**order, "patience_seconds": self._patience_seconds}
+        order = {**order, "patience_seconds": self._patience_seconds, "is_far": self._is_far}
         pauses = self._pauses.get(order["local_rank"])
         if not pauses:
             self.processes.append(self._zygote.start(order, descriptors))
@@ -158,6 +159,8 @@ class Node:
     """Of each process that a rank gets, one after another."""
     sockets: dict[int, socket.socket] = field(default_factory=dict)
     """To those that pause."""
+    is_far: bool = False
+    """Whether ranks keep copies for one another as if each were on a node of its own."""
 
     def train(
         self,
@@ -194,6 +197,13 @@ class Node:
 
         with mock.patch("training.cluster.workers.STOP_SECONDS", PATIENCE_SECONDS):
             return asyncio.run(follow())
+
+    def lose_memory(self, *ranks: int) -> None:
+        """As if they had been on nodes that are lost."""
+        for rank in ranks:
+            for fd in self.slots[rank]:
+                os.close(fd)
+            self.slots[rank] = create_slots()
 
     def reach_store_at(self, endpoint: str) -> None:
         """The ranks do, not this test."""

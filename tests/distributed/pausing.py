@@ -10,11 +10,12 @@ from collections.abc import Callable
 from typing import Any
 
 from tests.unit.tiny import MemoryFeed, tiny_reader
-from training import rank
+from training import rank, sharded_loop
 from training.cluster import worker
 from training.config import Preset
 from training.control import Order
 from training.loop import Trainer
+from training.memory import copies
 from training.memory.handover import Handover
 from training.servers import hosted, mesh
 from training.servers.client import Client
@@ -27,6 +28,7 @@ MID_STEP = "in the midst of the step after"
 VALIDATING = "before validation"
 VALIDATED = "after validation, before it is noted"
 UPDATING = "in the update to the step after"
+COPYING = "before its copies are written"
 APPLIED = "once a shard's primary has applied it, and told nobody"
 PUSHING = "in the step after, when all shards have their part but for the first"
 PULLING = "in the step after, when the first shard's parameters come, and all others are on their way"
@@ -37,6 +39,8 @@ def run(order: dict[str, Any]) -> int:
     when it has taken note of an order then."""
     _feed_from_memory()
     _be_patient(order["patience_seconds"])
+    if order["is_far"]:
+        sharded_loop.distance = lambda layout, _: copies.distance(layout, 1)
     if "pause_fd" in order:
         _pause_at(order["place"], order["step"], socket.socket(fileno=order["pause_fd"]))
     return worker.run(order)
@@ -62,6 +66,7 @@ def _pause_at(place: str, step: int, test: socket.socket) -> None:
         UPDATING: (Trainer, "update"),
         VALIDATING: (Trainer, "validate"),
         VALIDATED: (Handover, "complete"),
+        COPYING: (Handover, "put_copy"),
         APPLIED: (Replica, "_tell_backups"),
         PUSHING: (Colocated, "push"),
         PULLING: (Client, "handle"),

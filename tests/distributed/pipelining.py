@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from tests.distributed.ranks import TIMEOUT_SECONDS
+from tests.distributed.work import ANYHOW
 from tests.unit.tiny import CPU, MemoryReader, Tiny, make_trainer, tiny_preset, tiny_reader
 from tests.waiting import wait_until
 from training.arithmetic.objective import seed_streams
@@ -96,8 +97,9 @@ RECIPES: dict[str, Recipe] = {
     "noisy": Noisy(),
     "transformer": ByteTransformer(sequence_bytes=SEQUENCE, width=16, num_layers=4, num_heads=2),
     "wide": ByteTransformer(sequence_bytes=SEQUENCE, width=132, num_layers=2, num_heads=4),
+    "anyhow": ANYHOW,
 }
-"""The last one has matrices of more elements than a block of a norm."""
+"""The last two have matrices of more elements than a block of a norm."""
 
 
 def _texts() -> MemoryReader:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from tests.distributed.ranks import TIMEOUT_SECONDS
-from tests.distributed.work import digits_reader
+from tests.distributed.work import ANYHOW, digits_reader
 from tests.unit.tiny import CPU, MemoryReader, Tiny, make_trainer, tiny_preset, tiny_reader
 from training.checkpoints.state import TrainState
 from training.config import ParallelConfig
@@ -121,10 +121,11 @@ RECIPES: dict[str, Recipe] = {
     "peeks": Peeks(sequence_bytes=SEQUENCE, width=16),
     "twice": Twice(sequence_bytes=SEQUENCE, width=16),
     "hides": Hides(sequence_bytes=SEQUENCE, width=16),
+    "anyhow": ANYHOW,
 }
 
 
-def _texts() -> MemoryReader:
+def texts() -> MemoryReader:
     numbers = np.arange(100 * (SEQUENCE + 1), dtype=np.int64)
     return MemoryReader({"bytes": (numbers * numbers * 7919 % 10007 % 251).astype(np.uint8).reshape(100, -1)})
 
@@ -143,7 +144,7 @@ def trainer_in(recipe: str, rank: int, maybe_layout: Layout | None, train: Mappi
             parallel=ParallelConfig(shard=layout.shard),
         ),
         recipe=RECIPES[recipe],
-        reader=readers.get(recipe, _texts)(),
+        reader=readers.get(recipe, texts)(),
         rank=rank,
         world_size=layout.num_ranks,
         kind=ShardedTrainer if maybe_layout else Trainer,

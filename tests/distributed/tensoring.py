@@ -24,6 +24,7 @@ from torch.optim import LBFGS, Optimizer
 from torch.utils.checkpoint import checkpoint
 
 from tests.distributed.ranks import TIMEOUT_SECONDS
+from tests.distributed.work import ANYHOW
 from tests.unit.tiny import MemoryReader, make_trainer, tiny_preset
 from training.arithmetic.balance import Balance, even_shares, ranges
 from training.arithmetic.norm import block_norms, norm_of
@@ -134,6 +135,7 @@ RECIPES = {
     "between": Between(**SMALL),
     "pieces": ByteTransformer(**{**SMALL, "width": 48, "num_heads": 6}),
     "optimizer": Searching(**SMALL),
+    "anyhow": ANYHOW,
 }
 
 
@@ -433,9 +435,11 @@ def as_tensor(found: Any) -> Tensor:
     return found
 
 
-def disturbed(rank: int, world_size: int, train: Mapping[str, Any], num_steps: int, seed: int) -> list[Any]:
+def disturbed(
+    rank: int, world_size: int, recipe: str, train: Mapping[str, Any], num_steps: int, seed: int
+) -> list[Any]:
     """The history of one process in which each sum that ranks may take otherwise is disturbed."""
-    trainer = trainer_in("transformer", rank, None, True, train)
+    trainer = trainer_in(recipe, rank, None, True, train)
     by = Disturbance(seed, precision=trainer.preset.train.precision)
     for block in trainer.recipe.blocks(trainer.state.model):
         for name, layer in list(block.named_children()):

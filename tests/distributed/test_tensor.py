@@ -5,13 +5,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator
-from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+from tests.distributed.bounds import num_beyond, with_bounds
 from tests.distributed.ranks import RankPool
 from tests.distributed.tensoring import (
     BUGS,
@@ -19,7 +19,6 @@ from tests.distributed.tensoring import (
     RECIPES,
     SEQUENCE,
     TRAIN,
-    disturbed,
     in_tensors,
     killed,
     refusal,
@@ -29,7 +28,6 @@ from training.parallel.measure import measure
 from training.parallel.plan import cost
 
 MAX_RANKS = 4
-NUM_DISTURBED = 3
 Case = tuple[str, Layout, bool]
 CASES: list[Case] = [
     ("transformer", Layout(tensor=2), True),
@@ -69,21 +67,7 @@ def run(ranks: RankPool) -> Run:
 @pytest.fixture(scope="module")
 def alone(ranks: RankPool) -> dict[str, Any]:
     """One process, and how far its losses and norms may be from others'."""
-    return with_bounds(ranks, TRAIN, NUM_STEPS)
-
-
-def with_bounds(ranks: RankPool, train: dict[str, Any], num_steps: int) -> dict[str, Any]:
-    """What a layout changes are roundings of sums of products. Each sum is known to be off by at most n·u·Σ|products|;
-    what becomes of that in a training is its own condition, and so it is tried: in one process each of these sums is
-    disturbed by up to that bound, at random. As far as the losses of some such trainings were off so far, those of a
-    layout may be, whose roundings are smaller by about √n."""
-    one: dict[str, Any] = ranks.run(in_tensors, 1, "transformer", None, True, train, num_steps)[0]
-    others = [ranks.run(disturbed, 1, train, num_steps, seed)[0] for seed in range(NUM_DISTURBED)]
-    differences = [
-        [max(abs(other[step][value] - one["history"][step][value]) for other in others) for step in range(num_steps)]
-        for value in range(2)
-    ]
-    return {**one, "bounds": [list(accumulate(of_value, max)) for of_value in differences]}
+    return with_bounds(ranks, "transformer", TRAIN, NUM_STEPS)
 
 
 def in_layout(ranks: RankPool, case: Case, *arguments: Any) -> list[dict[str, Any]]:
@@ -93,15 +77,6 @@ def in_layout(ranks: RankPool, case: Case, *arguments: Any) -> list[dict[str, An
     for answer in answers:
         assert (answer["state"], answer["history"]) == (answers[0]["state"], answers[0]["history"])
     return answers
-
-
-def num_beyond(history: list[Any], one: dict[str, Any]) -> int:
-    """Losses and norms that are further from one process's than their bounds."""
-    return sum(
-        abs(told[value] - of_one[value]) > one["bounds"][value][step]
-        for step, (told, of_one) in enumerate(zip(history, one["history"], strict=False))
-        for value in range(2)
-    )
 
 
 @pytest.mark.parametrize("case", CASES, ids=named)
@@ -144,7 +119,7 @@ def test_a_collective_that_is_left_out_is_far_beyond_the_bound(
 
 @pytest.mark.slow
 def test_bfloat16(ranks: RankPool) -> None:
-    one = with_bounds(ranks, BFLOAT16, 8)
+    one = with_bounds(ranks, "transformer", BFLOAT16, 8)
     for case in (CASES[0], CASES[1]):
         assert num_beyond(in_layout(ranks, case, BFLOAT16, 8)[0]["history"], one) == 0
     assert in_layout(ranks, CASES[3], BFLOAT16, 3)[0]["state"] == in_layout(ranks, CASES[0], BFLOAT16, 3)[0]["state"]

@@ -59,10 +59,25 @@ def attempts(agents: Agents) -> list[tuple[int, str]]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("parallel", [ParallelConfig(shard=2), ParallelConfig(pipeline=2)], ids=["shards", "stages"])
-def test_a_rank_that_is_killed_is_started_again_and_all_go_on_from_the_checkpoint(
-    store: Store, stack: Stack, cluster: Cluster, hosts: Sequence[Host], tmp_path: Path, parallel: ParallelConfig
+@pytest.mark.parametrize(
+    ("parallel", "source"),
+    [
+        (ParallelConfig(shard=2), "checkpoint"),
+        (ParallelConfig(shard=2, copy_every_steps=1), "memory"),
+        (ParallelConfig(pipeline=2), "checkpoint"),
+    ],
+    ids=["shards", "copied shards", "stages"],
+)
+def test_a_rank_that_is_killed_is_started_again_and_all_go_on(
+    store: Store,
+    stack: Stack,
+    cluster: Cluster,
+    hosts: Sequence[Host],
+    tmp_path: Path,
+    parallel: ParallelConfig,
+    source: str,
 ) -> None:
+    """From the checkpoint; or, when all that an agent holds is gone with it, from what the other host holds."""
     # whoever stalls is no fault here: groups are counted
     patience = {"min_nodes": 2, "silence_seconds": 60.0, "hang_seconds": 120.0, "join_seconds": 60.0}
     agents = submit(store, cluster, tmp_path / "spread", num_nodes=2, parallel=parallel, is_slow=True, **patience)
@@ -71,13 +86,16 @@ def test_a_rank_that_is_killed_is_started_again_and_all_go_on_from_the_checkpoin
         agents.start(host)
     wait_until(lambda: agents.run.read().checkpoints, what=f"the checkpoint of step {EVERY}")
     token = agents.run.read().token
-    kill = KillProcess(find(hosts[1], "training.cluster.worker")[0])
+    is_copied = source == "memory"
+    kill = KillProcess(find(hosts[1], f"training.cluster.{'agent' if is_copied else 'worker'}")[0])
     kill.fire()
     assert kill.fired
+    if is_copied:
+        agents.restart(hosts[1])
     agents.wait_for_group(num_nodes=2, after=token)
     agents.hurry()
     found = agents.result()
-    assert attempts(agents) == [(2, "start"), (2, "checkpoint")]
+    assert attempts(agents) == [(2, "start"), (2, source)]
 
     elsewhere = Store(replace(stack.location, prefix=f"tests/whole-{os.urandom(4).hex()}/"))
     whole = submit(elsewhere, cluster, tmp_path / "whole", num_nodes=1, is_slow=True)

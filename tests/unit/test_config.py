@@ -112,6 +112,7 @@ def test_there_are_built_in_presets() -> None:
             "launch.server_nodes must be 0 with train.staleness",
         ),
         ("[data]", "[parallel]\nshard = 0\n[data]", "parallel.shard must be at least 1"),
+        ("[data]", "[parallel]\ncopy_every_steps = 2\n[data]", "copy_every_steps = 2 is for a state in shards"),
         ("[data]", "[parallel]\nshards = 2\n[data]", "unknown key 'parallel.shards' (did you mean 'shard'?)"),
         ("[data]", "[parallel]\nshard = 3\n[data]", "parallel.shard = 3 does not divide launch.nodes × launch.process"),
         ("[data]", f"{SHARDED}nodes = 10\n[data]", "launch.nodes gives 10 ranks, more than train.virtual_workers = 8"),

@@ -7,6 +7,7 @@ from itertools import product
 
 import pytest
 
+from benchmarks.parallel.clock import all_actions, play
 from training.errors import UserError
 from training.parallel.schedule import (
     Action,
@@ -28,41 +29,9 @@ CASES: list[tuple[Schedule, int, int]] = [
 ]
 
 
-def all_actions(schedule: Schedule, num_stages: int, num_microbatches: int) -> list[list[Action]]:
-    return [
-        actions(schedule, stage=stage, num_stages=num_stages, num_microbatches=num_microbatches)
-        for stage in range(num_stages)
-    ]
-
-
 def seconds_of(one: Pass, schedule: Schedule) -> Fraction:
     """Back takes twice as long as forward, and each chunk its part of that."""
     return Fraction(1 if one.is_forward else 2, chunks_per_rank(schedule))
-
-
-def play(schedule: Schedule, stages: list[list[Action]]) -> Fraction:
-    """When the last one is done. Fails if all that are not done wait for one another."""
-    times = [Fraction(0)] * len(stages)
-    sent: dict[Pass, Fraction] = {}
-    places = [0] * len(stages)
-    is_going = True
-    while is_going:
-        is_going = False
-        for number, own in enumerate(stages):
-            while places[number] < len(own):
-                action = own[places[number]]
-                if action.verb == "receive" and action.of not in sent:
-                    break
-                if action.verb == "receive":
-                    times[number] = max(times[number], sent[action.of])
-                elif action.verb == "compute":
-                    times[number] += seconds_of(action.of, schedule)
-                else:
-                    sent[action.of] = times[number]
-                places[number] += 1
-                is_going = True
-    assert places == [len(own) for own in stages], "they wait for one another"
-    return max(times)
 
 
 @pytest.mark.parametrize(("schedule", "num_stages", "num_microbatches"), CASES)
@@ -82,7 +51,7 @@ def test_a_schedule_is_whole_and_ends_after_its_time(
     for number, own in enumerate(stages):
         assert all(action.of.chunk % num_stages == number for action in own if action.verb != "receive")
         assert all(action.of.chunk % num_stages != number for action in own if action.verb == "receive")
-    share = 1 - 3 * num_microbatches / play(schedule, stages)
+    share = 1 - 3 * num_microbatches / play(stages, lambda one: seconds_of(one, schedule), Fraction(0))
     assert share == bubble(schedule, num_stages=num_stages, num_microbatches=num_microbatches)
 
 

@@ -240,6 +240,31 @@ class Handover:
         except Exception:  # there is no memory for it
             log.exception("nothing is left in memory of servers")
 
+    def put_copy(self, tensors: Mapping[str, Tensor]) -> None:
+        """Of the last finished step, of parts of the state (training.memory.copies), in the place of the older one of
+        two."""
+        if self._maybe_slots is not None:
+            try:
+                _write(
+                    self._maybe_slots, self._run_key, self._generation, self.step, tensors, journal_bytes(self.journal)
+                )
+            except OSError:  # there is no memory for it
+                log.exception("there is no copy in memory of step %d", self.step)
+
+    def copies(self, *, since: int) -> list[Held]:
+        """Those that are not older than step `since`, and whose journal reaches back to it, the newest first."""
+        if self._maybe_slots is None:
+            return []
+        found = self._maybe_slots.whole(self._run_key, self._generation)
+        return [held for held in found if held.step >= max(since, 1) and reaches_back_to(held, since)]
+
+    def begin_at(self, step: int, journal: Sequence[Entry] = ()) -> None:
+        """Where a group begins that keeps copies in memory alone: newer ones are in vain, as not all ranks had them."""
+        self.step = step
+        self.journal = list(journal)
+        if self._maybe_slots is not None:
+            self._maybe_slots.clear_after(step)
+
     def find_servers(self, servers: Servers) -> None:
         """Have them take up what was left of them in the place of this process."""
         if self._maybe_slots is not None:

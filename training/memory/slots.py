@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import mmap
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
@@ -75,8 +75,7 @@ class Memory:
 
     @cached_property
     def entries(self) -> Sequence[Entry]:
-        documents = json.loads(bytes(self.body[self.header.num_file_bytes :]))
-        return [parse(Entry, document) for document in documents]
+        return entries_of(self.body[self.header.num_file_bytes :])
 
     @property
     def fingerprint(self) -> int:
@@ -110,6 +109,10 @@ def fingerprint_of(file_digest: str) -> int:
     return int(file_digest[:15], 16)
 
 
+def entries_of(journal: memoryview) -> list[Entry]:
+    return [parse(Entry, document) for document in json.loads(bytes(journal))]
+
+
 def journal_bytes(entries: Sequence[Entry]) -> bytes:
     return canonical_json([vars(entry) for entry in entries])
 
@@ -139,8 +142,13 @@ class Slots:
 
     def newest(self, run_key: str, generation: int) -> Memory | None:
         """The newest whole state of this run; None if there is none."""
-        newest_first = sorted(self._descriptors, key=_step_of, reverse=True)
-        return next((memory for fd in newest_first if (memory := _read(fd, run_key, generation)) is not None), None)
+        return next(self.whole(run_key, generation), None)
+
+    def whole(self, run_key: str, generation: int) -> Iterator[Memory]:
+        """All that are whole, the newest first."""
+        for fd in sorted(self._descriptors, key=_step_of, reverse=True):
+            if (memory := _read(fd, run_key, generation)) is not None:
+                yield memory
 
     def write(self, header: Header, fill: Callable[[memoryview], None]) -> Memory:
         """Into the slot that is not the newest. `fill` writes the file and the journal into what it is given."""
@@ -158,6 +166,12 @@ class Slots:
         """What was found is in use now, and changes; later it must not be found again."""
         for fd in (*self._descriptors, *self._others):
             _unseal(fd)
+
+    def clear_after(self, step: int) -> None:
+        """What is newer than where a group begins would be taken for its own, once it comes so far."""
+        for fd in self._descriptors:
+            if _step_of(fd) > step:
+                _unseal(fd)
 
     def reserve(self, num_bytes: int) -> None:
         """Have memory for so large a file and some journal ready: to write into pages that are there is several times

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -14,11 +13,10 @@ from torch import Tensor
 
 from training import tensorfile
 from training.checkpoints.snapshot import bytes_of
-from training.documents import fast_digest, parse
+from training.documents import fast_digest
 from training.errors import InfrastructureError
 from training.memory.live import Live, Pieces
-from training.memory.slots import HEADER_BYTES, Header, Held, opened, sealed
-from training.runs.events import Entry
+from training.memory.slots import HEADER_BYTES, Header, Held, entries_of, opened, sealed
 from training.tensorfile import Layout
 
 CHUNK_BYTES = 1 << 20
@@ -71,8 +69,7 @@ def take(giver: int, places: Callable[[Layout], Mapping[str, Tensor]]) -> tuple[
     if (digest.hexdigest(), fast_digest(journal)) != (header.file_digest, header.journal_digest):
         raise InfrastructureError(f"the state of step {header.step} did not arrive whole")
     blank = replace(header, num_bytes=header.num_file_bytes, journal_digest="")
-    entries = [parse(Entry, document) for document in json.loads(bytes(journal))]
-    return Live(blank=blank, pieces=[head, *bodies], entries=entries, journal=journal), tensors
+    return Live(blank=blank, pieces=[head, *bodies], entries=entries_of(journal), journal=journal), tensors
 
 
 def _messages(held: Held) -> Iterator[memoryview]:

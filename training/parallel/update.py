@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from training.arithmetic.collectives import texts_of_all_ranks
 from training.arithmetic.norm import BLOCK_ELEMENTS, blocks
+from training.checkpoints.optimizer_state import named_entries
 from training.checkpoints.state import TrainState
 from training.errors import UserError
 from training.parallel.norms import clip_together
@@ -45,6 +46,7 @@ class ShardedUpdate:
         self._parameters = list(state.trained.values())
         self._numbers = {parameter: number for number, parameter in enumerate(self._parameters)}
         own = [piece for unit in sharded.units for piece in self._pieces_of(unit, unit.index)]
+        self._places = own
         self._pieces = sliced(state.optimizer, self._parameters, tuple(own))
         views = [view for unit in sharded.units for view in unit.own_pieces(unit.own)]
         for piece, view in zip(self._pieces, views, strict=True):
@@ -106,6 +108,19 @@ class ShardedUpdate:
                 for copy in entries:
                     del self._state.optimizer.state[copy]
 
+    def part(self) -> dict[str, Tensor]:
+        """What this rank has between two steps, not copied: `START|NAME` is of a flat tensor from there on, `|NAME`
+        whole. The names are those of `TrainState.tensors`."""
+        names = list(self._state.trained)
+        found = {f"|{name}": tensor for name, tensor in self._state.tensors().items() if not tensor.is_meta}
+        for place, piece in zip(self._places, self._pieces, strict=True):
+            name = names[place.parameter]
+            kept = named_entries(self._state.optimizer, {name: piece})
+            for full_name, tensor in {f"model.{name}": piece.detach(), **kept}.items():
+                start = place.start if tensor.shape == piece.shape else ""
+                found[f"{start}|{full_name}"] = tensor
+        return found
+
     def _entries(self) -> dict[nn.Parameter, dict[str, Any]]:
         """What the optimizer keeps of each parameter."""
         told = self._told_by_all()
@@ -141,6 +156,23 @@ class ShardedUpdate:
             own[number] = {key: _told(value, piece) for key, value in entries.items() if value is not None}
         texts = texts_of_all_ranks(json.dumps(own))
         return {int(number): entries for text in texts for number, entries in json.loads(text).items()}
+
+
+def joined(parts: Sequence[Mapping[str, Tensor]], trained: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Of all ranks' parts, tensors as `TrainState.load` takes them."""
+    found: dict[str, Tensor] = {}
+    for part in parts:
+        for name, tensor in part.items():
+            start, _, full_name = name.partition("|")
+            if not start:
+                found[full_name] = tensor.clone()
+                continue
+            num_words = 1 if full_name.startswith("model.") else 2
+            parameter = trained[full_name.split(".", num_words)[-1]]
+            if full_name not in found:
+                found[full_name] = torch.empty(parameter.shape, dtype=tensor.dtype)
+            found[full_name].view(-1)[int(start) : int(start) + len(tensor)] = tensor
+    return found
 
 
 LIKE = object()

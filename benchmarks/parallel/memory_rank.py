@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import gc
-import json
-import os
 import sys
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
-from benchmarks.parallel.work import CASES, TIMEOUT, batch_of, recipe_of, step_in
+from benchmarks.parallel.ranks import answer, meet
+from benchmarks.parallel.work import CASES, batch_of, recipe_of, step_in
 
 NUM_STEPS_BEFORE = 2
 """From then on the optimizer has what it keeps."""
@@ -21,10 +20,7 @@ KIB = 1 << 10
 def main() -> None:
     name, width, num_layers = sys.argv[1:]
     case = next(case for case in CASES if case.name == name)
-    rank, world_size = int(os.environ["RANK"]), case.layout.num_ranks
-    torch.set_num_threads(1)
-    store = dist.FileStore(os.environ["RENDEZVOUS"], world_size)  # type: ignore[attr-defined]  # public, but not listed
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size, timeout=TIMEOUT)
+    rank = meet()
     _warm_up()
     before = _bytes_of("VmRSS")
     step = step_in(case, recipe_of(int(width), int(num_layers)), rank)
@@ -34,10 +30,7 @@ def main() -> None:
     dist.barrier()
     Path("/proc/self/clear_refs").write_text("5")  # the mark begins anew
     step()
-    print(json.dumps(_bytes_of("VmHWM") - before))
-    dist.barrier()
-    sys.stdout.flush()
-    os._exit(0)  # torch's own goodbye takes seconds
+    answer(_bytes_of("VmHWM") - before)
 
 
 def _warm_up() -> None:

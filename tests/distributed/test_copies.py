@@ -1,0 +1,108 @@
+"""Whole runs in shards that keep copies in memory, on real ranks: what is lost with some of them, and the same bits."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import closing
+from dataclasses import replace
+
+import pytest
+
+from tests.distributed import groups
+from tests.distributed.groups import ENTRY, EVERY, Group, Node, Pause, make_node, require_same
+from tests.distributed.in_blocks import InBlocks
+from tests.distributed.pausing import COPYING, MID_STEP
+from tests.servers.modes import has_checkpoint
+from training.cluster.zygote import Zygote
+from training.config import ParallelConfig
+from training.memory.slots import create_slots
+from training.s3.objectstore import Store
+
+COPY_EVERY = 2
+PRESET = replace(
+    groups.PRESET,
+    recipe="tests.distributed.in_blocks:InBlocks",
+    launch=replace(groups.PRESET.launch, processes_per_node=4, grace_seconds=100.0),
+    parallel=ParallelConfig(shard=2, copy_every_steps=COPY_EVERY),
+)
+NEWEST = 8
+"""The newest copy of whoever dies in the step after the ninth; the newest checkpoint is of step 5."""
+Calm = tuple[str, list[groups.Told]]
+
+
+@pytest.fixture(scope="module")
+def zygote() -> Iterator[Zygote]:
+    with closing(Zygote(PRESET, entry=ENTRY)) as running:
+        yield running
+
+
+@pytest.fixture
+def node(store: Store, zygote: Zygote) -> Iterator[Node]:
+    with closing(make_node(store, zygote, preset=PRESET, recipe=InBlocks())) as made:
+        made.slots.append(create_slots())
+        made.is_far = True
+        yield made
+
+
+@pytest.fixture(scope="module")
+def calm() -> Calm:
+    return groups.calm(preset=replace(PRESET, parallel=ParallelConfig()), recipe=InBlocks())
+
+
+def kill(node: Node, num_ranks: int, victim: int, pause: Pause, *, checkpoint: int = EVERY) -> None:
+    """A rank, there, once there is that checkpoint."""
+
+    async def act(group: Group) -> None:
+        await group.paused(victim)
+        if checkpoint:
+            await has_checkpoint(node, checkpoint)
+        if pause.place == COPYING:
+            await group.waits(0, step=pause.step)  # which has its copy then
+        group.kill(victim)
+
+    node.train(num_ranks, act, pauses={victim: pause}, nodes=2 // num_ranks or 1)
+
+
+@pytest.mark.parametrize(
+    ("before", "lost", "after"), [(2, (1,), 1), (1, (), 2), (2, (0,), 4)], ids=["to one", "to two", "to four"]
+)
+def test_whoever_is_lost_alone_takes_no_copy_with_it(
+    node: Node, calm: Calm, before: int, lost: tuple[int, ...], after: int
+) -> None:
+    """As many go on as there are, and as many shards: from what others hold in memory."""
+    kill(node, before, before - 1, Pause(MID_STEP, 9))
+    node.lose_memory(*lost)
+    node.train(after, nodes=2 // after or 1)
+    assert node.attempts() == [(before, 0, "start"), (after, NEWEST, "memory")]
+    require_same(node, calm)
+
+
+@pytest.mark.parametrize(
+    ("lost", "expected"),
+    [((2,), (4, NEWEST, "memory")), ((1, 3), (4, NEWEST, "memory")), ((1, 2), (4, EVERY, "checkpoint"))],
+    ids=["one", "two", "two neighbours"],
+)
+def test_of_four_shards_each_is_in_the_memory_of_two_nodes(
+    node: Node, calm: Calm, lost: tuple[int, ...], expected: tuple[int, int, str]
+) -> None:
+    node.job = replace(
+        node.job, preset=replace(node.job.preset, parallel=ParallelConfig(shard=4, copy_every_steps=COPY_EVERY))
+    )
+    kill(node, 4, 2, Pause(MID_STEP, 9))
+    node.lose_memory(*lost)
+    node.train(4)
+    assert node.attempts() == [(4, 0, "start"), expected]
+    require_same(node, calm)
+
+
+def test_while_a_copy_is_made_the_one_before_is_whole(node: Node, calm: Calm) -> None:
+    """A rank dies before it has written what the other has written; the process alone, as its agent lives on. What is
+    newer than where they go on is forgotten, and made anew."""
+    node.is_far = False
+    kill(node, 2, 1, Pause(COPYING, 4), checkpoint=0)
+    assert node.steps_in_memory()[:2] == [4, 2]
+    kill(node, 2, 1, Pause(MID_STEP, 3), checkpoint=0)
+    assert node.steps_in_memory()[:2] == [2, 2]
+    node.train(2)
+    assert node.attempts()[-1] == (2, 2, "memory")
+    require_same(node, calm)

@@ -1,0 +1,87 @@
+"""Which copies of a state in parts make it whole, and where they are kept."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from unittest import mock
+
+import pytest
+import torch
+
+from training.layout import Layout
+from training.memory.copies import Complete, Part, distance, named, newest_complete, parts_in
+from training.memory.handover import Handover
+from training.memory.slots import Slots, create_slots
+
+
+@pytest.fixture
+def slots() -> Iterator[Slots]:
+    descriptors = create_slots()
+    yield Slots(descriptors)
+    for fd in descriptors:
+        os.close(fd)
+
+
+@pytest.mark.parametrize(
+    ("layout", "processes_per_node", "expected"),
+    [
+        (Layout(shard=2), 1, 1),
+        (Layout(shard=4), 2, 2),
+        (Layout(shard=2), 2, 0),
+        (Layout(shard=4, data=2), 2, 0),
+        (Layout(shard=2, data=2), 2, 0),
+        (Layout(shard=3, data=2), 2, 2),
+        (Layout(), 1, 0),
+    ],
+)
+def test_a_part_is_on_two_nodes_if_there_are_two(layout: Layout, processes_per_node: int, expected: int) -> None:
+    far = distance(layout, processes_per_node)
+    assert far == expected
+    nodes: dict[int, set[int]] = {}
+    for rank in range(layout.num_ranks):
+        places = nodes.setdefault(layout.coordinates(rank).shard, set())
+        places |= {rank // processes_per_node, (rank + far) % layout.num_ranks // processes_per_node}
+    num_nodes = layout.num_ranks // processes_per_node
+    assert all(len(places) >= min(2, num_nodes) for places in nodes.values())
+
+
+def test_the_newest_step_of_which_all_parts_are_there() -> None:
+    first, second, alone = Part(2, 0), Part(2, 1), Part(1, 0)
+    assert newest_complete([[], []]) is None
+    assert newest_complete([[(4, [first])], [(2, [first, second])]]) == Complete(step=2, holders=[1, 1])
+    assert newest_complete([[(4, [first]), (2, [first])], [(4, [second])]]) == Complete(step=4, holders=[0, 1])
+    assert newest_complete([[(6, [first])], [(4, [alone])], [(4, [alone])]]) == Complete(step=4, holders=[1])
+    assert newest_complete([[(6, [first])], [(6, [Part(3, 1)])], [(6, [Part(3, 2)])]]) is None, "of other numbers"
+
+
+def test_two_generations_are_kept_and_newer_ones_forgotten(slots: Slots) -> None:
+    handover = Handover(slots, run_key="key", generation=1)
+    tensors = named(Part(2, 1), {"7|model.weight": torch.arange(3.0)}) | named(Part(2, 0), {"|step": torch.tensor(5)})
+    for step in range(1, 7):
+        handover.note(step, {})
+        if step % 2 == 0:
+            handover.put_copy(tensors)
+    newest, older = handover.copies(since=0)
+    assert (newest.step, older.step) == (6, 4)
+    found = parts_in(newest)
+    assert found.keys() == {Part(2, 0), Part(2, 1)}
+    assert found[Part(2, 1)]["7|model.weight"].tolist() == [0.0, 1.0, 2.0]
+    assert Handover(slots, run_key="key", generation=2).copies(since=0) == []
+    assert [held.step for held in handover.copies(since=5)] == [6]
+    handover.begin_at(4)
+    assert [held.step for held in handover.copies(since=3)] == [4]
+
+
+def test_a_copy_for_which_there_is_no_memory_is_left_out(slots: Slots, caplog: pytest.LogCaptureFixture) -> None:
+    """The older one is still there, and training goes on."""
+    handover = Handover(slots, run_key="key", generation=1)
+    tensors = named(Part(1, 0), {"|step": torch.tensor(5)})
+    handover.note(1, {})
+    handover.put_copy(tensors)
+    handover.note(2, {})
+    with mock.patch("os.ftruncate", side_effect=OSError("no memory")) as failing:
+        handover.put_copy(tensors)
+    assert failing.called
+    assert "there is no copy in memory of step 2" in caplog.text
+    assert [held.step for held in handover.copies(since=0)] == [1]
