@@ -34,7 +34,7 @@ from training.loop import Trainer
 from training.parallel import tensor, tensor_update
 from training.parallel.tensor import ByRows, CutModel, TensorGroups, as_autocast, make_tensor_groups, require_tensor
 from training.parallel.tensor_peers import Peers, Tell, same, tell
-from training.parallel.tensor_trial import Trial
+from training.parallel.tensor_trial import TensorTrial
 from training.parallel.tensor_update import TensorReducer, TensorUpdate
 from training.recipe import Cut, Recipe
 from training.recipes.stdlib import Block, ByteTransformer, Transformer
@@ -153,7 +153,7 @@ class TensorTrainer(Trainer):
         train, rank, layout = self.preset.train, self.rank, self.layout
         layout.require(num_ranks=rank.world_size, virtual_workers=train.virtual_workers)
         require_tensor(layout, rank.device)
-        trial = Trial(self.recipe, self.state.model, held_out(self))
+        trial = TensorTrial(self.recipe, self.state.model, held_out(self))
         index = layout.coordinates(rank.rank).tensor
         peers = Peers(self.groups.parts, number=layout.tensor, index=index)
         cut = CutModel(self.recipe, self.state.model, peers, in_sequences=self.in_sequences)

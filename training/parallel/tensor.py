@@ -150,14 +150,18 @@ def _one_tensor(given: Sequence[Any]) -> Tensor:
     )
 
 
-class ByColumns(nn.Module):
-    """In the place of a linear layer: this rank's units, of all of the input."""
+class InPart(nn.Module):
+    """In the place of a linear layer, with the parameters of which this rank has a part."""
 
     def __init__(self, linear: nn.Linear, peers: Peers, *, in_sequences: bool) -> None:
         super().__init__()
         self.weight, self.bias = linear.weight, linear.bias
         self._peers = peers
         self._in_sequences = in_sequences
+
+
+class ByColumns(InPart):
+    """This rank's units, of all of the input."""
 
     def forward(self, x: Tensor) -> Tensor:
         if not self._in_sequences:
@@ -168,14 +172,8 @@ class ByColumns(nn.Module):
         return found
 
 
-class ByRows(nn.Module):
-    """In the place of a linear layer: what all ranks make of their units, summed; and the bias, once."""
-
-    def __init__(self, linear: nn.Linear, peers: Peers, *, in_sequences: bool) -> None:
-        super().__init__()
-        self.weight, self.bias = linear.weight, linear.bias
-        self._peers = peers
-        self._in_sequences = in_sequences
+class ByRows(InPart):
+    """What all ranks make of their units, summed; and the bias, once."""
 
     def forward(self, x: Tensor) -> Tensor:
         own = F.linear(x, self.weight)
