@@ -120,6 +120,7 @@ class _Shell:
             me=self._member(),
             num_nodes=launch.nodes,
             min_nodes=launch.min_nodes,
+            nodes_per_replica=agent.job.preset.parallel.nodes_per_replica(launch),
             generation=agent.job.generation,
             max_restarts=launch.max_restarts,
             timing=self._timing,

@@ -15,28 +15,41 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.optim import Optimizer
 
+from training.arithmetic.exact import require_float32
 from training.arithmetic.objective import recipe_errors
+from training.checkpoints.state import TrainState
+from training.config import ParallelConfig
+from training.connections import Connections
 from training.errors import UserError
 from training.layout import Layout
 from training.parallel.scatter import own_group
 from training.parallel.tensor_cuts import cuts_of, slices_of
 from training.parallel.tensor_peers import OfWholeSequence, Peers, same, tell
 from training.recipe import Recipe
+from training.servers.attached import require_divisible
 
 
 @dataclass(frozen=True, kw_only=True)
 class TensorGroups:
-    """This rank's: those that have the other parts of the same matrices, and the replicas of its own."""
+    """This rank's. Two are of those that have the other parts of the same matrices: one for within virtual workers, and
+    one for between them, which is left if a rank has cut the other's connections."""
 
-    parts: dist.ProcessGroup
+    computing: dist.ProcessGroup
+    settling: dist.ProcessGroup
     replicas: dist.ProcessGroup
+    connections: Connections
+    """For `computing`."""
 
 
 def make_tensor_groups(layout: Layout, rank: int, *, timeout: timedelta) -> TensorGroups:
     """Collective over all ranks. A rank that is gone is noticed after `timeout` at the latest."""
-    parts, replicas = (own_group(layout, dimension, rank, timeout=timeout) for dimension in ("tensor", "data"))
-    return TensorGroups(parts=parts, replicas=replicas)
+    connections = Connections()
+    with connections.opening():
+        computing = own_group(layout, "tensor", rank, timeout=timeout)
+    settling, replicas = (own_group(layout, dimension, rank, timeout=timeout) for dimension in ("tensor", "data"))
+    return TensorGroups(computing=computing, settling=settling, replicas=replicas, connections=connections)
 
 
 def require_tensor(layout: Layout, device: torch.device) -> None:
@@ -50,21 +63,49 @@ def require_tensor(layout: Layout, device: torch.device) -> None:
         )
 
 
+def require_cuttable(recipe: Recipe, state: TrainState, parallel: ParallelConfig) -> None:
+    """Raises `UserError` naming what cannot be cut, before anything is."""
+    model = state.model
+    require_tensor(Layout(tensor=parallel.tensor), next(model.parameters()).device)
+    require_float32([p for p in model.parameters() if p.requires_grad])
+    cuts_of(recipe, model, parallel.tensor)
+    if parallel.sequences == "parts":
+        blocks_of(recipe, model)
+    require_elementwise(state.optimizer)
+
+
+def require_elementwise(optimizer: Optimizer) -> None:
+    """Raises `UserError` for one whose state cannot be cut."""
+    try:
+        require_divisible(optimizer)
+    except UserError as error:
+        raise UserError(f"parallel.tensor cuts parameters as parallel.shard does: {error}") from error
+
+
+def blocks_of(recipe: Recipe, model: nn.Module) -> list[nn.Module]:
+    """Between the first and the last of which sequences are in parts."""
+    with recipe_errors("blocks()"):
+        blocks = list(recipe.blocks(model))
+    if not blocks:
+        raise UserError(
+            f"{type(recipe).__name__}.blocks() gives none, and parallel.tensor cuts sequences from the first block to"
+            ' the last: add blocks(model), or set parallel.sequences = "whole"'
+        )
+    return blocks
+
+
 class CutModel:
     """A model of which this rank has a part of each matrix. It is whole while it is lent."""
 
-    def __init__(self, recipe: Recipe, model: nn.Module, peers: Peers, *, in_sequences: bool) -> None:
-        """`in_sequences`: between the matrices of a block, ranks have parts of the sequence. Takes the weights, which
-        are whole, and keeps parts. Raises `UserError` for a model that cannot be cut."""
+    def __init__(
+        self, recipe: Recipe, model: nn.Module, peers: Peers, *, in_sequences: bool, maybe_settling: Peers | None = None
+    ) -> None:
+        """`in_sequences`: between the matrices of a block, ranks have parts of the sequence. `maybe_settling` are the
+        same peers, for all that they say outside of the model. Takes the weights, which are whole, and keeps parts.
+        Raises `UserError` for a model that cannot be cut."""
         cuts = cuts_of(recipe, model, peers.number)
-        with recipe_errors("blocks()"):
-            blocks = list(recipe.blocks(model)) if in_sequences else []
-        if in_sequences and not blocks:
-            raise UserError(
-                f"{type(recipe).__name__}.blocks() gives none, and parallel.tensor cuts the sequence from the first"
-                " block to the last: add blocks(model), or keep sequences whole"
-            )
-        self.peers = peers
+        blocks = blocks_of(recipe, model) if in_sequences else []
+        self.peers = maybe_settling or peers
         self.slices = {p: slices for cut in cuts for p, slices in slices_of(cut).items()}
         in_blocks = {module for block in blocks for module in block.modules()}
         stand_ins: dict[nn.Module, nn.Module] = {}
