@@ -389,13 +389,18 @@ def as_tensor(found: Any) -> Tensor:
     return found
 
 
-def disturbed(rank: int, world_size: int, train: Mapping[str, Any], num_steps: int, seed: int) -> list[Any]:
-    """The history of one process in which each sum that ranks may take otherwise is disturbed."""
-    trainer = trainer_in("transformer", rank, None, True, train)
+def disturb(trainer: Trainer, seed: int) -> None:
+    """Each of its sums that ranks with parts of matrices may take otherwise."""
     by = Disturbance(seed, precision=trainer.preset.train.precision)
     for block in trainer.recipe.blocks(trainer.state.model):
         for name, layer in list(block.named_children()):
             assert isinstance(layer, nn.Linear | nn.LayerNorm)
             setattr(block, name, Disturbed(layer, by))
+
+
+def disturbed(rank: int, world_size: int, train: Mapping[str, Any], num_steps: int, seed: int) -> list[Any]:
+    """The history of one process in which these are disturbed."""
+    trainer = trainer_in("transformer", rank, None, True, train)
+    disturb(trainer, seed)
     outcomes = [trainer.train_step() for _ in range(num_steps)]
     return [(outcome.loss, outcome.grad_norm, outcome.samples) for outcome in outcomes]

@@ -383,6 +383,16 @@ class Node:
         """A group has so many at least."""
         return -(-self.min_nodes // self.nodes_per_replica) * self.nodes_per_replica
 
+    def maybe_want(self, now: float) -> str | None:
+        """Why this node has no group, if it is for want of others, and has been so for a while."""
+        num_reached = len(self.peers) + 1
+        if self.phase != "idle" or num_reached >= self.fewest_nodes or now - self.since < self.timing.gather:
+            return None
+        return (
+            f"a group needs {self.fewest_nodes} nodes (launch.min_nodes, and with parallel.tensor whole replicas), and"
+            f" {num_reached} reach one another: it waits for more"
+        )
+
     # ---- what is known of the others -----------------------------------------------------------------------------
 
     def _statuses(self) -> list[Status]:

@@ -5,7 +5,7 @@ together; what is between these matrices, each computes for a part of the sequen
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -94,6 +94,9 @@ def blocks_of(recipe: Recipe, model: nn.Module) -> list[nn.Module]:
     return blocks
 
 
+NOTHING: Mapping[Tensor, nn.Parameter] = {}
+
+
 class CutModel:
     """A model of which this rank has a part of each matrix. It is whole while it is lent."""
 
@@ -129,18 +132,15 @@ class CutModel:
         self._hang_parts()
 
     @contextmanager
-    def lent(self) -> Iterator[None]:
-        """Meanwhile, between two steps, the model has whole copies, and each rank may compute it by itself. Collective
-        at its beginning."""
-        own = {parameter: parameter.data for parameter in self.slices}
-        for parameter in own:
-            parameter.data = self.joined(parameter, parameter.data)
-        self._hang_wholes()
+    def lent(self) -> Iterator[dict[Tensor, nn.Parameter]]:
+        """Meanwhile, between two steps, the model has whole copies, and each rank may compute it by itself; which is in
+        the place of which. Collective at its beginning."""
+        copies = {p: nn.Parameter(self.joined(p, p.data), p.requires_grad) for p in self.slices}
+        self._hang_wholes(copies)
         try:
-            yield
+            yield copies
         finally:
-            for parameter, part in own.items():
-                parameter.data = part
+            self._hang_wholes()
             self._hang_parts()
 
     def joined(self, parameter: Tensor, part: Tensor) -> Tensor:
@@ -163,9 +163,12 @@ class CutModel:
             first, last = self._ends
             self._hooks = [first.register_forward_pre_hook(self._enter), last.register_forward_hook(self._leave)]
 
-    def _hang_wholes(self) -> None:
-        for owner, key, whole, _ in self._places:
+    def _hang_wholes(self, copies: Mapping[Tensor, nn.Parameter] = NOTHING) -> None:
+        """With copies of parameters, or with these themselves."""
+        for owner, key, whole, part in self._places:
             owner._modules[key] = whole
+            for name, parameter in part._parameters.items():
+                whole._parameters[name] = copies.get(parameter, parameter) if parameter is not None else None
         for hook in self._hooks:
             hook.remove()
 

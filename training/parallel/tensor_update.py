@@ -133,27 +133,26 @@ class TensorUpdate:
     def whole_state(self) -> Iterator[None]:
         """Meanwhile the state has all of the weights, and of what the optimizer keeps of them: copies. Collective."""
         entries = self._state.optimizer.state
-        own: dict[Tensor, Any] = {
-            parameter: entries[parameter] for parameter in self._cut.slices if parameter in entries
-        }
-        with self._cut.lent():
-            entries.update({parameter: self._joined(parameter, kept) for parameter, kept in own.items()})
+        with self._cut.lent() as copies:
+            wholes = {copy: self._joined(p, entries[p]) for p, copy in copies.items() if p in entries}
+            entries.update(wholes)
             try:
                 yield
             finally:
-                entries.update(own)
+                for copy in wholes:
+                    del entries[copy]
 
-    def lent(self) -> AbstractContextManager[None]:
+    def lent(self) -> AbstractContextManager[Any]:
         """Meanwhile the model has all weights, and each rank may compute it by itself. Collective at its beginning."""
         return self._cut.lent()
 
     def _joined(self, parameter: Tensor, kept: dict[str, Any]) -> dict[str, Any]:
-        """`kept` are the same on each rank but for what is like its part."""
+        """`kept` are the same on each rank but for what is like its part, and for their order: a file's has none."""
         slices, peers = self._cut.slices[parameter], self._cut.peers
         shape = slices.part_shape(peers.number)
         return {
             key: self._cut.joined(parameter, value)
             if isinstance(value, Tensor) and tuple(value.shape) == shape
             else value
-            for key, value in kept.items()
+            for key, value in sorted(kept.items())
         }
