@@ -1,5 +1,5 @@
-"""What a rank with a part of each matrix reckons by itself: its replica's virtual workers, and who is slow; and what one
-rank cannot do again."""
+"""What a rank with a part of each matrix reckons by itself: its replica's virtual workers, and who is slow; and what
+one rank cannot do again."""
 
 from __future__ import annotations
 

@@ -134,7 +134,9 @@ class TensorUpdate:
         """Meanwhile the state has all of the weights, and of what the optimizer keeps of them: copies. Collective."""
         entries = self._state.optimizer.state
         with self._cut.lent() as copies:
-            wholes = {copy: self._joined(p, entries[p]) for p, copy in copies.items() if p in entries}
+            wholes: dict[Tensor, Any] = {
+                copy: self._joined(p, entries[p]) for p, copy in copies.items() if p in entries
+            }
             entries.update(wholes)
             try:
                 yield
