@@ -217,7 +217,7 @@ def test_a_node_that_makes_no_whole_replica_waits() -> None:
     assert "a group needs 2 nodes" in str(driver.node.maybe_want(driver.now))
     driver.links("1")
     assert driver.node.maybe_want(driver.now) is None
-    assert proposed(driver.waits(TIMING.join, driver.status(member(1))))[0] == ["0", "1"]
+    assert proposed(driver.waits(TIMING.join + 2, driver.status(member(1))))[0] == ["0", "1"]
 
 
 def test_nodes_beyond_whole_replicas_are_left_out() -> None:
