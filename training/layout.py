@@ -130,6 +130,12 @@ def in_stages(num_ranks: int, pipeline: int) -> Layout:
     return Layout(data=num_ranks // num_stages, pipeline=num_stages)
 
 
+def in_tensors(num_ranks: int, tensor: int) -> Layout:
+    """With so many parts of each matrix: bits depend on it, so it stays, whatever a group has lost. Raises `UserError`
+    if the ranks make no whole replicas."""
+    return Layout(tensor=tensor).over(num_ranks)
+
+
 def layouts(num_ranks: int, *, max_pipeline: int = 1, max_tensor: int = 1, max_feeds: int) -> Iterator[Layout]:
     """All of so many ranks, the plainest first."""
     divisors = [n for n in range(1, num_ranks + 1) if num_ranks % n == 0]

@@ -26,6 +26,7 @@ from training.loop import Trainer
 from training.memory.handover import GroupOver, Handover
 from training.parallel.pipeline import require_cut
 from training.parallel.pipelined_update import require_separable
+from training.parallel.tensor import require_cuttable
 from training.parallel.update import require_shardable
 from training.pipelined_loop import PipelinedTrainer
 from training.recipe import Recipe, load_recipe
@@ -38,6 +39,7 @@ from training.sharded_loop import ShardedTrainer
 from training.signatures import keyring
 from training.stale_loop import StaleTrainer
 from training.step import Rank
+from training.tensor_loop import TensorTrainer
 
 
 @dataclass(kw_only=True)
@@ -85,6 +87,8 @@ def prepare(job: Job, *, local_rank: int) -> Kit:
     if job.preset.parallel.pipeline > 1:
         require_cut(recipe, state.model, job.preset.parallel, device)
         require_separable(state.optimizer)
+    if job.preset.parallel.tensor > 1:
+        require_cuttable(recipe, state, job.preset.parallel)
     return Kit(
         job=job,
         device=device,
@@ -152,6 +156,8 @@ def _kind_of(preset: Preset) -> Callable[..., Trainer]:
         return ShardedTrainer
     if preset.parallel.pipeline > 1:
         return PipelinedTrainer
+    if preset.parallel.tensor > 1:
+        return TensorTrainer
     return StaleTrainer if preset.train.staleness else Trainer
 
 

@@ -34,10 +34,16 @@ def begin_replay(job: Job, record: Record, *, first: int) -> tuple[int, Iterator
     """The step after which a replay begins that does step `first`, and its steps, one after another to the run's end.
 
     It begins at the newest checkpoint before `first` that is whole, or at step 0, and writes nothing to the store.
-    Raises `UserError` if this machine's environment or the recipe's source is another than the run's.
+    Raises `UserError` if this machine's environment or the recipe's source is another than the run's, or its bits are
+    not those of one rank.
     """
     if setting := job.preset.train.maybe_inexact:
         raise UserError(f"run {job.key[:12]} was trained with {setting}, which promises no bits to compare")
+    if (tensor := job.preset.parallel.tensor) > 1:
+        raise UserError(
+            f"run {job.key[:12]} was trained with parallel.tensor = {tensor}: its bits are those of {tensor} ranks"
+            " together, and a replay is done by one. To compare, train it again with --fresh: the bits are the same"
+        )
     environment.require_same(record.environment, environment.fingerprint())
     kit = rank.prepare(job, local_rank=0)
     alone = _alone(job.preset)

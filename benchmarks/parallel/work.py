@@ -152,9 +152,7 @@ def _in_pipeline(case: Case, recipe: ByteTransformer, state: TrainState, rank: i
 
 def _in_tensors(case: Case, recipe: ByteTransformer, state: TrainState, rank: int) -> Step:
     groups = make_tensor_groups(case.layout, rank, timeout=TIMEOUT)
-    index = case.layout.coordinates(rank).tensor
-    peers = Peers(groups.parts, number=case.layout.tensor, index=index)
-    cut = CutModel(recipe, state.model, peers, in_sequences=True)
+    cut = CutModel(recipe, state.model, Peers(groups.computing), in_sequences=True)
     objective = _objective(recipe, state)
     reducer = TensorReducer(objective, cut, groups=groups, num_extras=1, ranges=_shares(case.layout.data))
     return _steps(recipe, reducer, TensorUpdate(state, cut, clip_norm=CLIP_NORM))

@@ -65,7 +65,9 @@ def plan(
         rows = [{**asdict(one), "memory_bytes": one.memory_bytes, "recommended": one is best} for one in found]
         print_json({"ranks": num_ranks, "weight_bytes": model.weight_bytes, "layouts": rows})
         return
-    _print(found, best, maybe_memory, num_nodes=num_nodes)
+    has_whole_sequences = best.layout.tensor in model.whole_sequences
+    _print(found, best, maybe_memory)
+    print(advice(best.layout, best.schedule, num_nodes, has_whole_sequences=has_whole_sequences))
 
 
 def _positive(name: str, maybe_given: int | None, otherwise: int) -> int:
@@ -106,7 +108,7 @@ def _location(preset: Preset) -> StoreLocation:
     return store_location(settings)
 
 
-def _print(found: list[Cost], best: Cost, memory_bytes: int, *, num_nodes: int) -> None:
+def _print(found: list[Cost], best: Cost, memory_bytes: int) -> None:
     rows = [
         [
             "→" if one is best else "",
@@ -135,14 +137,19 @@ def _print(found: list[Cost], best: Cost, memory_bytes: int, *, num_nodes: int) 
         print("Nobody says how much memory a rank has: --memory BYTES, or launch.memory_bytes_per_node.")
     elif best.memory_bytes > memory_bytes:
         print(f"None fits into {_mebibytes(memory_bytes)} MiB: take more nodes, or more virtual workers.")
-    print(advice(best.layout, best.schedule, num_nodes))
 
 
-def advice(layout: Layout, maybe_schedule: str | None, num_nodes: int) -> str:
+def advice(layout: Layout, maybe_schedule: str | None, num_nodes: int, *, has_whole_sequences: bool = False) -> str:
     """What to write into the preset."""
-    if layout.tensor > 1 or (layout.pipeline > 1 and layout.shard > 1):
-        return "`unbroken run` trains in replicas of shards, or of pipelines, alone so far: docs/parallelism.md."
+    if [layout.shard > 1, layout.pipeline > 1, layout.tensor > 1].count(True) > 1:
+        return (
+            "`unbroken run` trains in replicas of shards, of pipelines, or of parts of matrices, alone so far:"
+            " docs/parallelism.md."
+        )
     parallel = ""
+    if layout.tensor > 1:
+        sequences = '\nsequences = "whole"' if has_whole_sequences else ""
+        parallel = f"\n\n[parallel]\ntensor = {layout.tensor}{sequences}"
     if layout.shard > 1:
         parallel = f"\n\n[parallel]\nshard = {layout.shard}"
     if layout.pipeline > 1:

@@ -67,12 +67,11 @@ def plan(preset: Preset, *, faults: Sequence[str] = (), steps: int | None = None
     if setting := preset.train.maybe_inexact:
         exact = "train.staleness=0" if preset.train.staleness else "'train.mode=\"exact\"'"
         raise UserError(f"{setting} promises no bits that a fault could change: drill it with --set {exact}")
-    if preset.parallel.is_spread:
-        field = "shard" if preset.parallel.shard > 1 else "pipeline"
+    if field := preset.parallel.maybe_spread:
+        bits = "of another run" if preset.parallel.determining() else "which gives the same bits"
         raise UserError(
             f"parallel.{field} = {getattr(preset.parallel, field)} leaves nothing in memory if a rank is lost, and a"
-            f" drill demands that no step is done again: drill it with --set parallel.{field}=1, which gives the same"
-            " bits"
+            f" drill demands that no step is done again: drill it with --set parallel.{field}=1, {bits}"
         )
     if preset.train.virtual_workers < 2 * preset.launch.processes_per_node:
         raise UserError(

@@ -43,7 +43,11 @@ def test_what_is_recommended_is_told_as_a_preset_wants_it() -> None:
     assert advice(Layout(data=2, shard=2), None, 4).endswith("[launch]\nnodes = 4\n\n[parallel]\nshard = 2")
     pipelined = advice(Layout(data=2, pipeline=2), "gpipe", 4)
     assert pipelined.endswith('[launch]\nnodes = 4\n\n[parallel]\npipeline = 2\nschedule = "gpipe"')
-    assert "replicas of shards, or of pipelines, alone" in advice(Layout(pipeline=2, shard=2), "1f1b", 4)
+    in_tensors = advice(Layout(data=2, tensor=2), None, 4)
+    assert in_tensors.endswith("[launch]\nnodes = 4\n\n[parallel]\ntensor = 2")
+    assert advice(Layout(tensor=4), None, 4, has_whole_sequences=True).endswith('tensor = 4\nsequences = "whole"')
+    assert "replicas of shards, of pipelines, or" in advice(Layout(pipeline=2, shard=2), "1f1b", 4)
+    assert "alone so far" in advice(Layout(pipeline=2, tensor=2), "1f1b", 4)
 
 
 def test_what_makes_no_sense_is_refused(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Trainings with matrices that are cut, as the loop is to do them. Imported by spawned processes: no fixtures."""
+"""Trainings with matrices that are cut, step by step. Imported by spawned processes: no fixtures."""
 
 from __future__ import annotations
 
@@ -7,8 +7,6 @@ import signal
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, replace
-from datetime import timedelta
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -23,22 +21,19 @@ from torch.nn import functional as F
 from torch.optim import LBFGS, Optimizer
 from torch.utils.checkpoint import checkpoint
 
-from tests.distributed.ranks import TIMEOUT_SECONDS
 from tests.distributed.work import ANYHOW
 from tests.unit.tiny import MemoryReader, make_trainer, tiny_preset
-from training.arithmetic.balance import Balance, even_shares, ranges
 from training.arithmetic.norm import block_norms, norm_of
-from training.arithmetic.objective import Objective
+from training.config import ParallelConfig
 from training.errors import UserError
 from training.layout import Layout
 from training.loop import Trainer
 from training.parallel import tensor, tensor_update
-from training.parallel.tensor import ByRows, CutModel, TensorGroups, as_autocast, make_tensor_groups, require_tensor
-from training.parallel.tensor_peers import Peers, Tell, same, tell
-from training.parallel.tensor_trial import Trial
-from training.parallel.tensor_update import TensorReducer, TensorUpdate
+from training.parallel.tensor import ByRows, CutModel, as_autocast
+from training.parallel.tensor_peers import Tell, same, tell
 from training.recipe import Cut, Recipe
 from training.recipes.stdlib import Block, ByteTransformer, Transformer
+from training.tensor_loop import TensorTrainer
 
 SEQUENCE = 8
 NUM_STEPS = 50
@@ -139,46 +134,7 @@ RECIPES = {
 }
 
 
-class TensorTrainer(Trainer):
-    """Its ranks have parts of matrices."""
-
-    layout = Layout()
-    in_sequences = True
-
-    @cached_property
-    def groups(self) -> TensorGroups:
-        timeout = timedelta(seconds=TIMEOUT_SECONDS)
-        return make_tensor_groups(self.layout, self.rank.rank, timeout=timeout)
-
-    @cached_property
-    def cut(self) -> CutModel:
-        train, rank, layout = self.preset.train, self.rank, self.layout
-        layout.require(num_ranks=rank.world_size, virtual_workers=train.virtual_workers)
-        require_tensor(layout, rank.device)
-        trial = Trial(self.recipe, self.state.model, held_out(self))
-        index = layout.coordinates(rank.rank).tensor
-        peers = Peers(self.groups.parts, number=layout.tensor, index=index)
-        cut = CutModel(self.recipe, self.state.model, peers, in_sequences=self.in_sequences)
-        trial.require_same(cut)
-        return cut
-
-    @cached_property
-    def reducer(self) -> Any:
-        shares = even_shares(self.preset.train.virtual_workers, self.layout.data)
-        return TensorReducer(
-            Objective(self.recipe, self.state.model, precision=self.preset.train.precision),
-            self.cut,
-            groups=self.groups,
-            num_extras=self.extras.num_elements,
-            ranges=ranges(shares),
-        )
-
-    @cached_property
-    def updater(self) -> Any:
-        return TensorUpdate(self.state, self.cut, clip_norm=self.preset.train.clip_norm)
-
-
-def _texts() -> MemoryReader:
+def texts() -> MemoryReader:
     numbers = np.arange(100 * (SEQUENCE + 1), dtype=np.int64)
     return MemoryReader({"bytes": (numbers * numbers * 7919 % 10007 % 251).astype(np.uint8).reshape(100, -1)})
 
@@ -189,21 +145,18 @@ def trainer_in(
     """In a layout; or on one rank, as always."""
     preset = tiny_preset(steps=1000)
     settings = {"digest_every_steps": 0, "clip_norm": 0.5, **train}
-    trainer = make_trainer(
-        preset=replace(preset, train=replace(preset.train, **settings)),
+    preset = replace(preset, train=replace(preset.train, **settings))
+    if maybe_layout:
+        parallel = ParallelConfig(tensor=maybe_layout.tensor, sequences="parts" if in_sequences else "whole")
+        preset = replace(preset, launch=replace(preset.launch, nodes=maybe_layout.num_ranks), parallel=parallel)
+    return make_trainer(
+        preset=preset,
         recipe=RECIPES[recipe],
-        reader=_texts(),
+        reader=texts(),
         rank=rank,
         world_size=maybe_layout.num_ranks if maybe_layout else 1,
         kind=TensorTrainer if maybe_layout else Trainer,
     )
-    if isinstance(trainer, TensorTrainer) and maybe_layout:
-        trainer.layout, trainer.in_sequences = maybe_layout, in_sequences
-        at = maybe_layout.coordinates(rank)
-        trainer.balance = Balance(
-            trainer.preset.train.virtual_workers, rank=at.data, world_size=maybe_layout.data, over_seconds=0.0
-        )
-    return trainer
 
 
 def in_tensors(
@@ -224,7 +177,8 @@ def in_tensors(
         tensors = safetensors.torch.load_file(maybe_from)
         trainer.state.load(tensors, step=int(tensors.pop("step")))
     told: dict[str, Any] = {"num_of_model": _num_elements(trainer)}
-    assert trainer.updater is not None  # which cuts, before the first step
+    if isinstance(trainer, TensorTrainer):
+        trainer.begin_group()
     told["num_kept"] = _num_elements(trainer)
     with Tells() as tells, BUGS[bug]():
         outcomes = [trainer.train_step() for _ in range(num_steps)]
@@ -236,7 +190,7 @@ def in_tensors(
     if not isinstance(trainer, TensorTrainer):
         told["loss_alone"] = trainer.recipe.loss(trainer.state.model, batch).item()
         return {**told, **whole(trainer, maybe_to)}
-    with trainer.updater.whole_state():
+    with trainer.whole_state():
         told |= whole(trainer, maybe_to if rank == 0 else None)
         told["loss_alone"] = trainer.recipe.loss(trainer.state.model, batch).item()
     assert _num_elements(trainer) == told["num_kept"]
@@ -246,7 +200,7 @@ def in_tensors(
 def held_out(trainer: Trainer) -> Mapping[str, Tensor]:
     """As many samples as a virtual worker has."""
     train = trainer.preset.train
-    fields = trainer.feed.held_out().read(range(train.batch_size // train.virtual_workers)).fields
+    fields = trainer.held_out.read(range(train.batch_size // train.virtual_workers)).fields
     return {name: torch.from_numpy(array) for name, array in fields.items()}
 
 
@@ -269,8 +223,9 @@ def refusal(rank: int, world_size: int, kind: str) -> str:
     """What is said of a recipe whose model cannot be cut; where its weights are between matrices, with whole sequences,
     as else they are summed."""
     trainer = trainer_in(kind, rank, Layout(tensor=world_size), kind != "between", TRAIN)
+    assert isinstance(trainer, TensorTrainer)
     try:
-        assert trainer.updater is not None
+        trainer.begin_group()
     except UserError as error:
         return str(error)
     return "nothing"
@@ -292,10 +247,11 @@ def whole(trainer: Trainer, maybe_to: str | None) -> dict[str, Any]:
 def killed(rank: int, world_size: int, layout: Layout, num_steps: int, to: str) -> None:
     """So many steps into a file; and the last rank dies in the midst of the backward pass after the next two."""
     trainer = trainer_in("transformer", rank, layout, True, TRAIN)
-    assert trainer.updater is not None
+    assert isinstance(trainer, TensorTrainer)
+    trainer.begin_group()
     for _ in range(num_steps):
         trainer.train_step()
-    with trainer.updater.whole_state():
+    with trainer.whole_state():
         whole(trainer, to if rank == 0 else None)
     for _ in range(2):
         trainer.train_step()
@@ -435,15 +391,20 @@ def as_tensor(found: Any) -> Tensor:
     return found
 
 
-def disturbed(
-    rank: int, world_size: int, recipe: str, train: Mapping[str, Any], num_steps: int, seed: int
-) -> list[Any]:
-    """The history of one process in which each sum that ranks may take otherwise is disturbed."""
-    trainer = trainer_in(recipe, rank, None, True, train)
+def disturb(trainer: Trainer, seed: int) -> None:
+    """Each of its sums that ranks with parts of matrices may take otherwise."""
     by = Disturbance(seed, precision=trainer.preset.train.precision)
     for block in trainer.recipe.blocks(trainer.state.model):
         for name, layer in list(block.named_children()):
             assert isinstance(layer, nn.Linear | nn.LayerNorm)
             setattr(block, name, Disturbed(layer, by))
+
+
+def disturbed(
+    rank: int, world_size: int, recipe: str, train: Mapping[str, Any], num_steps: int, seed: int
+) -> list[Any]:
+    """The history of one process in which these are disturbed."""
+    trainer = trainer_in(recipe, rank, None, True, train)
+    disturb(trainer, seed)
     outcomes = [trainer.train_step() for _ in range(num_steps)]
     return [(outcome.loss, outcome.grad_norm, outcome.samples) for outcome in outcomes]

@@ -3,23 +3,18 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Iterator
-from contextlib import closing
 from dataclasses import replace
-from functools import partial
 
 import pytest
 
-from tests.distributed import groups
-from tests.distributed.groups import ENTRY, EVERY, Group, Node, Pause, make_node, regroup, require_same
+from tests.distributed import groups, spread
+from tests.distributed.groups import EVERY, Node, Pause, regroup, require_same
 from tests.distributed.in_parts import POISON, InParts
 from tests.distributed.pausing import MID_STEP, UPDATING, VALIDATING
-from tests.servers.modes import has_checkpoint
+from tests.distributed.spread import Calm, departure_of, in_mode, kill
 from training.cluster.zygote import Zygote
 from training.config import ParallelConfig
 from training.control import EXIT_STOPPED
-from training.memory.slots import create_slots
-from training.runs.record import Departure
 from training.s3.objectstore import Store
 
 PRESET = replace(
@@ -31,38 +26,7 @@ PRESET = replace(
 )
 FOUR_STAGES = ParallelConfig(pipeline=4)
 INTERLEAVED = ParallelConfig(pipeline=2, schedule="interleaved")
-Calm = tuple[str, list[groups.Told]]
-
-
-@pytest.fixture(scope="module")
-def zygote() -> Iterator[Zygote]:
-    with closing(Zygote(PRESET, entry=ENTRY)) as running:
-        yield running
-
-
-@pytest.fixture
-def node(store: Store, zygote: Zygote) -> Iterator[Node]:
-    with closing(make_node(store, zygote, preset=PRESET, recipe=InParts())) as made:
-        made.slots.append(create_slots())
-        yield made
-
-
-@pytest.fixture(scope="module")
-def calm() -> Calm:
-    plain = replace(PRESET, parallel=ParallelConfig())
-    return groups.calm(preset=plain, recipe=InParts())
-
-
-def spread(node: Node, parallel: ParallelConfig) -> None:
-    """How the groups from here on do it."""
-    node.job = replace(node.job, preset=replace(node.job.preset, parallel=parallel))
-
-
-async def kill(group: Group, *, node: Node, victim: int, checkpoint: int) -> None:
-    """A rank that is paused, once there is that checkpoint."""
-    await group.paused(victim)
-    await has_checkpoint(node, checkpoint)
-    group.kill(victim)
+zygote, node, calm = spread.fixtures(PRESET, InParts())
 
 
 @pytest.mark.parametrize(
@@ -76,7 +40,7 @@ async def kill(group: Group, *, node: Node, victim: int, checkpoint: int) -> Non
 )
 def test_a_run_in_a_pipeline_has_the_bits_of_one_process(node: Node, calm: Calm, parallel: ParallelConfig) -> None:
     """Its losses, its ledger and its scores on the way, too. On four ranks: as two replicas, or as one."""
-    spread(node, parallel)
+    in_mode(node, parallel)
     assert node.train(4).codes() == [0] * 4
     assert node.attempts() == [(4, 0, "start")]
     require_same(node, calm)
@@ -84,12 +48,12 @@ def test_a_run_in_a_pipeline_has_the_bits_of_one_process(node: Node, calm: Calm,
 
 def test_whoever_dies_and_in_whatever_mode_it_goes_on_the_bits_are_the_same(node: Node, calm: Calm) -> None:
     """In two stages, whole on one rank, as two replicas, which are told to end, and on one again."""
-    first = node.train(2, partial(kill, node=node, victim=1, checkpoint=EVERY), pauses={1: Pause(MID_STEP, 6)})
+    first = node.train(2, kill(node, victim=1, checkpoint=EVERY), pauses={1: Pause(MID_STEP, 6)})
     assert first.codes()[1] == -signal.SIGKILL
-    spread(node, ParallelConfig())
-    second = node.train(1, partial(kill, node=node, victim=0, checkpoint=2 * EVERY), pauses={0: Pause(MID_STEP, 11)})
+    in_mode(node, ParallelConfig())
+    second = node.train(1, kill(node, victim=0, checkpoint=2 * EVERY), pauses={0: Pause(MID_STEP, 11)})
     assert second.codes() == [-signal.SIGKILL]
-    spread(node, PRESET.parallel)
+    in_mode(node, PRESET.parallel)
     third = node.train(4, regroup, pauses={1: Pause(MID_STEP, 10)})
     assert third.codes() == [EXIT_STOPPED] * 4
     node.train(2)
@@ -106,8 +70,8 @@ def test_what_is_left_goes_on_in_fewer_stages(
 ) -> None:
     """A rank dies outside of its virtual workers, where the others wait for it in a collective: it is a lost peer.
     Of four stages two are left; of two replicas of two stages three replicas, each with all of the model."""
-    spread(node, ParallelConfig(pipeline=num_stages))
-    first = node.train(4, partial(kill, node=node, victim=2, checkpoint=EVERY), pauses={2: Pause(place, 6)})
+    in_mode(node, ParallelConfig(pipeline=num_stages))
+    first = node.train(4, kill(node, victim=2, checkpoint=EVERY), pauses={2: Pause(place, 6)})
     departure = first.ended.result().maybe_departure
     assert first.codes()[2] == -signal.SIGKILL
     assert departure is not None
@@ -115,16 +79,6 @@ def test_what_is_left_goes_on_in_fewer_stages(
     node.train(num_left, nodes=2)
     assert node.attempts() == [(4, 0, "start"), (num_left, EVERY, "checkpoint")]
     require_same(node, calm)
-
-
-def departure_of(store: Store, zygote: Zygote, fails: str, parallel: ParallelConfig) -> Departure:
-    recipe, preset = InParts(fails=fails), replace(PRESET, hyperparameters={"fails": fails})
-    with closing(make_node(store, zygote, preset=preset, recipe=recipe)) as node:
-        node.slots.append(create_slots())
-        spread(node, parallel)
-        found = node.train(parallel.pipeline).ended.result().maybe_departure
-    assert found is not None
-    return found
 
 
 @pytest.mark.parametrize(
@@ -142,13 +96,15 @@ def test_a_record_that_makes_a_step_fail_is_found(
     store: Store, zygote: Zygote, fails: str, parallel: ParallelConfig, message: str
 ) -> None:
     """Whichever stage it fails on, and although no rank could compute the model by itself just then."""
-    departure = departure_of(store, zygote, fails, parallel)
+    departure = departure_of(
+        store, zygote, replace(PRESET, parallel=parallel), InParts, fails, num_ranks=parallel.pipeline
+    )
     assert (departure.class_name, departure.records) == ("DeterministicError", (f"memory:{POISON}",))
     assert f"step {departure.step + 1}, virtual worker " in departure.cause
     assert message in departure.cause
 
 
 def test_what_fails_by_chance_is_worth_another_attempt(store: Store, zygote: Zygote) -> None:
-    departure = departure_of(store, zygote, "3 once", PRESET.parallel)
+    departure = departure_of(store, zygote, PRESET, InParts, "3 once", num_ranks=2)
     assert (departure.class_name, departure.records) == ("Exception", ())
     assert "by chance" in departure.cause

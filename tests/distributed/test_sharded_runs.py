@@ -3,23 +3,18 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Iterator
-from contextlib import closing
 from dataclasses import replace
-from functools import partial
 
 import pytest
 
-from tests.distributed import groups
-from tests.distributed.groups import ENTRY, EVERY, Group, Node, Pause, make_node, regroup, require_same
+from tests.distributed import groups, spread
+from tests.distributed.groups import EVERY, Node, Pause, regroup, require_same
 from tests.distributed.in_blocks import POISON, InBlocks
 from tests.distributed.pausing import MID_STEP, UPDATING, VALIDATING
-from tests.servers.modes import has_checkpoint
+from tests.distributed.spread import Calm, departure_of, in_mode, kill
 from training.cluster.zygote import Zygote
 from training.config import ParallelConfig
 from training.control import EXIT_STOPPED
-from training.memory.slots import create_slots
-from training.runs.record import Departure
 from training.s3.objectstore import Store
 
 PRESET = replace(
@@ -28,33 +23,7 @@ PRESET = replace(
     launch=replace(groups.PRESET.launch, processes_per_node=2, grace_seconds=100.0),
     parallel=ParallelConfig(shard=2),
 )
-Calm = tuple[str, list[groups.Told]]
-
-
-@pytest.fixture(scope="module")
-def zygote() -> Iterator[Zygote]:
-    with closing(Zygote(PRESET, entry=ENTRY)) as running:
-        yield running
-
-
-@pytest.fixture
-def node(store: Store, zygote: Zygote) -> Iterator[Node]:
-    with closing(make_node(store, zygote, preset=PRESET, recipe=InBlocks())) as made:
-        made.slots.append(create_slots())
-        yield made
-
-
-@pytest.fixture(scope="module")
-def calm() -> Calm:
-    plain = replace(PRESET, parallel=ParallelConfig())
-    return groups.calm(preset=plain, recipe=InBlocks())
-
-
-async def kill(group: Group, *, node: Node, victim: int, checkpoint: int) -> None:
-    """A rank that is paused, once there is that checkpoint."""
-    await group.paused(victim)
-    await has_checkpoint(node, checkpoint)
-    group.kill(victim)
+zygote, node, calm = spread.fixtures(PRESET, InBlocks())
 
 
 @pytest.mark.parametrize("num_ranks", [2, 4])
@@ -68,13 +37,12 @@ def test_a_run_in_shards_has_the_bits_of_one_process(node: Node, calm: Calm, num
 
 def test_whoever_dies_and_in_whatever_mode_it_goes_on_the_bits_are_the_same(node: Node, calm: Calm) -> None:
     """In shards on two ranks, whole on one, in shards on four: of each group only a checkpoint is left."""
-    first = node.train(2, partial(kill, node=node, victim=1, checkpoint=EVERY), pauses={1: Pause(MID_STEP, 7)})
+    first = node.train(2, kill(node, victim=1, checkpoint=EVERY), pauses={1: Pause(MID_STEP, 7)})
     assert first.codes()[1] == -signal.SIGKILL
-    sharded, whole = node.job, replace(node.job.preset, parallel=ParallelConfig())
-    node.job = replace(node.job, preset=whole)
-    second = node.train(1, partial(kill, node=node, victim=0, checkpoint=2 * EVERY), pauses={0: Pause(MID_STEP, 11)})
+    in_mode(node, ParallelConfig())
+    second = node.train(1, kill(node, victim=0, checkpoint=2 * EVERY), pauses={0: Pause(MID_STEP, 11)})
     assert second.codes() == [-signal.SIGKILL]
-    node.job = sharded
+    in_mode(node, PRESET.parallel)
     node.train(4)
     assert node.attempts() == [(2, 0, "start"), (1, EVERY, "checkpoint"), (4, 2 * EVERY, "checkpoint")]
     require_same(node, calm)
@@ -83,7 +51,7 @@ def test_whoever_dies_and_in_whatever_mode_it_goes_on_the_bits_are_the_same(node
 @pytest.mark.parametrize("place", [UPDATING, VALIDATING])
 def test_a_rank_that_dies_outside_of_its_virtual_workers_is_a_lost_peer(node: Node, calm: Calm, place: str) -> None:
     """Others wait for it in a collective there. One rank of two goes on alone, with all of the state."""
-    first = node.train(4, partial(kill, node=node, victim=2, checkpoint=EVERY), pauses={2: Pause(place, 6)})
+    first = node.train(4, kill(node, victim=2, checkpoint=EVERY), pauses={2: Pause(place, 6)})
     departure = first.ended.result().maybe_departure
     assert first.codes()[2] == -signal.SIGKILL
     assert departure is not None
@@ -101,20 +69,12 @@ def test_a_group_that_is_to_end_makes_a_checkpoint_first(node: Node, calm: Calm)
     require_same(node, calm)
 
 
-def departure_of(store: Store, zygote: Zygote, fails: str) -> Departure:
-    recipe, preset = InBlocks(fails=fails), replace(PRESET, hyperparameters={"fails": fails})
-    with closing(make_node(store, zygote, preset=preset, recipe=recipe)) as node:
-        found = node.train(2).ended.result().maybe_departure
-    assert found is not None
-    return found
-
-
 @pytest.mark.parametrize(
     ("fails", "message"), [("loss", "the loss is nan"), ("forward", "what is this?"), ("backward", "whither?")]
 )
 def test_a_record_that_makes_a_step_fail_is_found(store: Store, zygote: Zygote, fails: str, message: str) -> None:
     """Although no rank could compute the model by itself just then."""
-    departure = departure_of(store, zygote, fails)
+    departure = departure_of(store, zygote, PRESET, InBlocks, fails, num_ranks=2)
     assert (departure.class_name, departure.records) == ("DeterministicError", (f"memory:{POISON}",))
     assert f"step {departure.step + 1}, virtual worker " in departure.cause
     assert message in departure.cause
@@ -122,6 +82,6 @@ def test_a_record_that_makes_a_step_fail_is_found(store: Store, zygote: Zygote, 
 
 def test_what_fails_by_chance_is_worth_another_attempt(store: Store, zygote: Zygote) -> None:
     """On all ranks: none says that it would fail again."""
-    departure = departure_of(store, zygote, "once")
+    departure = departure_of(store, zygote, PRESET, InBlocks, "once", num_ranks=2)
     assert (departure.class_name, departure.records) == ("Exception", ())
     assert "by chance" in departure.cause

@@ -18,3 +18,13 @@ def test_parts_give_the_bits_of_one_process(stack: Stack, preset: str, parallel:
     for num_ranks in (2, 4):
         found = train(stack, preset, num_ranks, f"parallel.{parallel}")
         assert (found["run_key"], found["state_sha256"]) == (expected["run_key"], expected["state_sha256"])
+
+
+@pytest.mark.slow
+def test_parts_of_matrices_give_their_own_bits_with_any_number_of_replicas(stack: Stack) -> None:
+    """It is another run than one process's."""
+    pair, replicas = (train(stack, "stdlib", num_ranks, "parallel.tensor=2") for num_ranks in (2, 4))
+    whole = train(stack, "stdlib", 1)
+    assert (pair["run_key"], pair["state_sha256"]) == (replicas["run_key"], replicas["state_sha256"])
+    assert pair["run_key"] != whole["run_key"]
+    assert pair["state_sha256"] != whole["state_sha256"]

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from training.config import ParallelConfig, Preset
+from training.config import LaunchConfig, ParallelConfig, Preset
 from training.documents import canonical_json, parse
 from training.errors import UserError
 from training.preset_file import PRESETS, has_built_in_recipe, load_preset, parse_override, preset_from_json
@@ -136,6 +136,16 @@ def test_there_are_built_in_presets() -> None:
             "'interleaved' needs train.virtual_workers as a multiple of parallel.pipeline = 3, and it is 8",
         ),
         ("[data]", "[parallel]\nschedule = '2f2b'\n[data]", "parallel.schedule"),
+        ("[data]", "[parallel]\ntensor = 0\n[data]", "parallel.tensor must be at least 1"),
+        ("[data]", "[parallel]\ntensor = 3\n[data]", "parallel.tensor = 3 does not divide launch.nodes × launch.proce"),
+        ("[data]", "[parallel]\ntensor = 2\nshard = 2\n[data]", "tensor = 2 does not go with parallel.shard = 2"),
+        ("[data]", "[parallel]\ntensor = 2\npipeline = 2\n[data]", "tensor = 2 does not go with parallel.pipeline = 2"),
+        ("[data]", "[parallel]\nsequences = 'cut'\n[data]", "parallel.sequences"),
+        (
+            "[data]",
+            "[launch]\nnodes = 18\n[parallel]\ntensor = 2\n[data]",
+            "gives 18 ranks, more than train.virtual_workers = 8 × parallel.tensor = 2",
+        ),
         ("[data]", "[data", "not valid TOML"),
         (
             "[hyperparameters]\nwidth = 3\nsizes = [1, 2]",
@@ -240,6 +250,7 @@ def test_what_determines_the_result(preset_file: Path) -> None:
         "parallel.shard": 2,
         "parallel.pipeline": 2,
         "parallel.schedule": "gpipe",
+        "parallel.sequences": "whole",
         "evaluate.confidence": 0.9,
         "name": "other",
     }
@@ -250,6 +261,7 @@ def test_what_determines_the_result(preset_file: Path) -> None:
         "train.clip_norm": 0.5,
         "seed": 1,
         "hyperparameters.width": 4,
+        "parallel.tensor": 2,
     }
     assert {key: changed(key, value) for key, value in same.items()} == dict.fromkeys(same, False)
     assert {key: changed(key, value) for key, value in other.items()} == dict.fromkeys(other, True)
@@ -267,6 +279,18 @@ def test_a_group_that_lost_ranks_goes_on_in_what_divides_them(preset_file: Path)
     assert ParallelConfig(shard=2).on(3, train) == ParallelConfig()
     assert ParallelConfig(shard=2).is_spread
     assert not ParallelConfig().is_spread
+    pair = ParallelConfig(tensor=2, sequences="whole")
+    assert (pair.on(4, train), pair.is_spread) == (pair, True)
+    with pytest.raises(UserError, match=r"3 are no multiple of 2: change launch\.nodes or"):
+        pair.on(3, train)
+
+
+def test_a_group_has_whole_replicas_of_matrices_in_parts() -> None:
+    def nodes(tensor: int, processes_per_node: int) -> int:
+        launch = LaunchConfig(nodes=12, processes_per_node=processes_per_node)
+        return ParallelConfig(tensor=tensor).nodes_per_replica(launch)
+
+    assert [nodes(1, 3), nodes(2, 1), nodes(4, 2), nodes(2, 4), nodes(4, 6)] == [1, 2, 2, 1, 2]
 
 
 def test_a_whole_number_for_a_fraction_is_the_same_preset(preset_file: Path) -> None:

@@ -39,12 +39,13 @@ def group(token: int, *members: Member) -> Record:
 class Driver:
     """A node, a clock, and peers that all reach one another unless told otherwise."""
 
-    def __init__(self, number: int = 0, *, num_nodes: int = 3, min_nodes: int = 1) -> None:
+    def __init__(self, number: int = 0, *, num_nodes: int = 3, min_nodes: int = 1, nodes_per_replica: int = 1) -> None:
         self.now = 1000.0
         self.node = Node(
             me=member(number),
             num_nodes=num_nodes,
             min_nodes=min_nodes,
+            nodes_per_replica=nodes_per_replica,
             generation=0,
             max_restarts=20,
             timing=TIMING,
@@ -203,6 +204,36 @@ def test_nobody_is_taken_in_while_the_store_is_away_for_the_group_could_not_go_o
 def test_a_replacement_of_a_node_that_is_in_the_group_is_no_newcomer() -> None:
     """It could not be in the next group either: the members would regroup for it again and again."""
     assert "AskWorkers" not in kinds(ready_newcomer(in_training(0, 1), member(1, "1-again")))
+
+
+# ---- groups of whole replicas ----------------------------------------------------------------------------------------
+
+
+def test_a_node_that_makes_no_whole_replica_waits() -> None:
+    driver = Driver(num_nodes=4, nodes_per_replica=2)
+    driver.sees(group(0))
+    assert driver.node.maybe_want(driver.now) is None
+    assert not proposed(driver.waits(TIMING.join + 2))
+    assert "a group needs 2 nodes" in str(driver.node.maybe_want(driver.now))
+    driver.links("1")
+    assert driver.node.maybe_want(driver.now) is None
+    assert proposed(driver.waits(TIMING.join + 2, driver.status(member(1))))[0] == ["0", "1"]
+
+
+def test_nodes_beyond_whole_replicas_are_left_out() -> None:
+    driver = Driver(num_nodes=4, nodes_per_replica=2)
+    driver.sees(group(0))
+    driver.links("1", "2")
+    statuses = [driver.status(member(node)) for node in (1, 2)]
+    assert proposed(driver.waits(TIMING.join + 2, *statuses))[0] == ["0", "1"]
+
+
+def test_newcomers_that_make_no_whole_replica_are_not_taken_in() -> None:
+    """Or the group would end for them again and again."""
+    driver = in_training(0, 1)
+    driver.node.num_nodes, driver.node.nodes_per_replica = 4, 2
+    assert "AskWorkers" not in kinds(ready_newcomer(driver, member(2)))
+    assert "AskWorkers" in kinds(ready_newcomer(driver, member(3)))
 
 
 # ---- what is told of the group before --------------------------------------------------------------------------------

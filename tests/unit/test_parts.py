@@ -23,8 +23,8 @@ from training.layout import Layout
 from training.parallel.chunk import Chunk, as_tuple
 from training.parallel.parts import chunks_of
 from training.parallel.pipeline import require_cut, require_pipeline
+from training.parallel.pipeline_trial import PipelineTrial
 from training.parallel.pipelined_update import require_separable
-from training.parallel.trial import Trial
 from training.recipe import Recipe
 from training.recipes.digits import Digits
 from training.recipes.stdlib import ByteTransformer
@@ -66,7 +66,7 @@ def cut(recipe: Recipe, number: int = 2, batch: Mapping[str, Tensor] = BATCH) ->
     model = recipe.model()
     chunks = chunks_of(recipe, model, number)
     before = [tensor.clone() for tensor in model.state_dict().values()]
-    Trial(recipe, model, chunks, batch, precision="float32", device=CPU).require_same()
+    PipelineTrial(recipe, model, chunks, batch, precision="float32").require_same()
     assert all(map(torch.equal, before, model.state_dict().values()))
     assert all(p.grad is None for p in model.parameters())
     return chunks

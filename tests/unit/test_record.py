@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.unit.tiny import Tiny, stale_preset, tiny_preset
-from training.config import ParallelConfig
+from training.config import LaunchConfig, ParallelConfig
 from training.documents import canonical_json, parse
 from training.errors import DamagedError, FencedError, MissingError
 from training.runs.record import (
@@ -267,6 +267,21 @@ def test_over_which_ranks_a_model_is_spread_is_no_part_of_the_run_key() -> None:
     sharded = replace(preset, launch=replace(preset.launch, nodes=2), parallel=ParallelConfig(shard=2))
     pipelined = replace(sharded, parallel=ParallelConfig(pipeline=2, schedule="gpipe"))
     assert len({run_key(recipe=Tiny(), preset=each, dataset_digest="d") for each in (preset, sharded, pipelined)}) == 1
+
+
+def test_into_how_many_parts_matrices_are_cut_is_part_of_the_run_key() -> None:
+    preset = replace(tiny_preset(), launch=LaunchConfig(nodes=4))
+    parts = [
+        ParallelConfig(),
+        ParallelConfig(sequences="whole"),
+        ParallelConfig(tensor=2),
+        ParallelConfig(tensor=2, sequences="whole"),
+        ParallelConfig(tensor=4),
+    ]
+    presets = [replace(preset, parallel=each) for each in parts]
+    keys = [run_key(recipe=Tiny(), preset=each, dataset_digest="d") for each in presets]
+    assert (keys[0], len(set(keys))) == (keys[1], 4)
+    assert "parallel" not in preset.determining()
 
 
 def test_a_default_and_the_same_value_written_out_are_one_run() -> None:

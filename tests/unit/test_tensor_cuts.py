@@ -117,7 +117,7 @@ def test_layouts_and_blocks_that_do_not_go_with_it() -> None:
             return ()
 
     recipe = OnePiece(sequence_bytes=8, width=16, num_layers=1, num_heads=2)
-    with pytest.raises(UserError, match=r"OnePiece\.blocks\(\) gives none, and parallel\.tensor cuts the sequence"):
+    with pytest.raises(UserError, match=r"OnePiece\.blocks\(\) gives none, and parallel\.tensor cuts sequences"):
         CutModel(recipe, recipe.model(), Pretended(2), in_sequences=True)
     CutModel(recipe, recipe.model(), Pretended(2), in_sequences=False)
 

@@ -111,6 +111,7 @@ class _Shell:
         """Processes that wait to be called, by local rank."""
         self._spares: dict[int, Hand] = {}
         self._maybe_code: int | None = None
+        self._maybe_want: str | None = None
         self._moved_at = asyncio.get_running_loop().time()
         self._num_groups = 0
         self._departures: Counter[str] = Counter()
@@ -120,6 +121,7 @@ class _Shell:
             me=self._member(),
             num_nodes=launch.nodes,
             min_nodes=launch.min_nodes,
+            nodes_per_replica=agent.job.preset.parallel.nodes_per_replica(launch),
             generation=agent.job.generation,
             max_restarts=launch.max_restarts,
             timing=self._timing,
@@ -142,6 +144,7 @@ class _Shell:
                 event = await self._next_event()
                 for action in self._node.handle(event, loop.time()):
                     self._act(action)
+                self._say_what_it_wants(loop.time())
                 if self._maybe_workers is not None:
                     self._maybe_workers.kill_hung(loop.time(), hang_seconds=self._agent.job.preset.launch.hang_seconds)
             return self._maybe_code
@@ -168,6 +171,13 @@ class _Shell:
             return await asyncio.wait_for(self._events.get(), self._timing.beat)
         except TimeoutError:
             return Tick()
+
+    def _say_what_it_wants(self, now: float) -> None:
+        """Once each time that it changes."""
+        want = self._node.maybe_want(now)
+        if want is not None and want != self._maybe_want:
+            log.warning("node %d: %s", self._agent.node, want)
+        self._maybe_want = want
 
     def _act(self, action: Action) -> None:
         match action:

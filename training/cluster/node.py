@@ -54,6 +54,8 @@ class Node:
     num_nodes: int
     """At most so many in a group."""
     min_nodes: int
+    nodes_per_replica: int = 1
+    """A group has a multiple of so many."""
     generation: int
     max_restarts: int
     timing: Timing
@@ -247,13 +249,14 @@ class Node:
         return group.members[0].incarnation == self.me.incarnation
 
     def _newcomers(self, group: Record, now: float) -> list[Status]:
-        """Those that the group has room for, once they and all its members have reached one another for a moment."""
+        """Those that the group has room for, once they and all its members have reached one another for a moment, and
+        they make a replica."""
         if len(group.members) >= self.num_nodes:
             return []
         inside = {member.incarnation for member in group.members}
         nodes = {member.node for member in group.members}
         members = [self._status(), *(s for s in self._statuses() if s.member.incarnation in inside)]
-        return [
+        found = [
             status
             for status in self._ready(group)
             if status.member.node not in nodes
@@ -261,6 +264,7 @@ class Node:
             and all(_reach(status, member) for member in members)
             and now - self.peers[status.member.incarnation].first_heard_at >= self._hold_off(status.member.node, group)
         ]
+        return found if len({status.member.node for status in found}) >= self.nodes_per_replica else []
 
     def _hold_off(self, node: int, record: Record) -> float:
         """A node that failed again and again since the newest checkpoint waits longer each time."""
@@ -287,7 +291,7 @@ class Node:
             return
         ready = [self._status(), *self._ready(record)]
         chosen = self._choose(ready, record)
-        if len(chosen) >= self.min_nodes and self._is_time(record, chosen, now):
+        if len(chosen) >= self.fewest_nodes and self._is_time(record, chosen, now):
             members = sorted((status.member for status in chosen), key=lambda member: member.node)
             proposal = Proposal(
                 expected_token=record.token,
@@ -317,7 +321,8 @@ class Node:
         return (*told, *gone)
 
     def _choose(self, ready: Iterable[Status], record: Record) -> list[Status]:
-        """As many as all reach one another, members of the last group first; nobody, if this node is not among them."""
+        """As many as all reach one another and make whole replicas, members of the last group first; nobody, if this
+        node is not among them."""
         before = {member.incarnation for member in record.members}
         own, *_ = ready = list(ready)
         by_seniority = sorted(ready, key=lambda s: (s.member.incarnation not in before, s.member.node))
@@ -336,7 +341,8 @@ class Node:
 
         while odd := [s for s in chosen if s is not own and num_links(s) < len(chosen)]:
             chosen.remove(min(reversed(odd), key=num_links))
-        chosen = chosen[: self.num_nodes]
+        num_nodes = min(len(chosen), self.num_nodes)
+        chosen = chosen[: num_nodes - num_nodes % self.nodes_per_replica]
         return chosen if own in chosen else []
 
     def _patience(self, chosen: list[Status]) -> float:
@@ -371,6 +377,21 @@ class Node:
         if record.token == self._first_token and all(member.node in nodes for member in record.members):
             return True
         return now - self._changed_at > self.timing.takeover
+
+    @property
+    def fewest_nodes(self) -> int:
+        """A group has so many at least."""
+        return -(-self.min_nodes // self.nodes_per_replica) * self.nodes_per_replica
+
+    def maybe_want(self, now: float) -> str | None:
+        """Why this node has no group, if it is for want of others, and has been so for a while."""
+        num_reached = len(self.peers) + 1
+        if self.phase != "idle" or num_reached >= self.fewest_nodes or now - self.since < self.timing.gather:
+            return None
+        return (
+            f"a group needs {self.fewest_nodes} nodes (launch.min_nodes, and with parallel.tensor whole replicas), and"
+            f" {num_reached} reach one another: it waits for more"
+        )
 
     # ---- what is known of the others -----------------------------------------------------------------------------
 

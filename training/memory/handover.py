@@ -138,6 +138,9 @@ class Handover:
     @contextmanager
     def waiting(self) -> Iterator[None]:
         """For other ranks, or for the store: nobody is hung who does. It stays so after an error, until the end."""
+        if self.is_waiting:
+            yield
+            return
         started = time.monotonic()
         self.is_waiting = True
         yield

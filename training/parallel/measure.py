@@ -48,15 +48,22 @@ def _measured(recipe: Recipe, batch: Mapping[str, Tensor], precision: str) -> Mo
     with recipe_errors("cuts()"):
         num_units = math.gcd(*(cut.num_units for cut in recipe.cuts(recipe.model())))
     numbers = [number for number in range(2, MAX_TENSOR + 1) if num_units and num_units % number == 0]
-    return ModelCost(parts=parts, cut={number: _measured_cut(recipe, batch, precision, number) for number in numbers})
+    found = {number: _measured_cut(recipe, batch, precision, number) for number in numbers}
+    return ModelCost(
+        parts=parts,
+        cut={number: cut for number, (cut, _) in found.items()},
+        whole_sequences=frozenset(number for number, (_, in_sequences) in found.items() if not in_sequences),
+    )
 
 
-def _measured_cut(recipe: Recipe, batch: Mapping[str, Tensor], precision: str, number: int) -> tuple[Part, ...]:
-    """With sequences in parts, if they can be."""
+def _measured_cut(
+    recipe: Recipe, batch: Mapping[str, Tensor], precision: str, number: int
+) -> tuple[tuple[Part, ...], bool]:
+    """With sequences in parts, if they can be; and whether they are."""
     try:
-        return _measured_parts(recipe, batch, precision, Pretended(number), in_sequences=True)
+        return _measured_parts(recipe, batch, precision, Pretended(number), in_sequences=True), True
     except UserError:
-        return _measured_parts(recipe, batch, precision, Pretended(number))
+        return _measured_parts(recipe, batch, precision, Pretended(number)), False
 
 
 def _measured_parts(

@@ -18,9 +18,9 @@ from training.config import ParallelConfig
 from training.errors import UserError
 from training.layout import Layout, Schedule
 from training.parallel.parts import chunks_of
+from training.parallel.pipeline_trial import PipelineTrial
 from training.parallel.scatter import own_group
 from training.parallel.schedule import chunks_per_rank
-from training.parallel.trial import Trial
 from training.recipe import Recipe
 
 
@@ -87,7 +87,7 @@ class Pipeline:
         self.precision = precision
         self.device = next(model.parameters()).device
         chunks = chunks_of(recipe, model, self.num_chunks)
-        Trial(recipe, model, chunks, batch, precision=precision, device=self.device).require_same()
+        PipelineTrial(recipe, model, chunks, batch, precision=precision).require_same()
         self.stage_of = {
             tensor: number % layout.pipeline
             for number, chunk in enumerate(chunks)

@@ -34,6 +34,8 @@ class ModelCost:
     parts: tuple[Part, ...]
     cut: Mapping[int, tuple[Part, ...]] = field(default_factory=dict)
     """The same where so many ranks have a part of each matrix, of one of them."""
+    whole_sequences: frozenset[int] = frozenset()
+    """Of these numbers of ranks each has all of the sequences, as they cannot be cut."""
 
     def at(self, tensor: int) -> ModelCost:
         """Of a rank with one of so many parts."""

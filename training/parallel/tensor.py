@@ -5,7 +5,7 @@ together; what is between these matrices, each computes for a part of the sequen
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -15,28 +15,41 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.optim import Optimizer
 
+from training.arithmetic.exact import require_float32
 from training.arithmetic.objective import recipe_errors
+from training.checkpoints.state import TrainState
+from training.config import ParallelConfig
+from training.connections import Connections
 from training.errors import UserError
 from training.layout import Layout
 from training.parallel.scatter import own_group
 from training.parallel.tensor_cuts import cuts_of, slices_of
 from training.parallel.tensor_peers import OfWholeSequence, Peers, same, tell
 from training.recipe import Recipe
+from training.servers.attached import require_divisible
 
 
 @dataclass(frozen=True, kw_only=True)
 class TensorGroups:
-    """This rank's: those that have the other parts of the same matrices, and the replicas of its own."""
+    """This rank's. Two are of those that have the other parts of the same matrices: one for within virtual workers, and
+    one for between them, which is left if a rank has cut the other's connections."""
 
-    parts: dist.ProcessGroup
+    computing: dist.ProcessGroup
+    settling: dist.ProcessGroup
     replicas: dist.ProcessGroup
+    connections: Connections
+    """For `computing`."""
 
 
 def make_tensor_groups(layout: Layout, rank: int, *, timeout: timedelta) -> TensorGroups:
     """Collective over all ranks. A rank that is gone is noticed after `timeout` at the latest."""
-    parts, replicas = (own_group(layout, dimension, rank, timeout=timeout) for dimension in ("tensor", "data"))
-    return TensorGroups(parts=parts, replicas=replicas)
+    connections = Connections()
+    with connections.opening():
+        computing = own_group(layout, "tensor", rank, timeout=timeout)
+    settling, replicas = (own_group(layout, dimension, rank, timeout=timeout) for dimension in ("tensor", "data"))
+    return TensorGroups(computing=computing, settling=settling, replicas=replicas, connections=connections)
 
 
 def require_tensor(layout: Layout, device: torch.device) -> None:
@@ -50,21 +63,52 @@ def require_tensor(layout: Layout, device: torch.device) -> None:
         )
 
 
+def require_cuttable(recipe: Recipe, state: TrainState, parallel: ParallelConfig) -> None:
+    """Raises `UserError` naming what cannot be cut, before anything is."""
+    model = state.model
+    require_tensor(Layout(tensor=parallel.tensor), next(model.parameters()).device)
+    require_float32([p for p in model.parameters() if p.requires_grad])
+    cuts_of(recipe, model, parallel.tensor)
+    if parallel.sequences == "parts":
+        blocks_of(recipe, model)
+    require_elementwise(state.optimizer)
+
+
+def require_elementwise(optimizer: Optimizer) -> None:
+    """Raises `UserError` for one whose state cannot be cut."""
+    try:
+        require_divisible(optimizer)
+    except UserError as error:
+        raise UserError(f"parallel.tensor cuts parameters as parallel.shard does: {error}") from error
+
+
+def blocks_of(recipe: Recipe, model: nn.Module) -> list[nn.Module]:
+    """Between the first and the last of which sequences are in parts."""
+    with recipe_errors("blocks()"):
+        blocks = list(recipe.blocks(model))
+    if not blocks:
+        raise UserError(
+            f"{type(recipe).__name__}.blocks() gives none, and parallel.tensor cuts sequences from the first block to"
+            ' the last: add blocks(model), or set parallel.sequences = "whole"'
+        )
+    return blocks
+
+
+NOTHING: Mapping[Tensor, nn.Parameter] = {}
+
+
 class CutModel:
     """A model of which this rank has a part of each matrix. It is whole while it is lent."""
 
-    def __init__(self, recipe: Recipe, model: nn.Module, peers: Peers, *, in_sequences: bool) -> None:
-        """`in_sequences`: between the matrices of a block, ranks have parts of the sequence. Takes the weights, which
-        are whole, and keeps parts. Raises `UserError` for a model that cannot be cut."""
+    def __init__(
+        self, recipe: Recipe, model: nn.Module, peers: Peers, *, in_sequences: bool, maybe_settling: Peers | None = None
+    ) -> None:
+        """`in_sequences`: between the matrices of a block, ranks have parts of the sequence. `maybe_settling` are the
+        same peers, for all that they say outside of the model. Takes the weights, which are whole, and keeps parts.
+        Raises `UserError` for a model that cannot be cut."""
         cuts = cuts_of(recipe, model, peers.number)
-        with recipe_errors("blocks()"):
-            blocks = list(recipe.blocks(model)) if in_sequences else []
-        if in_sequences and not blocks:
-            raise UserError(
-                f"{type(recipe).__name__}.blocks() gives none, and parallel.tensor cuts the sequence from the first"
-                " block to the last: add blocks(model), or keep sequences whole"
-            )
-        self.peers = peers
+        blocks = blocks_of(recipe, model) if in_sequences else []
+        self.peers = maybe_settling or peers
         self.slices = {p: slices for cut in cuts for p, slices in slices_of(cut).items()}
         in_blocks = {module for block in blocks for module in block.modules()}
         stand_ins: dict[nn.Module, nn.Module] = {}
@@ -88,18 +132,15 @@ class CutModel:
         self._hang_parts()
 
     @contextmanager
-    def lent(self) -> Iterator[None]:
-        """Meanwhile, between two steps, the model has whole copies, and each rank may compute it by itself. Collective
-        at its beginning."""
-        own = {parameter: parameter.data for parameter in self.slices}
-        for parameter in own:
-            parameter.data = self.joined(parameter, parameter.data)
-        self._hang_wholes()
+    def lent(self) -> Iterator[dict[Tensor, nn.Parameter]]:
+        """Meanwhile, between two steps, the model has whole copies, and each rank may compute it by itself; which is in
+        the place of which. Collective at its beginning."""
+        copies = {p: nn.Parameter(self.joined(p, p.data), p.requires_grad) for p in self.slices}
+        self._hang_wholes(copies)
         try:
-            yield
+            yield copies
         finally:
-            for parameter, part in own.items():
-                parameter.data = part
+            self._hang_wholes()
             self._hang_parts()
 
     def joined(self, parameter: Tensor, part: Tensor) -> Tensor:
@@ -122,9 +163,12 @@ class CutModel:
             first, last = self._ends
             self._hooks = [first.register_forward_pre_hook(self._enter), last.register_forward_hook(self._leave)]
 
-    def _hang_wholes(self) -> None:
-        for owner, key, whole, _ in self._places:
+    def _hang_wholes(self, copies: Mapping[Tensor, nn.Parameter] = NOTHING) -> None:
+        """With copies of parameters, or with these themselves."""
+        for owner, key, whole, part in self._places:
             owner._modules[key] = whole
+            for name, parameter in part._parameters.items():
+                whole._parameters[name] = copies.get(parameter, parameter) if parameter is not None else None
         for hook in self._hooks:
             hook.remove()
 
@@ -150,14 +194,18 @@ def _one_tensor(given: Sequence[Any]) -> Tensor:
     )
 
 
-class ByColumns(nn.Module):
-    """In the place of a linear layer: this rank's units, of all of the input."""
+class InPart(nn.Module):
+    """In the place of a linear layer, with the parameters of which this rank has a part."""
 
     def __init__(self, linear: nn.Linear, peers: Peers, *, in_sequences: bool) -> None:
         super().__init__()
         self.weight, self.bias = linear.weight, linear.bias
         self._peers = peers
         self._in_sequences = in_sequences
+
+
+class ByColumns(InPart):
+    """This rank's units, of all of the input."""
 
     def forward(self, x: Tensor) -> Tensor:
         if not self._in_sequences:
@@ -168,14 +216,8 @@ class ByColumns(nn.Module):
         return found
 
 
-class ByRows(nn.Module):
-    """In the place of a linear layer: what all ranks make of their units, summed; and the bias, once."""
-
-    def __init__(self, linear: nn.Linear, peers: Peers, *, in_sequences: bool) -> None:
-        super().__init__()
-        self.weight, self.bias = linear.weight, linear.bias
-        self._peers = peers
-        self._in_sequences = in_sequences
+class ByRows(InPart):
+    """What all ranks make of their units, summed; and the bias, once."""
 
     def forward(self, x: Tensor) -> Tensor:
         own = F.linear(x, self.weight)

@@ -6,6 +6,7 @@ sequence: Korthikanti et al., 2022).
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -18,26 +19,31 @@ from training.errors import UserError
 SEQUENCE = 1
 """The dimension of what blocks take and give."""
 Tell = Callable[[Tensor], Tensor]
+Waiting = Callable[[], AbstractContextManager[None]]
 
 
 class Peers:
     """This rank's. All compute the same, each with its part, and so say the same kinds of things in the same order."""
 
-    def __init__(self, group: dist.ProcessGroup, *, number: int, index: int) -> None:
+    def __init__(self, group: dist.ProcessGroup, *, waiting: Waiting = nullcontext) -> None:
+        """Others are waited for inside of `waiting`."""
         self.group = group
-        self.number = number
-        self.index = index
+        self.number = group.size()
+        self.index = group.rank()
+        self.waiting = waiting
 
     def of_all(self, own: Tensor) -> Tensor:
         """Every rank's, in their order: [ranks, *shape]. Collective."""
         found = own.new_empty(self.number, *own.shape)
-        dist.all_gather_single(_bytes_of(found), _bytes_of(own.contiguous()), group=self.group)
+        with self.waiting():
+            dist.all_gather_single(_bytes_of(found), _bytes_of(own.contiguous()), group=self.group)
         return found
 
     def dealt(self, pieces: Tensor) -> Tensor:
         """Of [ranks, …], a piece for each: what each has for this one, in their order. Collective."""
         found = torch.empty_like(pieces, memory_format=torch.contiguous_format)
-        dist.all_to_all_single(_bytes_of(found), _bytes_of(pieces.contiguous()), group=self.group)
+        with self.waiting():
+            dist.all_to_all_single(_bytes_of(found), _bytes_of(pieces.contiguous()), group=self.group)
         return found
 
     def summed(self, own: Tensor) -> Tensor:

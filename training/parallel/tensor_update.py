@@ -3,20 +3,18 @@ whoever wants it (a checkpoint, a digest)."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from training.arithmetic.exact import BUCKET_BYTES, ExactReducer
+from training.arithmetic.exact import BUCKET_BYTES, Bucket, ExactReducer, Group
 from training.arithmetic.norm import blocks
 from training.checkpoints.state import TrainState
-from training.errors import UserError
 from training.parallel.norms import clip_together
-from training.parallel.tensor import CutModel, TensorGroups
-from training.servers.attached import require_divisible
+from training.parallel.tensor import CutModel, TensorGroups, require_elementwise
 
 
 class TensorReducer(ExactReducer):
@@ -34,23 +32,58 @@ class TensorReducer(ExactReducer):
         bucket_bytes: int = BUCKET_BYTES,
     ) -> None:
         """`ranges` are the virtual workers of each replica, from the first to the last."""
+        replica = groups.replicas.rank()
         super().__init__(
             objective,
-            num_extras=num_extras,
+            num_extras=0,
             ranges=ranges,
-            rank=groups.replicas.rank(),
+            rank=replica,
             bucket_bytes=bucket_bytes,
             maybe_processes=groups.replicas,
         )
         self._cut = cut
+        device = next(objective.parameters()).device
+        self._extras = Bucket([], num_extras, Group(ranges, replica, device, groups.replicas), lambda: None)
+        self._maybe_back: int | None = None
+        """The virtual worker whose backward pass has begun."""
+
+    def forward(self, worker: int, batch: Mapping[str, Tensor]) -> Tensor:
+        self._maybe_back = None
+        return super().forward(worker, batch)
+
+    def backward(self, worker: int, loss: Tensor, extras: Tensor) -> None:
+        self._maybe_back = worker
+        super().backward(worker, loss, extras[:0])
+        self._end(worker, extras)
+
+    def give_up(self, worker: int, extras: Tensor) -> None:
+        """After it failed, or without having begun: the step goes on for the replicas, with zeros for what is
+        missing."""
+        if self._maybe_back != worker:
+            for bucket in self._buckets:
+                bucket.begin(self._places[worker])
+        for bucket in self._buckets:
+            bucket.fill_up()
+        self._end(worker, extras)
+
+    def _end(self, worker: int, extras: Tensor) -> None:
+        self._extras.begin(self._places[worker])
+        self._extras.add_extras(extras)
+        self._extras.fill_up()
 
     def finish(self) -> Tensor:
         """Put the mean gradients of this rank's parts in their places; returns the sum of all extras.
 
-        Of these all ranks of a replica have the same, but for words that one says, where others have zeros."""
-        extras = super().finish()
+        Of these all ranks of a replica have the same, but for words that one says, where others have zeros; and for
+        what one failed at, which is no number."""
+        super().finish()
+        self._extras.exchange()
         self._cut.sum_partly_summed()
-        return self._cut.peers.of_all(extras).amax(0)
+        return self._cut.peers.of_all(self._extras.extras).amax(0)
+
+    def close(self) -> None:
+        super().close()
+        self._extras.close()
 
 
 class TensorUpdate:
@@ -58,10 +91,7 @@ class TensorUpdate:
 
     def __init__(self, state: TrainState, cut: CutModel, *, clip_norm: float | None) -> None:
         """Takes the optimizer's state over, which is whole. Raises `UserError` if that cannot be cut."""
-        try:
-            require_divisible(state.optimizer)
-        except UserError as error:
-            raise UserError(f"parallel.tensor cuts parameters as parallel.shard does: {error}") from error
+        require_elementwise(state.optimizer)
         self._state = state
         self._cut = cut
         self._clip_norm = clip_norm
@@ -86,7 +116,14 @@ class TensorUpdate:
     def clip(self) -> float:
         """Scale the gradients; returns the norm before, of all parts. Collective."""
         gradients = [p.grad for p in self._state.trained.values() if p.grad is not None]
-        return clip_together(gradients, self._block_places, group=self._cut.peers.group, clip_norm=self._clip_norm)
+        peers = self._cut.peers
+        return clip_together(
+            gradients,
+            self._block_places,
+            group=peers.group,
+            clip_norm=self._clip_norm,
+            waiting=peers.waiting,
+        )
 
     def apply(self) -> None:
         """The optimizer's step, at the learning rate that is set."""
@@ -96,23 +133,28 @@ class TensorUpdate:
     def whole_state(self) -> Iterator[None]:
         """Meanwhile the state has all of the weights, and of what the optimizer keeps of them: copies. Collective."""
         entries = self._state.optimizer.state
-        own: dict[Tensor, Any] = {
-            parameter: entries[parameter] for parameter in self._cut.slices if parameter in entries
-        }
-        with self._cut.lent():
-            entries.update({parameter: self._joined(parameter, kept) for parameter, kept in own.items()})
+        with self._cut.lent() as copies:
+            wholes: dict[Tensor, Any] = {
+                copy: self._joined(p, entries[p]) for p, copy in copies.items() if p in entries
+            }
+            entries.update(wholes)
             try:
                 yield
             finally:
-                entries.update(own)
+                for copy in wholes:
+                    del entries[copy]
+
+    def lent(self) -> AbstractContextManager[Any]:
+        """Meanwhile the model has all weights, and each rank may compute it by itself. Collective at its beginning."""
+        return self._cut.lent()
 
     def _joined(self, parameter: Tensor, kept: dict[str, Any]) -> dict[str, Any]:
-        """`kept` are the same on each rank but for what is like its part."""
+        """`kept` are the same on each rank but for what is like its part, and for their order: a file's has none."""
         slices, peers = self._cut.slices[parameter], self._cut.peers
         shape = slices.part_shape(peers.number)
         return {
             key: self._cut.joined(parameter, value)
             if isinstance(value, Tensor) and tuple(value.shape) == shape
             else value
-            for key, value in kept.items()
+            for key, value in sorted(kept.items())
         }

@@ -1,10 +1,9 @@
-"""Whether chunks make of a batch what the whole model makes of it: tried with one, there and back, as in a pipeline."""
+"""A batch to try: what a model that is whole makes of it, so that one in parts can be held against that."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -12,10 +11,6 @@ from torch import Tensor, nn
 from training.arithmetic.buffers import Buffers
 from training.arithmetic.objective import Objective, recipe_errors, seed_streams
 from training.arithmetic.streams import streams_now
-from training.errors import UserError
-from training.parallel.chunk import Chunk, as_values
-from training.parallel.parts import Rest, Values
-from training.parallel.passing import Form
 from training.recipe import Recipe
 
 
@@ -29,119 +24,36 @@ class Made:
 
 
 class Trial:
-    """Of one batch, in one process."""
+    """Of one batch, there and back. The model is as it was between two of them."""
 
-    def __init__(
-        self,
-        recipe: Recipe,
-        model: nn.Module,
-        chunks: Sequence[nn.Module],
-        batch: Mapping[str, Tensor],
-        *,
-        precision: str,
-        device: torch.device,
-    ) -> None:
-        self._recipe = recipe
-        self._model = model
-        self._chunks = chunks
-        self._batch = batch
-        self._precision = precision
-        self._device = device
-        self._buffers = Buffers(model)
-        self._before = self._buffers.copy()
+    def __init__(self, recipe: Recipe, model: nn.Module, batch: Mapping[str, Tensor], *, precision: str) -> None:
+        self.recipe = recipe
+        self.model = model
+        self.batch = batch
+        self.precision = precision
+        self.device = next(model.parameters()).device
+        self.name = type(recipe).__name__
+        self.buffers = Buffers(model)
+        self.buffers_before = self.buffers.copy()
 
-    def require_same(self) -> None:
-        """Raises `UserError` unless loss, gradients and buffers are the same bits; the model is as it was."""
-        try:
-            whole = self._made_whole()
-            self._restore()
-            cut = self._made_in_chunks()
-        finally:
-            self._restore()
-        self._compare(whole, cut)
-
-    def _restore(self) -> None:
-        self._buffers.put_back(self._before)
-        for parameter in self._model.parameters():
-            parameter.grad = None
-
-    def _gradients(self) -> dict[str, Tensor]:
-        found = {name: p for name, p in self._model.named_parameters() if p.requires_grad}
-        return {name: torch.zeros_like(p) if p.grad is None else p.grad.clone() for name, p in found.items()}
-
-    def _made_whole(self) -> Made:
-        seed_streams(0, self._device)
-        with recipe_errors("loss() of held-out samples, with which a pipeline is tried"):
-            loss = Objective(self._recipe, self._model, precision=self._precision)(self._batch)
-            buffers, streams = self._buffers.current(), streams_now(self._device)
+    def computed(self, where: str) -> tuple[Made, list[Tensor]]:
+        """By the model as it is now; and where the random streams stood at first, after the loss, and at last."""
+        seed_streams(0, self.device)
+        streams = [streams_now(self.device)]
+        with recipe_errors(where):
+            loss = Objective(self.recipe, self.model, precision=self.precision)(self.batch)
+            buffers = self.buffers.current()
+            streams.append(streams_now(self.device))
             loss.backward()
-        if not torch.equal(streams, streams_now(self._device)):
-            raise UserError(
-                f"{self._name}'s model draws random numbers in its backward pass: in a pipeline other microbatches have"
-                " drawn before; draw them in the forward pass, or let torch.utils.checkpoint preserve its state"
-            )
-        return Made(loss=loss.detach(), buffers=buffers, gradients=self._gradients())
+        streams.append(streams_now(self.device))
+        return Made(loss=loss.detach(), buffers=buffers, gradients=self.gradients()), streams
 
-    def _made_in_chunks(self) -> Made:
-        chunks, where = (
-            [Chunk(module) for module in self._chunks],
-            "parts(), each from what the one before gave, unchanged",
-        )
-        seed_streams(0, self._device)
-        with recipe_errors(where):
-            inputs = [self._recipe.inputs(self._batch)]
-            for chunk in chunks[:-1]:
-                outputs = chunk.forward(0, inputs, partial(self._computed, chunk, inputs))
-                inputs = [_sent(output) for output in outputs]
-        loss = self._loss(chunks[-1], inputs)
-        for chunk in chunks:
-            chunk.hang_buffers_of(0)
-        buffers, given = self._buffers.current(), chunks[-1].backward(0, [None])
-        with recipe_errors(f"the backward pass of {where}"):
-            for chunk in reversed(chunks[:-1]):
-                given = chunk.backward(0, given)
-        return Made(loss=loss, buffers=buffers, gradients=self._gradients())
+    def gradients(self) -> dict[str, Tensor]:
+        """As they stand, by name."""
+        trained = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+        return {name: torch.zeros_like(p) if p.grad is None else p.grad for name, p in trained.items()}
 
-    def _computed(self, chunk: Chunk, inputs: Sequence[Tensor]) -> Values:
-        with torch.autocast(self._device.type, dtype=torch.bfloat16, enabled=self._precision == "bfloat16"):
-            found: Values = chunk.module(as_values(inputs))
-        return found
-
-    def _loss(self, last: Chunk, inputs: Sequence[Tensor]) -> Tensor:
-        rest, streams = Rest(self._recipe, last.module, self._device), streams_now(self._device)
-        seed_streams(0, self._device)
-        where = "loss() with the last of its parts() in the model's place, of what those before gave, unchanged"
-        with recipe_errors(where):
-            rest.begin(as_values(inputs), streams, self._batch)
-            objective = Objective(self._recipe, rest, precision=self._precision)
-            (loss,) = last.forward(0, inputs, lambda: objective(self._batch))
-        return loss.detach()
-
-    def _compare(self, whole: Made, cut: Made) -> None:
-        if not _same(whole.loss, cut.loss):
-            raise UserError(
-                f"{self._name}.parts() one after another give a loss of {cut.loss.item()}, and the model gives"
-                f" {whole.loss.item()}: they must be all that the model computes"
-            )
-        for name, gradient in whole.gradients.items():
-            if not _same(gradient, cut.gradients[name]):
-                raise UserError(
-                    f"{self._name}.parts() one after another give {name} another gradient than the model does: they"
-                    " must be all that the model computes, hooks and what is detached included"
-                )
-        if not all(map(_same, whole.buffers, cut.buffers)):
-            raise UserError(f"{self._name}.parts() one after another make other buffers than the model does")
-
-    @property
-    def _name(self) -> str:
-        return type(self._recipe).__name__
-
-
-def _sent(output: Tensor) -> Tensor:
-    """As the next stage has it."""
-    return Form.of(output).placed(output.detach().clone(memory_format=torch.contiguous_format))
-
-
-def _same(one: Tensor, other: Tensor) -> bool:
-    """What is no number is the same as what is none."""
-    return torch.equal(one.nan_to_num(), other.nan_to_num()) and torch.equal(one.isnan(), other.isnan())
+    def restore(self) -> None:
+        self.buffers.put_back(self.buffers_before)
+        for parameter in self.model.parameters():
+            parameter.grad = None
