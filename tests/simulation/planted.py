@@ -83,7 +83,7 @@ PLANTED = (
         "if self.me in record.members:",
         "if self.me.incarnation in [m.incarnation for m in record.members]:",
     ),
-    node("fewer than the minimum go on", "len(chosen) >= self.min_nodes and ", ""),
+    node("fewer than the minimum go on", "len(chosen) >= self.fewest_nodes and ", ""),
     node("nodes that train are proposed", 'if status.phase == "idle" and status.token', "if status.token"),
     node("the first group does not wait", "or waited > self.timing.join", "or waited >= 0"),
     node("a broken group's members are not waited for", "or waited > self.timing.gather", "or waited >= 0"),
