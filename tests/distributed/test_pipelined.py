@@ -18,13 +18,13 @@ TRAIN = {"virtual_workers": 6, "batch_size": 12}
 Case = tuple[str, Layout, Schedule]
 CASES: list[Case] = [
     ("transformer", Layout(pipeline=2), "gpipe"),
-    ("transformer", Layout(pipeline=2), "1f1b"),
     ("transformer", Layout(pipeline=4), "1f1b"),
     ("noisy", Layout(pipeline=2), "interleaved"),
     ("noisy", Layout(data=2, pipeline=2), "1f1b"),
-    ("noisy", Layout(data=2, pipeline=2), "interleaved"),
 ]
 MORE_CASES: list[Case] = [
+    ("noisy", Layout(data=2, pipeline=2), "interleaved"),
+    ("transformer", Layout(pipeline=2), "1f1b"),
     ("transformer", Layout(pipeline=4), "gpipe"),
     ("transformer", Layout(pipeline=3), "1f1b"),
     ("transformer", Layout(pipeline=2), "interleaved"),

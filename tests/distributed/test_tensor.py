@@ -125,6 +125,7 @@ def test_bfloat16(ranks: RankPool) -> None:
     assert in_layout(ranks, CASES[3], BFLOAT16, 3)[0]["state"] == in_layout(ranks, CASES[0], BFLOAT16, 3)[0]["state"]
 
 
+@pytest.mark.slow
 def test_killed_and_taken_up_again_it_has_the_same_bits(ranks: RankPool, run: Run, tmp_path: Path) -> None:
     """A rank dies in the midst of a step after the checkpoint; and the same layout twice is the same at all."""
     file, half, case = str(tmp_path / "half"), NUM_STEPS // 2, CASES[0]
@@ -154,6 +155,7 @@ def test_what_is_saved_in_one_layout_is_loaded_in_any_other(ranks: RankPool, tmp
         assert save(None, 1, saved, str(tmp_path / "on")) != first
 
 
+@pytest.mark.slow
 def test_ranks_say_and_keep_what_plan_says(run: Run) -> None:
     """But for what is said once a step: gradients of norms, and words."""
     recipe = RECIPES["transformer"]
