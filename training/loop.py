@@ -97,6 +97,8 @@ class Trainer:
         """After which ranks died twice alike."""
         self._maybe_failure: tuple[int, DeterministicError] | None = None
         """A virtual worker's, for which the step goes on to where all ranks find that it failed."""
+        self._maybe_broken: str | None = None
+        """What kept this rank from computing a virtual worker with others, likewise."""
         self.checkpoints = Checkpointing(
             preset.train,
             saver=saver,
@@ -352,7 +354,9 @@ class Trainer:
             worker, maybe_own = self._maybe_failure or (None, None)
             suspects = self.tried_workers if worker is None else [worker]
             with self.whole_weights():
-                raise self.explainer.of_ranks(error, suspects, self.state, self.extras, maybe_own=maybe_own)
+                raise self.explainer.of_ranks(
+                    error, suspects, self.state, self.extras, maybe_own=maybe_own, maybe_broken=self._maybe_broken
+                )
         scale = learning_rate_scale(self.recipe, step, self.preset.train.steps)
         self.state.set_learning_rate_scale(scale)
         with recipe_errors(f"step {step + 1}, optimizer.step()"):

@@ -37,10 +37,11 @@ class TensorTrainer(ReplicaTrainer):
 
     @cached_property
     def cut(self) -> CutModel:
-        """The model, once its state was loaded. Collective."""
+        """The model, once its state was loaded. New weights alone are tried: of trained ones roundings may be large,
+        and a run that is taken up has been tried. Collective."""
         assert self.digest_period >= 0  # which hangs on the size of the whole
         groups, model = self.groups, self.state.model
-        trial = TensorTrial(self.recipe, model, self.one_to_try())
+        maybe_trial = TensorTrial(self.recipe, model, self.one_to_try()) if self.state.step == 0 else None
         cut = CutModel(
             self.recipe,
             model,
@@ -48,8 +49,19 @@ class TensorTrainer(ReplicaTrainer):
             in_sequences=self.preset.parallel.sequences == "parts",
             maybe_settling=Peers(groups.settling, waiting=self.together),
         )
-        trial.require_same(cut)
+        if maybe_trial is not None:
+            self._require_same(maybe_trial, cut)
         return cut
+
+    def _require_same(self, trial: TensorTrial, cut: CutModel) -> None:
+        """A rank that is lost meanwhile is not the recipe's doing."""
+        try:
+            with self.together():
+                trial.require_same(cut)
+        except DeterministicError as error:
+            if isinstance(error.__cause__, GroupLost):
+                raise error.__cause__ from None
+            raise
 
     @cached_property
     def reducer(self) -> TensorReducer:
@@ -73,7 +85,9 @@ class TensorTrainer(ReplicaTrainer):
     def fail(self, error: DeterministicError, worker: int, samples: Samples) -> None:
         """Not yet, for the others are to hear of it first: those of the replica, which wait for this rank in the midst
         of the same virtual worker, by their connections, and all by the step's loss."""
-        if not isinstance(error.__cause__, GroupLost):  # or another has cut them, or is gone: the end of the step tells
+        if isinstance(error.__cause__, GroupLost):  # another has cut them, or is gone, or a cable: the end tells which
+            self._maybe_broken = str(error.__cause__)
+        else:
             self.give_up(worker, error)
         self.groups.connections.cut()
         self._is_cut_off = True

@@ -24,6 +24,7 @@ def subject_of(preset: Preset, recipe: Recipe) -> str:
             "fields": asdict(recipe),
             "numerics_version": NUMERICS_VERSION,
             "train": {name: value for name, value in determining["train"].items() if name != "steps"},
+            **({"parallel": determining["parallel"]} if "parallel" in determining else {}),
         }
     )
 

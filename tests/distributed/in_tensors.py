@@ -3,8 +3,11 @@ the zygote."""
 
 from __future__ import annotations
 
+import os
+import signal
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -25,8 +28,12 @@ class Trap(Block):
     """A block that fails while it is armed: where the model is whole, and else on one rank alone."""
 
     way = ""
+    dies_at = ""
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.dies_at and x.shape[1] < PLACES and dist.get_rank() == 1 and not Path(self.dies_at).exists():
+            Path(self.dies_at).touch()
+            os.kill(os.getpid(), signal.SIGKILL)
         is_there = x.shape[1] == PLACES or dist.get_rank() == 1
         if self.way == "one forward" and is_there:
             raise ValueError("what is this?")
@@ -58,6 +65,8 @@ class InTensors(Tiny):
     """`fails` says how, and where: "loss", "forward", "backward"; or "one forward", "one backward", "one once"."""
 
     fails: str = ""
+    dies_at: str = ""
+    """A file that one rank makes as it first computes a part of the model, with which it dies."""
 
     def model(self) -> nn.Module:
         return Places()
@@ -84,6 +93,7 @@ class InTensors(Tiny):
         trap = self.blocks(model)[1]
         assert isinstance(trap, Trap)
         trap.way = self.fails if is_poisoned else ""
+        trap.dies_at = self.dies_at
         loss = super().loss(model, batch)
         trap.way = ""
         if self.fails == "backward" and is_poisoned:

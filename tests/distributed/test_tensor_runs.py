@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import replace
 from itertools import accumulate
+from pathlib import Path
 
 import pytest
 
@@ -128,6 +129,20 @@ def test_a_record_that_makes_a_step_fail_is_found(
     assert (departure.class_name, departure.records) == ("DeterministicError", (f"memory:{POISON}",)), departure
     assert f"step {departure.step + 1}, virtual worker " in departure.cause
     assert message in departure.cause
+
+
+def test_a_rank_that_dies_while_the_model_is_tried_is_a_lost_peer(
+    store: Store, zygote: Zygote, calm: Calm, tmp_path: Path
+) -> None:
+    died = tmp_path / "died"
+    preset = replace(PRESET, hyperparameters={"dies_at": str(died)})
+    with closing(node_of(store, zygote, preset, InTensors(dies_at=str(died)))) as node:
+        departure = node.train(2).ended.result().maybe_departure
+        assert departure is not None
+        assert died.exists()
+        assert departure.class_name in ("Killed", "PeerLost"), departure.cause
+        assert node.train(2).codes() == [0, 0]
+        require_same(node, calm)
 
 
 def test_what_fails_by_chance_is_worth_another_attempt(store: Store, zygote: Zygote) -> None:

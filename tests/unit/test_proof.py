@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from tests.unit.tiny import Tiny
-from training.config import Preset
+from training.config import LaunchConfig, ParallelConfig, Preset
 from training.documents import canonical_json, sha256_hex
 from training.errors import DamagedError, UserError
 from training.preset_file import load_preset
@@ -81,6 +81,7 @@ def test_of_several_jobs_the_one_is_found_that_the_key_is_of(store: Store, tmp_p
         replace(job, preset=replace(job.preset, recipe="elsewhere_of_several:Own", folder=str(folder))),
         replace(job, preset=replace(job.preset, train=replace(job.preset.train, steps=7))),
         replace(job, preset=replace(job.preset, seed=job.preset.seed + 1)),
+        replace(job, preset=replace(job.preset, parallel=ParallelConfig(tensor=2), launch=LaunchConfig(nodes=2))),
         replace(job, dataset_digest="e" * 64),
     ):
         planted(store, wrong)

@@ -250,7 +250,7 @@ class Node:
 
     def _newcomers(self, group: Record, now: float) -> list[Status]:
         """Those that the group has room for, once they and all its members have reached one another for a moment, and
-        they make a replica."""
+        a group with them would be larger: it has whole replicas, and all of it reach one another."""
         if len(group.members) >= self.num_nodes:
             return []
         inside = {member.incarnation for member in group.members}
@@ -264,7 +264,7 @@ class Node:
             and all(_reach(status, member) for member in members)
             and now - self.peers[status.member.incarnation].first_heard_at >= self._hold_off(status.member.node, group)
         ]
-        return found if len({status.member.node for status in found}) >= self.nodes_per_replica else []
+        return found if len(self._choose([*members, *found], group)) > len(members) else []
 
     def _hold_off(self, node: int, record: Record) -> float:
         """A node that failed again and again since the newest checkpoint waits longer each time."""

@@ -63,19 +63,23 @@ class Explainer:
         extras: Extras,
         *,
         maybe_own: DeterministicError | None = None,
+        maybe_broken: str | None = None,
     ) -> DeterministicError | RuntimeError:
         """What all ranks found wrong at once: whether it is one of these virtual workers'; `maybe_own` is what this
-        rank saw of one. Collective: who finds nothing waits for who does, and says the same; of those who find it,
-        whoever saw it is believed."""
+        rank saw of one, and `maybe_broken` what kept it from computing its own with others. Collective: who finds
+        nothing waits for who does, and says the same; of those who find it, whoever saw it is believed. If nobody does,
+        and a connection broke, it was that, and comes now and then."""
         first = self.of_workers(maybe_own or error, workers, state, extras)
         if first is maybe_own:  # it did not come again
             first = RuntimeError(str(first))
+        if first is error and maybe_broken is not None:
+            first = RuntimeError(maybe_broken)
         own = None if first is error else _told(first, has_seen=maybe_own is not None)
         with self._handover.waiting():
             told = [json.loads(text) for text in texts_of_all_ranks(json.dumps(own))]
         if maybe_own is not None or not any(told):
             return first
-        message, maybe_records, _ = min(filter(None, told), key=lambda one: not one[-1])
+        message, maybe_records, _ = min(filter(None, told), key=lambda one: (not one[-1], one[1] is None))
         return RuntimeError(message) if maybe_records is None else DeterministicError(message, records=maybe_records)
 
     def of_workers(

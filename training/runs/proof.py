@@ -43,6 +43,9 @@ def mismatch(identity: Identity, job: Job) -> str:
         "initial_weights": job.initial.weights_sha256 if job.initial is not None else None,
         "preset": {name: value for name, value in job.preset.determining().items() if name != "hyperparameters"},
     }
+    due, told = identity.determining["preset"].get("parallel", {}), job.preset.parallel.determining()
+    if due != told:  # named only if it changes the result
+        return f"preset.parallel = {told!r}, and the run key is of {due!r}"
     return _difference(identity.determining, found, "")
 
 
