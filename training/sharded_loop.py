@@ -65,7 +65,7 @@ class ShardedTrainer(SpreadTrainer):
             if maybe_complete is None:
                 return None
             parts, entries = gathered(maybe_complete, own, rank=self.rank.rank)
-        self.state.load(joined(parts, self.state.trained), step=maybe_complete.step, may_keep=True)
+        self.state.load(joined(parts, self.state), step=maybe_complete.step, may_keep=True)
         return [entry for entry in entries if entry.step > since]
 
     def after_step(self, control: Control) -> None:

@@ -23,8 +23,10 @@ from training.diagnosis.crashes import Crashes
 from training.errors import UserError
 from training.layout import Layout
 from training.loop import Trainer
+from training.memory.copies import swapped
 from training.parallel.scatter import make_groups
 from training.parallel.sharded import Sharded
+from training.parallel.update import joined
 from training.recipe import Recipe
 from training.recipes.digits import Digits
 from training.recipes.stdlib import Block, ByteTransformer
@@ -243,6 +245,22 @@ def lent(rank: int, world_size: int) -> str:
     found = TrainState(trainer.recipe, seed=1, device=CPU)
     found.load(seen, step=0)
     return found.weights_digest()
+
+
+def joined_parts(rank: int, world_size: int, recipe: str) -> tuple[list[str], dict[str, str]]:
+    """After two steps: names that the whole state or what the parts make up lacks; and digests of both."""
+    trainer = sharded_trainer_in(recipe, rank, Layout(shard=world_size), {"virtual_workers": 2, "batch_size": 4})
+    for _ in range(2):
+        trainer.train_step()
+    own = trainer.updater.part()
+    theirs = swapped(own, trainer.state.step, rank=rank, num_ranks=world_size, distance=1)
+    found = TrainState(trainer.recipe, seed=2, device=CPU)
+    tensors = joined([own, theirs] if rank == 0 else [theirs, own], found)
+    with trainer.whole_state():
+        missing = sorted(tensors.keys() ^ trainer.state.tensors().keys())
+        whole = trainer.state.state_sha256()
+    found.load(tensors, step=trainer.state.step, may_keep=True)
+    return missing, {"whole": whole, "joined": found.state_sha256()}
 
 
 def refusal(rank: int, world_size: int, kind: str) -> str:

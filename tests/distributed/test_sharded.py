@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from tests.distributed.ranks import RankPool
-from tests.distributed.sharding import RECIPES, lent, peek, refusal, told_of_blocks, train_in
+from tests.distributed.sharding import RECIPES, joined_parts, lent, peek, refusal, told_of_blocks, train_in
 from tests.unit.odd_recipes import Odd
 from tests.unit.tiny import CPU, Tiny, tiny_preset
 from training.checkpoints.state import TrainState
@@ -114,6 +114,14 @@ def test_weights_that_are_not_there_are_an_error(ranks: RankPool) -> None:
 def test_who_looks_for_what_killed_ranks_has_all_weights(ranks: RankPool) -> None:
     whole = TrainState(RECIPES["skips"], seed=tiny_preset().seed, device=CPU)
     assert ranks.run(lent, 2) == [whole.weights_digest()] * 2
+
+
+@pytest.mark.parametrize("recipe", ["skips", "digits"])
+def test_parts_make_up_the_whole_state(ranks: RankPool, recipe: str) -> None:
+    """All names of it: one of the recipes has a tied head."""
+    for missing, digests in ranks.run(joined_parts, 2, recipe):
+        assert missing == []
+        assert digests["joined"] == digests["whole"]
 
 
 def test_what_cannot_be_sharded_is_refused(ranks: RankPool) -> None:
