@@ -55,7 +55,7 @@ def test_the_newest_step_of_which_all_parts_are_there() -> None:
     assert newest_complete([[(6, [first])], [(6, [Part(3, 1)])], [(6, [Part(3, 2)])]]) is None, "of other numbers"
 
 
-def test_two_generations_are_kept_and_newer_ones_forgotten(slots: Slots) -> None:
+def test_two_generations_are_kept(slots: Slots) -> None:
     handover = Handover(slots, run_key="key", generation=1)
     tensors = named(Part(2, 1), {"7|model.weight": torch.arange(3.0)}) | named(Part(2, 0), {"|step": torch.tensor(5)})
     for step in range(1, 7):
@@ -69,8 +69,32 @@ def test_two_generations_are_kept_and_newer_ones_forgotten(slots: Slots) -> None
     assert found[Part(2, 1)]["7|model.weight"].tolist() == [0.0, 1.0, 2.0]
     assert Handover(slots, run_key="key", generation=2).copies(since=0) == []
     assert [held.step for held in handover.copies(since=5)] == [6]
-    handover.begin_at(4)
-    assert [held.step for held in handover.copies(since=3)] == [4]
+
+
+def test_newer_copies_stay_until_the_group_makes_its_own(slots: Slots) -> None:
+    """One that ends before that leaves them to the next, which may have all parts."""
+    tensors = named(Part(2, 1), {"|step": torch.tensor(5)})
+
+    def group(begins_at: int, *steps: int) -> Handover:
+        handover = Handover(slots, run_key="key", generation=1)
+        handover.begin_at(begins_at)
+        for step in steps:
+            handover.step = step
+            handover.put_copy(tensors)
+        return handover
+
+    def steps_in_memory() -> list[int]:
+        return [held.step for held in slots.whole("key", 1)]
+
+    group(0, 8, 10)
+    group(5)
+    assert steps_in_memory() == [10, 8], "it never came to a copy"
+    group(8, 9)
+    assert steps_in_memory() == [9, 8], "where it began is whole while it writes"
+    group(5, 6)
+    assert steps_in_memory() == [6]
+    group(6, 8, 10)
+    assert steps_in_memory() == [10, 8]
 
 
 def test_a_copy_for_which_there_is_no_memory_is_left_out(slots: Slots, caplog: pytest.LogCaptureFixture) -> None:

@@ -168,7 +168,7 @@ class Slots:
             _unseal(fd)
 
     def clear_after(self, step: int) -> None:
-        """What is newer than where a group begins would be taken for its own, once it comes so far."""
+        """What is newer than where a group began would stay, and what the group writes would give way to it."""
         for fd in self._descriptors:
             if _step_of(fd) > step:
                 _unseal(fd)
