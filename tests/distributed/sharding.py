@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, cast
+from unittest import mock
 
 import numpy as np
 import safetensors.torch
@@ -20,10 +23,13 @@ from tests.unit.tiny import CPU, MemoryReader, Tiny, make_trainer, tiny_preset, 
 from training.checkpoints.state import TrainState
 from training.config import ParallelConfig
 from training.diagnosis.crashes import Crashes
-from training.errors import UserError
+from training.errors import DamagedError, UserError
 from training.layout import Layout
 from training.loop import Trainer
+from training.memory import copies
 from training.memory.copies import swapped
+from training.memory.handover import Handover
+from training.memory.slots import Slots, create_slots
 from training.parallel.scatter import make_groups
 from training.parallel.sharded import Sharded
 from training.parallel.update import joined
@@ -132,7 +138,13 @@ def texts() -> MemoryReader:
     return MemoryReader({"bytes": (numbers * numbers * 7919 % 10007 % 251).astype(np.uint8).reshape(100, -1)})
 
 
-def trainer_in(recipe: str, rank: int, maybe_layout: Layout | None, train: Mapping[str, Any]) -> Trainer:
+def trainer_in(
+    recipe: str,
+    rank: int,
+    maybe_layout: Layout | None,
+    train: Mapping[str, Any],
+    maybe_copies: Handover | None = None,
+) -> Trainer:
     """In a layout; or on one rank, as always."""
     readers = {"tiny": tiny_reader, "digits": digits_reader}
     preset = tiny_preset(steps=1000)
@@ -143,12 +155,13 @@ def trainer_in(recipe: str, rank: int, maybe_layout: Layout | None, train: Mappi
             preset,
             train=replace(preset.train, **settings),
             launch=replace(preset.launch, nodes=layout.num_ranks),
-            parallel=ParallelConfig(shard=layout.shard),
+            parallel=ParallelConfig(shard=layout.shard, copy_every_steps=int(maybe_copies is not None)),
         ),
         recipe=RECIPES[recipe],
         reader=readers.get(recipe, texts)(),
         rank=rank,
         world_size=layout.num_ranks,
+        handover=maybe_copies,
         kind=ShardedTrainer if maybe_layout else Trainer,
     )
 
@@ -261,6 +274,37 @@ def joined_parts(rank: int, world_size: int, recipe: str) -> tuple[list[str], di
         whole = trainer.state.state_sha256()
     found.load(tensors, step=trainer.state.step, may_keep=True)
     return missing, {"whole": whole, "joined": found.state_sha256()}
+
+
+COPIES_FAIL: dict[str, tuple[Any, str, Any]] = {
+    "arrive otherwise": (copies, "fast_digest", mock.Mock(return_value="f" * 32)),
+    "do not fit": (TrainState, "load", mock.Mock(side_effect=DamagedError("other names"))),
+}
+
+
+def take_copies(rank: int, world_size: int, maybe_fault: str | None) -> tuple[bool, int, str]:
+    """Whether a rank of the next group has taken up copies, of which step, and the digest of its state. The fault
+    befalls the last rank alone."""
+    descriptors = create_slots()
+    kept = Handover(Slots(descriptors), run_key="key")
+    trainers = [
+        trainer_in("skips", rank, Layout(shard=world_size), {"virtual_workers": 2, "batch_size": 4}, kept)
+        for _ in range(2)
+    ]
+    before, after = (trainer for trainer in trainers if isinstance(trainer, ShardedTrainer))
+    before.begin_group()
+    before.train_step()
+    kept.note(1, {})
+    before.copy()
+    fault: AbstractContextManager[Any] = nullcontext()
+    if maybe_fault and rank == world_size - 1:
+        owner, name, stand_in = COPIES_FAIL[maybe_fault]
+        fault = mock.patch.object(owner, name, stand_in)
+    with fault:
+        maybe_entries = after.maybe_take_copies(0)
+    for fd in descriptors:
+        os.close(fd)
+    return maybe_entries is not None, after.state.step, after.state.state_sha256()
 
 
 def refusal(rank: int, world_size: int, kind: str) -> str:

@@ -11,7 +11,17 @@ import pytest
 import torch
 
 from tests.distributed.ranks import RankPool
-from tests.distributed.sharding import RECIPES, joined_parts, lent, peek, refusal, told_of_blocks, train_in
+from tests.distributed.sharding import (
+    COPIES_FAIL,
+    RECIPES,
+    joined_parts,
+    lent,
+    peek,
+    refusal,
+    take_copies,
+    told_of_blocks,
+    train_in,
+)
 from tests.unit.odd_recipes import Odd
 from tests.unit.tiny import CPU, Tiny, tiny_preset
 from training.checkpoints.state import TrainState
@@ -122,6 +132,16 @@ def test_parts_make_up_the_whole_state(ranks: RankPool, recipe: str) -> None:
     for missing, digests in ranks.run(joined_parts, 2, recipe):
         assert missing == []
         assert digests["joined"] == digests["whole"]
+
+
+def test_copies_that_one_rank_cannot_take_up_none_does(ranks: RankPool) -> None:
+    """All take the checkpoint, or begin, with a state that nothing has touched; and nobody waits for ever."""
+    first = TrainState(RECIPES["skips"], seed=tiny_preset().seed, device=CPU).state_sha256()
+    taken = ranks.run(take_copies, 2, None)
+    assert taken == [(True, 1, taken[0][2])] * 2
+    assert taken[0][2] != first
+    for fault in COPIES_FAIL:
+        assert ranks.run(take_copies, 2, fault) == [(False, 0, first)] * 2
 
 
 def test_what_cannot_be_sharded_is_refused(ranks: RankPool) -> None:

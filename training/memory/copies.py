@@ -106,26 +106,29 @@ def agreed(own: Sequence[Held]) -> Complete | None:
 
 def gathered(complete: Complete, own: Sequence[Held], *, rank: int) -> tuple[list[dict[str, Tensor]], Sequence[Entry]]:
     """All parts of it, on each rank, and the journal of whoever has the first. Collective. Raises `InfrastructureError`
-    if something did not arrive whole."""
+    if something did not arrive whole, after all was sent: others wait for nothing then."""
     maybe_own = next((held for held in own if held.step == complete.step), None)
     parts = parts_in(maybe_own) if maybe_own is not None else {}
-    number, found = len(complete.holders), []
+    number, heard = len(complete.holders), []
     for index, holder in enumerate(complete.holders):
         file = _file(parts[Part(number, index)]) if holder == rank else bytearray()
-        found.append(tensorfile.tensors(_heard(file, holder)))
-    journal = journal_bytes(maybe_own.entries) if maybe_own is not None else b""
-    return found, entries_of(_heard(bytearray(journal), complete.holders[0]))
+        heard.append(_maybe_heard(file, holder))
+    journal = bytearray(journal_bytes(maybe_own.entries) if maybe_own is not None else b"")
+    heard.append(_maybe_heard(journal, complete.holders[0]))
+    whole = [memory for memory in heard if memory is not None]
+    if len(whole) < len(heard):
+        raise InfrastructureError(f"copies in memory of step {complete.step} did not arrive whole")
+    *files, entries = whole
+    return [tensorfile.tensors(file) for file in files], entries_of(entries)
 
 
-def _heard(file: bytearray, holder: int) -> memoryview:
-    """What the holder has, by all."""
+def _maybe_heard(file: bytearray, holder: int) -> memoryview | None:
+    """What the holder has, by all; None if it did not arrive whole."""
     mine = torch.tensor([len(file), fingerprint_of(fast_digest(memoryview(file)))])
     size, fingerprint = of_all_ranks(mine)[holder].tolist()
     place = memoryview(file if dist.get_rank() == holder else bytearray(size))
     dist.broadcast(torch.frombuffer(place, dtype=torch.uint8), holder)
-    if fingerprint_of(fast_digest(place)) != fingerprint:
-        raise InfrastructureError(f"what rank {holder} had in memory of the state did not arrive whole")
-    return place
+    return place if fingerprint_of(fast_digest(place)) == fingerprint else None
 
 
 def _file(tensors: Mapping[str, Tensor]) -> bytearray:
