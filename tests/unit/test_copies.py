@@ -31,7 +31,12 @@ def slots() -> Iterator[Slots]:
         (Layout(shard=2), 2, 0),
         (Layout(shard=4, data=2), 2, 0),
         (Layout(shard=2, data=2), 2, 0),
-        (Layout(shard=3, data=2), 2, 2),
+        (Layout(shard=3, data=2), 2, 0),
+        (Layout(shard=2, data=4), 4, 0),
+        (Layout(shard=2, data=3), 2, 0),
+        (Layout(shard=4, data=2), 1, 0),
+        (Layout(shard=4, data=2), 8, 0),
+        (Layout(shard=8), 4, 4),
         (Layout(), 1, 0),
     ],
 )

@@ -47,7 +47,10 @@ class Complete:
 def distance(layout: Layout, processes_per_node: int) -> int:
     """From a rank to the one that keeps a copy of its part: it is on the next node. 0: nobody need, as there is one
     node alone, or each part is on several anyway."""
-    is_elsewhere = layout.data > 1 and layout.shard % processes_per_node == 0
+    nodes: dict[int, set[int]] = {}
+    for rank in range(layout.num_ranks):
+        nodes.setdefault(layout.coordinates(rank).shard, set()).add(rank // processes_per_node)
+    is_elsewhere = all(len(places) > 1 for places in nodes.values())
     return 0 if layout.num_ranks <= processes_per_node or is_elsewhere else processes_per_node
 
 
