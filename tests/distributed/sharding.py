@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 from tests.distributed.ranks import TIMEOUT_SECONDS
 from tests.distributed.work import ANYHOW, digits_reader
-from tests.unit.tiny import CPU, MemoryReader, Tiny, make_trainer, tiny_preset, tiny_reader
+from tests.unit.tiny import CPU, NUM_CLASSES, NUM_INPUTS, MemoryReader, Tiny, make_trainer, tiny_preset, tiny_reader
 from training.checkpoints.state import TrainState
 from training.config import ParallelConfig
 from training.diagnosis.crashes import Crashes
@@ -119,10 +119,19 @@ class Hides(Skips):
         return Hiding(self.width)
 
 
+@dataclass(frozen=True, kw_only=True)
+class OneWeight(Tiny):
+    """One rank has all of it, and others nothing."""
+
+    def model(self) -> nn.Module:
+        return nn.Linear(NUM_INPUTS, NUM_CLASSES, bias=False)
+
+
 WIDE = {"sequence_bytes": SEQUENCE, "width": 132, "num_layers": 2, "num_heads": 4}
 """Some of its matrices are cut: they have more elements than a block of a norm."""
 RECIPES: dict[str, Recipe] = {
     "tiny": Tiny(),
+    "one weight": OneWeight(),
     "digits": Digits(),
     "transformer": ByteTransformer(**WIDE),
     "skips": Skips(sequence_bytes=SEQUENCE, width=16),
@@ -146,7 +155,7 @@ def trainer_in(
     maybe_copies: Handover | None = None,
 ) -> Trainer:
     """In a layout; or on one rank, as always."""
-    readers = {"tiny": tiny_reader, "digits": digits_reader}
+    readers = {"tiny": tiny_reader, "one weight": tiny_reader, "digits": digits_reader}
     preset = tiny_preset(steps=1000)
     settings = {"digest_every_steps": 0, "clip_norm": 0.5, **train}
     layout = maybe_layout or Layout()
@@ -282,13 +291,15 @@ COPIES_FAIL: dict[str, tuple[Any, str, Any]] = {
 }
 
 
-def take_copies(rank: int, world_size: int, maybe_fault: str | None) -> tuple[bool, int, str]:
-    """Whether a rank of the next group has taken up copies, of which step, and the digest of its state. The fault
-    befalls the last rank alone."""
+def take_copies(rank: int, world_size: int, recipe: str, maybe_fault: str | None = None) -> tuple[bool, int, str]:
+    """Whether a rank of the next group has taken up copies of the first step, where it is, and the digest of its
+    state. The fault befalls the last rank alone."""
     descriptors = create_slots()
     kept = Handover(Slots(descriptors), run_key="key")
     trainers = [
-        trainer_in("skips", rank, Layout(shard=world_size), {"virtual_workers": 2, "batch_size": 4}, kept)
+        trainer_in(
+            recipe, rank, Layout(shard=world_size), {"virtual_workers": world_size, "batch_size": 2 * world_size}, kept
+        )
         for _ in range(2)
     ]
     before, after = (trainer for trainer in trainers if isinstance(trainer, ShardedTrainer))

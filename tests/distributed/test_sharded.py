@@ -134,14 +134,19 @@ def test_parts_make_up_the_whole_state(ranks: RankPool, recipe: str) -> None:
         assert digests["joined"] == digests["whole"]
 
 
-def test_copies_that_one_rank_cannot_take_up_none_does(ranks: RankPool) -> None:
-    """All take the checkpoint, or begin, with a state that nothing has touched; and nobody waits for ever."""
+@pytest.mark.parametrize(("recipe", "num_ranks"), [("skips", 2), ("one weight", 3)])
+def test_a_group_takes_up_copies_of_all_parts(ranks: RankPool, recipe: str, num_ranks: int) -> None:
+    """Also of ranks that have nothing."""
+    train = {"virtual_workers": num_ranks, "batch_size": 2 * num_ranks}
+    (alone,) = in_layout(ranks, None, recipe, train, 1)
+    assert ranks.run(take_copies, num_ranks, recipe) == [(True, 1, alone["state"])] * num_ranks
+
+
+@pytest.mark.parametrize("fault", COPIES_FAIL)
+def test_copies_that_one_rank_cannot_take_up_none_does(ranks: RankPool, fault: str) -> None:
+    """All begin elsewhere, with a state that nothing has touched, and nobody waits for ever."""
     first = TrainState(RECIPES["skips"], seed=tiny_preset().seed, device=CPU).state_sha256()
-    taken = ranks.run(take_copies, 2, None)
-    assert taken == [(True, 1, taken[0][2])] * 2
-    assert taken[0][2] != first
-    for fault in COPIES_FAIL:
-        assert ranks.run(take_copies, 2, fault) == [(False, 0, first)] * 2
+    assert ranks.run(take_copies, 2, "skips", fault) == [(False, 0, first)] * 2
 
 
 def test_what_cannot_be_sharded_is_refused(ranks: RankPool) -> None:

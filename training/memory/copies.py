@@ -55,8 +55,9 @@ def distance(layout: Layout, processes_per_node: int) -> int:
 
 
 def named(part: Part, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """As they are named in a slot."""
-    return {f"{part.index}/{part.number}|{name}": tensor for name, tensor in tensors.items()}
+    """As they are named in a slot, and one more without a name: a part is there if it has no tensor, too."""
+    is_there = {"": torch.ones(1, dtype=torch.uint8)}
+    return {f"{part.index}/{part.number}|{name}": tensor for name, tensor in {**is_there, **tensors}.items()}
 
 
 def parts_in(held: Held) -> dict[Part, dict[str, Tensor]]:
@@ -65,7 +66,9 @@ def parts_in(held: Held) -> dict[Part, dict[str, Tensor]]:
     for full_name, tensor in tensorfile.tensors(file_of(held)).items():
         about, _, name = full_name.partition("|")
         index, number = map(int, about.split("/"))
-        found.setdefault(Part(number, index), {})[name] = tensor
+        tensors_of_part = found.setdefault(Part(number, index), {})
+        if name:
+            tensors_of_part[name] = tensor
     return found
 
 
