@@ -1,4 +1,4 @@
-"""Copies of a state that is in parts, one on each rank: kept in the memory of two nodes each, so that one may be lost.
+"""Copies of a state that is in parts, one on each rank: made in the memory of two nodes each, so that one may be lost.
 
 Every so many steps a rank writes its part into a slot, and that of a rank on another node beside it. There are two
 slots (training.memory.slots): while one is written the other is whole, of a step that all ranks have copies of. The
