@@ -33,6 +33,8 @@ log = logging.getLogger(__name__)
 class ShardedTrainer(SpreadTrainer):
     """Trains one run to its end, `parallel.shard` ranks together one replica. `train` is collective."""
 
+    _has_taken_copies = False
+
     @cached_property
     def sharded(self) -> Sharded:
         """The model, once its state was loaded. Collective."""
@@ -59,6 +61,12 @@ class ShardedTrainer(SpreadTrainer):
         assert isinstance(found, ShardedUpdate)
         return found
 
+    def begin_group(self) -> None:
+        """What was taken up may have lost one of its two nodes: each part is copied anew, beside where it came from."""
+        super().begin_group()
+        if self._has_taken_copies:
+            self.copy()
+
     def new_update(self) -> ShardedUpdate:
         return ShardedUpdate(self.state, self.sharded, self.reducer, clip_norm=self.preset.train.clip_norm)
 
@@ -75,6 +83,7 @@ class ShardedTrainer(SpreadTrainer):
         if maybe_entries is None or not have_all:
             self.state = self.new_state()
             return None
+        self._has_taken_copies = True
         return [entry for entry in maybe_entries if entry.step > since]
 
     def _maybe_taken(self, complete: Complete, own: Sequence[Held]) -> Sequence[Entry] | None:

@@ -103,6 +103,23 @@ def test_newer_copies_stay_until_the_group_makes_its_own(slots: Slots) -> None:
     assert steps_in_memory() == [10, 8]
 
 
+def test_where_a_group_begins_is_whole_until_its_second_copy(slots: Slots) -> None:
+    """The first is of the same step, and of other parts, maybe; the second takes the older one's place."""
+
+    def copy(handover: Handover, step: int, part: Part) -> list[tuple[int, Part]]:
+        handover.step = step
+        handover.put_copy(named(part, {}))
+        return [(held.step, *parts_in(held)) for held in slots.whole("key", 1)]
+
+    before, after = (Handover(slots, run_key="key", generation=1) for _ in range(2))
+    copy(before, 6, Part(2, 0))
+    copy(before, 8, Part(2, 0))
+    after.begin_at(8)
+    assert sorted(copy(after, 8, Part(2, 1))) == [(8, Part(2, 0)), (8, Part(2, 1))]
+    assert copy(after, 10, Part(2, 1)) == [(10, Part(2, 1)), (8, Part(2, 1))]
+    assert copy(after, 12, Part(2, 1)) == [(12, Part(2, 1)), (10, Part(2, 1))]
+
+
 def test_a_copy_for_which_there_is_no_memory_is_left_out(slots: Slots, caplog: pytest.LogCaptureFixture) -> None:
     """The older one is still there, and training goes on."""
     handover = Handover(slots, run_key="key", generation=1)

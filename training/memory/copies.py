@@ -113,13 +113,13 @@ def agreed(own: Sequence[Held]) -> Complete | None:
 def gathered(complete: Complete, own: Sequence[Held], *, rank: int) -> tuple[list[dict[str, Tensor]], Sequence[Entry]]:
     """All parts of it, on each rank, and the journal of whoever has the first. Collective. Raises `InfrastructureError`
     if something did not arrive whole, after all was sent: others wait for nothing then."""
-    maybe_own = next((held for held in own if held.step == complete.step), None)
-    parts = parts_in(maybe_own) if maybe_own is not None else {}
+    of_step = [held for held in own if held.step == complete.step]
+    parts = {part: tensors for held in of_step for part, tensors in parts_in(held).items()}
     number, heard = len(complete.holders), []
     for index, holder in enumerate(complete.holders):
         file = _file(parts[Part(number, index)]) if holder == rank else bytearray()
         heard.append(_maybe_heard(file, holder))
-    journal = bytearray(journal_bytes(maybe_own.entries) if maybe_own is not None else b"")
+    journal = bytearray(journal_bytes(of_step[0].entries) if of_step else b"")
     heard.append(_maybe_heard(journal, complete.holders[0]))
     whole = [memory for memory in heard if memory is not None]
     if len(whole) < len(heard):

@@ -265,7 +265,7 @@ class Handover:
 
     def begin_at(self, step: int, journal: Sequence[Entry] = ()) -> None:
         """Where a group begins that keeps copies in memory alone. Newer ones stay until its own first: if it ends
-        before, the next group may be one whose ranks have all parts."""
+        before, as one may that began at a checkpoint, the next group may be one whose ranks have all parts."""
         self.step = self._maybe_copies_until = step
         self.journal = list(journal)
 
