@@ -1,4 +1,5 @@
-"""The training loop of one rank whose group leaves nothing in memory: the next one begins at the newest checkpoint."""
+"""The training loop of one rank that leaves no whole state in memory: the next group begins at the newest checkpoint,
+or where its ranks have copies of all parts."""
 
 from __future__ import annotations
 

@@ -70,8 +70,9 @@ def plan(preset: Preset, *, faults: Sequence[str] = (), steps: int | None = None
     if field := preset.parallel.maybe_spread:
         bits = "of another run" if preset.parallel.determining() else "which gives the same bits"
         raise UserError(
-            f"parallel.{field} = {getattr(preset.parallel, field)} leaves nothing in memory if a rank is lost, and a"
-            f" drill demands that no step is done again: drill it with --set parallel.{field}=1, {bits}"
+            f"parallel.{field} = {getattr(preset.parallel, field)}: a lost rank takes the steps since the newest"
+            " checkpoint or copy with it, and a drill demands that no step is done again: drill it with --set"
+            f" parallel.{field}=1, {bits}"
         )
     if preset.train.virtual_workers < 2 * preset.launch.processes_per_node:
         raise UserError(

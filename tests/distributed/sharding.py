@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, cast
+from unittest import mock
 
 import numpy as np
 import safetensors.torch
@@ -16,15 +19,20 @@ from torch.utils.checkpoint import checkpoint
 
 from tests.distributed.ranks import TIMEOUT_SECONDS
 from tests.distributed.work import ANYHOW, digits_reader
-from tests.unit.tiny import CPU, MemoryReader, Tiny, make_trainer, tiny_preset, tiny_reader
+from tests.unit.tiny import CPU, NUM_CLASSES, NUM_INPUTS, MemoryReader, Tiny, make_trainer, tiny_preset, tiny_reader
 from training.checkpoints.state import TrainState
 from training.config import ParallelConfig
 from training.diagnosis.crashes import Crashes
-from training.errors import UserError
+from training.errors import DamagedError, UserError
 from training.layout import Layout
 from training.loop import Trainer
+from training.memory import copies
+from training.memory.copies import swapped
+from training.memory.handover import Handover
+from training.memory.slots import Slots, create_slots
 from training.parallel.scatter import make_groups
 from training.parallel.sharded import Sharded
+from training.parallel.update import joined
 from training.recipe import Recipe
 from training.recipes.digits import Digits
 from training.recipes.stdlib import Block, ByteTransformer
@@ -111,10 +119,19 @@ class Hides(Skips):
         return Hiding(self.width)
 
 
+@dataclass(frozen=True, kw_only=True)
+class OneWeight(Tiny):
+    """One rank has all of it, and others nothing."""
+
+    def model(self) -> nn.Module:
+        return nn.Linear(NUM_INPUTS, NUM_CLASSES, bias=False)
+
+
 WIDE = {"sequence_bytes": SEQUENCE, "width": 132, "num_layers": 2, "num_heads": 4}
 """Some of its matrices are cut: they have more elements than a block of a norm."""
 RECIPES: dict[str, Recipe] = {
     "tiny": Tiny(),
+    "one weight": OneWeight(),
     "digits": Digits(),
     "transformer": ByteTransformer(**WIDE),
     "skips": Skips(sequence_bytes=SEQUENCE, width=16),
@@ -130,9 +147,15 @@ def texts() -> MemoryReader:
     return MemoryReader({"bytes": (numbers * numbers * 7919 % 10007 % 251).astype(np.uint8).reshape(100, -1)})
 
 
-def trainer_in(recipe: str, rank: int, maybe_layout: Layout | None, train: Mapping[str, Any]) -> Trainer:
+def trainer_in(
+    recipe: str,
+    rank: int,
+    maybe_layout: Layout | None,
+    train: Mapping[str, Any],
+    maybe_copies: Handover | None = None,
+) -> Trainer:
     """In a layout; or on one rank, as always."""
-    readers = {"tiny": tiny_reader, "digits": digits_reader}
+    readers = {"tiny": tiny_reader, "one weight": tiny_reader, "digits": digits_reader}
     preset = tiny_preset(steps=1000)
     settings = {"digest_every_steps": 0, "clip_norm": 0.5, **train}
     layout = maybe_layout or Layout()
@@ -141,12 +164,13 @@ def trainer_in(recipe: str, rank: int, maybe_layout: Layout | None, train: Mappi
             preset,
             train=replace(preset.train, **settings),
             launch=replace(preset.launch, nodes=layout.num_ranks),
-            parallel=ParallelConfig(shard=layout.shard),
+            parallel=ParallelConfig(shard=layout.shard, copy_every_steps=int(maybe_copies is not None)),
         ),
         recipe=RECIPES[recipe],
         reader=readers.get(recipe, texts)(),
         rank=rank,
         world_size=layout.num_ranks,
+        handover=maybe_copies,
         kind=ShardedTrainer if maybe_layout else Trainer,
     )
 
@@ -243,6 +267,55 @@ def lent(rank: int, world_size: int) -> str:
     found = TrainState(trainer.recipe, seed=1, device=CPU)
     found.load(seen, step=0)
     return found.weights_digest()
+
+
+def joined_parts(rank: int, world_size: int, recipe: str) -> tuple[list[str], dict[str, str]]:
+    """After two steps: names that the whole state or what the parts make up lacks; and digests of both."""
+    trainer = sharded_trainer_in(recipe, rank, Layout(shard=world_size), {"virtual_workers": 2, "batch_size": 4})
+    for _ in range(2):
+        trainer.train_step()
+    own = trainer.updater.part()
+    theirs = swapped(own, trainer.state.step, rank=rank, num_ranks=world_size, distance=1)
+    found = TrainState(trainer.recipe, seed=2, device=CPU)
+    tensors = joined([own, theirs] if rank == 0 else [theirs, own], found)
+    with trainer.whole_state():
+        missing = sorted(tensors.keys() ^ trainer.state.tensors().keys())
+        whole = trainer.state.state_sha256()
+    found.load(tensors, step=trainer.state.step, may_keep=True)
+    return missing, {"whole": whole, "joined": found.state_sha256()}
+
+
+COPIES_FAIL: dict[str, tuple[Any, str, Any]] = {
+    "arrive otherwise": (copies, "fast_digest", mock.Mock(return_value="f" * 32)),
+    "do not fit": (TrainState, "load", mock.Mock(side_effect=DamagedError("other names"))),
+}
+
+
+def take_copies(rank: int, world_size: int, recipe: str, maybe_fault: str | None = None) -> tuple[bool, int, str]:
+    """Whether a rank of the next group has taken up copies of the first step, where it is, and the digest of its
+    state. The fault befalls the last rank alone."""
+    descriptors = create_slots()
+    kept = Handover(Slots(descriptors), run_key="key")
+    trainers = [
+        trainer_in(
+            recipe, rank, Layout(shard=world_size), {"virtual_workers": world_size, "batch_size": 2 * world_size}, kept
+        )
+        for _ in range(2)
+    ]
+    before, after = (trainer for trainer in trainers if isinstance(trainer, ShardedTrainer))
+    before.begin_group()
+    before.train_step()
+    kept.note(1, {})
+    before.copy()
+    fault: AbstractContextManager[Any] = nullcontext()
+    if maybe_fault and rank == world_size - 1:
+        owner, name, stand_in = COPIES_FAIL[maybe_fault]
+        fault = mock.patch.object(owner, name, stand_in)
+    with fault:
+        maybe_entries = after.maybe_take_copies(0)
+    for fd in descriptors:
+        os.close(fd)
+    return maybe_entries is not None, after.state.step, after.state.state_sha256()
 
 
 def refusal(rank: int, world_size: int, kind: str) -> str:

@@ -95,9 +95,20 @@ def test_of_four_shards_each_is_in_the_memory_of_two_nodes(
     require_same(node, calm)
 
 
+def test_one_node_is_lost_after_another(node: Node, calm: Calm) -> None:
+    """Before there is a new copy: what a group takes up is on two nodes again as it begins."""
+    kill(node, 2, 1, Pause(MID_STEP, 9))
+    node.lose_memory(1)
+    kill(node, 2, 0, Pause(MID_STEP, NEWEST))
+    node.lose_memory(0)
+    node.train(2)
+    assert node.attempts()[-1] == (2, NEWEST, "memory")
+    require_same(node, calm)
+
+
 def test_while_a_copy_is_made_the_one_before_is_whole(node: Node, calm: Calm) -> None:
     """A rank dies before it has written what the other has written; the process alone, as its agent lives on. What is
-    newer than where they go on is forgotten, and made anew."""
+    newer than where they go on gives way to new copies of that step."""
     node.is_far = False
     kill(node, 2, 1, Pause(COPYING, 4), checkpoint=0)
     assert node.steps_in_memory()[:2] == [4, 2]

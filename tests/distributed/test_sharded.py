@@ -11,7 +11,17 @@ import pytest
 import torch
 
 from tests.distributed.ranks import RankPool
-from tests.distributed.sharding import RECIPES, lent, peek, refusal, told_of_blocks, train_in
+from tests.distributed.sharding import (
+    COPIES_FAIL,
+    RECIPES,
+    joined_parts,
+    lent,
+    peek,
+    refusal,
+    take_copies,
+    told_of_blocks,
+    train_in,
+)
 from tests.unit.odd_recipes import Odd
 from tests.unit.tiny import CPU, Tiny, tiny_preset
 from training.checkpoints.state import TrainState
@@ -114,6 +124,29 @@ def test_weights_that_are_not_there_are_an_error(ranks: RankPool) -> None:
 def test_who_looks_for_what_killed_ranks_has_all_weights(ranks: RankPool) -> None:
     whole = TrainState(RECIPES["skips"], seed=tiny_preset().seed, device=CPU)
     assert ranks.run(lent, 2) == [whole.weights_digest()] * 2
+
+
+@pytest.mark.parametrize("recipe", ["skips", "digits"])
+def test_parts_make_up_the_whole_state(ranks: RankPool, recipe: str) -> None:
+    """All names of it: one of the recipes has a tied head."""
+    for missing, digests in ranks.run(joined_parts, 2, recipe):
+        assert missing == []
+        assert digests["joined"] == digests["whole"]
+
+
+@pytest.mark.parametrize(("recipe", "num_ranks"), [("skips", 2), ("one weight", 3)])
+def test_a_group_takes_up_copies_of_all_parts(ranks: RankPool, recipe: str, num_ranks: int) -> None:
+    """Also of ranks that have nothing."""
+    train = {"virtual_workers": num_ranks, "batch_size": 2 * num_ranks}
+    (alone,) = in_layout(ranks, None, recipe, train, 1)
+    assert ranks.run(take_copies, num_ranks, recipe) == [(True, 1, alone["state"])] * num_ranks
+
+
+@pytest.mark.parametrize("fault", COPIES_FAIL)
+def test_copies_that_one_rank_cannot_take_up_none_does(ranks: RankPool, fault: str) -> None:
+    """All begin elsewhere, with a state that nothing has touched, and nobody waits for ever."""
+    first = TrainState(RECIPES["skips"], seed=tiny_preset().seed, device=CPU).state_sha256()
+    assert ranks.run(take_copies, 2, "skips", fault) == [(False, 0, first)] * 2
 
 
 def test_what_cannot_be_sharded_is_refused(ranks: RankPool) -> None:

@@ -31,7 +31,12 @@ def slots() -> Iterator[Slots]:
         (Layout(shard=2), 2, 0),
         (Layout(shard=4, data=2), 2, 0),
         (Layout(shard=2, data=2), 2, 0),
-        (Layout(shard=3, data=2), 2, 2),
+        (Layout(shard=3, data=2), 2, 0),
+        (Layout(shard=2, data=4), 4, 0),
+        (Layout(shard=2, data=3), 2, 0),
+        (Layout(shard=4, data=2), 1, 0),
+        (Layout(shard=4, data=2), 8, 0),
+        (Layout(shard=8), 4, 4),
         (Layout(), 1, 0),
     ],
 )
@@ -55,9 +60,9 @@ def test_the_newest_step_of_which_all_parts_are_there() -> None:
     assert newest_complete([[(6, [first])], [(6, [Part(3, 1)])], [(6, [Part(3, 2)])]]) is None, "of other numbers"
 
 
-def test_two_generations_are_kept_and_newer_ones_forgotten(slots: Slots) -> None:
+def test_two_generations_are_kept(slots: Slots) -> None:
     handover = Handover(slots, run_key="key", generation=1)
-    tensors = named(Part(2, 1), {"7|model.weight": torch.arange(3.0)}) | named(Part(2, 0), {"|step": torch.tensor(5)})
+    tensors = named(Part(2, 1), {"7|model.weight": torch.arange(3.0)}) | named(Part(2, 0), {})
     for step in range(1, 7):
         handover.note(step, {})
         if step % 2 == 0:
@@ -66,11 +71,53 @@ def test_two_generations_are_kept_and_newer_ones_forgotten(slots: Slots) -> None
     assert (newest.step, older.step) == (6, 4)
     found = parts_in(newest)
     assert found.keys() == {Part(2, 0), Part(2, 1)}
+    assert found[Part(2, 0)] == {}, "and it is there"
     assert found[Part(2, 1)]["7|model.weight"].tolist() == [0.0, 1.0, 2.0]
     assert Handover(slots, run_key="key", generation=2).copies(since=0) == []
     assert [held.step for held in handover.copies(since=5)] == [6]
-    handover.begin_at(4)
-    assert [held.step for held in handover.copies(since=3)] == [4]
+
+
+def test_newer_copies_stay_until_the_group_makes_its_own(slots: Slots) -> None:
+    """One that ends before that leaves them to the next, which may have all parts."""
+    tensors = named(Part(2, 1), {"|step": torch.tensor(5)})
+
+    def group(begins_at: int, *steps: int) -> Handover:
+        handover = Handover(slots, run_key="key", generation=1)
+        handover.begin_at(begins_at)
+        for step in steps:
+            handover.step = step
+            handover.put_copy(tensors)
+        return handover
+
+    def steps_in_memory() -> list[int]:
+        return [held.step for held in slots.whole("key", 1)]
+
+    group(0, 8, 10)
+    group(5)
+    assert steps_in_memory() == [10, 8], "it never came to a copy"
+    group(8, 9)
+    assert steps_in_memory() == [9, 8], "where it began is whole while it writes"
+    group(5, 6)
+    assert steps_in_memory() == [6]
+    group(6, 8, 10)
+    assert steps_in_memory() == [10, 8]
+
+
+def test_where_a_group_begins_is_whole_until_its_second_copy(slots: Slots) -> None:
+    """The first is of the same step, and of other parts, maybe; the second takes the older one's place."""
+
+    def copy(handover: Handover, step: int, part: Part) -> list[tuple[int, Part]]:
+        handover.step = step
+        handover.put_copy(named(part, {}))
+        return [(held.step, *parts_in(held)) for held in slots.whole("key", 1)]
+
+    before, after = (Handover(slots, run_key="key", generation=1) for _ in range(2))
+    copy(before, 6, Part(2, 0))
+    copy(before, 8, Part(2, 0))
+    after.begin_at(8)
+    assert sorted(copy(after, 8, Part(2, 1))) == [(8, Part(2, 0)), (8, Part(2, 1))]
+    assert copy(after, 10, Part(2, 1)) == [(10, Part(2, 1)), (8, Part(2, 1))]
+    assert copy(after, 12, Part(2, 1)) == [(12, Part(2, 1)), (10, Part(2, 1))]
 
 
 def test_a_copy_for_which_there_is_no_memory_is_left_out(slots: Slots, caplog: pytest.LogCaptureFixture) -> None:

@@ -112,10 +112,10 @@ def test_what_cannot_be_drilled_is_refused_with_what_to_do() -> None:
     with pytest.raises(UserError, match=r"train.staleness = 2 promises no bits .* --set train.staleness=0"):
         plan(stale_preset(steps=10))
     for field in ("shard", "pipeline"):
-        with pytest.raises(UserError, match=rf"parallel.{field} = 2 leaves nothing .* --set parallel.{field}=1"):
+        with pytest.raises(UserError, match=rf"parallel.{field} = 2: a lost rank takes .* --set parallel.{field}=1"):
             plan(replace(preset, launch=replace(preset.launch, nodes=2), parallel=ParallelConfig(**{field: 2})))
     in_parts = replace(preset, launch=replace(preset.launch, nodes=2), parallel=ParallelConfig(tensor=2))
-    with pytest.raises(UserError, match=r"parallel.tensor = 2 leaves .* parallel.tensor=1, of another run"):
+    with pytest.raises(UserError, match=r"parallel.tensor = 2: .* parallel.tensor=1, of another run"):
         plan(in_parts)
     alone = replace(preset.launch, nodes=1)
     with pytest.raises(UserError, match=r"train.virtual_workers = 1: a drill trains on two nodes"):

@@ -1,4 +1,4 @@
-"""Copies of a state that is in parts, one on each rank: kept in the memory of two nodes each, so that one may be lost.
+"""Copies of a state that is in parts, one on each rank: made in the memory of two nodes each, so that one may be lost.
 
 Every so many steps a rank writes its part into a slot, and that of a rank on another node beside it. There are two
 slots (training.memory.slots): while one is written the other is whole, of a step that all ranks have copies of. The
@@ -47,13 +47,17 @@ class Complete:
 def distance(layout: Layout, processes_per_node: int) -> int:
     """From a rank to the one that keeps a copy of its part: it is on the next node. 0: nobody need, as there is one
     node alone, or each part is on several anyway."""
-    is_elsewhere = layout.data > 1 and layout.shard % processes_per_node == 0
+    nodes: dict[int, set[int]] = {}
+    for rank in range(layout.num_ranks):
+        nodes.setdefault(layout.coordinates(rank).shard, set()).add(rank // processes_per_node)
+    is_elsewhere = all(len(places) > 1 for places in nodes.values())
     return 0 if layout.num_ranks <= processes_per_node or is_elsewhere else processes_per_node
 
 
 def named(part: Part, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """As they are named in a slot."""
-    return {f"{part.index}/{part.number}|{name}": tensor for name, tensor in tensors.items()}
+    """As they are named in a slot, and one more without a name: a part is there if it has no tensor, too."""
+    is_there = {"": torch.ones(1, dtype=torch.uint8)}
+    return {f"{part.index}/{part.number}|{name}": tensor for name, tensor in {**is_there, **tensors}.items()}
 
 
 def parts_in(held: Held) -> dict[Part, dict[str, Tensor]]:
@@ -62,7 +66,9 @@ def parts_in(held: Held) -> dict[Part, dict[str, Tensor]]:
     for full_name, tensor in tensorfile.tensors(file_of(held)).items():
         about, _, name = full_name.partition("|")
         index, number = map(int, about.split("/"))
-        found.setdefault(Part(number, index), {})[name] = tensor
+        tensors_of_part = found.setdefault(Part(number, index), {})
+        if name:
+            tensors_of_part[name] = tensor
     return found
 
 
@@ -106,26 +112,29 @@ def agreed(own: Sequence[Held]) -> Complete | None:
 
 def gathered(complete: Complete, own: Sequence[Held], *, rank: int) -> tuple[list[dict[str, Tensor]], Sequence[Entry]]:
     """All parts of it, on each rank, and the journal of whoever has the first. Collective. Raises `InfrastructureError`
-    if something did not arrive whole."""
-    maybe_own = next((held for held in own if held.step == complete.step), None)
-    parts = parts_in(maybe_own) if maybe_own is not None else {}
-    number, found = len(complete.holders), []
+    if something did not arrive whole, after all was sent: others wait for nothing then."""
+    of_step = [held for held in own if held.step == complete.step]
+    parts = {part: tensors for held in of_step for part, tensors in parts_in(held).items()}
+    number, heard = len(complete.holders), []
     for index, holder in enumerate(complete.holders):
         file = _file(parts[Part(number, index)]) if holder == rank else bytearray()
-        found.append(tensorfile.tensors(_heard(file, holder)))
-    journal = journal_bytes(maybe_own.entries) if maybe_own is not None else b""
-    return found, entries_of(_heard(bytearray(journal), complete.holders[0]))
+        heard.append(_maybe_heard(file, holder))
+    journal = bytearray(journal_bytes(of_step[0].entries) if of_step else b"")
+    heard.append(_maybe_heard(journal, complete.holders[0]))
+    whole = [memory for memory in heard if memory is not None]
+    if len(whole) < len(heard):
+        raise InfrastructureError(f"copies in memory of step {complete.step} did not arrive whole")
+    *files, entries = whole
+    return [tensorfile.tensors(file) for file in files], entries_of(entries)
 
 
-def _heard(file: bytearray, holder: int) -> memoryview:
-    """What the holder has, by all."""
+def _maybe_heard(file: bytearray, holder: int) -> memoryview | None:
+    """What the holder has, by all; None if it did not arrive whole."""
     mine = torch.tensor([len(file), fingerprint_of(fast_digest(memoryview(file)))])
     size, fingerprint = of_all_ranks(mine)[holder].tolist()
     place = memoryview(file if dist.get_rank() == holder else bytearray(size))
     dist.broadcast(torch.frombuffer(place, dtype=torch.uint8), holder)
-    if fingerprint_of(fast_digest(place)) != fingerprint:
-        raise InfrastructureError(f"what rank {holder} had in memory of the state did not arrive whole")
-    return place
+    return place if fingerprint_of(fast_digest(place)) == fingerprint else None
 
 
 def _file(tensors: Mapping[str, Tensor]) -> bytearray:

@@ -112,6 +112,8 @@ class Handover:
         self.journal: list[Entry] = []
         self.step = 0
         """The last finished one."""
+        self._maybe_copies_until: int | None = None
+        """Copies that are newer are in vain, once this group makes some."""
 
     def begin_group(self) -> None:
         """What was wanted of the group before is not wanted of this one. To be called by whoever takes orders."""
@@ -247,6 +249,9 @@ class Handover:
         """Of the last finished step, of parts of the state (training.memory.copies), in the place of the older one of
         two."""
         if self._maybe_slots is not None:
+            if self._maybe_copies_until is not None:
+                self._maybe_slots.clear_after(self._maybe_copies_until)
+                self._maybe_copies_until = None
             try:
                 _write(
                     self._maybe_slots, self._run_key, self._generation, self.step, tensors, journal_bytes(self.journal)
@@ -262,11 +267,10 @@ class Handover:
         return [held for held in found if held.step >= max(since, 1) and reaches_back_to(held, since)]
 
     def begin_at(self, step: int, journal: Sequence[Entry] = ()) -> None:
-        """Where a group begins that keeps copies in memory alone: newer ones are in vain, as not all ranks had them."""
-        self.step = step
+        """Where a group begins that keeps copies in memory alone. Newer ones stay until its own first: if it ends
+        before, as one may that began at a checkpoint, the next group may be one whose ranks have all parts."""
+        self.step = self._maybe_copies_until = step
         self.journal = list(journal)
-        if self._maybe_slots is not None:
-            self._maybe_slots.clear_after(step)
 
     def find_servers(self, servers: Servers) -> None:
         """Have them take up what was left of them in the place of this process."""

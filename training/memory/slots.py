@@ -135,6 +135,8 @@ class Slots:
     def __init__(self, descriptors: Sequence[int]) -> None:
         self._descriptors = descriptors[:NUM_STATE_SLOTS]
         self._others = descriptors[NUM_STATE_SLOTS:]
+        self._maybe_last: int | None = None
+        """The one that was written last here: of two of one step it is the newer one."""
 
     @property
     def of_servers(self) -> Slots:
@@ -152,7 +154,8 @@ class Slots:
 
     def write(self, header: Header, fill: Callable[[memoryview], None]) -> Memory:
         """Into the slot that is not the newest. `fill` writes the file and the journal into what it is given."""
-        fd = min(self._descriptors, key=_step_of)
+        fd = min(self._descriptors, key=lambda fd: (_step_of(fd), fd == self._maybe_last))
+        self._maybe_last = fd
         _unseal(fd)
         if os.fstat(fd).st_size < HEADER_BYTES + header.num_bytes:
             os.ftruncate(fd, HEADER_BYTES + header.num_bytes)
@@ -164,11 +167,12 @@ class Slots:
 
     def clear(self) -> None:
         """What was found is in use now, and changes; later it must not be found again."""
+        self._maybe_last = None
         for fd in (*self._descriptors, *self._others):
             _unseal(fd)
 
     def clear_after(self, step: int) -> None:
-        """What is newer than where a group begins would be taken for its own, once it comes so far."""
+        """What is newer than where a group began would stay, and what the group writes would give way to it."""
         for fd in self._descriptors:
             if _step_of(fd) > step:
                 _unseal(fd)

@@ -158,8 +158,8 @@ class ShardedUpdate:
         return {int(number): entries for text in texts for number, entries in json.loads(text).items()}
 
 
-def joined(parts: Sequence[Mapping[str, Tensor]], trained: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Of all ranks' parts, tensors as `TrainState.load` takes them."""
+def joined(parts: Sequence[Mapping[str, Tensor]], state: TrainState) -> dict[str, Tensor]:
+    """Of all ranks' parts, tensors as `state.load` takes them."""
     found: dict[str, Tensor] = {}
     for part in parts:
         for name, tensor in part.items():
@@ -168,10 +168,14 @@ def joined(parts: Sequence[Mapping[str, Tensor]], trained: Mapping[str, Tensor])
                 found[full_name] = tensor.clone()
                 continue
             num_words = 1 if full_name.startswith("model.") else 2
-            parameter = trained[full_name.split(".", num_words)[-1]]
+            parameter = state.trained[full_name.split(".", num_words)[-1]]
             if full_name not in found:
                 found[full_name] = torch.empty(parameter.shape, dtype=tensor.dtype)
             found[full_name].view(-1)[int(start) : int(start) + len(tensor)] = tensor
+    names = {parameter: name for name, parameter in state.trained.items()}
+    for name, parameter in state.model.named_parameters(remove_duplicate=False):
+        if parameter in names:  # one that is tied has several, of which parts have the first
+            found[f"model.{name}"] = found[f"model.{names[parameter]}"]
     return found
 
 
