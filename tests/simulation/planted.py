@@ -154,8 +154,8 @@ PLANTED = (
     ),
     node(
         "a replacement is a newcomer",
-        "if status.member.node not in nodes",
-        "if status.member.incarnation not in inside",
+        "> len(members) else []",
+        "> 0 else []",
         "replaced while cut off",
         "host away",
     ),

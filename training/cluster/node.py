@@ -254,12 +254,11 @@ class Node:
         if len(group.members) >= self.num_nodes:
             return []
         inside = {member.incarnation for member in group.members}
-        nodes = {member.node for member in group.members}
         members = [self._status(), *(s for s in self._statuses() if s.member.incarnation in inside)]
         found = [
             status
             for status in self._ready(group)
-            if status.member.node not in nodes
+            if status.member.incarnation not in inside
             and len(members) == len(inside)
             and all(_reach(status, member) for member in members)
             and now - self.peers[status.member.incarnation].first_heard_at >= self._hold_off(status.member.node, group)
