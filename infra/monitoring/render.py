@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
@@ -101,15 +102,15 @@ def _require_like(value: Any, shipped: Any, *, where: str) -> None:
             seconds_of(value)
         except UserError as error:
             raise UserError(f"{where}: {error}") from error
-    elif isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
-        raise UserError(f"{where} = {value!r} must be a number above 0, as the {shipped!r} that is shipped")
+    elif isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+        raise UserError(f"{where} = {value!r:.80} must be a number above 0, as the {shipped!r} that is shipped")
 
 
 def seconds_of(duration: Any) -> float:
     """Of Prometheus's way to write them: 10s, 1m30s. Raises `UserError`."""
-    parts = re.findall(r"(\d+)(ms|s|m|h|d)", duration) if isinstance(duration, str) else []
+    parts = re.findall(r"([0-9]{1,9})(ms|s|m|h|d)", duration) if isinstance(duration, str) else []
     if not parts or "".join(number + unit for number, unit in parts) != duration:
-        raise UserError(f"{duration!r} is no duration: write 10s or 1m30s, say")
+        raise UserError(f"{duration!r:.80} is no duration: write 10s or 1m30s, say")
     return float(sum(int(number) * UNIT_SECONDS[unit] for number, unit in parts))
 
 
