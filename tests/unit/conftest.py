@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterator
+
 import pytest
 
+from training.memory.slots import Slots, create_slots
 from training.s3.objectstore import Store, StoreLocation
 
 _clients: dict[str | None, Store] = {}
@@ -29,3 +33,11 @@ def patient_checkpoints(monkeypatch: pytest.MonkeyPatch) -> None:
     """However slow the store is: a checkpoint that is due waits for the one before, and is of the step that it should
     be of."""
     monkeypatch.setattr("training.checkpointing.PATIENCE_SECONDS", 240.0)
+
+
+@pytest.fixture
+def slots() -> Iterator[Slots]:
+    descriptors = create_slots()
+    yield Slots(descriptors)
+    for fd in descriptors:
+        os.close(fd)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterator
 from unittest import mock
 
 import pytest
@@ -12,15 +10,7 @@ import torch
 from training.layout import Layout
 from training.memory.copies import Complete, Part, distance, named, newest_complete, parts_in
 from training.memory.handover import Handover
-from training.memory.slots import Slots, create_slots
-
-
-@pytest.fixture
-def slots() -> Iterator[Slots]:
-    descriptors = create_slots()
-    yield Slots(descriptors)
-    for fd in descriptors:
-        os.close(fd)
+from training.memory.slots import Slots
 
 
 @pytest.mark.parametrize(

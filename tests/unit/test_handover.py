@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import pytest
@@ -27,14 +27,6 @@ from training.runs.record import RunRecord
 from training.s3.objectstore import Store
 
 STEPS = 9
-
-
-@pytest.fixture
-def slots() -> Iterator[Slots]:
-    descriptors = create_slots()
-    yield Slots(descriptors)
-    for fd in descriptors:
-        os.close(fd)
 
 
 @pytest.fixture

@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterator
-
-import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from training.checkpoints.snapshot import Image
 from training.memory.live import Live, Pieces, live
-from training.memory.slots import Header, Slots, create_slots, file_of, journal_bytes, progress_of, reaches_back_to
+from training.memory.slots import Header, Slots, file_of, journal_bytes, progress_of, reaches_back_to
 from training.runs.events import Entry
 
 TENSORS = {
@@ -22,14 +18,6 @@ TENSORS = {
     "optimizer.m": torch.linspace(0, 1, 1000, dtype=torch.float64),
 }
 ENTRIES = [Entry(time=float(step), step=step, values={"loss": 0.5}) for step in (4, 5)]
-
-
-@pytest.fixture
-def slots() -> Iterator[Slots]:
-    descriptors = create_slots()
-    yield Slots(descriptors)
-    for fd in descriptors:
-        os.close(fd)
 
 
 def held_live() -> Live:
