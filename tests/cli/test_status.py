@@ -65,7 +65,9 @@ def _training(stack: Stack, run: RunRecord) -> dict[str, Any]:
     def look() -> dict[str, Any] | None:
         found = _json(stack, run)
         trains = found["state"] == "training" and [len(node["ranks"]) for node in found["nodes"]] == [1, 1]
-        return found if trains and found["expected_end_at"] and len(found["attempts"]) > 1 else None
+        # the record tells of an attempt before its first event is followed, which says where its weights came from
+        is_told = len(found["attempts"]) > 1 and found["attempts"][1]["source"]
+        return found if trains and found["expected_end_at"] and is_told else None
 
     return wait_until(look, what="it to be seen training again")
 
