@@ -43,6 +43,7 @@ def slow(tmp_path: Path) -> Path:
     return tmp_path / "slow"
 
 
+@pytest.mark.slow
 def test_cancelled_run_leaves_nothing_although_its_worker_and_flow_are_dead(stack: Stack, slow: Path) -> None:
     before = run_keys(stack)
     command = stack.start("run", "digits", "--set", "seed=17", *ENDLESS, *ONE_NODE, *at_leisure_while(slow))

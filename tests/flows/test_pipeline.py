@@ -63,6 +63,7 @@ def test_digits_are_learned(digits: dict[str, Any]) -> None:
     assert set(digits["links"]) == {"s3", "mlflow", "prefect", "registry", "report"}
 
 
+@pytest.mark.slow
 def test_any_number_of_processes_gives_the_same_scores(stack: Stack, digits: dict[str, Any]) -> None:
     """And each sample's scores are beside the run, on the store and in MLflow."""
     model, dataset = digits["model"], digits["dataset"]["digest"]

@@ -134,6 +134,7 @@ def status_of(url: str, *, user: str = "", body: object = None) -> int:
         return error.code
 
 
+@pytest.mark.slow
 def test_strangers_are_refused_and_a_pipeline_runs(locked_stack: Stack) -> None:
     stack = locked_stack
     mlflow, prefect = stack.settings.mlflow_uri, stack.settings.prefect_api_url

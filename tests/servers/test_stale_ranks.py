@@ -111,6 +111,7 @@ def test_quick_ranks_run_ahead_of_a_stopped_one_and_no_further_than_they_may(nod
     assert mean(losses[-6:]) < mean(losses[:6])
 
 
+@pytest.mark.slow
 def test_at_a_barrier_all_read_the_same(node: Node, history: Path) -> None:
     node.train(2, servers=2, server_replicas=1)
     greatest_lead(history, num_places=2)
@@ -151,6 +152,7 @@ def test_a_group_that_is_to_end_does_so_soon_with_a_checkpoint(node: Node) -> No
     require_whole(node)
 
 
+@pytest.mark.slow
 def test_a_synchronous_run_goes_on_from_its_checkpoint(node: Node) -> None:
     node.train(2, servers=2, server_replicas=1)
     record = node.run.read()

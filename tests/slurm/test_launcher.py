@@ -220,6 +220,7 @@ def test_a_priority_that_the_site_does_not_have_is_refused(launcher: Launched) -
         launcher.submit(launcher.spec(needs=Needs(priority="high")))
 
 
+@pytest.mark.slow
 def test_the_more_urgent_one_goes_first_and_one_too_large_does_not_wait(
     cluster: SlurmCluster, store: Store, tmp_path: Path
 ) -> None:

@@ -256,6 +256,7 @@ def test_handler_for_the_death_of_children_makes_a_process_unfit_to_fork() -> No
     assert done.stdout == "SIGCHLD has a handler\n"
 
 
+@pytest.mark.slow
 def test_recipe_that_changed_since_is_imported_again_and_workers_go_on(tmp_path: Path) -> None:
     with zygote_for(preset_beside(tmp_path, RECIPE.format(answer=1), "changing")) as zygote:
         bystander, seen = start_saying(zygote, recipe="changing", sleeps=True)
