@@ -185,7 +185,7 @@ PLANTED = (
         "return self.timing.gather * sum(status.member.node < self.me.node for status in chosen)",
         "return 1e9 * any(s.member.node < self.me.node for s in self._ready(self.maybe_record))",
         "cut for ever",
-        first_seed=300,
+        first_seed=2600,
     ),
     node(
         "news are told of a group that nobody began",
@@ -193,6 +193,30 @@ PLANTED = (
         '        return replace(record, secret="", token=record.token + 1)',
     ),
     node("a member that never comes is waited for", "return now - self.since > self.timing.start", "return False"),
+    node(
+        "a part of a replica is proposed",
+        "chosen = chosen[: num_nodes - num_nodes % self.nodes_per_replica]",
+        "chosen = chosen[:num_nodes]",
+    ),
+    node(
+        "a group ends for a newcomer that makes no replica",
+        "> len(members) else []",
+        ">= len(members) else []",
+        "newcomer",
+    ),
+    node(
+        "newcomers are counted one by one",
+        "self._choose([*members, *found], group)",
+        "self._choose([*members, *found[:1]], group)",
+        "newcomer",
+        first_seed=900,
+    ),
+    node(
+        "a replica more than enough is waited for",
+        "return -(-self.min_nodes // self.nodes_per_replica) * self.nodes_per_replica",
+        "return (self.min_nodes // self.nodes_per_replica + 1) * self.nodes_per_replica",
+        "cut for ever",
+    ),
 )
 
 
