@@ -8,12 +8,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 from cyclopts import App, Parameter
 
 from flows.cli.output import print_json, print_table
-from flows.cli.stack import Json, open_store
+from flows.cli.stack import Json, open_run, open_store
 from training.errors import DamagedError, UserError
 
 if TYPE_CHECKING:
     from training.runs.record import Record, RunRecord
-    from training.s3.objectstore import Store
 
 COLUMNS = ("key", "state", "checkpoint_step", "attempts", "tracking_run_id", "weights_sha256", "inexact", "failure")
 Key = Annotated[str, Parameter(help="A run key, or the beginning of one.")]
@@ -30,7 +29,9 @@ def add_to(app: App) -> None:
 @runs.command(name="ls")
 def runs_ls(*, json: Json = False) -> None:
     """Every run: its key, state, steps and restarts."""
-    rows = list(filter(None, map(_row, _all_runs(open_store()))))
+    from training.runs.finding import all_runs
+
+    rows = list(filter(None, map(_row, all_runs(open_store()))))
     if json:
         print_json(rows)
         return
@@ -46,7 +47,7 @@ def runs_show(key: Key, *, json: Json = False) -> None:
     from training.runs.goodput import account
     from training.runs.history import events_of
 
-    run = find_run(open_store(), key)
+    run = open_run(key)
     record = run.read()
     goodput = account(events_of(run, record), record.resume_steps)
     departures = [asdict(departure) for departure in record.departures]
@@ -73,7 +74,7 @@ def runs_logs(key: Key) -> None:
     from infra.engines import make_launcher
     from infra.settings import load_settings
 
-    run = find_run(open_store(), key)
+    run = open_run(key)
     logs = make_launcher(load_settings()).logs(run.run_key)
     if not logs:
         raise UserError(f"run {run.run_key[:12]} left no log on this machine")
@@ -87,7 +88,7 @@ def runs_cancel(key: Key) -> None:
     from infra.engines import make_launcher
     from infra.settings import load_settings
 
-    run = find_run(open_store(), key)
+    run = open_run(key)
     make_launcher(load_settings()).cancel(run.run_key)
     print(f"run {run.run_key[:12]} has no process left")
 
@@ -102,15 +103,14 @@ def runs_rm(
     from infra.engines import make_launcher
     from infra.settings import load_settings
 
-    store = open_store()
-    run = find_run(store, key)
+    run = open_run(key)
     if make_launcher(load_settings()).find(run.run_key) is not None:
         raise UserError(f"run {run.run_key[:12]} is at work: cancel it first with `unbroken runs cancel {key}`")
     if not force:
         _require_no_version(run.run_key)
-    keys = [name for name, _ in store.list_keys(f"runs/{run.run_key}/")]
+    keys = [name for name, _ in run.store.list_keys(f"runs/{run.run_key}/")]
     for name in sorted(keys, key=lambda name: name == run.object_key):  # the record last: the rest hangs on it
-        store.delete(name)
+        run.store.delete(name)
     print(f"deleted {len(keys)} objects of run {run.run_key[:12]}")
 
 
@@ -141,24 +141,6 @@ def models_ls(*, json: Json = False) -> None:
         ["model", "version", "aliases", "run key"],
         [[row["name"], row["version"], ",".join(row["aliases"]), row["run_key"][:12]] for row in rows],
     )
-
-
-def _all_runs(store: Store, beginning: str = "") -> list[RunRecord]:
-    """Those of which something is left, be it that their record was removed."""
-    from training.runs.record import RunRecord
-
-    return [RunRecord(store, key) for key in store.list_folders("runs/") if key.startswith(beginning)]
-
-
-def find_run(store: Store, beginning: str) -> RunRecord:
-    if not beginning:
-        raise UserError("a run key must not be empty: see `unbroken runs ls`")
-    matches = [run for run in _all_runs(store, beginning) if run.find() is not None]
-    if len(matches) != 1:
-        some = "no run" if not matches else f"{len(matches)} runs"
-        which = f" ({', '.join(run.run_key[:12] for run in matches[:8])})" if matches else ""
-        raise UserError(f"{some} with a key that begins with {beginning!r}{which}: see `unbroken runs ls`")
-    return matches[0]
 
 
 def _row(run: RunRecord) -> dict[str, Any] | None:

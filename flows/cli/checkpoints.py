@@ -10,14 +10,13 @@ from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import App, Parameter
 
-from flows.cli.browse import Key, find_run
+from flows.cli.browse import Key
 from flows.cli.output import print_json, print_table
-from flows.cli.stack import Json, open_store, open_store_to_sign
+from flows.cli.stack import Json, open_run, open_store_to_sign
 from training.errors import DamagedError, InfrastructureError, UserError
 
 if TYPE_CHECKING:
     from training.runs.record import CheckpointRef, Record, RunRecord
-    from training.s3.objectstore import Store
 
 Step = Annotated[int | None, Parameter(help="The checkpoint of this step; else the newest.")]
 
@@ -31,7 +30,7 @@ def add_to(app: App) -> None:
 @ckpt.command(name="ls")
 def ckpt_ls(key: Key, *, json: Json = False) -> None:
     """A run's proven checkpoints, and those found damaged."""
-    record = find_run(open_store(), key).read()
+    record = open_run(key).read()
     if json:
         print_json(
             {
@@ -50,7 +49,7 @@ def ckpt_show(key: Key, *, step: Step = None) -> None:
     """Print a checkpoint's manifest: every tensor's dtype and shape, and which part holds which slice of it."""
     from training.checkpoints.checkpoint import load_manifest
 
-    run, reference = _find(open_store(), key, step)
+    run, reference = _find(key, step)
     print_json(asdict(load_manifest(run.store, run.prefix(run.read()), reference)))
 
 
@@ -59,7 +58,7 @@ def ckpt_verify(key: Key, *, json: Json = False) -> None:
     """Read every object of every checkpoint of a run, and compare its sha256. Exit code 6 names what is damaged."""
     from training.checkpoints.checkpoint import load_checkpoint
 
-    run = find_run(open_store(), key)
+    run = open_run(key)
     record = run.read()
     rows = []
     for reference in record.checkpoints:
@@ -86,6 +85,7 @@ def ckpt_sign(key: Key) -> None:
     from tasks.lineage.verify import require_result
     from training.checkpoints import trust
     from training.checkpoints.checkpoint import load_checkpoint
+    from training.runs.finding import find_run
 
     run = find_run(open_store_to_sign(), key)
     before = run.read()
@@ -126,7 +126,7 @@ def ckpt_export(
 
     from training.checkpoints.checkpoint import load_checkpoint
 
-    run, reference = _find(open_store(), key, step)
+    run, reference = _find(key, step)
     if to.name and os.path.lexists(to):
         raise UserError(f"{to} exists: name a new file")
     if not to.name or not to.parent.is_dir():
@@ -144,8 +144,8 @@ def ckpt_export(
     print(f"{len(tensors)} tensors of step {reference.step} are in {to}")
 
 
-def _find(store: Store, key: str, step: int | None) -> tuple[RunRecord, CheckpointRef]:
-    run = find_run(store, key)
+def _find(key: str, step: int | None) -> tuple[RunRecord, CheckpointRef]:
+    run = open_run(key)
     found = run.read().checkpoints
     wanted = [reference for reference in found if step in (None, reference.step)]
     if not wanted:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from cyclopts import App, Parameter
 
 from flows.cli.output import LiveLine, print_json, print_table
-from flows.cli.stack import Json, open_store
+from flows.cli.stack import Json, open_run, open_store
 from training.errors import DamagedError, UserError
 
 if TYPE_CHECKING:
@@ -122,11 +122,10 @@ def verify_run(
     key: Annotated[str, Parameter(help="A run key, or the beginning of one.")], *, json: Json = False
 ) -> None:
     """Prove that a run read each sample of each epoch exactly once, in the declared order, over all its attempts."""
-    from flows.cli.browse import find_run
     from training.data import audit
 
-    store = open_store()
-    proof = audit.verify_run(store, find_run(store, key).run_key)
+    run = open_run(key)
+    proof = audit.verify_run(run.store, run.run_key)
     if json:
         print_json(asdict(proof))
         return

@@ -8,7 +8,6 @@ from typing import Annotated
 
 from cyclopts import App, Parameter
 
-from flows.cli.browse import find_run
 from flows.cli.output import print_json
 from flows.cli.stack import Json, open_store
 from training.errors import UserError
@@ -28,6 +27,8 @@ def report(
     json: Json = False,
 ) -> None:
     """Write one HTML file about a run, finished or not: curves, failures, where the time went, evaluation, lineage."""
+    from training.runs.finding import find_run
+
     store = open_store()
     found = {one.run_key: one for one in (find_run(store, beginning) for beginning in (run, *others))}
     path = output or Path(f"report-{'-'.join(key[:8] for key in found)}.html")

@@ -11,6 +11,7 @@ from flows.cli.output import print_json, print_table
 from training.errors import InfrastructureError, UserError
 
 if TYPE_CHECKING:
+    from training.runs.record import RunRecord
     from training.s3.objectstore import Store
 
 Json = Annotated[bool, Parameter(name="--json", negative="", help="Print JSON, for scripts.")]
@@ -81,3 +82,10 @@ def open_store_to_sign() -> Store:
     if signatures.keyring() is None:
         raise UserError(f"no signing key is known: set {signatures.VARIABLE}, or [signing] key_file in unbroken.toml")
     return store
+
+
+def open_run(beginning: str) -> RunRecord:
+    """The run in the stack's store whose key begins so. Raises `UserError` if there is none, or several."""
+    from training.runs.finding import find_run
+
+    return find_run(open_store(), beginning)

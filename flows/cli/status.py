@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from cyclopts import App, Parameter
 
 from flows.cli.output import print_json
-from flows.cli.stack import Json
+from flows.cli.stack import Json, open_run
 from infra.fetching import fetch
 from training.documents import read_document
 from training.errors import DamagedError, InfrastructureError
@@ -70,12 +70,10 @@ def _print_all(services: Sequence[ServiceStatus]) -> None:
 
 
 def _show_run(beginning: str, *, as_json: bool) -> None:
-    from flows.cli.browse import find_run
-    from flows.cli.stack import open_store
     from flows.monitor.terminal import run_lines, trouble_lines
     from infra.local import stack
 
-    key = find_run(open_store(), beginning).run_key
+    key = open_run(beginning).run_key
     url = stack.monitor_url()
     if as_json:
         print_json(_ask(f"{url}/runs/{key}.json"))

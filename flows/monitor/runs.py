@@ -25,6 +25,7 @@ from training.cluster.links import Place
 from training.cluster.metrics import short
 from training.documents import parse, read_document
 from training.errors import MissingError, UnbrokenError
+from training.runs.finding import find_run
 from training.runs.job import Job, read_jobs
 from training.runs.record import Record, RunRecord, generation_prefix
 from training.s3.objectstore import Store
@@ -35,7 +36,6 @@ KEPT_SECONDS = 3600.0
 """How long a run is told of after its end."""
 LAST_WORDS_SECONDS = 10.0
 """How long it is still read."""
-KEY_LENGTH = 64
 MAX_ASKED = 8
 """Runs that nobody watches, and that are kept because somebody asked for them."""
 
@@ -94,9 +94,10 @@ class Runs:
 
     def find(self, key: str) -> RunView:
         """A run with its nodes, be it one that no engine has any more, by its key or the beginning of it. Raises
-        `MissingError` if the store has none, or several, `InfrastructureError` if the store or the engine is away,
-        `DamagedError`."""
-        key = self._whole_key(key)
+        `UserError` if the store has none, or several, `MissingError` if none has trained it, `InfrastructureError` if
+        the store or the engine is away, `DamagedError`."""
+        if key not in self._watched:  # which is answered also while the store is away
+            key = find_run(self._store, key).run_key
         watched, view = self._watched.get(key), self.views.get(key)
         if watched is None or view is None:  # or nobody has looked yet, after a start
             with self._asking:
@@ -106,17 +107,6 @@ class Runs:
             return view
         places = list(watched.places.values())
         return replace(view, nodes=ask_agents(places), num_unasked_nodes=max(0, len(places) - MAX_NODES))
-
-    def _whole_key(self, beginning: str) -> str:
-        if len(beginning) >= KEY_LENGTH:
-            return beginning
-        for keys in ([*self._watched, *self._asked], self._store.list_folders("runs/")):
-            found = sorted({key for key in keys if key.startswith(beginning)})
-            if len(found) == 1:
-                return found[0]
-            if found:
-                raise MissingError(f"{len(found)} runs have a key that begins with {beginning!r}: say more of it")
-        raise MissingError(f"no run has a key that begins with {beginning!r}: see `unbroken runs ls`")
 
     def targets(self) -> list[dict[str, Any]]:
         """For Prometheus: `job` and `instance` only, as other labels would clash with the metrics' own."""

@@ -185,7 +185,7 @@ def test_the_page_of_a_run_that_is_unknown(stack: Stack) -> None:
     assert "There is nothing to show" in refused.value.read().decode()
     with pytest.raises(urllib.error.HTTPError) as refused:
         urllib.request.urlopen(f"{monitor_url()}/runs/eeee", timeout=120)
-    assert "no run has a key that begins with" in refused.value.read().decode()
+    assert "no run with a key that begins with" in refused.value.read().decode()
 
 
 @pytest.mark.slow

@@ -6,15 +6,18 @@ import asyncio
 import os
 import signal
 import socket
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Iterator, Mapping
+from contextlib import closing
 from dataclasses import dataclass, field, replace
 from typing import Any, cast
 from unittest import mock
 
+import pytest
+
 from tests.unit.tiny import Tiny, exact_arithmetic, make_trainer, tiny_preset
 from training.cluster.workers import Hand, Outcome, Workers
 from training.cluster.zygote import Worker, Zygote
-from training.config import LaunchConfig, Preset
+from training.config import LaunchConfig, ParallelConfig, Preset
 from training.control import Order
 from training.memory.slots import Header, SlotDescriptors, Slots, create_slots
 from training.recipe import Recipe
@@ -33,6 +36,8 @@ VALIDATE_EVERY = 3
 TINY = Tiny()
 PRESET = tiny_preset(steps=STEPS, checkpoint_every_steps=EVERY, validate_every_steps=VALIDATE_EVERY)
 Told = tuple[int, float, str, dict[str, float]]
+Calm = tuple[str, list[Told]]
+"""State and history of a run that nothing happens to."""
 
 
 @dataclass(frozen=True)
@@ -152,7 +157,7 @@ class Node:
     run: RunRecord
     job: Job
     zygote: Zygote
-    slots: list[SlotDescriptors] = field(default_factory=lambda: [create_slots() for _ in range(3)])
+    slots: list[SlotDescriptors] = field(default_factory=lambda: [create_slots() for _ in range(4)])
     hands: dict[int, Hand] = field(default_factory=dict)
     """Processes that stayed, by rank."""
     pauses: dict[int, list[Pause]] = field(default_factory=dict)
@@ -242,7 +247,7 @@ class Node:
                 os.close(fd)
 
 
-def make_node(store: Store, zygote: Zygote, *, preset: Preset = PRESET, recipe: Recipe = TINY) -> Node:
+def make_node(store: Store, zygote: Zygote, preset: Preset = PRESET, recipe: Recipe = TINY) -> Node:
     key = run_key(recipe=recipe, preset=preset, dataset_digest="d")
     run = RunRecord(store, key)
     run.create_if_missing()
@@ -250,12 +255,19 @@ def make_node(store: Store, zygote: Zygote, *, preset: Preset = PRESET, recipe: 
     return Node(run=run, job=job, zygote=zygote)
 
 
-def require_same(node: Node, calm: tuple[str, list[Told]]) -> None:
+def require_same(node: Node, calm: Calm) -> None:
     """The run ended in the state and with the history of `calm`."""
     record = node.run.read()
     assert record.result is not None
     assert (record.result.step, record.result.state_sha256) == (STEPS, calm[0])
     assert node.told() == calm[1]
+
+
+async def kill_one_of_two(group: Group, victim: int, *, step: int) -> None:
+    """Which is paused, once the other has done that many steps, and waits for it."""
+    await group.paused(victim)
+    await group.waits(1 - victim, step=step)
+    group.kill(victim)
 
 
 async def regroup(group: Group, rank: int = 1) -> None:
@@ -265,8 +277,8 @@ async def regroup(group: Group, rank: int = 1) -> None:
     group.go_on(rank)
 
 
-def calm(*, preset: Preset = PRESET, recipe: Recipe = TINY, steps: int = STEPS) -> tuple[str, list[Told]]:
-    """State and history of a run in one process that nothing happens to."""
+def calm(*, preset: Preset = PRESET, recipe: Recipe = TINY, steps: int = STEPS) -> Calm:
+    """In one process."""
     trainer = make_trainer(preset=preset, recipe=recipe)
     told = []
     with exact_arithmetic():
@@ -274,3 +286,24 @@ def calm(*, preset: Preset = PRESET, recipe: Recipe = TINY, steps: int = STEPS) 
             outcome = trainer.train_step()
             told.append((step, outcome.loss, outcome.samples, dict(outcome.validation)))
     return trainer.state.state_sha256(), told
+
+
+def fixtures(preset: Preset = PRESET, recipe: Recipe = TINY, *, is_far: bool = False) -> tuple[Any, Any, Any]:
+    """`zygote`, `node` and `calm`, for up to four ranks; the last is of one process, which has all of the state."""
+
+    @pytest.fixture(scope="module")
+    def zygote() -> Iterator[Zygote]:
+        with closing(Zygote(preset, entry=ENTRY)) as running:
+            yield running
+
+    @pytest.fixture
+    def node(store: Store, zygote: Zygote) -> Iterator[Node]:
+        with closing(make_node(store, zygote, preset, recipe)) as made:
+            made.is_far = is_far
+            yield made
+
+    @pytest.fixture(scope="module", name="calm")
+    def calm_run() -> Calm:
+        return calm(preset=replace(preset, parallel=ParallelConfig()), recipe=recipe)
+
+    return zygote, node, calm_run

@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import closing
 from dataclasses import replace
+from functools import partial
 
 import pytest
 
-from tests.distributed import groups
-from tests.distributed.groups import ENTRY, EVERY, Group, Node, Pause, make_node, require_same
+from tests.distributed import groups, spread
+from tests.distributed.groups import EVERY, Calm, Node, Pause, kill_one_of_two, require_same
 from tests.distributed.in_blocks import InBlocks
 from tests.distributed.pausing import COPYING, MID_STEP
-from tests.servers.modes import has_checkpoint
-from training.cluster.zygote import Zygote
 from training.config import ParallelConfig
-from training.memory.slots import create_slots
-from training.s3.objectstore import Store
 
 COPY_EVERY = 2
 PRESET = replace(
@@ -27,39 +22,12 @@ PRESET = replace(
 )
 NEWEST = 8
 """The newest copy of whoever dies in the step after the ninth; the newest checkpoint is of step 5."""
-Calm = tuple[str, list[groups.Told]]
+zygote, node, calm = groups.fixtures(PRESET, InBlocks(), is_far=True)
 
 
-@pytest.fixture(scope="module")
-def zygote() -> Iterator[Zygote]:
-    with closing(Zygote(PRESET, entry=ENTRY)) as running:
-        yield running
-
-
-@pytest.fixture
-def node(store: Store, zygote: Zygote) -> Iterator[Node]:
-    with closing(make_node(store, zygote, preset=PRESET, recipe=InBlocks())) as made:
-        made.slots.append(create_slots())
-        made.is_far = True
-        yield made
-
-
-@pytest.fixture(scope="module")
-def calm() -> Calm:
-    return groups.calm(preset=replace(PRESET, parallel=ParallelConfig()), recipe=InBlocks())
-
-
-def kill(node: Node, num_ranks: int, victim: int, pause: Pause, *, checkpoint: int = EVERY) -> None:
-    """A rank, there, once there is that checkpoint."""
-
-    async def act(group: Group) -> None:
-        await group.paused(victim)
-        if checkpoint:
-            await has_checkpoint(node, checkpoint)
-        if pause.place == COPYING:
-            await group.waits(0, step=pause.step)  # which has its copy then
-        group.kill(victim)
-
+def kill(node: Node, num_ranks: int, victim: int, pause: Pause) -> None:
+    """A rank, there, once there is a checkpoint."""
+    act = spread.kill(node, victim, checkpoint=EVERY)
     node.train(num_ranks, act, pauses={victim: pause}, nodes=2 // num_ranks or 1)
 
 
@@ -110,9 +78,9 @@ def test_while_a_copy_is_made_the_one_before_is_whole(node: Node, calm: Calm) ->
     """A rank dies before it has written what the other has written; the process alone, as its agent lives on. What is
     newer than where they go on gives way to new copies of that step."""
     node.is_far = False
-    kill(node, 2, 1, Pause(COPYING, 4), checkpoint=0)
+    node.train(2, partial(kill_one_of_two, victim=1, step=4), pauses={1: Pause(COPYING, 4)})
     assert node.steps_in_memory()[:2] == [4, 2]
-    kill(node, 2, 1, Pause(MID_STEP, 3), checkpoint=0)
+    node.train(2, partial(kill_one_of_two, victim=1, step=3), pauses={1: Pause(MID_STEP, 3)})
     assert node.steps_in_memory()[:2] == [2, 2]
     node.train(2)
     assert node.attempts()[-1] == (2, 2, "memory")

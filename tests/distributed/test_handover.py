@@ -4,52 +4,28 @@ its size, and ends in the bits and the history of a run that nothing happened to
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator
-from contextlib import closing
 from dataclasses import replace
 from functools import partial
 
 import pytest
 
 from tests.distributed import groups
-from tests.distributed.groups import ENTRY, PRESET, Group, Node, Pause, make_node, regroup, require_same
+from tests.distributed.groups import Calm, Group, Node, Pause, kill_one_of_two, regroup, require_same
 from tests.distributed.pausing import MID_STEP, UPDATING, VALIDATED, VALIDATING
 from tests.faults.proxy import LosingProxy
 from training import tensorfile
-from training.cluster.zygote import Zygote
 from training.control import EXIT_STOPPED, Order
 from training.memory.slots import Slots
-from training.s3.objectstore import Store
 
-
-@pytest.fixture(scope="module")
-def zygote() -> Iterator[Zygote]:
-    with closing(Zygote(PRESET, entry=ENTRY)) as running:
-        yield running
-
-
-@pytest.fixture
-def node(store: Store, zygote: Zygote) -> Iterator[Node]:
-    with closing(make_node(store, zygote)) as made:
-        yield made
-
-
-@pytest.fixture(scope="module")
-def calm() -> tuple[str, list[groups.Told]]:
-    return groups.calm()
+zygote, node, calm = groups.fixtures()
 
 
 @pytest.mark.parametrize("num_ranks_after", [1, 2, 3])
 @pytest.mark.parametrize("victim", [0, 1])
 def test_a_rank_killed_in_the_midst_of_a_step_costs_that_step_only(
-    node: Node, calm: tuple[str, list[groups.Told]], victim: int, num_ranks_after: int
+    node: Node, calm: Calm, victim: int, num_ranks_after: int
 ) -> None:
-    async def kill(group: Group) -> None:
-        await group.paused(victim)
-        await group.waits(1 - victim, step=7)
-        group.kill(victim)
-
-    first = node.train(2, kill, pauses={victim: Pause(MID_STEP, 7)})
+    first = node.train(2, partial(kill_one_of_two, victim=victim, step=7), pauses={victim: Pause(MID_STEP, 7)})
     assert first.codes()[victim] == -9
     if num_ranks_after == 1:
         node.slots = [node.slots[1 - victim]]
@@ -69,21 +45,17 @@ async def freeze_and_stop(group: Group) -> None:
     group.workers.kill()
 
 
-def test_a_rank_that_waits_for_a_frozen_one_stops_when_it_is_told(
-    node: Node, calm: tuple[str, list[groups.Told]]
-) -> None:
+def test_a_rank_that_waits_for_a_frozen_one_stops_when_it_is_told(node: Node, calm: Calm) -> None:
     """Its main thread is inside a collective, and stays there."""
     first = node.train(2, freeze_and_stop, pauses={1: Pause(MID_STEP, 7)})
     assert first.codes() == [EXIT_STOPPED, -9]
-    assert node.steps_in_memory() == [7, None, None]
+    assert node.steps_in_memory() == [7, None, None, None]
     node.train(2)
     assert node.attempts()[-1] == (2, 7, "memory")
     require_same(node, calm)
 
 
-def test_ranks_that_stop_at_different_steps_go_on_at_the_higher_one(
-    node: Node, calm: tuple[str, list[groups.Told]]
-) -> None:
+def test_ranks_that_stop_at_different_steps_go_on_at_the_higher_one(node: Node, calm: Calm) -> None:
     """One is stuck in the midst of an update and leaves nothing; the other has finished that step."""
 
     async def stop(group: Group) -> None:
@@ -93,16 +65,14 @@ def test_ranks_that_stop_at_different_steps_go_on_at_the_higher_one(
 
     first = node.train(2, stop, pauses={1: Pause(UPDATING, 7)})
     assert first.codes() == [EXIT_STOPPED, EXIT_STOPPED]
-    assert node.steps_in_memory() == [8, None, None]
+    assert node.steps_in_memory() == [8, None, None, None]
     node.train(3)
     assert node.attempts()[-1] == (3, 8, "memory")
     require_same(node, calm)
 
 
 @pytest.mark.parametrize("behind", [0, 1])
-def test_ranks_of_which_one_has_noted_the_validation_go_on_alike(
-    node: Node, calm: tuple[str, list[groups.Told]], behind: int
-) -> None:
+def test_ranks_of_which_one_has_noted_the_validation_go_on_alike(node: Node, calm: Calm, behind: int) -> None:
     async def stop(group: Group) -> None:
         await group.paused(behind)
         await group.waits(1 - behind, step=6)
@@ -110,27 +80,23 @@ def test_ranks_of_which_one_has_noted_the_validation_go_on_alike(
 
     first = node.train(2, stop, pauses={behind: Pause(VALIDATED, 6)})
     assert first.codes() == [EXIT_STOPPED, EXIT_STOPPED]
-    assert node.steps_in_memory() == [6, 6, None]
+    assert node.steps_in_memory() == [6, 6, None, None]
     node.train(2)
     assert node.attempts()[-1] == (2, 6, "memory")
     require_same(node, calm)
 
 
-def test_all_ranks_regroup_after_the_same_step_although_one_is_told(
-    node: Node, calm: tuple[str, list[groups.Told]]
-) -> None:
+def test_all_ranks_regroup_after_the_same_step_although_one_is_told(node: Node, calm: Calm) -> None:
     first = node.train(2, regroup, pauses={1: Pause(MID_STEP, 7)})
     assert first.codes() == [EXIT_STOPPED, EXIT_STOPPED]
-    assert node.steps_in_memory() == [8, 8, None], "after the step in which it was told"
+    assert node.steps_in_memory() == [8, 8, None, None], "after the step in which it was told"
     node.train(3)
     assert node.attempts()[-1] == (3, 8, "memory")
     require_same(node, calm)
 
 
 @pytest.mark.parametrize("odd_one", [0, 1])
-def test_ranks_with_different_bytes_of_one_step_take_the_same(
-    node: Node, calm: tuple[str, list[groups.Told]], odd_one: int
-) -> None:
+def test_ranks_with_different_bytes_of_one_step_take_the_same(node: Node, calm: Calm, odd_one: int) -> None:
     """As fast mode may have left them, in groups that knew nothing of one another: else replicas part for good."""
     node.train(2, regroup, pauses={1: Pause(MID_STEP, 7)})
     change_a_weight(Slots(node.slots[odd_one]), node.job.key)
@@ -160,14 +126,14 @@ async def tell_to_go(group: Group, *, rank: int, seconds: float) -> None:
     group.go_on(rank)
 
 
-def test_preempted_ranks_leave_together_after_a_checkpoint(node: Node, calm: tuple[str, list[groups.Told]]) -> None:
+def test_preempted_ranks_leave_together_after_a_checkpoint(node: Node, calm: Calm) -> None:
     async def preempt(group: Group) -> None:
         await group.paused(1)
         await tell_to_go(group, rank=1, seconds=60.0)
 
     first = node.train(2, preempt, pauses={1: Pause(MID_STEP, 7)}, grace_seconds=60.0)
     assert first.codes() == [EXIT_STOPPED, EXIT_STOPPED]
-    step, same, _ = node.steps_in_memory()
+    step, same, *_ = node.steps_in_memory()
     assert step == same == node.run.read().checkpoints[-1].step
     node.train(1)
     assert node.attempts()[-1] == (1, step, "memory")
@@ -175,7 +141,7 @@ def test_preempted_ranks_leave_together_after_a_checkpoint(node: Node, calm: tup
 
 
 def test_preempted_ranks_wait_no_longer_than_they_may_for_a_store_that_is_away(
-    node: Node, proxy: LosingProxy, calm: tuple[str, list[groups.Told]]
+    node: Node, proxy: LosingProxy, calm: Calm
 ) -> None:
     node.reach_store_at(proxy.endpoint)
 
@@ -188,7 +154,7 @@ def test_preempted_ranks_wait_no_longer_than_they_may_for_a_store_that_is_away(
     assert proxy.num_refused > 0
     assert first.codes() == [EXIT_STOPPED, EXIT_STOPPED]
     proxy.is_away = False
-    step, same, _ = node.steps_in_memory()
+    step, same, *_ = node.steps_in_memory()
     assert step == same
     assert step not in [checkpoint.step for checkpoint in node.run.read().checkpoints]
     node.train(2)
@@ -196,7 +162,7 @@ def test_preempted_ranks_wait_no_longer_than_they_may_for_a_store_that_is_away(
     require_same(node, calm)
 
 
-def test_no_checkpoint_is_needed_to_go_on(node: Node, proxy: LosingProxy, calm: tuple[str, list[groups.Told]]) -> None:
+def test_no_checkpoint_is_needed_to_go_on(node: Node, proxy: LosingProxy, calm: Calm) -> None:
     """The store takes none; so all steps are told again from memory, by whoever is rank 0 then."""
     node.reach_store_at(proxy.endpoint)
     proxy.maybe_refused = "/checkpoints/"
@@ -221,7 +187,7 @@ def test_no_checkpoint_is_needed_to_go_on(node: Node, proxy: LosingProxy, calm: 
 
 @pytest.mark.parametrize("victims", [(0, 0), (1, 1), (0, 1), (1, 0)])
 def test_survivors_keep_their_process_and_go_on_with_the_state_that_they_have(
-    node: Node, calm: tuple[str, list[groups.Told]], victims: tuple[int, int]
+    node: Node, calm: Calm, victims: tuple[int, int]
 ) -> None:
     """Two groups of three end by a kill, and the third finishes."""
     for victim, step in zip(victims, (4, 7), strict=True):
@@ -241,20 +207,16 @@ def test_survivors_keep_their_process_and_go_on_with_the_state_that_they_have(
     require_same(node, calm)
 
 
-def test_who_waits_in_validation_for_one_that_dies_stays(node: Node, calm: tuple[str, list[groups.Told]]) -> None:
-    async def kill(group: Group) -> None:
-        await group.paused(1)
-        await group.waits(0, step=5)
-        group.kill(1)
-
-    first = node.train(2, kill, pauses={1: Pause(VALIDATING, 6)}, may_stay=True)
+def test_who_waits_in_validation_for_one_that_dies_stays(node: Node, calm: Calm) -> None:
+    act = partial(kill_one_of_two, victim=1, step=5)
+    first = node.train(2, act, pauses={1: Pause(VALIDATING, 6)}, may_stay=True)
     second = node.train(2, may_stay=True)
     assert [before == after for before, after in zip(first.pids(), second.pids(), strict=True)] == [True, False]
     assert node.attempts()[-1] == (2, 6, "memory")
     require_same(node, calm)
 
 
-def test_ranks_that_regroup_keep_their_processes(node: Node, calm: tuple[str, list[groups.Told]]) -> None:
+def test_ranks_that_regroup_keep_their_processes(node: Node, calm: Calm) -> None:
     first = node.train(2, regroup, pauses={1: Pause(MID_STEP, 7)}, may_stay=True)
     second = node.train(3, may_stay=True)
     assert second.pids()[:2] == first.pids()
@@ -262,9 +224,7 @@ def test_ranks_that_regroup_keep_their_processes(node: Node, calm: tuple[str, li
     require_same(node, calm)
 
 
-def test_a_process_whose_state_is_behind_takes_that_of_the_others(
-    node: Node, calm: tuple[str, list[groups.Told]]
-) -> None:
+def test_a_process_whose_state_is_behind_takes_that_of_the_others(node: Node, calm: Calm) -> None:
     """One sat out a group, in which the other came further."""
     first = node.train(2, regroup, pauses={1: Pause(MID_STEP, 4)}, may_stay=True)
     node.hands.pop(0).end()
@@ -275,9 +235,7 @@ def test_a_process_whose_state_is_behind_takes_that_of_the_others(
     require_same(node, calm)
 
 
-def test_a_rank_that_waits_for_a_frozen_one_stays_when_it_is_told_to_stop(
-    node: Node, calm: tuple[str, list[groups.Told]]
-) -> None:
+def test_a_rank_that_waits_for_a_frozen_one_stays_when_it_is_told_to_stop(node: Node, calm: Calm) -> None:
     """Nothing comes by the connection between the two, which is open."""
     first = node.train(2, freeze_and_stop, pauses={1: Pause(MID_STEP, 7)}, may_stay=True)
     second = node.train(2, may_stay=True)
@@ -286,7 +244,7 @@ def test_a_rank_that_waits_for_a_frozen_one_stays_when_it_is_told_to_stop(
     require_same(node, calm)
 
 
-def test_ranks_that_cannot_leave_in_time_end_instead(node: Node, calm: tuple[str, list[groups.Told]]) -> None:
+def test_ranks_that_cannot_leave_in_time_end_instead(node: Node, calm: Calm) -> None:
     """They compute."""
 
     async def stop(group: Group) -> None:
@@ -301,7 +259,7 @@ def test_ranks_that_cannot_leave_in_time_end_instead(node: Node, calm: tuple[str
     require_same(node, calm)
 
 
-def test_a_spare_takes_the_place_of_a_rank_that_dies(node: Node, calm: tuple[str, list[groups.Told]]) -> None:
+def test_a_spare_takes_the_place_of_a_rank_that_dies(node: Node, calm: Calm) -> None:
     async def kill(group: Group) -> None:
         await group.paused(1)
         await group.has_spares(2)

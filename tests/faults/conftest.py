@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import http.server
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import pytest
 
@@ -51,3 +51,10 @@ def cluster(answering: str) -> Iterator[Cluster]:
 def host(cluster: Cluster) -> Iterator[Host]:
     yield cluster.hosts[0]
     cluster.hosts[0].kill_all()
+
+
+@pytest.fixture
+def hosts(cluster: Cluster) -> Iterator[Sequence[Host]]:
+    yield cluster.hosts
+    for host in cluster.hosts:
+        host.kill_all()

@@ -38,13 +38,6 @@ def cluster(stack: Stack) -> Iterator[Cluster]:
         yield running
 
 
-@pytest.fixture
-def hosts(cluster: Cluster) -> Iterator[Sequence[Host]]:
-    yield cluster.hosts
-    for host in cluster.hosts:
-        host.kill_all()
-
-
 @pytest.fixture(scope="module")
 def calm(stack: Stack, cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Agents:
     """The same run in one process, finished."""

@@ -32,13 +32,6 @@ def cluster(stack: Stack) -> Iterator[Cluster]:
         yield running
 
 
-@pytest.fixture
-def hosts(cluster: Cluster) -> Iterator[Sequence[Host]]:
-    yield cluster.hosts
-    for host in cluster.hosts:
-        host.kill_all()
-
-
 def history(agents: Agents) -> list[tuple[int, float, str, str]]:
     found = committed_steps(agents.run, agents.run.read())
     return [(event.step, *(event.values[name] for name in ("loss", "samples", "weights"))) for event in found]

@@ -8,7 +8,6 @@ from functools import partial
 
 from tests.distributed.groups import Group, Node, Pause
 from tests.distributed.pausing import MID_STEP
-from training.memory.slots import create_slots
 
 
 async def has_checkpoint(node: Node, step: int) -> None:
@@ -29,10 +28,10 @@ def train_in_both_modes(node: Node) -> None:
     node.train(2, partial(stop, checkpoint=5), pauses={0: Pause(MID_STEP, 6)}, servers=2)
     job, served = node.job, node.job.preset
     node.job = replace(job, preset=replace(served, train=replace(served.train, strategy="all_reduce")))
-    node.slots = [create_slots() for _ in range(3)]
+    node.lose_memory(*range(len(node.slots)))
     node.train(1, partial(stop, checkpoint=10), pauses={0: Pause(MID_STEP, 11)})
     assert node.attempts()[-1] == (1, 5, "checkpoint")
     node.job = job
-    node.slots = [create_slots() for _ in range(3)]
+    node.lose_memory(*range(len(node.slots)))
     node.train(3, servers=4)
     assert node.attempts()[-1] == (3, 10, "checkpoint")

@@ -23,7 +23,6 @@ from tests.unit.tiny import exact_arithmetic, make_trainer, stale_preset
 from training.checkpoints.checkpoint import load_checkpoint
 from training.cluster.zygote import Zygote
 from training.control import EXIT_STOPPED
-from training.memory.slots import create_slots
 from training.s3.objectstore import Store
 from training.servers.stale_state import HISTORY_FOLDER
 
@@ -57,7 +56,6 @@ def node(store: Store, zygote: Zygote, history: Path) -> Iterator[Node]:
     for path in history.iterdir():
         path.unlink()
     with closing(make_node(store, zygote, preset=PRESET, recipe=Wide())) as made:
-        made.slots.append(create_slots())
         yield made
 
 

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import closing
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -11,17 +10,14 @@ from typing import Any
 import pytest
 
 from tests.distributed import groups
-from tests.distributed.groups import ENTRY, Group, Node, Pause, make_node, regroup, require_same
+from tests.distributed.groups import Calm, Group, Node, Pause, kill_one_of_two, regroup, require_same
 from tests.distributed.pausing import APPLIED, MID_STEP
 from tests.servers.looking_up import WIDTHS, Lookup
 from tests.servers.modes import train_in_both_modes
 from tests.unit.tiny import exact_arithmetic, make_trainer
 from training.arithmetic.reduce import Subtree
-from training.cluster.zygote import Zygote
 from training.config import Preset
 from training.loop import Trainer
-from training.memory.slots import create_slots
-from training.s3.objectstore import Store
 from training.servers.colocated import Colocated
 from training.servers.endpoints import Remote
 from training.servers.rows import Part
@@ -29,24 +25,12 @@ from training.servers.rows import Part
 RECIPE = Lookup()
 TRAIN = replace(groups.PRESET.train, strategy="parameter_server")
 PRESET = replace(groups.PRESET, recipe="tests.servers.looking_up:Lookup", train=TRAIN)
+zygote, node, _ = groups.fixtures(PRESET, RECIPE)
 WITH_BACKUPS: dict[str, Any] = {"may_stay": True, "servers": 2, "server_replicas": 2}
 
 
 @pytest.fixture(scope="module")
-def zygote() -> Iterator[Zygote]:
-    with closing(Zygote(PRESET, entry=ENTRY)) as running:
-        yield running
-
-
-@pytest.fixture
-def node(store: Store, zygote: Zygote) -> Iterator[Node]:
-    with closing(make_node(store, zygote, preset=PRESET, recipe=RECIPE)) as made:
-        made.slots.append(create_slots())
-        yield made
-
-
-@pytest.fixture(scope="module")
-def calm() -> tuple[str, list[groups.Told]]:
+def calm() -> Calm:
     """With whole gradients of dense embeddings."""
     return groups.calm(preset=PRESET, recipe=Lookup(is_sparse=False))
 
@@ -63,7 +47,7 @@ def alone(recipe: Lookup, *, num_servers: int) -> Trainer:
     return trainer
 
 
-def test_sparse_gradients_have_the_bits_of_dense_ones_without_servers(calm: tuple[str, list[groups.Told]]) -> None:
+def test_sparse_gradients_have_the_bits_of_dense_ones_without_servers(calm: Calm) -> None:
     assert groups.calm(preset=PRESET, recipe=RECIPE) == calm
 
 
@@ -122,31 +106,21 @@ def _num_rows(parts: Sequence[Part]) -> dict[int, int]:
 
 @pytest.mark.parametrize("num_servers", [1, 2, 4])
 @pytest.mark.parametrize("num_ranks", [1, 2, 4])
-def test_the_bits_are_those_of_whole_gradients(
-    node: Node, calm: tuple[str, list[groups.Told]], num_ranks: int, num_servers: int
-) -> None:
+def test_the_bits_are_those_of_whole_gradients(node: Node, calm: Calm, num_ranks: int, num_servers: int) -> None:
     node.train(num_ranks, servers=num_servers)
     require_same(node, calm)
 
 
 @pytest.mark.parametrize("victim", [0, 1])
-def test_a_primary_that_dies_costs_the_step_that_it_was_in(
-    node: Node, calm: tuple[str, list[groups.Told]], victim: int
-) -> None:
-    async def act(group: Group) -> None:
-        await group.paused(victim)
-        await group.waits(1 - victim, step=7)
-        group.kill(victim)
-
+def test_a_primary_that_dies_costs_the_step_that_it_was_in(node: Node, calm: Calm, victim: int) -> None:
+    act = partial(kill_one_of_two, victim=victim, step=7)
     node.train(2, act, pauses={victim: Pause(MID_STEP, 7)}, **WITH_BACKUPS)
     node.train(2, **WITH_BACKUPS)
     assert node.attempts()[-1] == (2, 7, "memory")
     require_same(node, calm)
 
 
-def test_what_a_step_changed_is_known_to_who_did_not_hear_of_it(
-    node: Node, calm: tuple[str, list[groups.Told]]
-) -> None:
+def test_what_a_step_changed_is_known_to_who_did_not_hear_of_it(node: Node, calm: Calm) -> None:
     """One shard has applied it, and no rank has its rows yet, when the other rank dies."""
 
     async def act(group: Group) -> None:
@@ -160,7 +134,7 @@ def test_what_a_step_changed_is_known_to_who_did_not_hear_of_it(
     require_same(node, calm)
 
 
-def test_tables_regroup_with_more_and_with_fewer_ranks(node: Node, calm: tuple[str, list[groups.Told]]) -> None:
+def test_tables_regroup_with_more_and_with_fewer_ranks(node: Node, calm: Calm) -> None:
     settings: dict[str, Any] = {"may_stay": True, "servers": 3, "server_replicas": 2}
     node.train(2, partial(regroup, rank=1), pauses={1: Pause(MID_STEP, 4)}, **settings)
     node.train(4, partial(regroup, rank=3), pauses={3: Pause(MID_STEP, 8)}, **settings)
@@ -170,8 +144,6 @@ def test_tables_regroup_with_more_and_with_fewer_ranks(node: Node, calm: tuple[s
     require_same(node, calm)
 
 
-def test_a_checkpoint_goes_on_without_servers_and_the_other_way_round(
-    node: Node, calm: tuple[str, list[groups.Told]]
-) -> None:
+def test_a_checkpoint_goes_on_without_servers_and_the_other_way_round(node: Node, calm: Calm) -> None:
     train_in_both_modes(node)
     require_same(node, calm)

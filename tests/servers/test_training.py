@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import replace
 from functools import partial
@@ -11,17 +10,14 @@ from typing import Any
 import pytest
 
 from tests.distributed import groups
-from tests.distributed.groups import ENTRY, Group, Node, Pause, make_node, regroup, require_same
+from tests.distributed.groups import Calm, Group, Node, Pause, kill_one_of_two, regroup, require_same
 from tests.distributed.pausing import APPLIED, FORMING, MID_STEP, PULLING, PUSHING
 from tests.servers.modes import has_checkpoint, train_in_both_modes
 from tests.servers.wide import Wide
 from tests.unit.tiny import exact_arithmetic, make_trainer
-from training.cluster.zygote import Zygote
 from training.control import EXIT_STOPPED
 from training.errors import DeterministicError, UserError
 from training.loop import Trainer
-from training.memory.slots import create_slots
-from training.s3.objectstore import Store
 from training.servers.arithmetic import TensorState
 from training.servers.colocated import Colocated
 from training.servers.endpoints import PrimaryLost, Remote
@@ -29,26 +25,10 @@ from training.servers.mesh import Mesh
 
 TRAIN = replace(groups.PRESET.train, strategy="parameter_server")
 PRESET = replace(groups.PRESET, recipe="tests.servers.wide:Wide", train=TRAIN)
+zygote, node, calm = groups.fixtures(PRESET, Wide())
+WITH_BACKUPS: dict[str, Any] = {"may_stay": True, "servers": 2, "server_replicas": 2}
 FEW = ((1, 2), (2, 1), (4, 4))
 """Ranks and servers; the other numbers are slow."""
-
-
-@pytest.fixture(scope="module")
-def zygote() -> Iterator[Zygote]:
-    with closing(Zygote(PRESET, entry=ENTRY)) as running:
-        yield running
-
-
-@pytest.fixture
-def node(store: Store, zygote: Zygote) -> Iterator[Node]:
-    with closing(make_node(store, zygote, preset=PRESET, recipe=Wide())) as made:
-        made.slots.append(create_slots())
-        yield made
-
-
-@pytest.fixture(scope="module")
-def calm() -> tuple[str, list[groups.Told]]:
-    return groups.calm(preset=PRESET, recipe=Wide())
 
 
 def test_a_parameter_that_cannot_be_cut_in_place_is_refused_by_name() -> None:
@@ -110,79 +90,50 @@ def test_who_gets_no_answer_does_not_wait_for_ever() -> None:
         for servers in (1, 2, 4)
     ],
 )
-def test_the_bits_are_those_of_one_process(
-    node: Node, calm: tuple[str, list[groups.Told]], num_ranks: int, num_servers: int
-) -> None:
+def test_the_bits_are_those_of_one_process(node: Node, calm: Calm, num_ranks: int, num_servers: int) -> None:
     node.train(num_ranks, servers=num_servers)
     require_same(node, calm)
 
 
-async def kill(group: Group, victim: int) -> None:
-    await group.paused(victim)
-    await group.waits(1 - victim, step=7)
-    group.kill(victim)
-
-
 @pytest.mark.parametrize("victim", [0, pytest.param(1, marks=pytest.mark.slow)])
-def test_a_server_that_dies_costs_the_step_that_it_was_in(
-    node: Node, calm: tuple[str, list[groups.Told]], victim: int
-) -> None:
+def test_a_server_that_dies_costs_the_step_that_it_was_in(node: Node, calm: Calm, victim: int) -> None:
     """Each of two ranks is the primary of a shard, and has the other's backup."""
-
-    async def act(group: Group) -> None:
-        await kill(group, victim)
-
-    settings: dict[str, Any] = {"may_stay": True, "servers": 2, "server_replicas": 2}
-    first = node.train(2, act, pauses={victim: Pause(MID_STEP, 7)}, **settings)
-    second = node.train(2, **settings)
+    act = partial(kill_one_of_two, victim=victim, step=7)
+    first = node.train(2, act, pauses={victim: Pause(MID_STEP, 7)}, **WITH_BACKUPS)
+    second = node.train(2, **WITH_BACKUPS)
     assert [a == b for a, b in zip(first.pids(), second.pids(), strict=True)] == [victim == 1, victim == 0]
     assert node.attempts()[-1] == (2, 7, "memory")
     require_same(node, calm)
 
 
 @pytest.mark.parametrize("victim", [0, pytest.param(1, marks=pytest.mark.slow)])
-def test_who_dies_when_some_shards_have_its_part_and_others_lack_it(
-    node: Node, calm: tuple[str, list[groups.Told]], victim: int
-) -> None:
+def test_who_dies_when_some_shards_have_its_part_and_others_lack_it(node: Node, calm: Calm, victim: int) -> None:
     """The other one has given all of its own: the last shard holds the step's total, and the first never will."""
-
-    async def act(group: Group) -> None:
-        await kill(group, victim)
-
-    settings: dict[str, Any] = {"may_stay": True, "servers": 2, "server_replicas": 2}
-    node.train(2, act, pauses={victim: Pause(PUSHING, 7)}, **settings)
-    node.train(2, **settings)
+    act = partial(kill_one_of_two, victim=victim, step=7)
+    node.train(2, act, pauses={victim: Pause(PUSHING, 7)}, **WITH_BACKUPS)
+    node.train(2, **WITH_BACKUPS)
     assert node.attempts()[-1] == (2, 7, "memory")
     require_same(node, calm)
 
 
 @pytest.mark.parametrize("victim", [0, pytest.param(1, marks=pytest.mark.slow)])
-def test_who_dies_when_some_parameters_have_come_and_others_have_not(
-    node: Node, calm: tuple[str, list[groups.Told]], victim: int
-) -> None:
+def test_who_dies_when_some_parameters_have_come_and_others_have_not(node: Node, calm: Calm, victim: int) -> None:
     """The other one may have all of them, if it is not the victim that it waits for."""
-
-    async def act(group: Group) -> None:
-        await kill(group, victim)
-
-    settings: dict[str, Any] = {"may_stay": True, "servers": 2, "server_replicas": 2}
-    node.train(2, act, pauses={victim: Pause(PULLING, 7)}, **settings)
-    node.train(2, **settings)
+    act = partial(kill_one_of_two, victim=victim, step=7)
+    node.train(2, act, pauses={victim: Pause(PULLING, 7)}, **WITH_BACKUPS)
+    node.train(2, **WITH_BACKUPS)
     assert node.attempts()[-1] in [(2, 7, "memory"), (2, 8, "memory")]
     require_same(node, calm)
 
 
-def test_servers_outlast_a_group_that_ends_while_their_rank_computes(
-    node: Node, calm: tuple[str, list[groups.Told]]
-) -> None:
+def test_servers_outlast_a_group_that_ends_while_their_rank_computes(node: Node, calm: Calm) -> None:
     async def act(group: Group) -> None:
         await group.paused(0, 1)
         group.kill(1)
         group.go_on(0)
 
-    settings: dict[str, Any] = {"may_stay": True, "servers": 2, "server_replicas": 2}
-    first = node.train(2, act, pauses={rank: Pause(MID_STEP, 7) for rank in range(2)}, **settings)
-    second = node.train(2, **settings)
+    first = node.train(2, act, pauses={rank: Pause(MID_STEP, 7) for rank in range(2)}, **WITH_BACKUPS)
+    second = node.train(2, **WITH_BACKUPS)
     assert first.pids()[0] == second.pids()[0]
     assert node.attempts()[-1] == (2, 7, "memory")
     require_same(node, calm)
@@ -190,7 +141,7 @@ def test_servers_outlast_a_group_that_ends_while_their_rank_computes(
 
 @pytest.mark.parametrize("num_replicas", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_servers_of_a_rank_that_cannot_leave_in_time_are_there_for_the_process_in_its_place(
-    node: Node, calm: tuple[str, list[groups.Told]], num_replicas: int
+    node: Node, calm: Calm, num_replicas: int
 ) -> None:
     """It computes. With one replica of each shard nobody is killed, but for all that computes."""
 
@@ -211,9 +162,7 @@ def test_servers_of_a_rank_that_cannot_leave_in_time_are_there_for_the_process_i
 
 
 @pytest.mark.parametrize("victim", [0, pytest.param(2, marks=pytest.mark.slow)])
-def test_servers_outlast_a_second_death_while_a_group_forms(
-    node: Node, calm: tuple[str, list[groups.Told]], victim: int
-) -> None:
+def test_servers_outlast_a_second_death_while_a_group_forms(node: Node, calm: Calm, victim: int) -> None:
     """All processes of the group end then: those who gave the one that dies a state, or waited for it, are in no group
     that they could leave."""
 
@@ -235,7 +184,7 @@ def test_servers_outlast_a_second_death_while_a_group_forms(
 
 @pytest.mark.parametrize(("num_before", "num_after"), [(2, 2), pytest.param(3, 2, marks=pytest.mark.slow)])
 def test_a_step_that_one_shard_has_applied_is_not_applied_again(
-    node: Node, calm: tuple[str, list[groups.Told]], num_before: int, num_after: int
+    node: Node, calm: Calm, num_before: int, num_after: int
 ) -> None:
     """No rank has heard that it was done when the last of them dies."""
 
@@ -246,14 +195,13 @@ def test_a_step_that_one_shard_has_applied_is_not_applied_again(
             await group.is_out(rank)
         group.go_on(0)
 
-    settings: dict[str, Any] = {"may_stay": True, "servers": 2, "server_replicas": 2}
-    node.train(num_before, act, pauses={0: Pause(APPLIED, 8)}, **settings)
-    node.train(num_after, **settings)
+    node.train(num_before, act, pauses={0: Pause(APPLIED, 8)}, **WITH_BACKUPS)
+    node.train(num_after, **WITH_BACKUPS)
     assert node.attempts()[-1] == (num_after, 7, "memory")
     require_same(node, calm)
 
 
-def test_servers_regroup_with_more_and_with_fewer_ranks(node: Node, calm: tuple[str, list[groups.Told]]) -> None:
+def test_servers_regroup_with_more_and_with_fewer_ranks(node: Node, calm: Calm) -> None:
     settings: dict[str, Any] = {"may_stay": True, "servers": 3, "server_replicas": 2}
     node.train(2, partial(regroup, rank=1), pauses={1: Pause(MID_STEP, 4)}, **settings)
     node.train(4, partial(regroup, rank=3), pauses={3: Pause(MID_STEP, 8)}, **settings)
@@ -263,12 +211,10 @@ def test_servers_regroup_with_more_and_with_fewer_ranks(node: Node, calm: tuple[
     require_same(node, calm)
 
 
-def test_without_a_backup_the_steps_since_the_checkpoint_are_done_again(
-    node: Node, calm: tuple[str, list[groups.Told]]
-) -> None:
+def test_without_a_backup_the_steps_since_the_checkpoint_are_done_again(node: Node, calm: Calm) -> None:
     async def act(group: Group) -> None:
         await has_checkpoint(node, groups.EVERY)
-        await kill(group, 1)
+        await kill_one_of_two(group, 1, step=7)
 
     settings: dict[str, Any] = {"may_stay": True, "servers": 2, "server_replicas": 1}
     node.train(2, act, pauses={1: Pause(MID_STEP, 7)}, **settings)
@@ -277,8 +223,6 @@ def test_without_a_backup_the_steps_since_the_checkpoint_are_done_again(
     require_same(node, calm)
 
 
-def test_a_checkpoint_of_servers_goes_on_without_and_the_other_way_round(
-    node: Node, calm: tuple[str, list[groups.Told]]
-) -> None:
+def test_a_checkpoint_of_servers_goes_on_without_and_the_other_way_round(node: Node, calm: Calm) -> None:
     train_in_both_modes(node)
     require_same(node, calm)

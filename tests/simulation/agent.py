@@ -110,6 +110,7 @@ class SimulatedAgent:
             me=self._fresh_member(),
             num_nodes=world.num_nodes,
             min_nodes=world.min_nodes,
+            nodes_per_replica=world.nodes_per_replica,
             generation=0,
             max_restarts=world.max_restarts,
             timing=TIMING,
@@ -130,6 +131,7 @@ class SimulatedAgent:
         if self.is_alive:
             if not self.frozen:
                 self.deliver(Tick())
+                self.world.invariants.on_tick(self)
             self.world.plan(TICK, self._tick)
 
     def deliver(self, event: Event) -> None:

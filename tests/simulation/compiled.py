@@ -19,7 +19,7 @@ from tests.simulation.runner import run_many
 
 ROOT = Path(__file__).parents[2]
 MODULES = [
-    *(f"training/cluster/{name}.py" for name in ("node", "membership", "protocol")),
+    *(f"training/cluster/{name}.py" for name in ("node", "next_group", "membership", "protocol")),
     *(
         f"tests/simulation/{name}.py"
         for name in ("agent", "clock", "network", "world", "workers", "store", "invariants")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from itertools import combinations, permutations
 from typing import TYPE_CHECKING
 
 from training.cluster.membership import is_over
@@ -14,6 +16,8 @@ if TYPE_CHECKING:
 
 ANSWER = 2.0
 """Seconds after which whoever asked a disturbed S3 has its answer, or knows that there is none."""
+PATIENCE = 30.0
+"""Seconds within which nodes that wait, and are left in peace, form a group: also if they have to take over."""
 
 
 class Violation(Exception):
@@ -33,14 +37,20 @@ def world_has_only(world: World, name: str) -> bool:
     return all(fault.name == name for fault in world.fired)
 
 
+def _are_linked(agents: Iterable[SimulatedAgent]) -> bool:
+    return all(other.name in one.links for one, other in permutations(agents, 2))
+
+
 class Invariants:
     """Watches one world. Knows of the nodes only what they do, never what they think."""
 
     __slots__ = (
         "_began_at",
+        "_disturbed_at",
         "_lines",
         "_members",
         "_newest_step_token",
+        "_num_fired",
         "_num_takeovers",
         "_ports",
         "_world",
@@ -58,6 +68,9 @@ class Invariants:
         """When the record named each token's group."""
         self._newest_step_token = 0
         self._num_takeovers = 0
+        self._num_fired = 0
+        self._disturbed_at = 0.0
+        """When S3 was seen disturbed last, or a fault struck."""
         self.completed: dict[int, int] = {}
         """For each token, the last step that all its members completed."""
 
@@ -89,9 +102,9 @@ class Invariants:
         token = after.token
         self._require(token not in self._members, "one group per token", f"token {token}")
         self._require(len({m.node for m in after.members}) == len(after.members), "a node once", f"{after.members}")
-        self._require(
-            self._world.min_nodes <= len(after.members) <= self._world.num_nodes, "group size", f"{len(after.members)}"
-        )
+        size, world = len(after.members), self._world
+        self._require(world.min_nodes <= size <= world.num_nodes, "group size", f"{size}")
+        self._require(size % world.nodes_per_replica == 0, "whole replicas", f"{size}")
         self._members[token] = after.members
         self._began_at[token] = self._world.agenda.now
         names = {member.incarnation for member in after.members}
@@ -153,6 +166,23 @@ class Invariants:
             self._require(is_told, "no failure without a cause", f"{after.failure}")
 
     # ---- agents --------------------------------------------------------------------------------------------------
+
+    def on_tick(self, agent: SimulatedAgent) -> None:
+        """Where nobody trains, and nothing went wrong for long, it is for want of nodes that reach one another."""
+        world, now = self._world, self._world.agenda.now
+        if not world.store.is_well or len(world.fired) != self._num_fired:
+            self._num_fired, self._disturbed_at = len(world.fired), now
+        is_patient = agent.node.phase == "idle" and min(now - self._disturbed_at, now - agent.idle_since) > PATIENCE
+        if not is_patient or is_over(world.store.record, 0):
+            return
+        living = [one for one in world.agents if one.is_alive]
+        if any(one.is_frozen or one.is_preempted or one.node.phase != "idle" for one in living):
+            return
+        for group in combinations(living, world.fewest_nodes):
+            if len({one.number for one in group}) == len(group) and _are_linked(group):
+                since = max(max(one.idle_since, one.linked_since, one.frozen_at) for one in group)
+                names = [one.name for one in group]
+                self._require(now - since < PATIENCE, "nobody waits in vain", f"{names} for {now - since:.1f} s")
 
     def on_start(self, agent: SimulatedAgent, record: Record) -> None:
         members = self._members.get(record.token)
@@ -224,15 +254,20 @@ class Invariants:
         return len(world.fired) == group.began_after and world.unwell_at + ANSWER < self._began_at[group.record.token]
 
     def _takes_newcomers_in(self, group: Group) -> None:
-        """Where there is room for somebody who has waited for long."""
+        """Where there is room for those who have waited for long, and they are whole replicas."""
         world = self._world
         nodes = {member.node for member in group.record.members}
         if len(nodes) == world.num_nodes or not all(fault.name == "newcomer" for fault in world.fired):
             return
-        for agent in world.agents:
-            if agent.is_alive and agent.number not in nodes and agent.node.phase == "idle":
-                waited = world.agenda.now - max(agent.placed_at, agent.idle_since, self._began_at[group.token])
-                self._require(waited < 10.0, "newcomers are taken in", f"{agent.name} waited for {waited:.1f} s")
+        waiting = [
+            agent.name
+            for agent in world.agents
+            if agent.is_alive
+            and agent.number not in nodes
+            and agent.node.phase == "idle"
+            and world.agenda.now - max(agent.placed_at, agent.idle_since, self._began_at[group.token]) > 10.0
+        ]
+        self._require(len(waiting) < world.nodes_per_replica, "newcomers are taken in", f"{waiting} wait")
 
     def on_step(self, group: Group) -> None:
         token = group.token

@@ -18,6 +18,7 @@ from types import ModuleType
 from tests.simulation import agent, workers
 from tests.simulation.faults import Fault, draw
 from tests.simulation.runner import Trace, simulate
+from training.cluster import node as node_module
 from training.runs.record import Record
 
 
@@ -35,6 +36,10 @@ class Planted:
 
 def node(name: str, old: str, new: str, *only: str, first_seed: int = 0) -> Planted:
     return Planted(name=name, module="cluster.node", old=old, new=new, only=only, first_seed=first_seed)
+
+
+def next_group(name: str, old: str, new: str, *only: str) -> Planted:
+    return Planted(name=name, module="cluster.next_group", old=old, new=new, only=only)
 
 
 def membership(name: str, old: str, new: str, *only: str, first_seed: int = 0) -> Planted:
@@ -159,16 +164,21 @@ PLANTED = (
         "replaced while cut off",
         "host away",
     ),
-    node(
+    next_group(
         "who goes is lost",
-        'if member.incarnation in self.preempted else "NodeLost"',
+        'if member.incarnation in preempted else "NodeLost"',
         'if False else "NodeLost"',
         "preempt",
     ),
     node("who goes does not say so", "        self._tell(now)  # that", "        # that", "preempt"),
     node("preemption is not heard", "                self.is_leaving = True\n", "                pass\n", "preempt"),
-    node("who said why is not heard", "departures=self._departures(record, ready)", "departures=()", "user error"),
     node(
+        "who said why is not heard",
+        "departures=departures(record, ready, self.preempted)",
+        "departures=()",
+        "user error",
+    ),
+    next_group(
         "the odd one out is proposed",
         "if s is not own and num_links(s) < len(chosen)]",
         "if False]",
@@ -185,7 +195,7 @@ PLANTED = (
         "return self.timing.gather * sum(status.member.node < self.me.node for status in chosen)",
         "return 1e9 * any(s.member.node < self.me.node for s in self._ready(self.maybe_record))",
         "cut for ever",
-        first_seed=300,
+        first_seed=2600,
     ),
     node(
         "news are told of a group that nobody began",
@@ -193,6 +203,30 @@ PLANTED = (
         '        return replace(record, secret="", token=record.token + 1)',
     ),
     node("a member that never comes is waited for", "return now - self.since > self.timing.start", "return False"),
+    next_group(
+        "a part of a replica is proposed",
+        "chosen = chosen[: size - size % nodes_per_replica]",
+        "chosen = chosen[:size]",
+    ),
+    node(
+        "a group ends for a newcomer that makes no replica",
+        "> len(members) else []",
+        ">= len(members) else []",
+        "newcomer",
+    ),
+    node(
+        "newcomers are counted one by one",
+        "self._choose([*members, *found], group)",
+        "self._choose([*members, *found[:1]], group)",
+        "newcomer",
+        first_seed=900,
+    ),
+    node(
+        "a replica more than enough is waited for",
+        "return -(-self.min_nodes // self.nodes_per_replica) * self.nodes_per_replica",
+        "return (self.min_nodes // self.nodes_per_replica + 1) * self.nodes_per_replica",
+        "cut for ever",
+    ),
 )
 
 
@@ -207,7 +241,7 @@ def planted(bug: Planted) -> Iterator[None]:
     sys.modules[changed.__name__] = changed  # where dataclasses look up their module
     exec(compile(source.replace(bug.old, bug.new), changed.__name__, "exec"), changed.__dict__)
     undo = []
-    for owner in (agent, workers, Record):
+    for owner in (agent, workers, node_module, Record):
         for name, value in list(vars(owner).items()):
             replacement = changed if value is real else _counterpart(value, real, changed)
             if replacement is not None:

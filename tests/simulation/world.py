@@ -28,13 +28,15 @@ EVENT_CODES = {kind: n for n, kind in enumerate((Heard, RecordSeen, Linked, Unli
 class World(Tracing):
     """One run on some hosts. The engine keeps one agent per node alive until it leaves for good."""
 
-    def __init__(self, seed: int, *, tracing: bool = False) -> None:
+    def __init__(self, seed: int, *, nodes_per_replica: int = 1, tracing: bool = False) -> None:
         super().__init__(tracing=tracing)
         self._random = Random(seed)
         self.random = self._random.random
         self.agenda = Agenda()
         self.plan = self.agenda.plan
-        self.num_nodes = self._random.choice((2, 2, 3, 3, 3, 4, 5))
+        self.nodes_per_replica = nodes_per_replica
+        multiples = (nodes_per_replica, 2 * nodes_per_replica, 2 * nodes_per_replica)
+        self.num_nodes = self._random.choice((2, 2, 3, 3, 3, 4, 5) if nodes_per_replica == 1 else multiples)
         self.min_nodes = self._random.choice((1, 1, self.num_nodes // 2 + 1, min(2, self.num_nodes)))
         self.max_restarts = 1000
         self.save_every = self._random.choice((3, 3, 3, 3, 50))
@@ -132,12 +134,19 @@ class World(Tracing):
         self.place(number, self.num_hosts - 1)
 
     @property
+    def fewest_nodes(self) -> int:
+        """That make whole replicas, and are enough."""
+        return next(
+            number for number in range(0, self.num_nodes + 1, self.nodes_per_replica) if number >= self.min_nodes
+        )
+
+    @property
     def can_finish(self) -> bool:
         """Enough nodes live and reach one another."""
         living = {agent.number: agent for agent in self.agents if agent.is_alive}
         return is_over(self.store.record, 0) or any(
             all(self.network.is_open(one.host, other.host) for one, other in combinations(group, 2))
-            for group in combinations(living.values(), self.min_nodes)
+            for group in combinations(living.values(), self.fewest_nodes)
         )
 
     @property

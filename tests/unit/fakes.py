@@ -87,6 +87,10 @@ class MemoryStore(Store):
     def put(self, key: str, data: bytes | bytearray) -> None:
         self.objects[key] = bytes(data)
 
+    def list_folders(self, prefix: str) -> list[str]:
+        inside = (key.removeprefix(prefix) for key in self.objects if key.startswith(prefix))
+        return sorted({name for name, slash, _ in (key.partition("/") for key in inside) if slash})
+
     def read_versioned(self, key: str) -> Versioned:
         return Versioned(document=json.loads(self.get(key)), etag="")
 

@@ -15,7 +15,7 @@ from infra.launcher import JobState, JobStatus
 from infra.settings import Settings
 from tests.unit.fakes import MemoryStore
 from tests.unit.tiny import tiny_preset
-from training.errors import MissingError
+from training.errors import InfrastructureError, MissingError, UserError
 from training.runs.events import Event, EventReader, chunk_key
 from training.runs.goodput import account
 from training.runs.job import Job, store_job
@@ -174,11 +174,35 @@ def test_a_run_that_nobody_watches_is_read_when_it_is_asked_for() -> None:
     assert {watching.runs.find(key).state for key in keys} == {"stopped"}
     assert len(watching.runs._asked) == MAX_ASKED
     assert watching.runs.look() == {}
-    with pytest.raises(MissingError):
+    with pytest.raises(UserError, match="no run"):
         watching.runs.find("x" * 64)
     RunRecord(watching.store, "y" * 64).create_if_missing()
     with pytest.raises(MissingError, match="never given to an engine"):
         watching.runs.find("y" * 64)
+
+
+def test_a_run_is_asked_for_by_the_beginning_of_its_key() -> None:
+    watching = Watching()
+    for key in (KEY, "k" * 63 + "o"):
+        watching.begin(key)
+    watching.runs.look()
+    assert watching.runs.find("k" * 63 + "o").key == "k" * 63 + "o"
+    with pytest.raises(UserError, match="2 runs"):
+        watching.runs.find("k" * 63)
+
+
+def test_a_watched_run_is_shown_while_the_store_is_away(monkeypatch: pytest.MonkeyPatch) -> None:
+    def away(*_: object) -> None:
+        raise InfrastructureError("the store is away")
+
+    watching = Watching()
+    watching.begin()
+    watching.runs.look()
+    for name in ("get", "list_folders"):
+        monkeypatch.setattr(watching.store, name, away)
+    assert watching.runs.find(KEY).key == KEY
+    with pytest.raises(InfrastructureError, match="away"):
+        watching.runs.find(KEY[:12])
 
 
 def test_a_run_that_is_asked_for_before_the_first_look_is_at_work() -> None:

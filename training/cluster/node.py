@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from training.cluster.membership import Proposal, is_over
+from training.cluster.next_group import choose, departures, hold_off_seconds, reach
 from training.cluster.protocol import (
     Action,
     AskWorkers,
@@ -260,16 +261,15 @@ class Node:
             for status in self._ready(group)
             if status.member.incarnation not in inside
             and len(members) == len(inside)
-            and all(_reach(status, member) for member in members)
-            and now - self.peers[status.member.incarnation].first_heard_at >= self._hold_off(status.member.node, group)
+            and all(reach(status, member) for member in members)
+            and self._has_waited(status.member, group, now)
         ]
         return found if len(self._choose([*members, *found], group)) > len(members) else []
 
-    def _hold_off(self, node: int, record: Record) -> float:
-        """A node that failed again and again since the newest checkpoint waits longer each time."""
-        newest = record.checkpoints[-1].token if record.checkpoints else 0
-        times = sum(departure.node == node and departure.token >= newest for departure in record.departures)
-        return float(max(self.timing.batch, min(60.0, 0.5 * 2.0**times if times > 1 else 0.0)))
+    def _has_waited(self, newcomer: Member, group: Record, now: float) -> bool:
+        """Others may be about to come, too; and one that failed again and again is held off."""
+        known_seconds = now - self.peers[newcomer.incarnation].first_heard_at
+        return known_seconds >= max(self.timing.batch, hold_off_seconds(newcomer.node, group))
 
     def _maybe_renew(self, group: Record, now: float) -> None:
         if not self._is_asking and now - max(self._changed_at, self._renewed_at) >= self.timing.renew:
@@ -296,53 +296,14 @@ class Node:
                 expected_token=record.token,
                 generation=self.generation,
                 members=tuple(members),
-                departures=self._departures(record, ready),
+                departures=departures(record, ready, self.preempted),
                 max_restarts=self.max_restarts,
             )
             self._ask(Propose(proposal=proposal))
 
-    def _departures(self, record: Record, ready: list[Status]) -> tuple[Departure, ...]:
-        """Why the group of `record` is no more: what its living members say, and who is not among them."""
-        told = [status.maybe_departure for status in ready if status.maybe_departure is not None]
-        told = [departure for departure in told if departure.class_name != "PeerLost"] or told[:1]
-        here = {status.member.incarnation for status in ready}
-        gone = [
-            Departure(
-                token=record.token,
-                node=member.node,
-                cause=f"node {member.node} " + ("had to go" if member.incarnation in self.preempted else "is gone"),
-                step=max(status.step for status in ready),
-                class_name="Preempted" if member.incarnation in self.preempted else "NodeLost",
-            )
-            for member in record.members
-            if member.incarnation not in here
-        ]
-        return (*told, *gone)
-
     def _choose(self, ready: Iterable[Status], record: Record) -> list[Status]:
-        """As many as all reach one another and make whole replicas, members of the last group first; nobody, if this
-        node is not among them."""
-        before = {member.incarnation for member in record.members}
-        own, *_ = ready = list(ready)
-        by_seniority = sorted(ready, key=lambda s: (s.member.incarnation not in before, s.member.node))
-        nodes: dict[int, Status] = {}  # of two agents of a node the one that more can reach, else the senior
-        for status in by_seniority:
-            other = nodes.get(status.member.node)
-            if other is None or _num_reached(status, ready) > _num_reached(other, ready):
-                nodes[status.member.node] = status
-        chosen = [status for status in by_seniority if nodes[status.member.node] is status]
-        reached = {status.member.incarnation: {status.member.incarnation, *status.reaches} for status in chosen}
-
-        def num_links(status: Status) -> int:
-            name = status.member.incarnation
-            others = (other.member.incarnation for other in chosen)
-            return sum(name in reached[other] and other in reached[name] for other in others)
-
-        while odd := [s for s in chosen if s is not own and num_links(s) < len(chosen)]:
-            chosen.remove(min(reversed(odd), key=num_links))
-        num_nodes = min(len(chosen), self.num_nodes)
-        chosen = chosen[: num_nodes - num_nodes % self.nodes_per_replica]
-        return chosen if own in chosen else []
+        """Of these, the first of which is this node; nobody, if it is not among them."""
+        return choose(ready, record, num_nodes=self.num_nodes, nodes_per_replica=self.nodes_per_replica)
 
     def _patience(self, chosen: list[Status]) -> float:
         """The lowest proposes. If it does not, for it may see other links, the next one does a while later."""
@@ -430,12 +391,3 @@ class Node:
         if record is None or not is_new or not record.members or not self._leads_group(record):
             return None
         return replace(record, secret="")  # nosec B106 # it is taken away
-
-
-def _num_reached(status: Status, others: Iterable[Status]) -> int:
-    """Of other nodes, both ways."""
-    return sum(_reach(status, other) for other in others if other.member.node != status.member.node)
-
-
-def _reach(one: Status, other: Status) -> bool:
-    return one.member.incarnation in other.reaches and other.member.incarnation in one.reaches
