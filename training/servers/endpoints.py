@@ -8,7 +8,7 @@ from __future__ import annotations
 import queue
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NoReturn, Protocol
+from typing import Any, Protocol
 
 from training.arithmetic.reduce import Subtree
 from training.errors import InfrastructureError
@@ -103,10 +103,6 @@ class PrimaryLost(InfrastructureError):
     """A shard does not answer any more: another group goes on from what its other replicas hold."""
 
 
-def _decides_nothing(reports: Sequence[Any]) -> NoReturn:
-    raise NotImplementedError("each worker steps for itself")
-
-
 class Remote:
     """All shards, as one worker of a group sees them. Each method returns once all have answered, or raises
     `PrimaryLost`."""
@@ -118,10 +114,10 @@ class Remote:
         token: int,
         primaries: Sequence[str],
         places: Mapping[str, Address],
-        decide: Callable[[Sequence[Any]], Any] = _decides_nothing,
+        decide: Callable[[Sequence[Any]], Any],
         patience_seconds: float | None = None,
     ) -> None:
-        """`decide` is for steps that all make together. An answer is waited for no longer than `patience_seconds`."""
+        """An answer is waited for no longer than `patience_seconds`."""
         self.token = token
         self._patience_seconds = patience_seconds
         self._mesh = mesh

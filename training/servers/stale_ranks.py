@@ -6,8 +6,7 @@ A group begins from a whole state. Nothing of it outlasts the group but what a c
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from functools import cached_property
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -17,6 +16,7 @@ from training.servers.arithmetic import Decision, part_of, put
 from training.servers.attached import Attached, require_contiguous, require_divisible
 from training.servers.endpoints import Begun, Remote, Server
 from training.servers.layout import shards
+from training.servers.mesh import Address, Mesh
 from training.servers.stale_protocol import Places
 from training.servers.stale_state import Contribution, Reading, StaleState, history_of
 from training.servers.staleness import StaleShard, StaleWorker
@@ -25,12 +25,25 @@ from training.servers.staleness import StaleShard, StaleWorker
 class StaleRemote(Remote):
     """All shards, as a worker sees them that may be ahead of others."""
 
-    @cached_property
-    def _worker(self) -> StaleWorker:
-        """No shard has a word for it before its first."""
-        worker = StaleWorker(token=self.token, shards=self._primaries)
-        self._speakers.append(worker)
-        return worker
+    def __init__(
+        self,
+        mesh: Mesh,
+        *,
+        token: int,
+        primaries: Sequence[str],
+        places: Mapping[str, Address],
+        patience_seconds: float,
+    ) -> None:
+        super().__init__(
+            mesh,
+            token=token,
+            primaries=primaries,
+            places=places,
+            decide=_decides_nothing,
+            patience_seconds=patience_seconds,
+        )
+        self._worker = StaleWorker(token=token, shards=primaries)
+        self._speakers.append(self._worker)
 
     def join(self) -> int:
         """The step that this worker's place has finished."""
@@ -46,6 +59,10 @@ class StaleRemote(Remote):
         self._mesh.send(self._worker.push(updates, is_barrier=is_barrier, wants_barrier=wants_barrier))
         self._wait()
         return self._worker.values, self._worker.barrier
+
+
+def _decides_nothing(reports: Sequence[Any]) -> NoReturn:
+    raise NotImplementedError("each worker steps for itself")
 
 
 class StaleServers(Attached):
