@@ -94,3 +94,10 @@ def test_that_a_peer_was_lost_is_told_only_if_nobody_says_why() -> None:
     assert [one.node for one in departures(group(0, 1), told, ())] == [0]
     told[1] = replace(told[1], maybe_departure=departure(1))
     assert [(one.node, one.class_name) for one in departures(group(0, 1), told, ())] == [(1, "Exception")]
+
+
+def test_a_group_of_which_nobody_is_left_came_to_where_it_began_at_least() -> None:
+    begun = replace(group(0, 1), token=2, resume_steps=(0, 40))
+    assert [one.step for one in departures(begun, ready(0), ())] == [40]
+    assert [one.step for one in departures(begun, [replace(*ready(0), step=45)], ())] == [45]
+    assert [one.step for one in departures(replace(begun, token=3), ready(0), ())] == [0]

@@ -72,15 +72,22 @@ def departures(record: Record, ready: Sequence[Status], preempted: Collection[st
     told = [status.maybe_departure for status in ready if status.maybe_departure is not None]
     told = [departure for departure in told if departure.class_name != "PeerLost"] or told[:1]
     here = {status.member.incarnation for status in ready}
+    furthest = max(_first_step(record), *(status.step for status in ready))  # if nobody is left, nobody knows more
     gone = [
         Departure(
             token=record.token,
             node=member.node,
             cause=f"node {member.node} " + ("had to go" if member.incarnation in preempted else "is gone"),
-            step=max(status.step for status in ready),
+            step=furthest,
             class_name="Preempted" if member.incarnation in preempted else "NodeLost",
         )
         for member in record.members
         if member.incarnation not in here
     ]
     return (*told, *gone)
+
+
+def _first_step(record: Record) -> int:
+    """That its group began from; 0 if it never did."""
+    maybe_step = next(iter(record.resume_steps[record.token - 1 : record.token]), None)
+    return maybe_step or 0
