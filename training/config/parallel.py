@@ -9,7 +9,7 @@ from typing import Any, Literal
 from training.config.checks import require
 from training.config.launch import LaunchConfig
 from training.config.train import TrainConfig
-from training.layout import Schedule, in_shards, in_stages, in_tensors
+from training.layout import Schedule, in_shards, in_stages
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,12 +20,13 @@ class ParallelConfig:
     """So many ranks together keep weights, gradients and optimizer, a part each; there are replicas of them as far as
     there are ranks. 1: each has all."""
     pipeline: int = 1
-    """So many ranks together have consecutive parts of the model, one each, likewise. Not together with `shard`."""
+    """So many ranks together have consecutive parts of the model, one each, likewise; with `tensor`, so many groups of
+    ranks. Not together with `shard`."""
     schedule: Schedule = "1f1b"
     """Of a pipeline: in which order its ranks go forward and back."""
     tensor: int = 1
-    """So many ranks together have the matrices of the model, a part of each, likewise. Not together with the others.
-    The bits are those of so many parts, so a run of one number of them is another than one of another."""
+    """So many ranks together have the matrices of the model, or of its stage, a part of each, likewise. Not together
+    with `shard`. The bits are those of so many parts, so a run of one number of them is another than one of another."""
     sequences: Literal["parts", "whole"] = "parts"
     """With `tensor`: what each rank computes between the blocks' matrices, of its part of each sequence, or of all. The
     bits hang on that, too."""
@@ -38,7 +39,7 @@ class ParallelConfig:
         require(self.copy_every_steps >= 0, "parallel.copy_every_steps", "must be at least 0")
         for name, number in self._numbers.items():
             require(number >= 1, f"parallel.{name}", "must be at least 1")
-        for name, other in (("pipeline", "shard"), ("tensor", "shard"), ("tensor", "pipeline")):
+        for name, other in (("pipeline", "shard"), ("tensor", "shard")):
             require(
                 1 in (self._numbers[name], self._numbers[other]),
                 f"parallel.{name}",
@@ -69,8 +70,7 @@ class ParallelConfig:
 
     def on(self, num_ranks: int, train: TrainConfig) -> ParallelConfig:
         """As a group does it that has fewer ranks than was thought, or more. Raises `UserError` if it cannot."""
-        in_tensors(num_ranks, self.tensor)
-        pipeline = in_stages(num_ranks, self.pipeline).pipeline
+        pipeline = in_stages(num_ranks, self.pipeline, tensor=self.tensor).pipeline
         has_whole_rounds = pipeline > 1 and train.virtual_workers % pipeline == 0
         return replace(
             self,
