@@ -88,9 +88,8 @@ class ParallelConfig:
             f"= {self.copy_every_steps} is for a state in shards: set parallel.shard, or this to 0 (replicas need no"
             " copies, and of stages of a pipeline there are none yet)",
         )
-        for name, number in self._numbers.items():
-            if number > 1:
-                self._require_fit(f"parallel.{name}", number, train, launch)
+        if self.is_spread:
+            self._require_fit(train, launch)
         require(
             self.pipeline == 1 or self.schedule != "interleaved" or train.virtual_workers % self.pipeline == 0,
             "parallel.schedule",
@@ -98,15 +97,18 @@ class ParallelConfig:
             f" it is {train.virtual_workers}: change one of the three",
         )
 
-    def _require_fit(self, field: str, number: int, train: TrainConfig, launch: LaunchConfig) -> None:
+    def _require_fit(self, train: TrainConfig, launch: LaunchConfig) -> None:
+        spread = {name: number for name, number in self._numbers.items() if number > 1}
+        field = " × ".join(f"parallel.{name}" for name in spread)
+        shown = " × ".join(map(str, spread.values()))
         num_ranks = launch.nodes * launch.processes_per_node
         for is_fit, complaint in (
             (train.mode == "exact", "needs train.mode = 'exact'"),
             (train.strategy == "all_reduce", "needs train.strategy = 'all_reduce'"),
             (not launch.keep_spares, "needs launch.keep_spares = false: a spare takes the memory of a whole state"),
             (
-                num_ranks % number == 0,
-                f"does not divide launch.nodes × launch.processes_per_node = {num_ranks}: change one of the three",
+                num_ranks % math.prod(spread.values()) == 0,
+                f"does not divide launch.nodes × launch.processes_per_node = {num_ranks}: change one of them",
             ),
         ):
-            require(is_fit, field, f"= {number} {complaint}")
+            require(is_fit, field, f"= {shown} {complaint}")
