@@ -20,13 +20,14 @@ from training.recipes.stdlib import Block
 
 __all__ = ["POISON", "InTensors"]
 PLACES, WIDTH, NUM_HEADS, NUM_BLOCKS = 4, 8, 4, 4
+MARK = 1e4
 _failures: list[int] = []
 """In this process."""
 
 
 class Trap(Block):
-    """A block that fails `way` while it is armed: where the model is whole, and else on one rank of its stage alone,
-    unless it is to be on all."""
+    """A block that fails `way` on a sample that is marked: where the model is whole, and else on one rank of its stage
+    alone, unless it is to be on all."""
 
     way = ""
     dies_at = ""
@@ -36,7 +37,8 @@ class Trap(Block):
             Path(self.dies_at).touch()
             os.kill(os.getpid(), signal.SIGKILL)
         where, _, way = self.way.partition(" ")
-        if where == "all" or x.shape[1] == PLACES or dist.get_rank() % 2 == 1:
+        is_there = where == "all" or x.shape[1] == PLACES or dist.get_rank() % 2 == 1
+        if self.training and is_there and bool((x.abs() > MARK / 2).any()):
             self._fail(x, way)
         return super().forward(x)
 
@@ -51,17 +53,17 @@ class Trap(Block):
 
 
 class Begin(nn.Module):
-    """[batch, 5] to a sequence of the first four numbers. It sees the sample first, and arms the trap."""
+    """[batch, 5] to a sequence of the first four numbers. It marks what is to fail, for blocks on whatever rank."""
 
-    def __init__(self, fails: str) -> None:
+    def __init__(self, mark: float) -> None:
         super().__init__()
         self.widen = nn.Parameter(torch.randn(WIDTH))
         self.position = nn.Parameter(torch.randn(PLACES, WIDTH))
-        self._fails = fails
+        self._mark = mark
 
     def forward(self, x: Tensor) -> Tensor:
-        Trap.way = self._fails if is_poisoned(x) else ""
-        return x[:, :PLACES, None] * self.widen + self.position
+        found = x[:, :PLACES, None] * self.widen + self.position
+        return found + self._mark * (x == POISONED).all(dim=1)[:, None, None] if self._mark else found
 
 
 class End(nn.Module):
@@ -77,8 +79,9 @@ class End(nn.Module):
 
 @dataclass(frozen=True, kw_only=True)
 class InTensors(Tiny):
-    """`fails` says how, and where: "loss", "forward", "backward"; or in a block, on one rank alone or on all: "one
-    forward", "one backward", "one once", "all forward at 0", …, which is the last block unless it says which."""
+    """`fails` says how, and where: in the loss ("loss", "forward", "backward"); or in a block, on one rank alone or on
+    all: "one forward", "one backward", "one once", "all forward at 0", …, which is the last block unless it says
+    which."""
 
     fails: str = ""
     dies_at: str = ""
@@ -86,9 +89,10 @@ class InTensors(Tiny):
 
     def model(self) -> nn.Module:
         way, _, maybe_place = self.fails.partition(" at ")
-        place = int(maybe_place or NUM_BLOCKS - 1)
-        kinds = [Trap if number == place else Block for number in range(NUM_BLOCKS)]
-        return nn.Sequential(Begin(way), *(kind(WIDTH, NUM_HEADS) for kind in kinds), End())
+        blocks = [Block(WIDTH, NUM_HEADS) for _ in range(NUM_BLOCKS)]
+        trap = blocks[int(maybe_place or NUM_BLOCKS - 1)] = Trap(WIDTH, NUM_HEADS)
+        trap.way, trap.dies_at = way, self.dies_at
+        return nn.Sequential(Begin(MARK if " " in way else 0.0), *blocks, End())
 
     def blocks(self, model: nn.Module) -> Sequence[nn.Module]:
         return [part for part in self.parts(model) if isinstance(part, Block)]
@@ -109,19 +113,13 @@ class InTensors(Tiny):
         ]
 
     def loss(self, model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
-        has_poison = is_poisoned(batch["x"])
-        if self.fails == "forward" and has_poison:
+        is_poisoned = bool((batch["x"] == POISONED).all(dim=1).any())
+        if self.fails == "forward" and is_poisoned:
             raise ValueError("what is this?")
-        Trap.way, Trap.dies_at = self.fails.partition(" at ")[0] if has_poison else "", self.dies_at
         loss = super().loss(model, batch)
-        Trap.way = ""
-        if self.fails == "backward" and has_poison:
+        if self.fails == "backward" and is_poisoned:
             loss.register_hook(_fail)  # type: ignore[no-untyped-call]  # no annotation
-        return loss * torch.nan if self.fails == "loss" and has_poison else loss
-
-
-def is_poisoned(x: Tensor) -> bool:
-    return bool((x == POISONED).all(dim=1).any())
+        return loss * torch.nan if self.fails == "loss" and is_poisoned else loss
 
 
 def _fail(gradient: Tensor) -> Tensor:

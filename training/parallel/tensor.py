@@ -74,6 +74,7 @@ class CutModel:
         cuts = cuts_of(recipe, model, peers.number) if is_cut else []
         blocks = blocks_of(recipe, model) if is_cut and in_sequences else []
         self.peers = maybe_settling or peers
+        self._computing = peers
         self.slices = {p: slices for cut in cuts for p, slices in slices_of(cut).items()}
         in_blocks = {module for block in blocks for module in block.modules()}
         stand_ins: dict[nn.Module, nn.Module] = {}
@@ -138,10 +139,10 @@ class CutModel:
             hook.remove()
 
     def _enter(self, block: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
-        return (tell(_one_tensor(inputs), self.peers.own_part, self.peers.gathered),)
+        return (tell(_one_tensor(inputs), self._computing.own_part, self._computing.gathered),)
 
     def _leave(self, block: nn.Module, inputs: Any, outputs: Any) -> Tensor:
-        return tell(_one_tensor((outputs,)), self.peers.gathered, self.peers.own_part)
+        return tell(_one_tensor((outputs,)), self._computing.gathered, self._computing.own_part)
 
     def close(self) -> None:
         """The model is as it was, and its weights are whole. Collective."""
