@@ -78,7 +78,7 @@ class PipelinedReducer:
         self._chunks = {number: Chunk(module) for number, module in pipeline.own.items()}
         self._first_own, self._last_own = min(self._chunks), max(self._chunks)
         self._has_given_up = False
-        """This step, of which no microbatch goes any further on this rank."""
+        """This step, which is the last: no microbatch goes any further on this rank."""
         self._told: dict[int, Tensor] = {}
         """Of each microbatch under way: what is summed of it beside gradients."""
         self._maybe_rest: Rest | None = None
@@ -119,7 +119,6 @@ class PipelinedReducer:
                 maybe_received = []
         with self._pipeline.waiting():
             self._passing.wait()
-        self._has_given_up = False
 
     def _stage_after(self, one: Pass) -> int:
         return (one.chunk + 1 if one.is_forward else one.chunk - 1) % self._pipeline.num_stages
