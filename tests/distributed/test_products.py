@@ -8,12 +8,15 @@ from typing import Any
 
 import pytest
 
+from tests.distributed.giving_up import failing
 from tests.distributed.ranks import RankPool
 from tests.distributed.tensoring import TRAIN, in_tensors
 from training.layout import Layout, Schedule
 
 Case = tuple[str, Layout, Schedule, bool]
 NUM_STEPS = 12
+NUM_FAILURES = 5
+SCHEDULES: tuple[Schedule, ...] = ("gpipe", "1f1b", "interleaved")
 FOUR, EIGHT = Layout(pipeline=2, tensor=2), Layout(data=2, pipeline=2, tensor=2)
 CASES: list[Case] = [
     ("deep", FOUR, "gpipe", True),
@@ -105,3 +108,26 @@ def test_bfloat16_and_an_odd_number_of_workers(ranks: RankPool) -> None:
     one = in_layout(ranks, without_stages(case), train, 5)[0]
     found = in_layout(ranks, case, train, 5)[0]
     assert (found["history"], found["state"]) == (one["history"], one["state"])
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_wherever_a_rank_fails_all_come_to_the_end_of_the_step(ranks: RankPool, schedule: Schedule) -> None:
+    """And hear that the loss is no number. Whoever else gives up does so as its connections are cut, or as it is told
+    nothing."""
+    require_all_hear(ranks, FOUR, schedule, NUM_FAILURES)
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_so_they_do_in_replicas(schedule: Schedule, tmp_path_factory: Any) -> None:
+    with RankPool(8, tmp_path_factory.mktemp("ranks")) as eight:
+        require_all_hear(eight, EIGHT, schedule, 10 * NUM_FAILURES)
+
+
+def require_all_hear(ranks: RankPool, layout: Layout, schedule: Schedule, num_failures: int) -> None:
+    answers = ranks.run(failing, layout.num_ranks, layout, schedule, schedule != "gpipe", num_failures)
+    for number, step in enumerate(zip(*answers, strict=True)):
+        assert [is_finite for is_finite, _ in step] == [number == 0] * layout.num_ranks
+        causes = [cause for _, causes in step for cause in causes]
+        assert causes.count("ValueError('what is this?')") == (number > 0)
+        assert not any("Timed out" in cause for cause in causes)
