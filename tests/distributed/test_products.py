@@ -121,7 +121,7 @@ def test_wherever_a_rank_fails_all_come_to_the_end_of_the_step(ranks: RankPool, 
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_so_they_do_in_replicas(schedule: Schedule, tmp_path_factory: Any) -> None:
     with RankPool(8, tmp_path_factory.mktemp("ranks")) as eight:
-        require_all_hear(eight, EIGHT, schedule, 10 * NUM_FAILURES)
+        require_all_hear(eight, EIGHT, schedule, 2 * NUM_FAILURES)
 
 
 def require_all_hear(ranks: RankPool, layout: Layout, schedule: Schedule, num_failures: int) -> None:
