@@ -123,17 +123,13 @@ def in_shards(num_ranks: int, shard: int) -> Layout:
     return Layout(data=num_ranks // num_shards, shard=num_shards)
 
 
-def in_stages(num_ranks: int, pipeline: int) -> Layout:
+def in_stages(num_ranks: int, pipeline: int, *, tensor: int = 1) -> Layout:
     """With so many stages; where a group has lost ranks, and what is left is no multiple, the most below that divide
-    it."""
-    num_stages = max(number for number in range(1, pipeline + 1) if num_ranks % number == 0)
-    return Layout(data=num_ranks // num_stages, pipeline=num_stages)
-
-
-def in_tensors(num_ranks: int, tensor: int) -> Layout:
-    """With so many parts of each matrix: bits depend on it, so it stays, whatever a group has lost. Raises `UserError`
-    if the ranks make no whole replicas."""
-    return Layout(tensor=tensor).over(num_ranks)
+    it. The number of parts of each matrix stays: bits depend on it. Raises `UserError` if the ranks are no multiple of
+    that."""
+    num_pipes = Layout(tensor=tensor).over(num_ranks).data
+    num_stages = max(number for number in range(1, pipeline + 1) if num_pipes % number == 0)
+    return Layout(data=num_pipes // num_stages, pipeline=num_stages, tensor=tensor)
 
 
 def layouts(num_ranks: int, *, max_pipeline: int = 1, max_tensor: int = 1, max_feeds: int) -> Iterator[Layout]:

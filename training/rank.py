@@ -25,11 +25,11 @@ from training.errors import UserError
 from training.loop import Trainer
 from training.memory.handover import GroupOver, Handover
 from training.parallel.pipeline import require_cut
-from training.parallel.pipelined_update import require_separable
+from training.parallel.state_in_stages import require_separable
 from training.parallel.tensor import require_cuttable
 from training.parallel.update import require_shardable
-from training.pipelined_loop import PipelinedTrainer
 from training.recipe import Recipe, load_recipe
+from training.replica_loop import ReplicaTrainer
 from training.runs.events import EventWriter
 from training.runs.job import Job
 from training.runs.record import Record, RunRecord, run_key, with_environment
@@ -39,7 +39,6 @@ from training.sharded_loop import ShardedTrainer
 from training.signatures import keyring
 from training.stale_loop import StaleTrainer
 from training.step import Rank
-from training.tensor_loop import TensorTrainer
 
 
 @dataclass(kw_only=True)
@@ -154,10 +153,8 @@ def train(
 def _kind_of(preset: Preset) -> Callable[..., Trainer]:
     if preset.parallel.shard > 1:
         return ShardedTrainer
-    if preset.parallel.pipeline > 1:
-        return PipelinedTrainer
-    if preset.parallel.tensor > 1:
-        return TensorTrainer
+    if preset.parallel.is_spread:
+        return ReplicaTrainer
     return StaleTrainer if preset.train.staleness else Trainer
 
 

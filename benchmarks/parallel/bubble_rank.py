@@ -14,12 +14,12 @@ import torch.distributed as dist
 from torch import Tensor
 
 from benchmarks.parallel.ranks import answer, meet
-from benchmarks.parallel.work import CPU, TIMEOUT, Work, batch_of, recipe_of
+from benchmarks.parallel.work import CPU, Case, Work, batch_of, pipeline_of, recipe_of
 from training.arithmetic.streams import streams_now
 from training.checkpoints.state import TrainState
 from training.layout import Layout, Schedule
 from training.parallel.passing import Passing
-from training.parallel.pipeline import Pipeline, make_pipeline_groups
+from training.parallel.pipeline import Pipeline
 from training.parallel.pipelined import PipelinedReducer
 from training.parallel.schedule import Pass
 
@@ -34,18 +34,10 @@ def main() -> None:
     rank = meet()
     recipe = recipe_of(width, NUM_LAYERS)
     layout = Layout(pipeline=dist.get_world_size())
+    case = Case(name=str(layout), layout=layout, maybe_schedule=cast(Schedule, schedule))
     clock = Clock()
-    pipeline = Pipeline(
-        recipe,
-        TrainState(recipe, seed=1, device=CPU).model,
-        layout=layout,
-        schedule=cast(Schedule, schedule),
-        rank=rank,
-        groups=make_pipeline_groups(layout, rank, timeout=TIMEOUT),
-        precision="float32",
-        batch=batch_of(recipe, 0),
-        waiting=clock.waiting,
-    )
+    model = TrainState(recipe, seed=1, device=CPU).model
+    pipeline = pipeline_of(case, recipe, model, rank, waiting=clock.waiting)
     reducer = TimedReducer(pipeline, num_extras=1, ranges=[range(num_microbatches)])
     steps = [_step(reducer, clock, Work(recipe)) for _ in range(NUM_WARM_UP_STEPS + num_steps)]
     activations = torch.zeros(*batch_of(recipe, 0)["bytes"][:, 1:].shape, width)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from training.arithmetic.balance import even_shares, ranges
 from training.arithmetic.exact import ExactReducer
@@ -16,14 +17,14 @@ from training.arithmetic.objective import Objective, seed_streams
 from training.checkpoints.state import TrainState
 from training.errors import DeterministicError
 from training.layout import Layout, Schedule
-from training.parallel.pipeline import Pipeline, make_pipeline_groups
+from training.parallel.pipeline import Pipeline
 from training.parallel.pipelined import PipelinedReducer
-from training.parallel.pipelined_update import PipelinedUpdate
+from training.parallel.replica import make_replica_groups
+from training.parallel.replica_update import ReplicaUpdate
 from training.parallel.scatter import make_groups
 from training.parallel.sharded import Sharded, ShardedReducer
-from training.parallel.tensor import CutModel, make_tensor_groups
-from training.parallel.tensor_peers import Peers
-from training.parallel.tensor_update import TensorReducer, TensorUpdate
+from training.parallel.tensor import CutModel
+from training.parallel.tensor_peers import Peers, Waiting
 from training.parallel.update import ShardedUpdate
 from training.recipes.stdlib import ByteTransformer
 from training.step import LocalUpdate
@@ -60,7 +61,7 @@ def batch_of(recipe: ByteTransformer, worker: int) -> dict[str, Tensor]:
 
 
 class Work:
-    """Of a pipeline."""
+    """Of a replica of several ranks."""
 
     def __init__(self, recipe: ByteTransformer) -> None:
         self._recipe = recipe
@@ -87,7 +88,7 @@ class Work:
 def step_in(case: Case, recipe: ByteTransformer, rank: int) -> Step:
     """What this rank does. Collective."""
     state = TrainState(recipe, seed=1, device=CPU)
-    makers = {"shard": _in_shards, "pipeline": _in_pipeline, "tensor": _in_tensors}
+    makers = {"shard": _in_shards, "pipeline": _in_stages_and_parts, "tensor": _in_stages_and_parts}
     maker = next((makers[name] for name in makers if getattr(case.layout, name) > 1), _in_replicas)
     return maker(case, recipe, state, rank)
 
@@ -126,20 +127,29 @@ def _in_shards(case: Case, recipe: ByteTransformer, state: TrainState, rank: int
     return _steps(recipe, reducer, ShardedUpdate(state, sharded, reducer, clip_norm=CLIP_NORM))
 
 
-def _in_pipeline(case: Case, recipe: ByteTransformer, state: TrainState, rank: int) -> Step:
-    assert case.maybe_schedule is not None
-    pipeline = Pipeline(
+def pipeline_of(
+    case: Case, recipe: ByteTransformer, model: nn.Module, rank: int, *, waiting: Waiting = nullcontext
+) -> Pipeline:
+    """Of a model whose matrices are cut. Collective."""
+    groups = make_replica_groups(case.layout, rank, timeout=TIMEOUT)
+    return Pipeline(
         recipe,
-        state.model,
+        model,
+        CutModel(recipe, model, Peers(groups.computing, waiting=waiting), in_sequences=True),
         layout=case.layout,
-        schedule=case.maybe_schedule,
+        schedule=case.maybe_schedule or "1f1b",
         rank=rank,
-        groups=make_pipeline_groups(case.layout, rank, timeout=TIMEOUT),
+        groups=groups,
         precision="float32",
         batch=batch_of(recipe, 0),
+        waiting=waiting,
     )
+
+
+def _in_stages_and_parts(case: Case, recipe: ByteTransformer, state: TrainState, rank: int) -> Step:
+    pipeline = pipeline_of(case, recipe, state.model, rank)
     reducer = PipelinedReducer(pipeline, num_extras=1, ranges=_shares(case.layout.data))
-    updater = PipelinedUpdate(state, pipeline, clip_norm=CLIP_NORM)
+    updater = ReplicaUpdate(state, pipeline, clip_norm=CLIP_NORM)
 
     def step() -> None:
         reducer.compute(Work(recipe))
@@ -148,11 +158,3 @@ def _in_pipeline(case: Case, recipe: ByteTransformer, state: TrainState, rank: i
         updater.apply()
 
     return step
-
-
-def _in_tensors(case: Case, recipe: ByteTransformer, state: TrainState, rank: int) -> Step:
-    groups = make_tensor_groups(case.layout, rank, timeout=TIMEOUT)
-    cut = CutModel(recipe, state.model, Peers(groups.computing), in_sequences=True)
-    objective = _objective(recipe, state)
-    reducer = TensorReducer(objective, cut, groups=groups, num_extras=1, ranges=_shares(case.layout.data))
-    return _steps(recipe, reducer, TensorUpdate(state, cut, clip_norm=CLIP_NORM))

@@ -141,19 +141,19 @@ def _print(found: list[Cost], best: Cost, memory_bytes: int) -> None:
 
 def advice(layout: Layout, maybe_schedule: str | None, num_nodes: int, *, has_whole_sequences: bool = False) -> str:
     """What to write into the preset."""
-    if [layout.shard > 1, layout.pipeline > 1, layout.tensor > 1].count(True) > 1:
+    if layout.shard > 1 and layout.pipeline * layout.tensor > 1:
         return (
-            "`unbroken run` trains in replicas of shards, of pipelines, or of parts of matrices, alone so far:"
-            " docs/parallelism.md."
+            "`unbroken run` trains in replicas of shards alone so far, or of stages, of parts of matrices, or of"
+            " both: docs/parallelism.md."
         )
-    parallel = ""
-    if layout.tensor > 1:
-        sequences = '\nsequences = "whole"' if has_whole_sequences else ""
-        parallel = f"\n\n[parallel]\ntensor = {layout.tensor}{sequences}"
+    lines = []
     if layout.shard > 1:
-        parallel = f"\n\n[parallel]\nshard = {layout.shard}"
+        lines += [f"shard = {layout.shard}"]
     if layout.pipeline > 1:
-        parallel = f'\n\n[parallel]\npipeline = {layout.pipeline}\nschedule = "{maybe_schedule}"'
+        lines += [f"pipeline = {layout.pipeline}", f'schedule = "{maybe_schedule}"']
+    if layout.tensor > 1:
+        lines += [f"tensor = {layout.tensor}", *(['sequences = "whole"'] if has_whole_sequences else [])]
+    parallel = "\n".join(["\n\n[parallel]", *lines]) if lines else ""
     return f"For the preset:\n\n[launch]\nnodes = {num_nodes}{parallel}"
 
 

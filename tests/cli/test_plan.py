@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import subprocess
+import tomllib
 from pathlib import Path
 
 from flows.cli.plan import advice
@@ -12,6 +13,7 @@ from tests.cli.commands import complaint
 from tests.conftest import UNBROKEN
 from tests.infra.probes import environment_for
 from training.layout import Layout
+from training.preset_file import load_preset
 
 
 def test_layouts_of_a_preset_are_compared(tmp_path: Path) -> None:
@@ -46,8 +48,18 @@ def test_what_is_recommended_is_told_as_a_preset_wants_it() -> None:
     in_tensors = advice(Layout(data=2, tensor=2), None, 4)
     assert in_tensors.endswith("[launch]\nnodes = 4\n\n[parallel]\ntensor = 2")
     assert advice(Layout(tensor=4), None, 4, has_whole_sequences=True).endswith('tensor = 4\nsequences = "whole"')
-    assert "replicas of shards, of pipelines, or" in advice(Layout(pipeline=2, shard=2), "1f1b", 4)
-    assert "alone so far" in advice(Layout(pipeline=2, tensor=2), "1f1b", 4)
+    assert "replicas of shards alone so far" in advice(Layout(pipeline=2, shard=2), "1f1b", 4)
+    assert "replicas of shards alone so far" in advice(Layout(shard=2, tensor=2), None, 4)
+
+
+def test_what_is_recommended_is_accepted() -> None:
+    layouts = [Layout(data=2, shard=4), Layout(pipeline=4, tensor=2), Layout(data=2, pipeline=2, tensor=2)]
+    for layout in layouts:
+        told = tomllib.loads(advice(layout, "1f1b", 8, has_whole_sequences=True).partition(":")[2])
+        overrides = {f"{section}.{key}": value for section in told for key, value in told[section].items()}
+        parallel = load_preset("stdlib", overrides).parallel
+        assert (parallel.shard, parallel.pipeline, parallel.tensor) == (layout.shard, layout.pipeline, layout.tensor)
+        assert parallel.sequences == ("whole" if layout.tensor > 1 else "parts")
 
 
 def test_what_makes_no_sense_is_refused(tmp_path: Path) -> None:

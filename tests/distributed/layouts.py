@@ -38,7 +38,7 @@ def trained(
     """So many steps, from a state in a file, to one in a file, if that is wanted."""
     about = (TRAIN, num_steps, maybe_from, maybe_to)
     if case.layout.tensor > 1:
-        return in_tensors(rank, world_size, RECIPE, case.layout, True, *about)
+        return in_tensors(rank, world_size, RECIPE, case.layout, True, *about, schedule=case.maybe_schedule or "1f1b")
     if case.maybe_schedule is not None:
         return pipelined(rank, world_size, RECIPE, case.layout, case.maybe_schedule, *about)
     if case.layout.shard > 1:

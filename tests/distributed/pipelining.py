@@ -24,10 +24,10 @@ from training.config import ParallelConfig
 from training.layout import Layout, Schedule
 from training.loop import Trainer
 from training.parallel.passing import Passing
-from training.parallel.pipeline import make_pipeline_groups
-from training.pipelined_loop import PipelinedTrainer
+from training.parallel.replica import make_replica_groups
 from training.recipe import Recipe
 from training.recipes.stdlib import ByteTransformer
+from training.replica_loop import ReplicaTrainer
 
 SEQUENCE = 8
 WIDTH = 8
@@ -125,9 +125,9 @@ def trainer_in(
         reader=tiny_reader() if recipe == "noisy" else _texts(),
         rank=rank,
         world_size=layout.num_ranks,
-        kind=PipelinedTrainer if maybe_layout else Trainer,
+        kind=ReplicaTrainer if maybe_layout else Trainer,
     )
-    if isinstance(trainer, PipelinedTrainer):
+    if isinstance(trainer, ReplicaTrainer):
         assert trainer.layout == layout
     return trainer
 
@@ -149,7 +149,7 @@ def pipelined(
         tensors = safetensors.torch.load_file(maybe_from)
         trainer.state.load(tensors, step=int(tensors.pop("step")))
     num_of_model = sum(p.numel() for p in trainer.state.model.parameters())
-    if isinstance(trainer, PipelinedTrainer):
+    if isinstance(trainer, ReplicaTrainer):
         trainer.begin_group()  # which frees the weights of other stages
     outcomes = [trainer.train_step() for _ in range(num_steps)]
     told: dict[str, Any] = {
@@ -157,7 +157,7 @@ def pipelined(
         "num_of_model": num_of_model,
         "num_kept": sum(p.numel() for p in trainer.state.model.parameters()),
     }
-    if not isinstance(trainer, PipelinedTrainer):
+    if not isinstance(trainer, ReplicaTrainer):
         return {**told, **_whole(trainer, maybe_to)}
     kept = [entries["exp_avg"] for entries in trainer.state.optimizer.state.values()]
     told["num_of_optimizer"] = sum(tensor.numel() for tensor in kept)
@@ -177,7 +177,7 @@ def _whole(trainer: Trainer, maybe_to: str | None) -> dict[str, Any]:
 
 def tensors_of_all_kinds(rank: int, world_size: int) -> list[bool]:
     """From stage 0 to stage 1: whether what came is what was sent."""
-    groups = make_pipeline_groups(Layout(pipeline=world_size), rank, timeout=timedelta(seconds=TIMEOUT_SECONDS))
+    groups = make_replica_groups(Layout(pipeline=world_size), rank, timeout=timedelta(seconds=TIMEOUT_SECONDS))
     passing = Passing(groups.stages)
     seed_streams(3, CPU)
     columns, row = torch.randn(3, 4).t(), torch.randn(4).expand(5, 4)
@@ -199,7 +199,7 @@ def tensors_of_all_kinds(rank: int, world_size: int) -> list[bool]:
 
 def other_forms(rank: int, world_size: int) -> list[list[int] | None]:
     """Shapes of what arrives, one message after another; one is nothing."""
-    groups = make_pipeline_groups(Layout(pipeline=world_size), rank, timeout=timedelta(seconds=TIMEOUT_SECONDS))
+    groups = make_replica_groups(Layout(pipeline=world_size), rank, timeout=timedelta(seconds=TIMEOUT_SECONDS))
     passing = Passing(groups.stages)
     sent = [torch.zeros(2, 3), None, torch.zeros(2, 3), torch.zeros(3, 3)]
     found: list[list[int] | None] = []

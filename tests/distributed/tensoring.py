@@ -26,14 +26,14 @@ from tests.unit.tiny import MemoryReader, make_trainer, tiny_preset
 from training.arithmetic.norm import block_norms, norm_of
 from training.config import ParallelConfig
 from training.errors import UserError
-from training.layout import Layout
+from training.layout import Layout, Schedule
 from training.loop import Trainer
-from training.parallel import tensor, tensor_update
+from training.parallel import replica_update, tensor
 from training.parallel.tensor import ByRows, CutModel, as_autocast
 from training.parallel.tensor_peers import Tell, same, tell
 from training.recipe import Cut, Recipe
 from training.recipes.stdlib import Block, ByteTransformer, Transformer
-from training.tensor_loop import TensorTrainer
+from training.replica_loop import ReplicaTrainer
 
 SEQUENCE = 8
 NUM_STEPS = 50
@@ -124,6 +124,8 @@ SMALL: dict[str, Any] = {"sequence_bytes": SEQUENCE, "width": 32, "num_layers": 
 RECIPES = {
     "transformer": ByteTransformer(**SMALL),
     "recomputes": Recomputes(**SMALL),
+    "deep": ByteTransformer(**{**SMALL, "num_layers": 4}),
+    "deep, recomputing": Recomputes(**{**SMALL, "num_layers": 4}),
     "dropout": Dropping(**SMALL),
     "buffers": Counting(**SMALL),
     "repeats": Mistaken(**SMALL),
@@ -140,14 +142,24 @@ def texts() -> MemoryReader:
 
 
 def trainer_in(
-    recipe: str, rank: int, maybe_layout: Layout | None, in_sequences: bool, train: Mapping[str, Any]
+    recipe: str,
+    rank: int,
+    maybe_layout: Layout | None,
+    in_sequences: bool,
+    train: Mapping[str, Any],
+    schedule: Schedule = "1f1b",
 ) -> Trainer:
     """In a layout; or on one rank, as always."""
     preset = tiny_preset(steps=1000)
     settings = {"digest_every_steps": 0, "clip_norm": 0.5, **train}
     preset = replace(preset, train=replace(preset.train, **settings))
     if maybe_layout:
-        parallel = ParallelConfig(tensor=maybe_layout.tensor, sequences="parts" if in_sequences else "whole")
+        parallel = ParallelConfig(
+            pipeline=maybe_layout.pipeline,
+            schedule=schedule,
+            tensor=maybe_layout.tensor,
+            sequences="parts" if in_sequences else "whole",
+        )
         preset = replace(preset, launch=replace(preset.launch, nodes=maybe_layout.num_ranks), parallel=parallel)
     return make_trainer(
         preset=preset,
@@ -155,7 +167,7 @@ def trainer_in(
         reader=texts(),
         rank=rank,
         world_size=maybe_layout.num_ranks if maybe_layout else 1,
-        kind=TensorTrainer if maybe_layout else Trainer,
+        kind=ReplicaTrainer if maybe_layout else Trainer,
     )
 
 
@@ -170,14 +182,15 @@ def in_tensors(
     maybe_from: str | None = None,
     maybe_to: str | None = None,
     bug: str = "none",
+    schedule: Schedule = "1f1b",
 ) -> dict[str, Any]:
     """So many steps, from a state in a file, to one in a file, if that is wanted."""
-    trainer = trainer_in(recipe, rank, maybe_layout, in_sequences, train)
+    trainer = trainer_in(recipe, rank, maybe_layout, in_sequences, train, schedule)
     if maybe_from:
         tensors = safetensors.torch.load_file(maybe_from)
         trainer.state.load(tensors, step=int(tensors.pop("step")))
     told: dict[str, Any] = {"num_of_model": _num_elements(trainer)}
-    if isinstance(trainer, TensorTrainer):
+    if isinstance(trainer, ReplicaTrainer):
         trainer.begin_group()
     told["num_kept"] = _num_elements(trainer)
     with Tells() as tells, BUGS[bug]():
@@ -185,9 +198,10 @@ def in_tensors(
     told["history"] = [(outcome.loss, outcome.grad_norm, outcome.samples) for outcome in outcomes]
     told["num_sent"] = tells.num_bytes
     batch = held_out(trainer)
-    told["num_saved_bytes"] = _num_saved_bytes(trainer.recipe, trainer.state.model, batch)
+    if maybe_layout is None or maybe_layout.pipeline == 1:
+        told["num_saved_bytes"] = _num_saved_bytes(trainer.recipe, trainer.state.model, batch)
     told["num_of_optimizer"] = sum(kept["exp_avg"].numel() for kept in trainer.state.optimizer.state.values())
-    if not isinstance(trainer, TensorTrainer):
+    if not isinstance(trainer, ReplicaTrainer):
         told["loss_alone"] = trainer.recipe.loss(trainer.state.model, batch).item()
         return {**told, **whole(trainer, maybe_to)}
     with trainer.whole_state():
@@ -223,7 +237,7 @@ def refusal(rank: int, world_size: int, kind: str) -> str:
     """What is said of a recipe whose model cannot be cut; where its weights are between matrices, with whole sequences,
     as else they are summed."""
     trainer = trainer_in(kind, rank, Layout(tensor=world_size), kind != "between", TRAIN)
-    assert isinstance(trainer, TensorTrainer)
+    assert isinstance(trainer, ReplicaTrainer)
     try:
         trainer.begin_group()
     except UserError as error:
@@ -247,7 +261,7 @@ def whole(trainer: Trainer, maybe_to: str | None) -> dict[str, Any]:
 def killed(rank: int, world_size: int, layout: Layout, num_steps: int, to: str) -> None:
     """So many steps into a file; and the last rank dies in the midst of the backward pass after the next two."""
     trainer = trainer_in("transformer", rank, layout, True, TRAIN)
-    assert isinstance(trainer, TensorTrainer)
+    assert isinstance(trainer, ReplicaTrainer)
     trainer.begin_group()
     for _ in range(num_steps):
         trainer.train_step()
@@ -291,7 +305,7 @@ BUGS: dict[str, Callable[[], AbstractContextManager[Any]]] = {
     "outputs of rows are not summed": lambda: mock.patch.object(ByRows, "forward", _of_own_units),
     "gradients of columns' inputs are not summed": lambda: mock.patch.object(tensor, "tell", _tell_forward_alone),
     "gradients of norms are not summed": lambda: mock.patch.object(CutModel, "sum_partly_summed"),
-    "the norm is of own parts alone": lambda: mock.patch.object(tensor_update, "clip_together", _clip_alone),
+    "the norm is of own parts alone": lambda: mock.patch.object(replica_update, "clip_together", _clip_alone),
 }
 """Each is a collective that is left out."""
 
@@ -304,7 +318,7 @@ def _tell_forward_alone(x: Tensor, there: Tell, back: Tell) -> Tensor:
     return tell(x, there, same if there is same else back)
 
 
-def _clip_alone(gradients: list[Tensor], block_places: Any, *, group: Any, clip_norm: float) -> float:
+def _clip_alone(gradients: list[Tensor], block_places: Any, *, clip_norm: float, **_: Any) -> float:
     norm = norm_of(block_norms(gradients))
     if norm > clip_norm:
         torch._foreach_mul_(gradients, clip_norm / norm)

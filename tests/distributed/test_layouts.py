@@ -22,6 +22,7 @@ FEW = (
     Case(layout=Layout(shard=2)),
     Case(layout=Layout(pipeline=2), maybe_schedule="1f1b"),
     Case(layout=Layout(tensor=2)),
+    Case(layout=Layout(pipeline=2, tensor=2), maybe_schedule="1f1b"),
 )
 ALL = (
     ALONE,
@@ -36,6 +37,9 @@ ALL = (
     Case(layout=Layout(data=2, pipeline=4), maybe_schedule="gpipe"),
     *(Case(layout=Layout(tensor=number)) for number in (2, 4)),
     *(Case(layout=Layout(data=number, tensor=2)) for number in (2, 4)),
+    Case(layout=Layout(pipeline=2, tensor=2), maybe_schedule="interleaved"),
+    Case(layout=Layout(pipeline=4, tensor=2), maybe_schedule="gpipe"),
+    Case(layout=Layout(data=2, pipeline=2, tensor=2), maybe_schedule="1f1b"),
 )
 Run = Callable[..., dict[str, Any]]
 
@@ -104,6 +108,7 @@ def test_all_layouts(ranks: RankPool, tmp_path: Path) -> None:
             assert content == found[ALONE][1], case
         else:
             assert num_beyond(told["history"], one) == 0, case
+            assert content == found[Case(layout=Layout(tensor=case.layout.tensor))][1], case
             assert [samples for *_, samples in told["history"]] == [samples for *_, samples in one["history"]]
     files = {case: content for case, (_, content) in found.items()}
     num_pairs = require_all_pairs(ranks, files, tmp_path)

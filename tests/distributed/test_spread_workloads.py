@@ -21,10 +21,12 @@ def test_parts_give_the_bits_of_one_process(stack: Stack, preset: str, parallel:
 
 
 @pytest.mark.slow
-def test_parts_of_matrices_give_their_own_bits_with_any_number_of_replicas(stack: Stack) -> None:
+def test_parts_of_matrices_give_their_own_bits_with_any_number_of_replicas_and_stages(stack: Stack) -> None:
     """It is another run than one process's."""
     pair, replicas = (train(stack, "stdlib", num_ranks, "parallel.tensor=2") for num_ranks in (2, 4))
+    stages = train(stack, "stdlib", 4, "parallel.tensor=2", "parallel.pipeline=2")
     whole = train(stack, "stdlib", 1)
-    assert (pair["run_key"], pair["state_sha256"]) == (replicas["run_key"], replicas["state_sha256"])
+    for other in (replicas, stages):
+        assert (pair["run_key"], pair["state_sha256"]) == (other["run_key"], other["state_sha256"])
     assert pair["run_key"] != whole["run_key"]
     assert pair["state_sha256"] != whole["state_sha256"]

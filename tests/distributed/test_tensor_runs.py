@@ -1,5 +1,5 @@
-"""Whole runs with matrices in parts, on real ranks: the same bits, whoever dies, and with however many replicas it goes
-on; and one process's but for rounding."""
+"""Whole runs with matrices in parts, on real ranks: the same bits, whoever dies, and with however many replicas and
+stages it goes on; and one process's but for rounding."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tests.distributed import groups, spread
 from tests.distributed.groups import EVERY, STEPS, Node, Pause, regroup, require_same
 from tests.distributed.in_tensors import POISON, InTensors
 from tests.distributed.pausing import MID_STEP, UPDATING, VALIDATING
-from tests.distributed.spread import Calm, departure_of, kill, node_of
+from tests.distributed.spread import Calm, departure_of, in_mode, kill, node_of
 from tests.distributed.tensoring import disturb
 from tests.unit.tiny import CPU, exact_arithmetic, make_trainer
 from training.checkpoints.checkpoint import load_checkpoint
@@ -25,6 +25,7 @@ from training.checkpoints.state import TrainState
 from training.cluster.zygote import Zygote
 from training.config import ParallelConfig
 from training.control import EXIT_STOPPED
+from training.memory.slots import create_slots
 from training.s3.objectstore import Store
 
 PRESET = replace(
@@ -35,6 +36,9 @@ PRESET = replace(
     parallel=ParallelConfig(tensor=2),
 )
 ALONE = replace(PRESET, parallel=ParallelConfig())
+PARTS = PRESET.parallel
+STAGES = replace(PARTS, pipeline=2)
+INTERLEAVED = replace(STAGES, schedule="interleaved")
 NUM_DISTURBED = 3
 zygote, node, _ = spread.fixtures(PRESET, InTensors())
 
@@ -100,32 +104,98 @@ def test_whoever_dies_it_goes_on_in_as_many_parts(node: Node, calm: Calm) -> Non
     require_same(node, calm)
 
 
-@pytest.mark.parametrize("place", [UPDATING, pytest.param(VALIDATING, marks=pytest.mark.slow)])
-def test_a_rank_that_dies_outside_of_its_virtual_workers_is_a_lost_peer(node: Node, calm: Calm, place: str) -> None:
-    first = node.train(2, kill(node, victim=1, checkpoint=EVERY), pauses={1: Pause(place, 6)})
+@pytest.mark.parametrize(
+    "parallel",
+    [
+        INTERLEAVED,
+        pytest.param(STAGES, marks=pytest.mark.slow),
+        pytest.param(replace(STAGES, schedule="gpipe"), marks=pytest.mark.slow),
+    ],
+    ids=str,
+)
+def test_stages_change_no_bit(node: Node, calm: Calm, parallel: ParallelConfig) -> None:
+    in_mode(node, parallel)
+    assert node.train(4).codes() == [0] * 4
+    assert node.attempts() == [(4, 0, "start")]
+    require_same(node, calm)
+
+
+def test_of_stages_with_parts_fewer_go_on_in_as_many_parts(node: Node, calm: Calm) -> None:
+    """A rank of the second stage dies in the midst of a step; two that are left have all layers each, and one of them
+    dies; then all are there again."""
+    in_mode(node, STAGES)
+    first = node.train(4, kill(node, victim=3, checkpoint=EVERY), pauses={3: Pause(MID_STEP, 6)})
+    departure = first.ended.result().maybe_departure
+    assert departure is not None
+    assert departure.class_name in ("Killed", "PeerLost"), departure.cause
+    second = node.train(2, kill(node, victim=0, checkpoint=2 * EVERY), pauses={0: Pause(MID_STEP, 11)}, nodes=2)
+    assert second.codes()[0] == -signal.SIGKILL
+    assert node.train(4).codes() == [0] * 4
+    assert node.attempts() == [(4, 0, "start"), (2, EVERY, "checkpoint"), (4, 2 * EVERY, "checkpoint")]
+    require_same(node, calm)
+
+
+@pytest.mark.slow
+def test_of_two_replicas_of_stages_three_without_are_left(store: Store, zygote: Zygote, calm: Calm) -> None:
+    """Of eight ranks six, which make three replicas, each with all layers in two parts."""
+    preset = replace(PRESET, parallel=STAGES, launch=replace(PRESET.launch, processes_per_node=8))
+    with closing(node_of(store, zygote, preset, InTensors())) as node:
+        node.slots += [create_slots() for _ in range(4)]
+        first = node.train(8, kill(node, victim=6, checkpoint=EVERY), pauses={6: Pause(UPDATING, 6)})
+        assert first.codes()[6] == -signal.SIGKILL
+        assert node.train(6, nodes=2).codes() == [0] * 6
+        assert node.attempts() == [(8, 0, "start"), (6, EVERY, "checkpoint")]
+        require_same(node, calm)
+
+
+@pytest.mark.parametrize(
+    ("place", "parallel"),
+    [
+        (UPDATING, PARTS),
+        pytest.param(VALIDATING, PARTS, marks=pytest.mark.slow),
+        pytest.param(VALIDATING, STAGES, marks=pytest.mark.slow),
+    ],
+)
+def test_a_rank_that_dies_outside_of_its_virtual_workers_is_a_lost_peer(
+    node: Node, calm: Calm, place: str, parallel: ParallelConfig
+) -> None:
+    in_mode(node, parallel)
+    num_ranks = parallel.pipeline * parallel.tensor
+    first = node.train(num_ranks, kill(node, victim=1, checkpoint=EVERY), pauses={1: Pause(place, 6)})
     departure = first.ended.result().maybe_departure
     assert departure is not None
     assert departure.class_name in ("Killed", "PeerLost"), departure.cause
     node.train(4)
-    assert node.attempts() == [(2, 0, "start"), (4, EVERY, "checkpoint")]
+    assert node.attempts() == [(num_ranks, 0, "start"), (4, EVERY, "checkpoint")]
     require_same(node, calm)
 
 
 @pytest.mark.parametrize(
-    ("fails", "num_ranks", "message"),
+    ("fails", "parallel", "message"),
     [
-        ("loss", 2, "the loss is nan"),
-        ("forward", 2, "what is this?"),
-        ("one forward", 4, "what is this?"),
-        ("one backward", 2, "whither?"),
-        pytest.param("backward", 4, "whither?", marks=pytest.mark.slow),
+        ("loss", PARTS, "the loss is nan"),
+        ("forward", PARTS, "what is this?"),
+        ("one forward", PARTS, "what is this?"),
+        ("one backward", PARTS, "whither?"),
+        ("one backward at 0", PARTS, "whither?"),
+        pytest.param("backward", PARTS, "whither?", marks=pytest.mark.slow),
+        ("one forward at 0", STAGES, "chunk 0 of the pipeline: the recipe failed: ValueError: what is this?"),
+        ("one backward", STAGES, "chunk 1 of the pipeline: the recipe failed: ValueError: whither?"),
+        ("all backward at 0", STAGES, "chunk 0 of the pipeline: the recipe failed: ValueError: whither?"),
+        pytest.param("loss", STAGES, "the loss is nan", marks=pytest.mark.slow),
+        pytest.param("one forward", STAGES, "what is this?", marks=pytest.mark.slow),
+        pytest.param("one backward at 0", STAGES, "whither?", marks=pytest.mark.slow),
+        pytest.param("all forward at 0", replace(STAGES, schedule="gpipe"), "what is this?", marks=pytest.mark.slow),
+        pytest.param("one forward at 1", INTERLEAVED, "chunk 1 of the pipeline", marks=pytest.mark.slow),
+        pytest.param("one backward at 2", INTERLEAVED, "chunk 2 of the pipeline", marks=pytest.mark.slow),
     ],
 )
 def test_a_record_that_makes_a_step_fail_is_found(
-    store: Store, zygote: Zygote, fails: str, num_ranks: int, message: str
+    store: Store, zygote: Zygote, fails: str, parallel: ParallelConfig, message: str
 ) -> None:
-    """Also if one rank alone sees it, for which others wait in the midst of the same virtual worker."""
-    departure = departure_of(store, zygote, PRESET, InTensors, fails, num_ranks=num_ranks)
+    """Also if one rank alone sees it, for which others wait in the midst of the same virtual worker, or in another
+    stage. Without stages, in two replicas."""
+    departure = departure_of(store, zygote, replace(PRESET, parallel=parallel), InTensors, fails, num_ranks=4)
     assert (departure.class_name, departure.records) == ("DeterministicError", (f"memory:{POISON}",)), departure
     assert f"step {departure.step + 1}, virtual worker " in departure.cause
     assert message in departure.cause
@@ -145,8 +215,11 @@ def test_a_rank_that_dies_while_the_model_is_tried_is_a_lost_peer(
         require_same(node, calm)
 
 
-def test_what_fails_by_chance_is_worth_another_attempt(store: Store, zygote: Zygote) -> None:
-    departure = departure_of(store, zygote, PRESET, InTensors, "one once", num_ranks=2)
+@pytest.mark.parametrize("parallel", [PARTS, pytest.param(STAGES, marks=pytest.mark.slow)], ids=str)
+def test_what_fails_by_chance_is_worth_another_attempt(store: Store, zygote: Zygote, parallel: ParallelConfig) -> None:
+    num_ranks = parallel.pipeline * parallel.tensor
+    preset = replace(PRESET, parallel=parallel)
+    departure = departure_of(store, zygote, preset, InTensors, "one once", num_ranks=num_ranks)
     assert (departure.class_name, departure.records) == ("Exception", ())
     assert "by chance" in departure.cause
 

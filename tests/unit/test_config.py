@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -139,7 +140,16 @@ def test_there_are_built_in_presets() -> None:
         ("[data]", "[parallel]\ntensor = 0\n[data]", "parallel.tensor must be at least 1"),
         ("[data]", "[parallel]\ntensor = 3\n[data]", "parallel.tensor = 3 does not divide launch.nodes × launch.proce"),
         ("[data]", "[parallel]\ntensor = 2\nshard = 2\n[data]", "tensor = 2 does not go with parallel.shard = 2"),
-        ("[data]", "[parallel]\ntensor = 2\npipeline = 2\n[data]", "tensor = 2 does not go with parallel.pipeline = 2"),
+        (
+            "[data]",
+            "[launch]\nnodes = 6\n[parallel]\ntensor = 2\npipeline = 2\n[data]",
+            "parallel.pipeline × parallel.tensor = 2 × 2 does not divide launch.nodes × launch.processes_per_node = 6",
+        ),
+        (
+            "[data]",
+            "[launch]\nnodes = 4\nkeep_spares = true\n[parallel]\ntensor = 2\npipeline = 2\n[data]",
+            "parallel.pipeline × parallel.tensor = 2 × 2 needs launch.keep_spares = false",
+        ),
         ("[data]", "[parallel]\nsequences = 'cut'\n[data]", "parallel.sequences"),
         (
             "[data]",
@@ -283,6 +293,10 @@ def test_a_group_that_lost_ranks_goes_on_in_what_divides_them(preset_file: Path)
     assert (pair.on(4, train), pair.is_spread) == (pair, True)
     with pytest.raises(UserError, match=r"3 are no multiple of 2: change launch\.nodes or"):
         pair.on(3, train)
+    both = replace(pair, pipeline=2, schedule="interleaved")
+    assert [both.on(num_ranks, train) for num_ranks in (8, 6)] == [both, replace(pair, schedule="1f1b")]
+    with pytest.raises(UserError, match=r"5 are no multiple of 2"):
+        both.on(5, train)
 
 
 def test_a_group_has_whole_replicas_of_matrices_in_parts() -> None:

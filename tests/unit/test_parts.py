@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from datetime import timedelta
 from typing import Any, cast
 
 import numpy as np
@@ -22,9 +23,10 @@ from training.errors import DeterministicError, UserError
 from training.layout import Layout
 from training.parallel.chunk import Chunk, as_tuple
 from training.parallel.parts import chunks_of
-from training.parallel.pipeline import require_cut, require_pipeline
+from training.parallel.pipeline import require_cut
 from training.parallel.pipeline_trial import PipelineTrial
-from training.parallel.pipelined_update import require_separable
+from training.parallel.replica import make_replica_groups
+from training.parallel.state_in_stages import require_separable
 from training.recipe import Recipe
 from training.recipes.digits import Digits
 from training.recipes.stdlib import ByteTransformer
@@ -248,10 +250,10 @@ def test_ties_within_a_chunk_are_none_of_a_pipelines_business() -> None:
     assert len(cut(Stack(tied=True), 1)) == 1
 
 
-@pytest.mark.parametrize("layout", [Layout(pipeline=2, shard=2), Layout(pipeline=2, tensor=2)])
-def test_layouts_that_are_no_pipelines_of_whole_stages_are_refused(layout: Layout) -> None:
-    with pytest.raises(UserError, match=r"a pipeline goes with data alone"):
-        require_pipeline(layout)
+@pytest.mark.parametrize("layout", [Layout(pipeline=2, shard=2), Layout(shard=2, tensor=2)], ids=str)
+def test_layouts_whose_ranks_have_shards_are_refused(layout: Layout) -> None:
+    with pytest.raises(UserError, match=r"go with data, and with one another: set parallel\.shard to 1"):
+        make_replica_groups(layout, 0, timeout=timedelta(seconds=1))
 
 
 def test_what_does_not_fit_is_refused_before_anybody_waits() -> None:

@@ -10,11 +10,11 @@ import pytest
 import torch
 from torch import nn
 
-from tests.unit.tiny import CPU
+from training.checkpoints.state import TrainState
+from training.config import ParallelConfig
 from training.errors import UserError
-from training.layout import Layout
 from training.parallel.measure import Pretended
-from training.parallel.tensor import CutModel, require_tensor
+from training.parallel.tensor import CutModel, require_cuttable
 from training.parallel.tensor_cuts import cuts_of, slices_of
 from training.recipe import Cut
 from training.recipes.digits import Digits
@@ -105,11 +105,11 @@ def test_heads_that_the_ranks_do_not_divide_are_refused() -> None:
         ByteTransformer(width=10).model()
 
 
-def test_layouts_and_blocks_that_do_not_go_with_it() -> None:
-    with pytest.raises(UserError, match=r"shard 2 × tensor 2: .* that goes with data alone"):
-        require_tensor(Layout(shard=2, tensor=2), CPU)
+def test_devices_and_blocks_that_do_not_go_with_it() -> None:
+    recipe = ByteTransformer(sequence_bytes=8, width=16, num_layers=1, num_heads=2)
+    elsewhere = TrainState(recipe, seed=1, device=torch.device("meta"))
     with pytest.raises(UserError, match=r"use parallel\.tensor = 1 on GPUs"):
-        require_tensor(Layout(tensor=2), torch.device("cuda"))
+        require_cuttable(recipe, elsewhere, ParallelConfig(tensor=2))
 
     @dataclass(frozen=True, kw_only=True)
     class OnePiece(ByteTransformer):

@@ -9,7 +9,7 @@ from typing import Any, Literal
 from training.config.checks import require
 from training.config.launch import LaunchConfig
 from training.config.train import TrainConfig
-from training.layout import Schedule, in_shards, in_stages, in_tensors
+from training.layout import Schedule, in_shards, in_stages
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,12 +20,13 @@ class ParallelConfig:
     """So many ranks together keep weights, gradients and optimizer, a part each; there are replicas of them as far as
     there are ranks. 1: each has all."""
     pipeline: int = 1
-    """So many ranks together have consecutive parts of the model, one each, likewise. Not together with `shard`."""
+    """So many ranks together have consecutive parts of the model, one each, likewise; with `tensor`, so many groups of
+    ranks. Not together with `shard`."""
     schedule: Schedule = "1f1b"
     """Of a pipeline: in which order its ranks go forward and back."""
     tensor: int = 1
-    """So many ranks together have the matrices of the model, a part of each, likewise. Not together with the others.
-    The bits are those of so many parts, so a run of one number of them is another than one of another."""
+    """So many ranks together have the matrices of the model, or of its stage, a part of each, likewise. Not together
+    with `shard`. The bits are those of so many parts, so a run of one number of them is another than one of another."""
     sequences: Literal["parts", "whole"] = "parts"
     """With `tensor`: what each rank computes between the blocks' matrices, of its part of each sequence, or of all. The
     bits hang on that, too."""
@@ -38,7 +39,7 @@ class ParallelConfig:
         require(self.copy_every_steps >= 0, "parallel.copy_every_steps", "must be at least 0")
         for name, number in self._numbers.items():
             require(number >= 1, f"parallel.{name}", "must be at least 1")
-        for name, other in (("pipeline", "shard"), ("tensor", "shard"), ("tensor", "pipeline")):
+        for name, other in (("pipeline", "shard"), ("tensor", "shard")):
             require(
                 1 in (self._numbers[name], self._numbers[other]),
                 f"parallel.{name}",
@@ -69,8 +70,7 @@ class ParallelConfig:
 
     def on(self, num_ranks: int, train: TrainConfig) -> ParallelConfig:
         """As a group does it that has fewer ranks than was thought, or more. Raises `UserError` if it cannot."""
-        in_tensors(num_ranks, self.tensor)
-        pipeline = in_stages(num_ranks, self.pipeline).pipeline
+        pipeline = in_stages(num_ranks, self.pipeline, tensor=self.tensor).pipeline
         has_whole_rounds = pipeline > 1 and train.virtual_workers % pipeline == 0
         return replace(
             self,
@@ -88,9 +88,8 @@ class ParallelConfig:
             f"= {self.copy_every_steps} is for a state in shards: set parallel.shard, or this to 0 (replicas need no"
             " copies, and of stages of a pipeline there are none yet)",
         )
-        for name, number in self._numbers.items():
-            if number > 1:
-                self._require_fit(f"parallel.{name}", number, train, launch)
+        if self.is_spread:
+            self._require_fit(train, launch)
         require(
             self.pipeline == 1 or self.schedule != "interleaved" or train.virtual_workers % self.pipeline == 0,
             "parallel.schedule",
@@ -98,15 +97,18 @@ class ParallelConfig:
             f" it is {train.virtual_workers}: change one of the three",
         )
 
-    def _require_fit(self, field: str, number: int, train: TrainConfig, launch: LaunchConfig) -> None:
+    def _require_fit(self, train: TrainConfig, launch: LaunchConfig) -> None:
+        spread = {name: number for name, number in self._numbers.items() if number > 1}
+        field = " × ".join(f"parallel.{name}" for name in spread)
+        shown = " × ".join(map(str, spread.values()))
         num_ranks = launch.nodes * launch.processes_per_node
         for is_fit, complaint in (
             (train.mode == "exact", "needs train.mode = 'exact'"),
             (train.strategy == "all_reduce", "needs train.strategy = 'all_reduce'"),
             (not launch.keep_spares, "needs launch.keep_spares = false: a spare takes the memory of a whole state"),
             (
-                num_ranks % number == 0,
-                f"does not divide launch.nodes × launch.processes_per_node = {num_ranks}: change one of the three",
+                num_ranks % math.prod(spread.values()) == 0,
+                f"does not divide launch.nodes × launch.processes_per_node = {num_ranks}: change one of them",
             ),
         ):
-            require(is_fit, field, f"= {number} {complaint}")
+            require(is_fit, field, f"= {shown} {complaint}")

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
-from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -19,31 +17,10 @@ from training.errors import UserError
 from training.layout import Layout, Schedule
 from training.parallel.parts import chunks_of
 from training.parallel.pipeline_trial import PipelineTrial
-from training.parallel.scatter import own_group
+from training.parallel.replica import ReplicaGroups
 from training.parallel.schedule import chunks_per_rank
+from training.parallel.tensor import CutModel
 from training.recipe import Recipe
-
-
-@dataclass(frozen=True, kw_only=True)
-class PipelineGroups:
-    """This rank's: the stages of its replica, and the replicas of its stage."""
-
-    stages: dist.ProcessGroup
-    replicas: dist.ProcessGroup
-
-
-def make_pipeline_groups(layout: Layout, rank: int, *, timeout: timedelta) -> PipelineGroups:
-    """Collective over all ranks. A rank that is gone is noticed after `timeout` at the latest."""
-    stages, replicas = (own_group(layout, dimension, rank, timeout=timeout) for dimension in ("pipeline", "data"))
-    return PipelineGroups(stages=stages, replicas=replicas)
-
-
-def require_pipeline(layout: Layout) -> None:
-    """Raises `UserError` for one whose stages are not whole on a rank each."""
-    if layout.shard > 1 or layout.tensor > 1:
-        raise UserError(
-            f"parallel: {layout}: a pipeline goes with data alone: set parallel.shard and parallel.tensor to 1"
-        )
 
 
 def require_cut(recipe: Recipe, model: nn.Module, parallel: ParallelConfig, device: torch.device) -> None:
@@ -57,37 +34,41 @@ def require_cut(recipe: Recipe, model: nn.Module, parallel: ParallelConfig, devi
 
 
 class Pipeline:
-    """A model of which this rank computes every so-many-th chunk. It is whole until it is freed."""
+    """A model of which this rank computes every so-many-th chunk; of one stage it is the model. All chunks are there
+    until they are freed."""
 
     def __init__(
         self,
         recipe: Recipe,
         model: nn.Module,
+        cut: CutModel,
         *,
         layout: Layout,
         schedule: Schedule,
         rank: int,
-        groups: PipelineGroups,
+        groups: ReplicaGroups,
         precision: str,
         batch: Mapping[str, Tensor],
         waiting: Callable[[], AbstractContextManager[None]] = nullcontext,
     ) -> None:
-        """`batch` is one to try; other ranks are waited for inside of `waiting`. Raises `UserError` for a model that
-        cannot be cut."""
-        require_pipeline(layout)
+        """`cut` is the model, of which this rank has parts of matrices. `batch` is one to try; other ranks are waited
+        for inside of `waiting`. Raises `UserError` for a model that cannot be cut."""
         require_float32([p for p in model.parameters() if p.requires_grad])
         have_whole_gradients(model)
         at = layout.coordinates(rank)
         self.stage, self.replica, self.num_stages = at.pipeline, at.data, layout.pipeline
         self.num_chunks = layout.pipeline * chunks_per_rank(schedule)
         self.schedule: Schedule = schedule
+        self.cut = cut
         self.groups = groups
         self.waiting = waiting
         self.recipe = recipe
         self.precision = precision
         self.device = next(model.parameters()).device
-        chunks = chunks_of(recipe, model, self.num_chunks)
-        PipelineTrial(recipe, model, chunks, batch, precision=precision).require_same()
+        chunks: list[nn.Module] = [model]
+        if self.num_chunks > 1:
+            chunks = [*chunks_of(recipe, model, self.num_chunks)]
+            PipelineTrial(recipe, model, chunks, batch, precision=precision).require_same()
         self.stage_of = {
             tensor: number % layout.pipeline
             for number, chunk in enumerate(chunks)

@@ -1,7 +1,8 @@
-"""Exact mode with a pipeline: a rank has consecutive parts of the model, and the bits are those of one process.
+"""Exact mode with a replica of several ranks, which have stages of the model, or parts of its matrices, or both.
 
 Microbatches are the replica's virtual workers. A chunk goes back through them in their order, in each schedule, so its
-gradients are added up along the tree as everywhere, and then over the replicas of its stage.
+gradients are added up along the tree as everywhere, and then over the replicas of its stage: stages change no bit, and
+the bits are those of so many parts of matrices.
 """
 
 from __future__ import annotations
@@ -46,16 +47,18 @@ class Work(Protocol):
         ...
 
     def give_up(self, worker: int, error: DeterministicError) -> None:
-        """It failed on this stage, and the step goes on without it, so that no other rank waits for ever."""
+        """It failed on this rank, or by another one's doing, and the step goes on to its end without this one and
+        those after it, so that no other rank waits for ever."""
         ...
 
     def told_of_failed(self) -> Tensor:
-        """Likewise, of one that failed, here or elsewhere: by this all ranks hear of it."""
+        """Likewise, of one that was given up, here or elsewhere: by this all ranks hear of it."""
         ...
 
 
 class PipelinedReducer:
-    """Mean gradients over all virtual workers, of this stage's parameters. All ranks `compute`, then `finish`."""
+    """Mean gradients over all virtual workers, of this stage's parameters, or of this rank's parts of them. All ranks
+    `compute`, then `finish`."""
 
     def __init__(
         self, pipeline: Pipeline, *, num_extras: int, ranges: Sequence[range], bucket_bytes: int = BUCKET_BYTES
@@ -74,13 +77,16 @@ class PipelinedReducer:
         self._passing = Passing(pipeline.groups.stages)
         self._chunks = {number: Chunk(module) for number, module in pipeline.own.items()}
         self._first_own, self._last_own = min(self._chunks), max(self._chunks)
-        self._failed: set[int] = set()
-        """Microbatches of this step that go no further."""
+        self._has_given_up = False
+        """This step, which is the last: no microbatch goes any further on this rank."""
         self._told: dict[int, Tensor] = {}
         """Of each microbatch under way: what is summed of it beside gradients."""
+        self._maybe_rest: Rest | None = None
         if self._last_own == pipeline.num_chunks - 1:
-            self._rest = Rest(pipeline.recipe, pipeline.own[self._last_own], pipeline.device)
-            self._objective = Objective(pipeline.recipe, self._rest, precision=pipeline.precision)
+            model = pipeline.own[self._last_own]
+            if pipeline.num_chunks > 1:
+                model = self._maybe_rest = Rest(pipeline.recipe, model, pipeline.device)
+            self._objective = Objective(pipeline.recipe, model, precision=pipeline.precision)
         group = Group(ranges, pipeline.replica, pipeline.device, pipeline.groups.replicas)
         self._buckets = {number: self._buckets_of(chunk, group, bucket_bytes) for number, chunk in pipeline.own.items()}
         self._extras = Bucket([], num_extras, group, lambda: None)
@@ -113,16 +119,15 @@ class PipelinedReducer:
                 maybe_received = []
         with self._pipeline.waiting():
             self._passing.wait()
-        self._failed.clear()
 
     def _stage_after(self, one: Pass) -> int:
         return (one.chunk + 1 if one.is_forward else one.chunk - 1) % self._pipeline.num_stages
 
     def _go_forward(self, one: Pass, maybe_received: list[Tensor] | None, work: Work) -> list[Tensor] | None:
-        """What goes to the next chunk; None of a microbatch that failed."""
+        """What goes to the next chunk; None of a microbatch that was given up."""
         is_read = one.chunk in (0, self._pipeline.num_chunks - 1)
         batch = work.batch(self.owned[one.microbatch]) if is_read else {}
-        return self._unless_failed(one, maybe_received, work, lambda found: self._forward(one, found, batch, work))
+        return self._unless_given_up(one, maybe_received, work, lambda found: self._forward(one, found, batch, work))
 
     def _go_back(self, one: Pass, maybe_received: list[Tensor] | None, work: Work) -> list[Tensor] | None:
         """Gradients of the inputs, likewise; those of parameters are summed."""
@@ -130,36 +135,46 @@ class PipelinedReducer:
         buckets = self._buckets[one.chunk]
         for bucket in buckets:
             bucket.begin(place)
-        maybe_given = self._unless_failed(one, maybe_received, work, lambda found: self._backward(one, found))
+        maybe_given = self._unless_given_up(one, maybe_received, work, lambda found: self._backward(one, found))
         for bucket in buckets:
             bucket.fill_up()
         if one.chunk == self._first_own:
             told = self._told.pop(one.microbatch, None)
-            if told is None or one.microbatch in self._failed:
+            if told is None or self._has_given_up:
                 told = work.told_of_failed()
             self._extras.begin(place)
             self._extras.add_extras(told)
             self._extras.fill_up()
         return maybe_given
 
-    def _unless_failed(
+    def _unless_given_up(
         self,
         one: Pass,
         maybe_received: list[Tensor] | None,
         work: Work,
         compute: Callable[[list[Tensor]], list[Tensor]],
     ) -> list[Tensor] | None:
-        """A pass of a microbatch; None if it fails, or did so before, here or elsewhere."""
-        worker = self.owned[one.microbatch]
-        if maybe_received is not None and one.microbatch not in self._failed:
+        """A pass of a microbatch; None if it fails, or one did so before, here or elsewhere."""
+        if maybe_received is not None and not self._has_given_up:
             try:
-                with recipe_errors(f"{work.where(worker)}, chunk {one.chunk} of the pipeline"):
+                with recipe_errors(self._where(one, work)):
                     return compute(maybe_received)
             except DeterministicError as error:
-                work.give_up(worker, error)
-        self._failed.add(one.microbatch)
+                work.give_up(self.owned[one.microbatch], error)
+        self._give_up()
         self._chunks[one.chunk].forget(one.microbatch)
         return None
+
+    def _where(self, one: Pass, work: Work) -> str:
+        where = work.where(self.owned[one.microbatch])
+        return where if self._pipeline.num_chunks == 1 else f"{where}, chunk {one.chunk} of the pipeline"
+
+    def _give_up(self) -> None:
+        """Other stages are told in the place of what they wait for. Ranks of this one may wait in the midst of the same
+        pass, in a collective that this one will not come to: they hear of it by their connections."""
+        if not self._has_given_up:
+            self._has_given_up = True
+            self._pipeline.groups.connections.cut()
 
     def _forward(self, one: Pass, received: list[Tensor], batch: Mapping[str, Tensor], work: Work) -> list[Tensor]:
         """Outputs, and where the random streams stand after them."""
@@ -189,7 +204,8 @@ class PipelinedReducer:
     ) -> None:
         """The streams begin anew, and go on from where they stood where the loss calls its model."""
         work.seed(self.owned[one.microbatch])
-        self._rest.begin(as_values(inputs), streams, batch)
+        if self._maybe_rest is not None:
+            self._maybe_rest.begin(as_values(inputs), streams, batch)
         losses: list[Tensor] = []
 
         def compute() -> Tensor:
@@ -210,15 +226,19 @@ class PipelinedReducer:
         return self._chunks[one.chunk].backward(one.microbatch, [None] if is_of_loss else received)
 
     def finish(self) -> Tensor:
-        """Put the mean gradients of this stage's parameters in their places; returns the sum of all extras.
+        """Put the mean gradients of this rank's parameters in their places; returns the sum of all extras.
 
-        Over stages that is a sum too: each number but the words is told by one of them, and the others add zeros."""
+        Over stages that is a sum too: each number but the words is told by one of them, and the others add zeros. All
+        ranks of a stage have the same, but for words that one says, where others have zeros; and for what one failed
+        at, which is no number."""
         self._exchange.wait()
         self._extras.exchange()
         for buckets in self._buckets.values():
             for bucket in buckets:
                 bucket.hand_out()
-        total = self._extras.extras
+        cut = self._pipeline.cut
+        cut.sum_partly_summed()
+        total = cut.peers.of_all(self._extras.extras).amax(0)
         dist.all_reduce(total, group=self._pipeline.groups.stages)
         self._pipeline.share_counters()
         return total

@@ -33,15 +33,16 @@ class ShardGroups:
 def make_groups(layout: Layout, rank: int, *, timeout: timedelta) -> ShardGroups:
     """Collective over all ranks. A rank that is gone is noticed after `timeout` at the latest."""
     gathering, summing, replicas = (
-        own_group(layout, dimension, rank, timeout=timeout) for dimension in ("shard", "shard", "data")
+        own_group(layout, dimension, rank=rank, timeout=timeout) for dimension in ("shard", "shard", "data")
     )
     return ShardGroups(gathering=gathering, summing=summing, replicas=replicas)
 
 
-def own_group(layout: Layout, dimension: Dimension, rank: int, *, timeout: timedelta) -> dist.ProcessGroup:
-    """The ranks that differ from this one in that dimension alone. Collective over all ranks."""
-    found = [dist.new_group(list(ranks), timeout=timeout) for ranks in layout.groups(dimension)]
-    mine = found[[rank in ranks for ranks in layout.groups(dimension)].index(True)]
+def own_group(layout: Layout, *along: Dimension, rank: int, timeout: timedelta) -> dist.ProcessGroup:
+    """The ranks that differ from this one in these dimensions alone. Collective over all ranks."""
+    groups = layout.groups(*along)
+    found = [dist.new_group(list(ranks), timeout=timeout) for ranks in groups]
+    mine = found[[rank in ranks for ranks in groups].index(True)]
     assert isinstance(mine, dist.ProcessGroup)
     return mine
 

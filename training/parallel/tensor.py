@@ -7,12 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from datetime import timedelta
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim import Optimizer
@@ -21,52 +18,18 @@ from training.arithmetic.exact import require_float32
 from training.arithmetic.objective import recipe_errors
 from training.checkpoints.state import TrainState
 from training.config import ParallelConfig
-from training.connections import Connections
 from training.errors import UserError
-from training.layout import Layout
-from training.parallel.scatter import own_group
 from training.parallel.tensor_cuts import cuts_of, slices_of
 from training.parallel.tensor_peers import OfWholeSequence, Peers, same, tell
 from training.recipe import Recipe
 from training.servers.attached import require_divisible
 
 
-@dataclass(frozen=True, kw_only=True)
-class TensorGroups:
-    """This rank's. Two are of those that have the other parts of the same matrices: one for within virtual workers, and
-    one for between them, which is left if a rank has cut the other's connections."""
-
-    computing: dist.ProcessGroup
-    settling: dist.ProcessGroup
-    replicas: dist.ProcessGroup
-    connections: Connections
-    """For `computing`."""
-
-
-def make_tensor_groups(layout: Layout, rank: int, *, timeout: timedelta) -> TensorGroups:
-    """Collective over all ranks. A rank that is gone is noticed after `timeout` at the latest."""
-    connections = Connections()
-    with connections.opening():
-        computing = own_group(layout, "tensor", rank, timeout=timeout)
-    settling, replicas = (own_group(layout, dimension, rank, timeout=timeout) for dimension in ("tensor", "data"))
-    return TensorGroups(computing=computing, settling=settling, replicas=replicas, connections=connections)
-
-
-def require_tensor(layout: Layout, device: torch.device) -> None:
-    """Raises `UserError` for one whose ranks have not all of the layers, and for what was not tried."""
-    if device.type != "cpu":
-        raise UserError("parallel.tensor was tried on processors alone so far: use parallel.tensor = 1 on GPUs")
-    if layout.tensor < 2 or layout.shard > 1 or layout.pipeline > 1:
-        raise UserError(
-            f"parallel: {layout}: matrices are cut into two parts or more, and that goes with data alone: set"
-            " parallel.shard and parallel.pipeline to 1"
-        )
-
-
 def require_cuttable(recipe: Recipe, state: TrainState, parallel: ParallelConfig) -> None:
     """Raises `UserError` naming what cannot be cut, before anything is."""
     model = state.model
-    require_tensor(Layout(tensor=parallel.tensor), next(model.parameters()).device)
+    if next(model.parameters()).device.type != "cpu":
+        raise UserError("parallel.tensor was tried on processors alone so far: use parallel.tensor = 1 on GPUs")
     require_float32([p for p in model.parameters() if p.requires_grad])
     cuts_of(recipe, model, parallel.tensor)
     if parallel.sequences == "parts":
@@ -98,7 +61,8 @@ NOTHING: Mapping[Tensor, nn.Parameter] = {}
 
 
 class CutModel:
-    """A model of which this rank has a part of each matrix. It is whole while it is lent."""
+    """A model of which this rank has a part of each matrix; of one part it is the model. It is whole while it is
+    lent."""
 
     def __init__(
         self, recipe: Recipe, model: nn.Module, peers: Peers, *, in_sequences: bool, maybe_settling: Peers | None = None
@@ -106,9 +70,11 @@ class CutModel:
         """`in_sequences`: between the matrices of a block, ranks have parts of the sequence. `maybe_settling` are the
         same peers, for all that they say outside of the model. Takes the weights, which are whole, and keeps parts.
         Raises `UserError` for a model that cannot be cut."""
-        cuts = cuts_of(recipe, model, peers.number)
-        blocks = blocks_of(recipe, model) if in_sequences else []
+        is_cut = peers.number > 1
+        cuts = cuts_of(recipe, model, peers.number) if is_cut else []
+        blocks = blocks_of(recipe, model) if is_cut and in_sequences else []
         self.peers = maybe_settling or peers
+        self._computing = peers
         self.slices = {p: slices for cut in cuts for p, slices in slices_of(cut).items()}
         in_blocks = {module for block in blocks for module in block.modules()}
         stand_ins: dict[nn.Module, nn.Module] = {}
@@ -173,10 +139,10 @@ class CutModel:
             hook.remove()
 
     def _enter(self, block: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
-        return (tell(_one_tensor(inputs), self.peers.own_part, self.peers.gathered),)
+        return (tell(_one_tensor(inputs), self._computing.own_part, self._computing.gathered),)
 
     def _leave(self, block: nn.Module, inputs: Any, outputs: Any) -> Tensor:
-        return tell(_one_tensor((outputs,)), self.peers.gathered, self.peers.own_part)
+        return tell(_one_tensor((outputs,)), self._computing.gathered, self._computing.own_part)
 
     def close(self) -> None:
         """The model is as it was, and its weights are whole. Collective."""

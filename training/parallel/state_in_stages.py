@@ -1,4 +1,4 @@
-"""The optimizer's step on a stage's parameters, and the whole state for whoever wants it (a checkpoint, a digest)."""
+"""A state of which each stage of a pipeline has its own parameters, and all of it for whoever wants it."""
 
 from __future__ import annotations
 
@@ -14,11 +14,9 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from training.arithmetic.collectives import texts_of_all_ranks
-from training.arithmetic.norm import blocks
 from training.checkpoints.optimizer_state import load_entries, named_entries
 from training.checkpoints.state import TrainState
 from training.errors import UserError
-from training.parallel.norms import clip_together
 from training.parallel.passing import Form
 from training.parallel.pipeline import Pipeline
 
@@ -55,33 +53,17 @@ def _stepped(like: Optimizer, numbers: Sequence[int]) -> list[Tensor]:
     return [parameter.detach() for parameter in parameters.values()]
 
 
-class PipelinedUpdate:
-    """Of one step: each stage updates its own parameters, whole ones, and keeps what the optimizer wants of these."""
+class StateInStages:
+    """Whole parameters, or parts of matrices, of this rank's stage, and what the optimizer keeps of these."""
 
-    def __init__(self, state: TrainState, pipeline: Pipeline, *, clip_norm: float | None) -> None:
-        """Takes the optimizer's state over, which is whole, and frees what is other stages'."""
+    def __init__(self, state: TrainState, pipeline: Pipeline) -> None:
+        """Frees what is other stages'."""
         self._state = state
         self._pipeline = pipeline
-        self._clip_norm = clip_norm
         parameters = dict(state.model.named_parameters())
-        self._own = {name: p for name, p in parameters.items() if self._stage_of(p) == pipeline.stage}
+        self._own = {name: p for name, p in parameters.items() if pipeline.stage_of[p] == pipeline.stage}
         self._others = {name: p for name, p in parameters.items() if name not in self._own}
-        self._own_trained = [p for p in self._own.values() if p.requires_grad]
-        self._block_places = self._places_of_blocks()
         self._forget_others()
-
-    def _stage_of(self, parameter: nn.Parameter) -> int:
-        return self._pipeline.stage_of[parameter]
-
-    def _places_of_blocks(self) -> list[Tensor]:
-        """Where the norms of each stage's blocks stand among those of all parameters."""
-        found: list[list[int]] = [[] for _ in range(self._pipeline.num_stages)]
-        first = 0
-        for parameter in self._state.trained.values():
-            number = len(blocks(parameter.numel()))
-            found[self._stage_of(parameter)] += range(first, first + number)
-            first += number
-        return [torch.tensor(places, dtype=torch.int64) for places in found]
 
     def _forget_others(self) -> None:
         """Nothing here can reach them: they become empty."""
@@ -93,33 +75,20 @@ class PipelinedUpdate:
         for group in optimizer.param_groups:
             group["params"] = [p for p in group["params"] if p in own]
 
-    def clip(self) -> float:
-        """Scale the gradients; returns the norm before, of all stages. It is taken block by block, in the order of all
-        parameters. Collective."""
-        gradients = [p.grad for p in self._own_trained if p.grad is not None]
-        return clip_together(
-            gradients,
-            self._block_places,
-            group=self._pipeline.groups.stages,
-            clip_norm=self._clip_norm,
-            waiting=self._pipeline.waiting,
-        )
-
-    def apply(self) -> None:
-        """The optimizer's step, at the learning rate that is set."""
-        self._state.optimizer.step()
-
     def whole_state(self) -> AbstractContextManager[None]:
-        """Meanwhile the state has all weights, and what the optimizer keeps of them. Collective."""
+        """Meanwhile it has all stages' weights, and what the optimizer keeps of them. Collective."""
         return self._having(named_entries(self._state.optimizer, self._own))
 
     def lent(self) -> AbstractContextManager[None]:
-        """Meanwhile the model has all weights, and each rank may compute it by itself. Collective at its beginning."""
+        """Meanwhile it has all stages' weights. Collective at its beginning."""
         return self._having({})
 
     @contextmanager
     def _having(self, entries: Mapping[str, Tensor]) -> Iterator[None]:
         """All stages' weights, and theirs of what this stage has as `entries`."""
+        if self._pipeline.num_stages == 1:
+            yield
+            return
         own = {f"weight.{name}": p.detach() for name, p in self._own.items()}
         with self._pipeline.waiting():
             others = self._of_other_stages({**own, **entries})
