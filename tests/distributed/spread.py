@@ -7,10 +7,7 @@ from contextlib import closing
 from dataclasses import replace
 from functools import partial
 
-from tests.distributed.groups import Act, Group, Node
-from tests.distributed.groups import Calm as Calm  # of those who share this
-from tests.distributed.groups import fixtures as fixtures
-from tests.distributed.groups import make_node as node_of
+from tests.distributed.groups import Act, Group, Node, make_node
 from tests.servers.modes import has_checkpoint
 from training.cluster.zygote import Zygote
 from training.config import ParallelConfig, Preset
@@ -40,7 +37,7 @@ def departure_of(
 ) -> Departure:
     """Why a run ends of a recipe that `fails` so."""
     preset = replace(preset, hyperparameters={"fails": fails})
-    with closing(node_of(store, zygote, preset, recipe(fails=fails))) as node:
+    with closing(make_node(store, zygote, preset, recipe(fails=fails))) as node:
         found = node.train(num_ranks).ended.result().maybe_departure
     assert found is not None
     return found

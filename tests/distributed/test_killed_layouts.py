@@ -11,11 +11,11 @@ from dataclasses import replace
 import pytest
 
 from tests.distributed import groups
-from tests.distributed.groups import ENTRY, Node, Pause
+from tests.distributed.groups import ENTRY, Calm, Node, Pause
 from tests.distributed.in_all import InAll
 from tests.distributed.layouts import Case
 from tests.distributed.pausing import MID_STEP, UPDATING
-from tests.distributed.spread import Calm, kill
+from tests.distributed.spread import kill
 from tests.distributed.test_layouts import ALL
 from tests.faults.evidence import keep_row
 from training.cluster.zygote import Zygote

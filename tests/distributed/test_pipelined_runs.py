@@ -7,11 +7,11 @@ from dataclasses import replace
 
 import pytest
 
-from tests.distributed import groups, spread
-from tests.distributed.groups import EVERY, Node, Pause, regroup, require_same
+from tests.distributed import groups
+from tests.distributed.groups import EVERY, Calm, Node, Pause, regroup, require_same
 from tests.distributed.in_parts import POISON, InParts
 from tests.distributed.pausing import MID_STEP, UPDATING, VALIDATING
-from tests.distributed.spread import Calm, departure_of, in_mode, kill
+from tests.distributed.spread import departure_of, in_mode, kill
 from training.cluster.zygote import Zygote
 from training.config import ParallelConfig
 from training.control import EXIT_STOPPED
@@ -26,7 +26,7 @@ PRESET = replace(
 )
 FOUR_STAGES = ParallelConfig(pipeline=4)
 INTERLEAVED = ParallelConfig(pipeline=2, schedule="interleaved")
-zygote, node, calm = spread.fixtures(PRESET, InParts())
+zygote, node, calm = groups.fixtures(PRESET, InParts())
 
 
 @pytest.mark.parametrize(

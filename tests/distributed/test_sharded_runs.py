@@ -7,11 +7,11 @@ from dataclasses import replace
 
 import pytest
 
-from tests.distributed import groups, spread
-from tests.distributed.groups import EVERY, Node, Pause, regroup, require_same
+from tests.distributed import groups
+from tests.distributed.groups import EVERY, Calm, Node, Pause, regroup, require_same
 from tests.distributed.in_blocks import POISON, InBlocks
 from tests.distributed.pausing import MID_STEP, UPDATING, VALIDATING
-from tests.distributed.spread import Calm, departure_of, in_mode, kill
+from tests.distributed.spread import departure_of, in_mode, kill
 from training.cluster.zygote import Zygote
 from training.config import ParallelConfig
 from training.control import EXIT_STOPPED
@@ -23,7 +23,7 @@ PRESET = replace(
     launch=replace(groups.PRESET.launch, processes_per_node=2, grace_seconds=100.0),
     parallel=ParallelConfig(shard=2),
 )
-zygote, node, calm = spread.fixtures(PRESET, InBlocks())
+zygote, node, calm = groups.fixtures(PRESET, InBlocks())
 
 
 @pytest.mark.parametrize("num_ranks", [2, 4])

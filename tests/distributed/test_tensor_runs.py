@@ -13,11 +13,11 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import Stack
-from tests.distributed import groups, spread
-from tests.distributed.groups import EVERY, STEPS, Node, Pause, regroup, require_same
+from tests.distributed import groups
+from tests.distributed.groups import EVERY, STEPS, Calm, Node, Pause, make_node, regroup, require_same
 from tests.distributed.in_tensors import POISON, InTensors
 from tests.distributed.pausing import MID_STEP, UPDATING, VALIDATING
-from tests.distributed.spread import Calm, departure_of, in_mode, kill, node_of
+from tests.distributed.spread import departure_of, in_mode, kill
 from tests.distributed.tensoring import disturb
 from tests.unit.tiny import CPU, exact_arithmetic, make_trainer
 from training.checkpoints.checkpoint import load_checkpoint
@@ -40,14 +40,14 @@ PARTS = PRESET.parallel
 STAGES = replace(PARTS, pipeline=2)
 INTERLEAVED = replace(STAGES, schedule="interleaved")
 NUM_DISTURBED = 3
-zygote, node, _ = spread.fixtures(PRESET, InTensors())
+zygote, node, _ = groups.fixtures(PRESET, InTensors())
 
 
 @pytest.fixture(scope="module")
 def calm(stack: Stack, zygote: Zygote) -> Iterator[Calm]:
     """A run on two ranks that nothing happens to."""
     store = Store(replace(stack.location, prefix="tests/calm-tensor-run/"))
-    with closing(node_of(store, zygote, PRESET, InTensors())) as node:
+    with closing(make_node(store, zygote, PRESET, InTensors())) as node:
         assert node.train(2).codes() == [0, 0]
         result = node.run.read().result
         assert result is not None
@@ -139,7 +139,7 @@ def test_of_stages_with_parts_fewer_go_on_in_as_many_parts(node: Node, calm: Cal
 def test_of_two_replicas_of_stages_three_without_are_left(store: Store, zygote: Zygote, calm: Calm) -> None:
     """Of eight ranks six, which make three replicas, each with all layers in two parts."""
     preset = replace(PRESET, parallel=STAGES, launch=replace(PRESET.launch, processes_per_node=8))
-    with closing(node_of(store, zygote, preset, InTensors())) as node:
+    with closing(make_node(store, zygote, preset, InTensors())) as node:
         node.slots += [create_slots() for _ in range(4)]
         first = node.train(8, kill(node, victim=6, checkpoint=EVERY), pauses={6: Pause(UPDATING, 6)})
         assert first.codes()[6] == -signal.SIGKILL
@@ -206,7 +206,7 @@ def test_a_rank_that_dies_while_the_model_is_tried_is_a_lost_peer(
 ) -> None:
     died = tmp_path / "died"
     preset = replace(PRESET, hyperparameters={"dies_at": str(died)})
-    with closing(node_of(store, zygote, preset, InTensors(dies_at=str(died)))) as node:
+    with closing(make_node(store, zygote, preset, InTensors(dies_at=str(died)))) as node:
         departure = node.train(2).ended.result().maybe_departure
         assert departure is not None
         assert died.exists()
