@@ -32,7 +32,12 @@ def kill(node: Node, num_ranks: int, victim: int, pause: Pause) -> None:
 
 
 @pytest.mark.parametrize(
-    ("before", "lost", "after"), [(2, (1,), 1), (1, (), 2), (2, (0,), 4)], ids=["to one", "to two", "to four"]
+    ("before", "lost", "after"),
+    [
+        pytest.param(2, (1,), 1, id="to one"),
+        pytest.param(1, (), 2, id="to two", marks=pytest.mark.slow),
+        pytest.param(2, (0,), 4, id="to four"),
+    ],
 )
 def test_whoever_is_lost_alone_takes_no_copy_with_it(
     node: Node, calm: Calm, before: int, lost: tuple[int, ...], after: int
@@ -47,8 +52,11 @@ def test_whoever_is_lost_alone_takes_no_copy_with_it(
 
 @pytest.mark.parametrize(
     ("lost", "expected"),
-    [((2,), (4, NEWEST, "memory")), ((1, 3), (4, NEWEST, "memory")), ((1, 2), (4, EVERY, "checkpoint"))],
-    ids=["one", "two", "two neighbours"],
+    [
+        pytest.param((2,), (4, NEWEST, "memory"), id="one", marks=pytest.mark.slow),
+        pytest.param((1, 3), (4, NEWEST, "memory"), id="two"),
+        pytest.param((1, 2), (4, EVERY, "checkpoint"), id="two neighbours", marks=pytest.mark.slow),
+    ],
 )
 def test_of_four_shards_each_is_in_the_memory_of_two_nodes(
     node: Node, calm: Calm, lost: tuple[int, ...], expected: tuple[int, int, str]

@@ -79,7 +79,13 @@ def in_layout(ranks: RankPool, case: Case, *arguments: Any) -> list[dict[str, An
     return answers
 
 
-@pytest.mark.parametrize("case", CASES, ids=named)
+@pytest.mark.parametrize(
+    "case",
+    [
+        pytest.param(case, id=named(case), marks=pytest.mark.slow if case[1] == Layout(tensor=4) else [])
+        for case in CASES
+    ],
+)
 def test_a_whole_training_is_within_rounding_of_one_process(run: Run, alone: dict[str, Any], case: Case) -> None:
     """With AdamW and clipping. Of the same samples, with a part of the matrices and of their optimizer's state."""
     found, (_, layout, _) = run(case), case
