@@ -71,7 +71,9 @@ def test_a_rank_is_killed_and_there_are_other_replicas_afterwards(
         for size, step in zip(sizes, moments, strict=False):
             victim = chance.randrange(size)
             act = kill(node, victim=victim, checkpoint=step // EVERY * EVERY)
-            assert node.train(size, act, pauses={victim: Pause(place, step)}).codes()[victim] == -signal.SIGKILL
+            nodes = max(1, num_ranks // size)  # all but one of them are away
+            group = node.train(size, act, pauses={victim: Pause(place, step)}, nodes=nodes)
+            assert group.codes()[victim] == -signal.SIGKILL
         assert node.train(num_ranks).codes() == [0] * num_ranks
         attempts, found = node.attempts(), _end_of(node)
     assert found == calm
@@ -81,7 +83,7 @@ def test_a_rank_is_killed_and_there_are_other_replicas_afterwards(
 
 
 def _num_ranks_after(layout: Layout) -> int:
-    """With twice as many replicas, or with half of them."""
+    """With twice as many replicas, or with half of them; or, of one, in half as many stages."""
     return layout.num_ranks * 2 if layout.num_ranks < MOST_RANKS else layout.num_ranks // 2
 
 
