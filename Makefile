@@ -61,6 +61,7 @@ bench: install ## Data, training, checkpoints, recovery, serving and the chain b
 	$(BIN)/python -m benchmarks.training.checkpoints
 	$(BIN)/python -m benchmarks.recovery
 	$(BIN)/python -m benchmarks.recovery.kills
+	$(BIN)/python -m benchmarks.recovery.pages
 	$(BIN)/python -m benchmarks.recovery.goodput
 	$(BIN)/python -m benchmarks.servers failover
 	$(BIN)/python -m benchmarks.servers transport

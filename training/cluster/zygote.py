@@ -31,7 +31,7 @@ ENVIRONMENT = {"RES_OPTIONS": "timeout:1 attempts:1", "THP_MEM_ALLOC_ENABLE": "1
 hold up a recovery for five seconds each time.
 
 Large tensors lie in huge pages, where the kernel gives them to who asks: the kernel frees the memory of a killed rank
-before anybody hears of its death, which takes 50 ms for 300 MB of small pages, and 10 ms of huge ones."""
+before anybody hears of its death, and huge ones sooner (benchmarks.recovery.pages)."""
 NUM_TRIES = 3
 
 
