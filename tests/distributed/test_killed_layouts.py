@@ -12,7 +12,7 @@ import pytest
 
 from tests.distributed import groups
 from tests.distributed.groups import ENTRY, Calm, Node, Pause
-from tests.distributed.in_all import InAll
+from tests.distributed.in_tensors import InTensors
 from tests.distributed.layouts import Case
 from tests.distributed.pausing import MID_STEP, UPDATING
 from tests.distributed.spread import kill
@@ -29,7 +29,7 @@ EVERY = 10
 MOST_RANKS = 8
 PRESET = replace(
     groups.PRESET,
-    recipe="tests.distributed.in_all:InAll",
+    recipe="tests.distributed.in_tensors:InTensors",
     train=replace(
         groups.PRESET.train,
         steps=STEPS,
@@ -51,7 +51,7 @@ def zygote() -> Iterator[Zygote]:
 
 @pytest.fixture(scope="module")
 def alone() -> Calm:
-    return groups.calm(preset=PRESET, recipe=InAll(), steps=STEPS)
+    return groups.calm(preset=PRESET, recipe=InTensors(), steps=STEPS)
 
 
 @pytest.mark.soak
@@ -101,7 +101,7 @@ def _node(store: Store, zygote: Zygote, case: Case) -> Node:
     layout = case.layout
     schedule = case.maybe_schedule or "1f1b"
     parallel = ParallelConfig(shard=layout.shard, pipeline=layout.pipeline, tensor=layout.tensor, schedule=schedule)
-    node = groups.make_node(store, zygote, preset=replace(PRESET, parallel=parallel), recipe=InAll())
+    node = groups.make_node(store, zygote, preset=replace(PRESET, parallel=parallel), recipe=InTensors())
     node.slots += [create_slots() for _ in range(MOST_RANKS - len(node.slots))]
     return node
 
